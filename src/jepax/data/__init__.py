@@ -1,0 +1,75 @@
+"""The host only reads: any source of pictures becomes uint8 canvases of one size, ordered by seed and step."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from jepax.data.loader import batches, sweep
+from jepax.data.sources import Source, Split, fashion_mnist, image_folder, synthetic
+from jepax.types import UserError
+
+Kind = Literal["fashion_mnist", "image_folder", "synthetic"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the pictures come from and how they are read."""
+
+    source: Kind = "fashion_mnist"
+    """Kind of data: Fashion-MNIST, a folder of photos (train/CLASS/*.jpg, val/CLASS/*.jpg), or generated shapes."""
+    root: str | None = None
+    """Folder the data lies in. image_folder needs it; fashion_mnist without it looks in the system and the cache."""
+    canvas: int = 512
+    """Side of the canvas in pixels; larger photos are scaled down onto it. fashion_mnist always has 28."""
+    channels: Literal[1, 3] | None = None
+    """1: grey, 3: RGB. None: the source's own, 1 for fashion_mnist and 3 for the others."""
+    validation: float = 0.1
+    """Share of each class's training pictures held out as the validation split; in [0, 1)."""
+    synthetic_images: int = 512
+    """Number of generated training pictures, held-out ones included; the test split has a fifth of it."""
+    synthetic_seed: int = 0
+    """Seed of the generated pictures."""
+    synthetic_varied: bool = False
+    """Whether generated pictures differ in height and width (from half the canvas to all of it)."""
+    threads: int = 2
+    """Threads that read ahead, in each process; 0 reads in the caller's thread."""
+    workers: int = 0
+    """Worker processes; 0: threads only. A script that sets it needs an `if __name__ == "__main__":` guard."""
+
+    def __post_init__(self):
+        for name, choices in (("source", get_args(Kind)), ("channels", (None, 1, 3))):
+            if getattr(self, name) not in choices:
+                _refuse(self, name, f"is none of {', '.join(map(str, choices))}")
+        if not 0 <= self.validation < 1:
+            _refuse(self, "validation", "is not a share in [0, 1); try 0.1")
+        lowest = {"canvas": 1, "synthetic_images": 1, "synthetic_seed": 0, "threads": 0, "workers": 0}
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                _refuse(self, name, f"is below the least that works, {least}")
+
+
+def _refuse(config: DataConfig, name: str, why: str):
+    raise UserError(f"data.{name}={getattr(config, name)} {why}.")
+
+
+def open_source(config: DataConfig, split: Split) -> Source:
+    """Opens one split. `validation` is held out of the training pictures; `test` is the data's own test set.
+
+    Errors: UserError where the data is missing, damaged or laid out in another way.
+    """
+    if config.source == "fashion_mnist":
+        return fashion_mnist.open_split(config.root, split, config.validation, config.channels or 1)
+    if config.source == "synthetic":
+        return synthetic.open_split(
+            split,
+            images=config.synthetic_images,
+            canvas_shape=(config.canvas, config.canvas, config.channels or 3),
+            validation=config.validation,
+            seed=config.synthetic_seed,
+            varied=config.synthetic_varied,
+        )
+    if config.root is None:
+        raise UserError("data.root=None, but data.source=image_folder needs the folder that holds train/ and val/.")
+    return image_folder.open_split(config.root, split, config.validation, config.canvas, config.channels or 3)
+
+
+__all__ = ["DataConfig", "Source", "Split", "batches", "open_source", "sweep"]

@@ -1,0 +1,120 @@
+"""A run's log: `metrics.jsonl` is the truth, the terminal is a view of it."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Values = dict[str, float | list[float]]
+LINE_EVERY = 15.0  # seconds between lines where there is no terminal to draw a bar on
+
+
+def plain(value: object) -> float | list[float]:
+    """A metric as JSON holds it: a number, or a list with one number per layer."""
+    array = np.asarray(value, np.float64)
+    return float(array) if array.ndim == 0 else [float(x) for x in array]
+
+
+class Log:
+    """Appends to `metrics.jsonl` and shows progress; use as a context manager.
+
+    A resumed run drops the lines of steps that it is about to take again, and a last line torn by a crash.
+    """
+
+    def __init__(self, path: Path, *, steps: int, start: int):
+        self.path, self.steps, self.start = path, steps, start
+        self.console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                   TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self._last_line = 0.0
+
+    def __enter__(self) -> "Log":
+        kept = [line for line in read(self.path) if line["step"] < self.start]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        part.replace(self.path)
+        self._file = self.path.open("a", buffering=1)
+        self.progress.start()
+        self._task = self.progress.add_task("training", total=self.steps, completed=self.start, speed="")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+        self._file.close()
+
+    def begin(self, run: Path, batch_size: int) -> None:
+        """Says what is about to happen, and that the first step compiles."""
+        where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        resumed = f", continuing after step {self.start}" if self.start else ""
+        self.say(f"{run}: {self.steps} steps of {batch_size} images on {where}{resumed}")
+        self.say("compiling the training step, once ...")
+        self._clock, self._clock_step = time.perf_counter(), self.start
+
+    def compiled(self, loss: jax.Array) -> None:
+        """Waits for the first step, says how long it took, and starts the clock of speed."""
+        loss.block_until_ready()
+        self.say(f"compiled and ran the first step in {time.perf_counter() - self._clock:.1f} s")
+        self._first = time.perf_counter() - self._clock
+        self._clock, self._clock_step = time.perf_counter(), self.start
+
+    def seconds_per_step(self, step: int) -> float:
+        """Mean over the steps since the last call; the first step's holds its compilation."""
+        now, passed = time.perf_counter(), step - self._clock_step
+        seconds = (now - self._clock) / passed if passed else self._first
+        self._clock, self._clock_step = now, step
+        return seconds
+
+    def say(self, text: str) -> None:
+        """One line to the person at the terminal."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar: `step` is done."""
+        self.progress.update(self._task, completed=step + 1)
+
+    def write(self, step: int, values: Values) -> None:
+        """One line of metrics. Values that are not finite are written as null, which strict JSON can hold."""
+        line = {"step": step, **values}
+        self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        speed = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
+        self.progress.update(self._task, speed=speed)
+        if self.progress.disable and (time.monotonic() - self._last_line > LINE_EVERY or step + 1 == self.steps):
+            self._last_line = time.monotonic()
+            left = (self.steps - step - 1) * values["seconds_per_step"]
+            self.say(f"step {step + 1}/{self.steps}  {speed}  {clock(left)} left")
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a `metrics.jsonl`; a torn last line is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            print(f"{path}: skipped a torn line", file=sys.stderr)
+    return lines

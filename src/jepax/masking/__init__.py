@@ -1,0 +1,5 @@
+"""Masks: keys to static-shaped patch indices, on the device."""
+
+from jepax.masking.multiblock import MultiBlock, MultiBlockConfig, block_sizes
+
+__all__ = ["MultiBlock", "MultiBlockConfig", "block_sizes"]

@@ -1,0 +1,127 @@
+"""The vision transformer of I-JEPA: no class token, fixed positions, only the patches that are kept are embedded."""
+
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jepax.nn.blocks import LayerNorm, Linear, Remat, Stack
+from jepax.nn.position import sincos_2d
+from jepax.types import UserError
+
+SIZES: dict[str, dict[str, int | float]] = {
+    "tiny": {"width": 192, "depth": 12, "heads": 3},
+    "small": {"width": 384, "depth": 12, "heads": 6},
+    "base": {"width": 768, "depth": 12, "heads": 12},
+    "large": {"width": 1024, "depth": 24, "heads": 16},
+    "huge": {"width": 1280, "depth": 32, "heads": 16},
+    "giant": {"width": 1408, "depth": 40, "heads": 16, "mlp_ratio": 48 / 11},
+}
+"""Width, depth and heads by name (Assran et al. 2023; Zhai et al. 2022 for giant)."""
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Sizes and execution of an encoder. `ViTConfig(**SIZES["base"], patch_size=16)` is ViT-B/16."""
+
+    patch_size: int = 16
+    """Side of a square patch, in pixels."""
+    channels: int = 3
+    """Colour channels of the image: 1 or 3."""
+    width: int = 768
+    """Dimension of a token."""
+    depth: int = 12
+    """Number of blocks."""
+    heads: int = 12
+    """Attention heads; must divide the width."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over the width."""
+    init_std: float | None = 0.02
+    """Deviation of the initial weights (0.02 as published); None takes 1 / sqrt(fan in), better for small widths."""
+    scan: bool = False
+    """Run the blocks by a scan: compiles in seconds at any depth, costs 15 to 30% per step on a CPU."""
+    remat: Remat = "none"
+    """What the backward pass computes again: none, all but matrix products (dots), or whole blocks (full)."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise UserError(f"heads={self.heads} does not divide width={self.width}; try heads={_divisor(self)}")
+        if self.channels not in (1, 3):
+            raise UserError(f"channels={self.channels} is neither 1 (grey) nor 3 (colour)")
+        for field in ("patch_size", "width", "depth", "heads", "mlp_ratio"):
+            if getattr(self, field) <= 0:
+                raise UserError(f"{field}={getattr(self, field)} must be above 0")
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches of an image of `size` (height, width)."""
+        for name, side in zip(("height", "width"), size, strict=True):
+            if side % self.patch_size:
+                raise UserError(f"the image's {name} {side} is not a multiple of patch_size={self.patch_size};"
+                                f" try a patch_size of {_patches(side, self.patch_size)}")
+        return size[0] // self.patch_size, size[1] // self.patch_size
+
+
+def _divisor(config: ViTConfig) -> int:
+    return min((h for h in range(1, config.width + 1) if config.width % h == 0), key=lambda h: abs(h - config.heads))
+
+
+def _patches(side: int, patch_size: int) -> str:
+    near = sorted((d for d in range(1, side + 1) if side % d == 0), key=lambda d: abs(d - patch_size))[:2]
+    return " or ".join(str(d) for d in sorted(near))
+
+
+def patchify(images: Float[Array, "batch height width channels"], size: int) -> Float[Array, "batch patches pixels"]:
+    """Row-major patches; a patch's pixels are ordered (row, column, channel)."""
+    batch, height, width, channels = images.shape
+    rows, columns = height // size, width // size
+    split = images.reshape(batch, rows, size, columns, size, channels)
+    return split.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, size * size * channels)
+
+
+class ViT(eqx.Module):
+    """An encoder of patches: s = ViT(x), one token of `width` per patch, after the final LayerNorm.
+
+    Source: Dosovitskiy et al. 2021, as trimmed by Assran et al. 2023 (no class token, fixed 2-D sine-cosine
+    positions, truncated normal initialisation).
+    """
+
+    embed: Linear
+    stack: Stack
+    norm: LayerNorm
+    config: ViTConfig = eqx.field(static=True)
+
+    def __init__(self, config: ViTConfig, *, key: PRNGKeyArray):
+        key_embed, key_stack = jr.split(key)
+        pixels = config.patch_size**2 * config.channels
+        self.embed = Linear(pixels, config.width, std=config.init_std, key=key_embed)
+        self.stack = Stack(config.width, config.depth, config.heads, round(config.width * config.mlp_ratio),
+                           std=config.init_std, scan=config.scan, remat=config.remat, key=key_stack)
+        self.norm = LayerNorm(config.width)
+        self.config = config
+
+    def tokens(
+        self, images: Float[Array, "batch height width channels"], keep: Int[Array, "batch context"] | None = None
+    ) -> Float[Array, "batch tokens dim"]:
+        """Embedded patches with their positions; only those at the row-major indices `keep`, where given."""
+        grid = self.config.grid(images.shape[1:3])
+        patches = patchify(images, self.config.patch_size)
+        positions = jnp.asarray(sincos_2d(grid, self.config.width))
+        if keep is not None:
+            patches = jnp.take_along_axis(patches, keep[..., None], axis=1)
+            positions = positions[keep]
+        embedded = self.embed(patches)
+        return embedded + positions.astype(embedded.dtype)
+
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], keep: Int[Array, "batch context"] | None = None
+    ) -> Float[Array, "batch tokens dim"]:
+        return self.norm(self.stack(self.tokens(images, keep))[0])
+
+    def layers(
+        self, images: Float[Array, "batch height width channels"], count: int
+    ) -> Float[Array, "layers batch patches dim"]:
+        """The last `count` layers' outputs (all of them where there are fewer), each through the final LayerNorm."""
+        count = min(count, self.config.depth)
+        return self.norm(jnp.stack(self.stack(self.tokens(images), outputs=count)))

@@ -1,0 +1,27 @@
+"""Distances between predicted and target embeddings."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def smooth_l1(
+    prediction: Float[Array, "*shape"], target: Float[Array, "*shape"], beta: float = 1.0
+) -> Float[Array, "*shape"]:
+    """|d|^2 / (2 beta) where |d| < beta, else |d| - beta / 2, with d = prediction - target; elementwise.
+
+    Its gradient is clipped to [-1, 1]. Scale: per element, so that the mean does not depend on any width.
+    Source: Girshick 2015; the loss of the released I-JEPA code, with beta 1 (its paper says squared error).
+    """
+    distance = jnp.abs(prediction - target)
+    return jnp.where(distance < beta, 0.5 * jnp.square(distance) / beta, distance - 0.5 * beta)
+
+
+def squared_error(prediction: Float[Array, "*shape"], target: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """(prediction - target)^2, elementwise. Source: Assran et al. 2023, section 3 (there summed over dimensions)."""
+    return jnp.square(prediction - target)
+
+
+def masked_mean(values: Float[Array, "*shape dim"], valid: Bool[Array, "*shape"]) -> Float[Array, ""]:
+    """Mean over every element of the valid tokens of the global batch."""
+    weights = valid[..., None].astype(values.dtype)
+    return jnp.sum(values * weights) / (jnp.sum(weights) * values.shape[-1])

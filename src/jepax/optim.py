@@ -1,0 +1,113 @@
+"""AdamW with warm-up, scheduled decay, and optional clipping."""
+
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from jepax import schedules
+from jepax.types import UserError
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019); the defaults are I-JEPA's."""
+
+    peak_lr: float = 1e-3
+    """Learning rate at the end of the warm-up."""
+    start_lr: float = 2e-4
+    """Learning rate that the warm-up starts from."""
+    final_lr: float = 1e-6
+    """Learning rate that the cosine ends at."""
+    warmup_epochs: float = 40.0
+    """Epochs of linear warm-up."""
+    weight_decay: float = 0.04
+    """Weight decay at the first step; times the learning rate, on tensors of two or more dimensions only."""
+    final_weight_decay: float = 0.4
+    """Weight decay at the last step."""
+    decay_shape: schedules.Shape = "cosine"
+    """Path of the weight decay from first to last; constant stays at the first."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.999
+    """Decay of the mean of squared gradients."""
+    eps: float = 1e-8
+    """Added to the root of the mean of squared gradients."""
+    clip: float | None = None
+    """Greatest global norm of the gradient; None (as published) does not clip."""
+    horizon: float = 1.0
+    """Steps that the schedules take, over the run's steps (the public code's ipe_scale)."""
+
+    def __post_init__(self) -> None:
+        for name in ("peak_lr", "eps", "horizon"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"optim.{name}={getattr(self, name)} must be above 0")
+        for name in ("start_lr", "final_lr", "warmup_epochs", "weight_decay", "final_weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"optim.{name}={getattr(self, name)} must not be negative")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optim.{name}={getattr(self, name)} must be in [0, 1)")
+        if self.clip is not None and self.clip <= 0:
+            raise UserError(f"optim.clip={self.clip} must be above 0; None does not clip")
+
+
+class Optimizer(eqx.Module):
+    """AdamW and its schedules over one run. All of its arithmetic is in float32."""
+
+    config: OptimConfig = eqx.field(static=True)
+    total_steps: int = eqx.field(static=True)
+    warmup_steps: int = eqx.field(static=True)
+
+    @property
+    def _horizon(self) -> int:
+        return max(round(self.config.horizon * self.total_steps), 1)
+
+    def learning_rate(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
+        """Learning rate of the update of `step`, counted from 0: the schedule's value at step + 1, as published."""
+        c = self.config
+        return schedules.warmup_cosine(step + 1, start=c.start_lr, peak=c.peak_lr, final=c.final_lr,
+                                       warmup=self.warmup_steps, total=self._horizon)
+
+    def weight_decay(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
+        """Weight decay of the update of `step`, counted from 0: the schedule's value at step + 1, as published."""
+        c = self.config
+        return schedules.ramp(c.decay_shape, step + 1, start=c.weight_decay, final=c.final_weight_decay,
+                              total=self._horizon)
+
+    @property
+    def _adam(self) -> optax.GradientTransformation:
+        c = self.config
+        clip = optax.identity() if c.clip is None else optax.clip_by_global_norm(c.clip)
+        return optax.chain(clip, optax.scale_by_adam(b1=c.beta1, b2=c.beta2, eps=c.eps))
+
+    def init(self, params: PyTree) -> optax.OptState:
+        return self._adam.init(params)
+
+    def update(
+        self, grads: PyTree, opt_state: optax.OptState, params: PyTree, step: Int[Array, ""]
+    ) -> tuple[PyTree, optax.OptState]:
+        """The change to add to the parameters: -lr * (adam(grads) + decay * params, where they are decayed)."""
+        directions, opt_state = self._adam.update(grads, opt_state, params)
+        lr, decay = self.learning_rate(step), self.weight_decay(step)
+
+        def change(direction: Array, param: Array, decayed: bool) -> Array:
+            return -lr * (direction + decay * param if decayed else direction)
+
+        return jax.tree.map(change, directions, params, decayed(params)), opt_state
+
+
+def decayed(params: PyTree) -> PyTree:
+    """True at weight matrices and the mask token; never at biases, norms or any other one-dimensional tensor.
+
+    By name, because the arrays of stacked layers carry one dimension more than one layer's own.
+    """
+
+    def is_decayed(path: tuple, _: Array) -> bool:
+        *owners, name = [getattr(entry, "name", "") for entry in path]
+        return name == "mask_token" or (name == "weight" and not any("norm" in owner for owner in owners))
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)

@@ -1,0 +1,13 @@
+"""Where recipes are enrolled by their function's name."""
+
+from collections.abc import Callable
+
+from jepax.train import Config
+
+RECIPES: dict[str, Callable[[], Config]] = {}
+
+
+def recipe(function: Callable[[], Config]) -> Callable[[], Config]:
+    """Enrols a function that returns a `Config` whose `recipe` is the function's name."""
+    RECIPES[function.__name__] = function
+    return function

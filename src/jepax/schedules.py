@@ -1,0 +1,29 @@
+"""Schedules over the steps of a run, each a function of the step that works on numbers and, under `jit`, on arrays."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Step = int | float | Int[Array, ""] | Float[Array, ""]
+Shape = Literal["constant", "linear", "cosine"]
+
+
+def ramp(shape: Shape, step: Step, *, start: float, final: float, total: int) -> Float[Array, ""]:
+    """From `start` at step 0 to `final` at step `total`, and `final` from then on; `constant` stays at `start`."""
+    share = jnp.clip(jnp.asarray(step, float) / total, 0.0, 1.0)
+    if shape == "constant":
+        return jnp.asarray(start, share.dtype)
+    if shape == "linear":
+        return start + (final - start) * share
+    return final + (start - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * share))
+
+
+def warmup_cosine(step: Step, *, start: float, peak: float, final: float, warmup: int, total: int) -> Float[Array, ""]:
+    """Linear from `start` at step 0 to `peak` at step `warmup`, then a cosine to `final` at step `total`.
+
+    Source: the learning rate of I-JEPA, Assran et al. 2023, appendix A.
+    """
+    rise = ramp("linear", step, start=start, final=peak, total=max(warmup, 1))
+    fall = ramp("cosine", jnp.asarray(step, float) - warmup, start=peak, final=final, total=max(total - warmup, 1))
+    return jnp.where(jnp.asarray(step, float) < warmup, rise, fall)

@@ -1,0 +1,36 @@
+"""Where arrays lie: one mesh over all devices, the batch split over `data`, parameters on every device."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from jepax.types import Images, UserError
+
+
+def make_mesh() -> Mesh:
+    """All devices of all hosts on the axis `data`; `model` has size 1 until parameters are sharded.
+
+    The axes are `Auto`: `jax.make_mesh`'s default, `Explicit`, asks every array operation for shardings.
+    """
+    return jax.make_mesh((jax.device_count(), 1), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def check_batch(batch_size: int) -> None:
+    """Raises `UserError` where the devices cannot share the batch equally."""
+    devices = jax.device_count()
+    if batch_size % devices:
+        raise UserError(f"train.batch_size={batch_size} does not divide over {devices} devices;"
+                        f" try {max(batch_size // devices, 1) * devices}")
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Every array of the tree, whole on every device."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.device_put(x, sharding) if isinstance(x, (jax.Array, np.ndarray)) else x, tree)
+
+
+def shard_batch(images: Images, mesh: Mesh) -> Images:
+    """This host's slice of a batch, as its part of one array over all devices."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), images)

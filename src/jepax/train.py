@@ -1,0 +1,263 @@
+"""The training loop, from a `Config` to a trained and evaluated state: read this first."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from jepax import checkpoint, sharding
+from jepax import config as configs
+from jepax.data import DataConfig, Source, batches, open_source, sweep
+from jepax.evals import report
+from jepax.evals.collapse import effective_rank, feature_std
+from jepax.evals.floors import RawPixels
+from jepax.evals.report import EvalConfig
+from jepax.logs import Log, Values, plain
+from jepax.methods import AbstractMethod, IJEPAConfig, MethodConfig
+from jepax.optim import OptimConfig, Optimizer
+from jepax.trees import cast, norm, norms_by_layer, trainable
+from jepax.types import Images, Metrics, UserError
+from jepax.views import centre_crop
+
+PROBE_LAYERS = 4
+"""Layers whose outputs the probes may read: the last four, as published."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, in which batches and precision, and what is written on the way."""
+
+    batch_size: int = 2048
+    """Images per step, over all devices and hosts."""
+    epochs: float = 300.0
+    """Passes over the training split; parts of a pass are allowed."""
+    steps: int | None = None
+    """Steps of the run; None takes them from the epochs."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of matrix products; parameters, teacher, norms and losses stay in float32. auto: bfloat16 but on a CPU."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    save_every: int = 2000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "log_every", "save_every", "keep"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"train.{name}={getattr(self, name)} must be above 0")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"train.steps={self.steps} must be at least 1, or None to take them from train.epochs")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on. Recipes are functions that return one."""
+
+    recipe: str = "custom"
+    """Name of the recipe that this config began as."""
+    seed: int = 0
+    """Seed of the initial parameters, the order of examples, and every random choice of a step."""
+    method: MethodConfig = field(default_factory=IJEPAConfig)
+    """Method, its networks, masks and views."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Pictures."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and its schedules."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, batches, precision."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Probes."""
+
+
+class TrainState(eqx.Module):
+    """All that a step changes, and all that a checkpoint holds."""
+
+    method: AbstractMethod
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+
+
+def total_steps(config: Config, examples: int) -> int:
+    """Steps of a run over `examples` training pictures."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return max(round(config.train.epochs * examples / config.train.batch_size), 1)
+
+
+def make_optimizer(config: Config, steps: int, examples: int) -> Optimizer:
+    """The optimiser, its warm-up turned from epochs into steps."""
+    warmup = round(config.optim.warmup_epochs * examples / config.train.batch_size)
+    if warmup >= steps * config.optim.horizon:
+        raise UserError(f"optim.warmup_epochs={config.optim.warmup_epochs} is {warmup} steps, but the run has {steps};"
+                        " shorten the warm-up or lengthen the run")
+    return Optimizer(config.optim, steps, warmup)
+
+
+def init_state(method: AbstractMethod, optimizer: Optimizer) -> TrainState:
+    """The state before step 0. Only trainable parameters get optimiser state."""
+    params = eqx.filter(method, trainable(method))
+    return TrainState(method=method, opt_state=optimizer.init(params), step=jnp.int32(0))
+
+
+def first_state(config: Config, steps: int, optimizer: Optimizer) -> TrainState:
+    """The state that the config's seed begins with."""
+    return init_state(config.method.build(total_steps=steps, key=jr.key(config.seed)), optimizer)
+
+
+def train_step(
+    optimizer: Optimizer, state: TrainState, images: Images, root: PRNGKeyArray, compute: DTypeLike = jnp.float32
+) -> tuple[TrainState, Metrics]:
+    """One update: loss and gradients over the global batch, AdamW, then what gradients do not change.
+
+    Example i draws from `fold_in(fold_in(root, step), i)`, whatever the number of workers, devices or hosts.
+    """
+    params, rest = eqx.partition(state.method, trainable(state.method))
+
+    def loss_of(params: AbstractMethod) -> tuple[Array, Metrics]:
+        method = cast(eqx.combine(params, rest), compute)
+        return method.loss(images, key=jr.fold_in(root, state.step))
+
+    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, params, state.step)
+    method = eqx.combine(eqx.apply_updates(params, updates), rest)
+    method, moved = method.after_update(state.step)
+    metrics |= moved | {
+        "loss": loss,
+        "learning_rate": optimizer.learning_rate(state.step),
+        "weight_decay": optimizer.weight_decay(state.step),
+        "grad_norm": norm(grads),
+        "grad_norm_encoder_by_block": norms_by_layer(grads.encoder.stack.blocks),
+        "grad_norm_predictor": norm(getattr(grads, "predictor", None)),
+        "update_norm": norm(updates),
+    }
+    return TrainState(method=method, opt_state=opt_state, step=state.step + 1), metrics
+
+
+@eqx.filter_jit(donate="all-except-first")
+def compiled_step(inputs: tuple[Optimizer, Images, PRNGKeyArray, DTypeLike], state: TrainState) -> tuple[TrainState, Metrics]:
+    """`train_step` as one program; the old state's buffers become the new one's."""
+    optimizer, images, root, compute = inputs
+    return train_step(optimizer, state, images, root, compute)
+
+
+@eqx.filter_jit
+def diagnose(embeddings: Array) -> Metrics:
+    """What tells collapse, of one embedding per image: a program of its own, run only for steps that are logged."""
+    embeddings = embeddings.astype(jnp.float32)
+    return {"target_std": feature_std(embeddings), "target_rank": effective_rank(embeddings)}
+
+
+def compute_dtype(config: Config) -> DTypeLike:
+    """Type of matrix products. bfloat16 is slower than float32 on the CPUs that were measured."""
+    if config.train.precision == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(config.train.precision)
+
+
+def claim(run: Path, config: Config) -> None:
+    """Writes `config.yaml` into a new run folder; in an old one, refuses a config that differs from its own."""
+    path = run / "config.yaml"
+    if path.exists():
+        different = configs.differences(configs.load(Config, path), config)
+        if different:
+            raise UserError("\n".join([f"{run} holds a run of another config (there -> here):", *different[:3],
+                                       "take another --run-dir, or the folder's own config.yaml"]))
+    else:
+        run.mkdir(parents=True, exist_ok=True)
+        configs.dump(config, path)
+
+
+def refuse_not_finite(step: int, loss: Array) -> None:
+    """Raises `UserError` naming the step. The state after it is lost, so nothing of it is saved."""
+    if not np.isfinite(loss):
+        raise UserError(f"the loss of step {step} is {float(loss)}: training stopped, nothing was saved after it;\n"
+                        "try a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.clip=1.0")
+
+
+def log_values(metrics: Metrics, seconds_per_step: float, batch_size: int) -> Values:
+    """A step's metrics as they are logged."""
+    shown = {name: value for name, value in metrics.items() if name != "embeddings"}
+    values = {name: plain(value) for name, value in (shown | diagnose(metrics["embeddings"])).items()}
+    return values | {"seconds_per_step": seconds_per_step, "images_per_second": batch_size / seconds_per_step}
+
+
+def train(config: Config, run: Path) -> TrainState:
+    """Trains in the folder `run`, or continues there: restore -> for batch: step -> log -> save.
+
+    Raises `UserError` where the folder holds a run of another config, and where the loss stops being finite.
+    """
+    sharding.check_batch(config.train.batch_size)
+    source = open_source(config.data, "train")
+    steps = total_steps(config, len(source))
+    optimizer = make_optimizer(config, steps, len(source))
+    mesh, compute = sharding.make_mesh(), compute_dtype(config)
+    root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), mesh)
+    state = sharding.replicate(first_state(config, steps, optimizer), mesh)
+    claim(run, config)
+
+    saved = checkpoint.whole_steps(run / "checkpoints")
+    state = checkpoint.restore(run / "checkpoints", saved[-1], state) if saved else state
+    start, every = int(state.step), config.train
+    with Log(run / "metrics.jsonl", steps=steps, start=start) as log:
+        log.begin(run, every.batch_size)
+        previous = None
+        for step, images in enumerate(read(config, source, steps, start), start):
+            state, metrics = compiled_step((optimizer, sharding.shard_batch(images, mesh), root, compute), state)
+            if previous is not None:  # the step before: the device never waits for this check
+                refuse_not_finite(*previous)
+            previous = step, metrics["loss"]
+            if step == start:
+                log.compiled(metrics["loss"])
+            if step == start or (step + 1) % every.log_every == 0 or step + 1 == steps:
+                refuse_not_finite(*previous)
+                log.write(step, log_values(metrics, log.seconds_per_step(step), every.batch_size))
+            if (step + 1) % every.save_every == 0 or step + 1 == steps:
+                refuse_not_finite(*previous)
+                checkpoint.save(run / "checkpoints", step + 1, state, keep=every.keep)
+            log.advance(step)
+    return state
+
+
+def read(config: Config, source: Source, steps: int, start: int) -> Iterator[Images]:
+    """This host's slices of the batches of steps `start` to `steps` - 1."""
+    return batches(source, batch_size=config.train.batch_size, steps=steps, start=start, seed=config.seed,
+                   threads=config.data.threads, workers=config.data.workers,
+                   process_index=jax.process_index(), process_count=jax.process_count())
+
+
+def restored(config: Config, run: Path) -> TrainState:
+    """The newest whole checkpoint of a run. Raises `UserError` where there is none."""
+    saved = checkpoint.whole_steps(run / "checkpoints")
+    if not saved:
+        raise UserError(f"{run} holds no whole checkpoint; train it first: jepax train {run / 'config.yaml'} --run-dir {run}")
+    examples = len(open_source(config.data, "train"))
+    steps = total_steps(config, examples)
+    state = sharding.replicate(first_state(config, steps, make_optimizer(config, steps, examples)), sharding.make_mesh())
+    return checkpoint.restore(run / "checkpoints", saved[-1], state)
+
+
+def evaluate(config: Config, state: TrainState, run: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Probes the target encoder, beside its own untrained self, raw pixels and the majority class; writes evals/."""
+    sources = {split: open_source(config.data, split) for split in ("train", "validation", "test")}
+    sweeps = {split: partial(sweep, source, config.eval.batch_size) for split, source in sources.items()}
+    untrained = first_state(config, 1 + int(state.step), make_optimizer(config, 10**9, 1)).method
+    results = report.evaluate_all(
+        lambda images: state.method.features(images, PROBE_LAYERS),
+        lambda images: untrained.features(images, PROBE_LAYERS),
+        RawPixels(lambda images: centre_crop(images, config.method.crop)),
+        report.Splits(**sweeps), sources["train"].classes, config.eval,
+        step=int(state.step), key=jr.key(config.seed), say=say,
+    )
+    report.write(results, run, f"step_{int(state.step):08d}")
+    return results

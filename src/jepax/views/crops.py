@@ -1,0 +1,239 @@
+"""Crops on the device: a canvas, a box and a key become one view, at static shapes and inside `jit`.
+
+An antialiased resize of one picture is two matrix products, view = R X C^T, where row i of R holds the weights that the
+picture's rows carry in the view's row i, and C the same for columns. The weights are Pillow's: a kernel k around the
+output pixel's centre, widened by the reduction s = max(1, box / output), zero outside the limits, and of sum one:
+
+    R[i, y] ~ k((y + 1/2 - top - (i + 1/2) height / output) / s)
+
+Source: Pillow, src/libImaging/Resample.c (resize); torchvision, transforms.RandomResizedCrop and CenterCrop (boxes).
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, Real, UInt8
+
+from jepax.types import AnyArray, Images, UserError
+
+Filter = Literal["bilinear", "bicubic"]
+_TRIES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class CropConfig:
+    """How a picture becomes a view. The defaults are those of I-JEPA's public ImageNet runs (src/transforms.py)."""
+
+    size: tuple[int, int] = (224, 224)
+    """Height and width of the view, in pixels."""
+    scale: tuple[float, float] = (0.3, 1.0)
+    """Smallest and largest share of the picture's area that a random crop takes."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest width over height of a random crop, drawn log-uniformly."""
+    filter: Filter = "bilinear"
+    """Kernel of the antialiased resize, as Pillow defines it."""
+    flip: float = 0.0
+    """Chance of a horizontal flip."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Mean of the pixel values in [0, 1], one per channel; ImageNet's by default."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Standard deviation of the pixel values in [0, 1], one per channel; ImageNet's by default."""
+    centre_resize: float = 256 / 224
+    """Evaluation: the picture is resized to cover size * centre_resize, then its centre is cut to size."""
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` at the first field whose value cannot work."""
+        self._require("size", len(self.size) == 2 and min(self.size) >= 1, "two positive sides; try (224, 224)")
+        self._require("scale", _is_range(self.scale) and self.scale[1] <= 1, "0 < low <= high <= 1; try (0.3, 1.0)")
+        self._require("ratio", _is_range(self.ratio), "0 < low <= high; try (0.75, 1.3333)")
+        self._require("filter", self.filter in ("bilinear", "bicubic"), "bilinear or bicubic")
+        self._require("flip", 0 <= self.flip <= 1, "a chance between 0 and 1; try 0.5")
+        self._require("mean", len(self.mean) >= 1 and all(map(math.isfinite, self.mean)), "one number per channel")
+        self._require("std", all(0 < s < math.inf for s in self.std), "positive numbers, one per channel")
+        self._require("std", len(self.std) == len(self.mean), f"as many numbers as crop.mean={self.mean}")
+        self._require("centre_resize", 1 <= self.centre_resize < math.inf, "at least 1; 1 cuts nothing off")
+
+    def _require(self, field: str, holds: bool, need: str) -> None:
+        if not holds:
+            raise UserError(f"crop.{field}={getattr(self, field)!r} does not work: it needs {need}")
+
+
+def random_resized_crop(
+    images: Images, keys: Key[Array, "batch"], config: CropConfig
+) -> Float[Array, "batch height width channels"]:
+    """A random box of each picture, resized, perhaps flipped, and normalised; a function of picture and key alone.
+
+    Raises `UserError` if the pictures' channels are not as many as the config's mean and std.
+    """
+    key_box, key_flip = jnp.moveaxis(jax.vmap(jr.split)(keys), 1, 0)
+    box = sample_boxes(key_box, images.size, config)
+    flip = jax.vmap(lambda key: jr.bernoulli(key, config.flip))(key_flip)
+    return normalise(resample(images.canvas, box, config.size, config.filter, flip=flip), config)
+
+
+def centre_crop(images: Images, config: CropConfig) -> Float[Array, "batch height width channels"]:
+    """The view for evaluation: resized to just cover size * centre_resize, the centre cut to size, normalised.
+
+    With a square size the shorter side becomes size * centre_resize, as torchvision's Resize and CenterCrop do. One
+    resample does both steps: its weights may reach past the crop, to the picture's edges, as in resize-then-crop.
+    Raises `UserError` if the pictures' channels are not as many as the config's mean and std.
+    """
+    picture = jnp.asarray(images.size, jnp.int32)
+    box = _centre_boxes(picture, config)
+    limits = jnp.concatenate([jnp.zeros_like(picture), picture], axis=1)
+    return normalise(resample(images.canvas, box, config.size, config.filter, limits=limits), config)
+
+
+def sample_boxes(
+    keys: Key[Array, "batch"], size: Int[AnyArray, "batch 2"], config: CropConfig
+) -> Int[Array, "batch 4"]:
+    """One random box per picture of height and width `size`, in pixels: top, left, height, width.
+
+    The area's share is uniform in `config.scale`, width over height log-uniform in `config.ratio`, the place uniform.
+    """
+    return jax.vmap(lambda key, picture: _sample_box(key, picture, config))(keys, jnp.asarray(size, jnp.int32))
+
+
+def resample(
+    canvas: UInt8[AnyArray, "batch rows columns channels"],
+    box: Real[Array, "batch 4"],
+    size: tuple[int, int],
+    filter: Filter,
+    *,
+    flip: Bool[Array, "batch"] | None = None,
+    limits: Real[Array, "batch 4"] | None = None,
+) -> Float[Array, "batch {size[0]} {size[1]} channels"]:
+    """Each canvas's box (top, left, height, width in pixels, also fractions) resized to `size`; values in [0, 1].
+
+    Only pixels that `limits` touches are read. By default these are the box's own, which equals crop-then-resize; a
+    wider rectangle of the same form equals resize-then-crop. The box lies within the limits, these within the canvas.
+    `flip` mirrors left and right.
+
+    Bicubic weights overshoot, so each pass is clipped, as in Pillow. Differs from Pillow: no rounding to whole values;
+    bicubic always takes the columns first, where Pillow from 13 on takes the rows first if the height shrinks more.
+    """
+    limits = box if limits is None else limits
+    rows, columns = canvas.shape[1:3]
+    weigh_rows = _weights(box[:, 0::2], limits[:, 0::2], rows, size[0], filter)
+    weigh_columns = _weights(box[:, 1::2], limits[:, 1::2], columns, size[1], filter)
+    if flip is not None:
+        weigh_columns = jnp.where(flip[:, None, None], weigh_columns[:, ::-1], weigh_columns)
+    # Whole numbers up to 255 are exact in every matrix format an accelerator may choose; hence the division comes last.
+    canvas = jnp.asarray(canvas, jnp.float32)
+    return _two_products(canvas, weigh_rows, weigh_columns, _columns_first(rows, columns, size, filter)) / 255
+
+
+def normalise(
+    pixels: Float[Array, "*batch height width channels"], config: CropConfig
+) -> Float[Array, "*batch height width channels"]:
+    """(pixels - mean) / std for pixel values in [0, 1]. Raises `UserError` if the channels are not as many as mean."""
+    mean, std = _statistics(pixels, config)
+    return (pixels - mean) / std
+
+
+def denormalise(
+    view: Float[Array, "*batch height width channels"], config: CropConfig
+) -> Float[Array, "*batch height width channels"]:
+    """A normalised view's pixel values, clipped to [0, 1], for figures. Raises `UserError` as `normalise` does."""
+    mean, std = _statistics(view, config)
+    return jnp.clip(view * std + mean, 0, 1)
+
+
+def _statistics(pixels: Array, config: CropConfig) -> tuple[Array, Array]:
+    channels = pixels.shape[-1]
+    if channels != len(config.mean):
+        raise UserError(
+            f"crop.mean={config.mean} and crop.std={config.std} have {len(config.mean)} value(s), "
+            f"the pictures {channels} channel(s); give one per channel"
+        )
+    return jnp.asarray(config.mean, pixels.dtype), jnp.asarray(config.std, pixels.dtype)
+
+
+def _is_range(pair: tuple[float, ...]) -> bool:
+    return len(pair) == 2 and 0 < pair[0] <= pair[1] < math.inf
+
+
+def _sample_box(key: PRNGKeyArray, picture: Int[Array, "2"], config: CropConfig) -> Int[Array, "4"]:
+    """The first of ten drawn sides that fits the picture, else the largest central box of an allowed ratio."""
+    key_area, key_ratio, key_place = jr.split(key, 3)
+    low, high = (math.log(ratio) for ratio in config.ratio)
+    area = jnp.prod(picture) * jr.uniform(key_area, (_TRIES,), minval=config.scale[0], maxval=config.scale[1])
+    ratio = jnp.exp(jr.uniform(key_ratio, (_TRIES,), minval=low, maxval=high))
+    sides = jnp.round(jnp.sqrt(jnp.stack([area / ratio, area * ratio], axis=1))).astype(picture.dtype)
+    fits = jnp.all((sides > 0) & (sides <= picture), axis=1)
+    drawn = sides[jnp.argmax(fits)]
+    # With no draw that fits `drawn` may exceed the picture; its place is then not used.
+    place = jr.randint(key_place, (2,), 0, jnp.maximum(picture - drawn, 0) + 1, dtype=picture.dtype)
+    central = _central_sides(picture, config)
+    fallback = jnp.concatenate([(picture - central) // 2, central])
+    return jnp.where(jnp.any(fits), jnp.concatenate([place, drawn]), fallback)
+
+
+def _central_sides(picture: Int[Array, "2"], config: CropConfig) -> Int[Array, "2"]:
+    """The picture's height and width, the longer one shortened until the ratio is allowed."""
+    height, width = picture
+    tallest = jnp.round(width / config.ratio[0]).astype(picture.dtype)
+    widest = jnp.round(height * config.ratio[1]).astype(picture.dtype)
+    return jnp.maximum(1, jnp.minimum(picture, jnp.stack([tallest, widest])))
+
+
+def _centre_boxes(picture: Int[Array, "batch 2"], config: CropConfig) -> Float[Array, "batch 4"]:
+    """The centre crop's box in the picture's own pixels."""
+    cover = jnp.asarray([round(side * config.centre_resize) for side in config.size], picture.dtype)
+    # The side that binds is resized to cover exactly, the other in proportion, rounded down as torchvision's Resize.
+    shorter = picture[:, 0] * cover[1] <= picture[:, 1] * cover[0]
+    shorter = jnp.stack([shorter, ~shorter], axis=1)
+    resized = jnp.where(shorter, cover, (picture * cover[::-1]) // picture[:, ::-1])
+    start = jnp.round((resized - jnp.asarray(config.size)) / 2)
+    pixels = picture / resized
+    return jnp.concatenate([start * pixels, jnp.asarray(config.size) * pixels], axis=1)
+
+
+def _weights(
+    span: Real[Array, "batch 2"], limits: Real[Array, "batch 2"], pixels: int, out: int, filter: Filter
+) -> Float[Array, "batch out pixels"]:
+    """Weight of each input pixel in each output pixel along one side; spans are start and length. Rows sum to one."""
+    start, length = (side[:, None, None].astype(jnp.float32) for side in span.T)
+    first, reach = (side[:, None, None].astype(jnp.float32) for side in limits.T)
+    step = length / out
+    pixel = jnp.arange(pixels, dtype=jnp.float32)
+    centre = start + (jnp.arange(out, dtype=jnp.float32)[:, None] + 0.5) * step
+    distance = jnp.abs(pixel + 0.5 - centre) / jnp.maximum(step, 1)
+    touched = (pixel + 1 > first) & (pixel < first + reach)
+    weights = jnp.where(touched, _triangle(distance) if filter == "bilinear" else _keys(distance), 0)
+    return weights / jnp.sum(weights, axis=2, keepdims=True)
+
+
+def _triangle(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """k(x) = max(0, 1 - x) at distances x >= 0."""
+    return jnp.maximum(0, 1 - x)
+
+
+def _keys(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Keys' cubic, a = -1/2, x >= 0: 3/2 x^3 - 5/2 x^2 + 1 below 1, -1/2 (x^3 - 5 x^2 + 8 x - 4) below 2."""
+    near = (1.5 * x - 2.5) * x**2 + 1
+    far = -0.5 * (((x - 5) * x + 8) * x - 4)
+    return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
+
+
+def _columns_first(rows: int, columns: int, size: tuple[int, int], filter: Filter) -> bool:
+    """Pillow's usual order where the clip between the passes makes it matter, else the one with fewer operations."""
+    height, width = size
+    return filter == "bicubic" or width * rows * (columns + height) < height * columns * (rows + width)
+
+
+def _two_products(
+    canvas: Float[Array, "batch rows columns channels"],
+    weigh_rows: Float[Array, "batch height rows"],
+    weigh_columns: Float[Array, "batch width columns"],
+    columns_first: bool,
+) -> Float[Array, "batch height width channels"]:
+    """Both passes as products of the whole batch, each clipped to the range of pixel values, from 0 to 255."""
+    passes = [("bor,brxc->boxc", weigh_rows), ("bpx,byxc->bypc", weigh_columns)]
+    for product, weights in reversed(passes) if columns_first else passes:
+        canvas = jnp.clip(jnp.einsum(product, weights, canvas), 0, 255)
+    return canvas

@@ -1,0 +1,132 @@
+"""Finding, checking and fetching Fashion-MNIST, on made-up pictures; no network."""
+
+import gzip
+import hashlib
+
+import numpy as np
+import pytest
+
+from jepax.data import DataConfig, open_source
+from jepax.data.sources import fashion_mnist
+from jepax.types import UserError
+
+COUNT = 20
+
+
+def idx(name: str) -> bytes:
+    generator = np.random.default_rng(len(name))
+    if "labels" in name:
+        return bytes(8) + (np.arange(COUNT) % 2).astype(np.uint8).tobytes()
+    return bytes(16) + generator.integers(0, 256, COUNT * 784, dtype=np.uint8).tobytes()
+
+
+FILES = {name: idx(name) for name in fashion_mnist.DIGESTS}
+
+
+def write(folder, names=tuple(FILES), compress=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / (f"{name}.gz" if compress else name)).write_bytes(
+            gzip.compress(FILES[name]) if compress else FILES[name]
+        )
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Made-up digests, no system folder, an empty cache and no fetchers."""
+    monkeypatch.setattr(fashion_mnist, "DIGESTS", {n: hashlib.sha256(b).hexdigest() for n, b in FILES.items()})
+    monkeypatch.setattr(fashion_mnist, "SYSTEM", tmp_path / "system")
+    monkeypatch.setattr(fashion_mnist, "FETCHERS", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_read_from_root(tmp_path, compress):
+    write(tmp_path / "here", compress=compress)
+    source = open_source(DataConfig(root=str(tmp_path / "here")), "test")
+    canvas, size, label = source.load(np.array([3, 0]))
+    assert canvas[0].tobytes() == FILES["t10k-images-idx3-ubyte"][16 + 3 * 784 : 16 + 4 * 784]
+    assert size.tolist() == [[28, 28]] * 2 and label.tolist() == [1, 0] and source.classes == 10
+
+
+def test_splits_are_disjoint_and_channels_repeat(tmp_path):
+    write(tmp_path / "system")
+    config = DataConfig(channels=3)
+    parts = [open_source(config, split) for split in ("train", "validation", "test")]
+    assert [len(part) for part in parts] == [18, 2, 20]
+    seen = {picture.tobytes() for part in parts for picture in part.load(np.arange(len(part)))[0]}
+    assert len(seen) == 40 and parts[0].canvas_shape == (28, 28, 3)
+    canvas = parts[0].load(np.arange(2))[0]
+    np.testing.assert_array_equal(canvas[..., 0], canvas[..., 2])
+
+
+def test_wrong_content_under_root_is_refused(tmp_path, monkeypatch):
+    write(tmp_path)
+    monkeypatch.setitem(fashion_mnist.DIGESTS, "train-labels-idx1-ubyte", "0" * 64)
+    with pytest.raises(UserError, match=r"data\.root=.*train-labels-idx1-ubyte\.gz is not the published"):
+        open_source(DataConfig(root=str(tmp_path)), "train")
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\x1f\x8bnonsense", gzip.compress(b"x" * 999)[:-12], gzip.compress(bytes(99))[:15] + b"\xff" * 9]
+)
+def test_damaged_files_under_root_are_refused(tmp_path, damage):
+    write(tmp_path)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(damage)
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz is damaged"):
+        open_source(DataConfig(root=str(tmp_path)), "train")
+
+
+def test_missing_under_root_is_refused_without_looking_elsewhere(tmp_path):
+    write(tmp_path / "system")
+    with pytest.raises(UserError, match=r"data\.root=.*empty: train-images-idx3-ubyte\.gz is not in"):
+        open_source(DataConfig(root=str(tmp_path / "empty")), "train")
+
+
+def test_fetched_once_into_the_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fashion_mnist, "FETCHERS", {"nowhere": refuse, "somewhere": write})
+    assert len(open_source(DataConfig(), "test")) == COUNT
+    assert "fetched from somewhere into" in capsys.readouterr().err
+    cache = tmp_path / "cache/jepax/fashion-mnist"
+    assert sorted(path.name for path in cache.iterdir()) == sorted(f"{name}.gz" for name in FILES)
+    monkeypatch.setattr(fashion_mnist, "FETCHERS", {})
+    assert len(open_source(DataConfig(), "validation")) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_damaged_cache_is_reported_and_fetched_again(tmp_path, monkeypatch, capsys):
+    cache = tmp_path / "cache/jepax/fashion-mnist"
+    write(cache)
+    (cache / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"other"))
+    monkeypatch.setattr(fashion_mnist, "FETCHERS", {"somewhere": write})
+    assert len(open_source(DataConfig(), "test")) == COUNT
+    assert "is not the published t10k-images-idx3-ubyte" in capsys.readouterr().err
+
+
+def test_other_content_is_never_kept(tmp_path, monkeypatch):
+    def other(folder):
+        write(folder)
+        (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"<html>not found</html>"))
+
+    monkeypatch.setattr(fashion_mnist, "FETCHERS", {"a portal": other})
+    with pytest.raises(UserError, match=r"a portal: .*is not the published"):
+        open_source(DataConfig(), "train")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_when_nothing_helps_the_error_says_what_was_tried(monkeypatch):
+    monkeypatch.setattr(fashion_mnist, "FETCHERS", {"one": refuse, "two": refuse})
+    with pytest.raises(UserError, match=r"one: no route; two: no route") as caught:
+        open_source(DataConfig(), "train")
+    text = str(caught.value)
+    assert text.startswith("data.source=fashion_mnist") and "data.root" in text and len(text.splitlines()) <= 5
+
+
+def test_a_system_without_apt_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(fashion_mnist.shutil, "which", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="no apt-get"):
+        fashion_mnist._unpack_package(tmp_path)
+
+
+def refuse(folder):
+    raise OSError("no route")

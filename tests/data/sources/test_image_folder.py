@@ -1,0 +1,87 @@
+"""ImageNet's layout: which files are found, in which order, in which split."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jepax.data import DataConfig, batches, open_source
+from jepax.types import UserError
+
+
+def picture(path, grey, size=(5, 3)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, grey).save(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    for number in range(10):
+        picture(tmp_path / f"train/cat/{number}.png", number)
+        picture(tmp_path / f"train/Dog/deep/er/{number}.PNG", 10 + number)
+    picture(tmp_path / "val/cat/x.bmp", 100, (40, 20))
+    picture(tmp_path / "train/cat/.hidden.png", 0)
+    (tmp_path / "train/cat/readme.txt").write_text("no picture")
+    (tmp_path / "train/.cache").mkdir()
+    return tmp_path
+
+
+def open_(root, split, **settings):
+    return open_source(DataConfig(source="image_folder", root=str(root), canvas=16, **settings), split)
+
+
+def greys(source):
+    return source.load(np.arange(len(source)))[0][:, 0, 0, 0].tolist()
+
+
+def test_splits(root):
+    train, validation, test = (open_(root, split) for split in ("train", "validation", "test"))
+    assert (len(train), len(validation), len(test)) == (18, 2, 1)
+    assert train.class_names == test.class_names == ("Dog", "cat") and train.canvas_shape == (16, 16, 3)
+    assert sorted(greys(train) + greys(validation)) == list(range(20))
+    assert validation.labels.tolist() == [0, 1] and test.labels.tolist() == [1]
+    canvas, size, label = test.load(np.array([0]))
+    assert size.tolist() == [[8, 16]] and label.tolist() == [1]
+    assert (canvas[0, :8] == 100).all() and not canvas[0, 8:].any()
+
+
+def test_listing_is_sorted(root):
+    assert greys(open_(root, "train", validation=0.0, channels=1)) == [*range(10, 20), *range(10)]
+
+
+def test_batches_are_shuffled_over_the_classes(root):
+    source = open_(root, "train", validation=0.0)
+    stream = batches(source, batch_size=4, steps=5, seed=0)
+    seen = [grey for images in stream for grey in images.canvas[:, 0, 0, 0].tolist()]
+    assert sorted(seen) == list(range(20)) and seen != greys(source)
+
+
+def test_a_broken_file_is_named(root):
+    (root / "val/cat/x.bmp").write_bytes(b"BM")
+    with pytest.raises(UserError, match=r"val/cat/x\.bmp cannot be read"):
+        open_(root, "test").load(np.array([0]))
+
+
+def test_a_broken_file_is_named_from_a_worker_too(root):
+    (root / "val/cat/x.bmp").write_bytes(b"BM")
+    stream = batches(open_(root, "test"), batch_size=1, steps=1, seed=0, threads=1, workers=1)
+    with pytest.raises(UserError, match=r"val/cat/x\.bmp cannot be read"):
+        next(stream)
+
+
+@pytest.mark.parametrize("missing, split", [("val", "test"), ("train", "train"), ("train", "test")])
+def test_a_missing_folder_is_named(root, missing, split):
+    (root / missing).rename(root / "elsewhere")
+    with pytest.raises(UserError, match=rf"data\.root=.* has no folder {missing}/"):
+        open_(root, split)
+
+
+def test_a_class_unknown_to_train_is_refused(root):
+    picture(root / "val/wolf/a.png", 0)
+    with pytest.raises(UserError, match="val/wolf is no class of train/"):
+        open_(root, "test")
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path):
+    picture(tmp_path / "train/a.png", 0)
+    with pytest.raises(UserError, match="no picture found under train/CLASS/"):
+        open_(tmp_path, "train")

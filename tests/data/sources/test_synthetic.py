@@ -1,0 +1,47 @@
+"""A generated picture follows from seed, pool and row alone."""
+
+import numpy as np
+import pytest
+
+from jepax.data import DataConfig, open_source
+from jepax.data.sources import synthetic
+from jepax.data.sources.synthetic import NAMES
+
+
+def pictures(**changes):
+    settings = {"images": 16, "canvas_shape": (16, 16, 3)} | changes
+    return synthetic.open_split("train", **settings).load(np.arange(8))[0]
+
+
+def test_deterministic_and_seeded():
+    np.testing.assert_array_equal(pictures(), pictures(images=32))
+    assert not np.array_equal(pictures(), pictures(seed=1))
+
+
+def test_order_of_loading_does_not_matter():
+    source = synthetic.open_split("train", images=16, canvas_shape=(16, 16, 1))
+    whole = source.load(np.arange(16))
+    some = source.load(np.array([9, 2, 9]))
+    for part, all_of_it in zip(some, whole, strict=True):
+        np.testing.assert_array_equal(part, all_of_it[[9, 2, 9]])
+
+
+def test_splits_share_no_picture():
+    config = DataConfig(source="synthetic", canvas=8, synthetic_images=80, channels=1)
+    seen = []
+    for split in ("train", "validation", "test"):
+        source = open_source(config, split)
+        assert source.canvas_shape == (8, 8, 1) and source.class_names == NAMES and source.classes == 8
+        seen += [picture.tobytes() for picture in source.load(np.arange(len(source)))[0]]
+    assert len(seen) == 80 + 16 and len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize("canvas_shape", [(1, 1, 3), (2, 3, 1), (9, 16, 3)])
+def test_varied_sizes_stay_on_the_canvas(canvas_shape):
+    source = synthetic.open_split("train", images=16, canvas_shape=canvas_shape, varied=True)
+    canvas, size, label = source.load(np.arange(16))
+    assert label.tolist() == [*range(8), *range(8)]
+    for picture, (height, width) in zip(canvas, size, strict=True):
+        assert (canvas_shape[0] + 1) // 2 <= height <= canvas_shape[0]
+        assert (canvas_shape[1] + 1) // 2 <= width <= canvas_shape[1]
+        assert not picture[height:].any() and not picture[:, width:].any()

@@ -1,0 +1,57 @@
+"""Settings are checked where they are written, and splits share no picture."""
+
+import numpy as np
+import pytest
+
+from jepax.data import DataConfig, open_source
+from jepax.data.sources import held_out, rows_of
+from jepax.types import UserError
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("source", "imagenet"),
+        ("channels", 4),
+        ("validation", 1.0),
+        ("validation", -0.1),
+        ("canvas", 0),
+        ("synthetic_images", 0),
+        ("synthetic_seed", -1),
+        ("threads", -1),
+        ("workers", -1),
+    ],
+)
+def test_a_bad_setting_is_named_with_its_value(name, value):
+    config = DataConfig()
+    object.__setattr__(config, name, value)  # the constructor's type check, on in tests only, would be first to object
+    with pytest.raises(UserError, match=rf"data\.{name}={value} "):
+        config.__post_init__()
+
+
+def test_image_folder_needs_a_root():
+    with pytest.raises(UserError, match=r"data\.root=None"):
+        open_source(DataConfig(source="image_folder"), "train")
+
+
+def test_held_out_rows_are_a_fixed_balanced_share():
+    labels = np.repeat(np.arange(4, dtype=np.int32), 50)
+    marks = held_out(labels, 0.1)
+    assert np.bincount(labels[marks]).tolist() == [5, 5, 5, 5]
+    np.testing.assert_array_equal(marks, held_out(labels, 0.1))
+    assert np.all(marks <= held_out(labels, 0.3))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_train_and_validation_part_the_pool(share):
+    labels = np.arange(40, dtype=np.int32) % 3
+    train = rows_of("train", labels, share)
+    validation = np.flatnonzero(held_out(labels, share))
+    assert sorted([*train, *validation]) == list(range(40))
+
+
+def test_an_empty_validation_split_is_refused():
+    config = DataConfig(source="synthetic", canvas=8, validation=0.0, synthetic_images=16)
+    assert len(open_source(config, "train")) == 16
+    with pytest.raises(UserError, match=r"data\.validation=0\.0 leaves no picture for the validation split"):
+        open_source(config, "validation")
