@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import equinox as eqx
 import jax
-import orbax.checkpoint.v1 as ocp
+import orbax.checkpoint.experimental.v1 as ocp
 
 from jepax.types import UserError
 

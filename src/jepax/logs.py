@@ -56,7 +56,8 @@ class Log:
         where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         resumed = f", continuing after step {self.start}" if self.start else ""
         self.say(f"{run}: {self.steps} steps of {batch_size} images on {where}{resumed}")
-        self.say("compiling the training step, once ...")
+        if self.start < self.steps:
+            self.say("compiling the training step, once ...")
         self._clock, self._clock_step = time.perf_counter(), self.start
 
     def compiled(self, loss: jax.Array) -> None:

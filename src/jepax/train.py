@@ -145,7 +145,9 @@ def train_step(
 
 
 @eqx.filter_jit(donate="all-except-first")
-def compiled_step(inputs: tuple[Optimizer, Images, PRNGKeyArray, DTypeLike], state: TrainState) -> tuple[TrainState, Metrics]:
+def compiled_step(
+    inputs: tuple[Optimizer, Images, PRNGKeyArray, DTypeLike], state: TrainState
+) -> tuple[TrainState, Metrics]:
     """`train_step` as one program; the old state's buffers become the new one's."""
     optimizer, images, root, compute = inputs
     return train_step(optimizer, state, images, root, compute)
@@ -178,6 +180,16 @@ def claim(run: Path, config: Config) -> None:
         configs.dump(config, path)
 
 
+def check(config: Config, source: Source) -> None:
+    """Raises `UserError` where method and data do not fit each other, before anything is built."""
+    method, has = config.method, source.canvas_shape[2]
+    for name, channels in (("encoder.channels", method.encoder.channels), ("crop.mean", len(method.crop.mean))):
+        if channels != has:
+            raise UserError(f"method.{name} is for {channels} channels, but the pictures of"
+                            f" data.source={config.data.source} have {has};\n"
+                            f"set method.{name} for {has}, or data.channels={channels}")
+
+
 def refuse_not_finite(step: int, loss: Array) -> None:
     """Raises `UserError` naming the step. The state after it is lost, so nothing of it is saved."""
     if not np.isfinite(loss):
@@ -199,6 +211,7 @@ def train(config: Config, run: Path) -> TrainState:
     """
     sharding.check_batch(config.train.batch_size)
     source = open_source(config.data, "train")
+    check(config, source)
     steps = total_steps(config, len(source))
     optimizer = make_optimizer(config, steps, len(source))
     mesh, compute = sharding.make_mesh(), compute_dtype(config)
@@ -253,8 +266,8 @@ def evaluate(config: Config, state: TrainState, run: Path, say: Callable[[str], 
     sweeps = {split: partial(sweep, source, config.eval.batch_size) for split, source in sources.items()}
     untrained = first_state(config, 1 + int(state.step), make_optimizer(config, 10**9, 1)).method
     results = report.evaluate_all(
-        lambda images: state.method.features(images, PROBE_LAYERS),
-        lambda images: untrained.features(images, PROBE_LAYERS),
+        eqx.Partial(state.method.features, layers=PROBE_LAYERS),  # a closure's arrays would be compiled in
+        eqx.Partial(untrained.features, layers=PROBE_LAYERS),
         RawPixels(lambda images: centre_crop(images, config.method.crop)),
         report.Splits(**sweeps), sources["train"].classes, config.eval,
         step=int(state.step), key=jr.key(config.seed), say=say,

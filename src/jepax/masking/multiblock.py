@@ -92,7 +92,8 @@ class MultiBlock(eqx.Module):
         return block_sizes(self.grid, scale, aspect, c.margin)
 
     def _refuse_unmet(self) -> None:
-        counts = np.asarray(self.context_sizes(jr.split(jr.key(0), _TRIES)))
+        with jax.ensure_compile_time_eval():  # also where the method is built from abstract shapes
+            counts = np.asarray(self.context_sizes(jr.split(jr.key(0), _TRIES)))
         accepted = np.mean(counts >= self.config.context)
         if accepted < _LEAST_ACCEPTED:
             raise UserError(
@@ -135,7 +136,8 @@ class MultiBlock(eqx.Module):
         entry = jnp.where(valid, entry, 0)
         return (top + entry // width) * self.grid[1] + left + entry % width, valid
 
-    def _one(self, key: PRNGKeyArray) -> Masks:
+    def _one(self, key: PRNGKeyArray) -> tuple[Array, Array, Array]:
+        """One image's context, target blocks, and which of their entries are real."""
         key_context, key_blocks = jr.split(key)
 
         def too_few(attempt: Int[Array, ""]) -> Bool[Array, ""]:
@@ -146,11 +148,11 @@ class MultiBlock(eqx.Module):
         rank = jnp.where(allowed, jr.uniform(key_context, allowed.shape), 2.0)
         context = jnp.sort(jnp.argsort(rank)[: self.config.context])
         indices, valid = jax.vmap(self._patches)(targets)
-        return Masks(context=context.astype(jnp.int32), targets=indices, target_valid=valid)
+        return context.astype(jnp.int32), indices, valid
 
     def __call__(self, keys: Key[Array, "batch"]) -> Masks:
         """One mask per key of the batch."""
-        return jax.vmap(self._one)(keys)
+        return Masks(*jax.vmap(self._one)(keys))
 
     @eqx.filter_jit
     def context_sizes(self, keys: Key[Array, "batch"]) -> Int[Array, "batch"]:

@@ -74,6 +74,18 @@ class IJEPAConfig(MethodConfig, name="ijepa"):
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "IJEPA":
         return IJEPA(self, total_steps=total_steps, key=key)
 
+    def sampler(self) -> MultiBlock:
+        """The sampler of masks on the view's grid of patches."""
+        return MultiBlock(self.masks, self.encoder.grid(self.crop.size))
+
+    def views_and_masks(
+        self, images: Images, sampler: MultiBlock, *, key: PRNGKeyArray
+    ) -> tuple[Float[Array, "batch height width channels"], Masks]:
+        """All that is random in a step: example i draws its view and its masks from `fold_in(key, images.index[i])`."""
+        keys = jax.vmap(lambda index: jr.split(jr.fold_in(key, index)))(images.index)
+        key_crop, key_mask = keys[:, 0], keys[:, 1]
+        return random_resized_crop(images, key_crop, self.crop), sampler(key_mask)
+
 
 class IJEPA(AbstractMethod):
     """loss = mean over target patches y of D(g_phi(f_theta(x), positions of y), LN(f_theta_bar(image))[y]).
@@ -98,14 +110,11 @@ class IJEPA(AbstractMethod):
         self.target_encoder = EMA(jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, self.encoder))
         self.predictor = Predictor(config.predictor, width, key=key_predictor)
         self.prediction_norm = LayerNorm(width) if config.prediction_norm in ("trainable", "both") else None
-        self.masks = MultiBlock(config.masks, config.encoder.grid(config.crop.size))
+        self.masks = config.sampler()
         self.config, self.total_steps = config, total_steps
 
     def loss(self, images: Images, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
-        keys = jax.vmap(lambda index: jr.split(jr.fold_in(key, index)))(images.index)
-        key_crop, key_mask = keys[:, 0], keys[:, 1]
-        view = random_resized_crop(images, key_crop, self.config.crop)
-        return self.loss_of(view, self.masks(key_mask))
+        return self.loss_of(*self.config.views_and_masks(images, self.masks, key=key))
 
     def loss_of(
         self, view: Float[Array, "batch height width channels"], masks: Masks
@@ -117,14 +126,14 @@ class IJEPA(AbstractMethod):
         loss = masked_mean(self._distance(predictions, targets), masks.target_valid)
         return loss, {"embeddings": jnp.mean(embedded, axis=1)}
 
-    def targets(self, view: Float[Array, "batch height width channels"]) -> Float[Array, "batch patches width"]:
+    def targets(self, view: Float[Array, "batch height width channels"]) -> Float[Array, "batch patches dim"]:
         """The teacher's embedding of every patch of the view, in float32; no gradient flows to it."""
         embedded = lax.stop_gradient(self.target_encoder.average(view)).astype(jnp.float32)
         return normalise(embedded) if self.config.target_norm == "layer" else embedded
 
     def predictions(
         self, view: Float[Array, "batch height width channels"], masks: Masks
-    ) -> Float[Array, "batch blocks target width"]:
+    ) -> Float[Array, "batch blocks target dim"]:
         """What the predictor makes of the context, in float32."""
         context = self.encoder(view, masks.context)
         predicted = self.predictor(context, masks, self.masks.grid).astype(jnp.float32)

@@ -42,11 +42,11 @@ def ijepa_vitb16_in1k() -> Config:
         ),
         data=DataConfig(source="image_folder", canvas=512, validation=0.01, threads=16),
         optim=OptimConfig(),
-        train=TrainConfig(batch_size=2048, epochs=600),
+        train=TrainConfig(batch_size=2048, epochs=600.0),
     )
 
 
-def _sized(config: Config, name: str, size: str, patch: int, side: int, context: int, epochs: int) -> Config:
+def _sized(config: Config, name: str, size: str, patch: int, side: int, context: int, epochs: float) -> Config:
     """The same experiment with another encoder; deep ones are scanned, with matrix products kept for the backward."""
     encoder = ViTConfig(patch_size=patch, scan=True, remat="dots", **SIZES[size])
     predictor = PredictorConfig(width=384, depth=12, heads=encoder.heads, scan=True, remat="dots")
@@ -59,16 +59,16 @@ def _sized(config: Config, name: str, size: str, patch: int, side: int, context:
 @recipe
 def ijepa_vitl16_in1k() -> Config:
     """I-JEPA ViT-L/16 at 224 px, 600 epochs. Reported linear top-1: 77.5 (paper, table 1)."""
-    return _sized(ijepa_vitb16_in1k(), "ijepa_vitl16_in1k", "large", 16, 224, context=50, epochs=600)
+    return _sized(ijepa_vitb16_in1k(), "ijepa_vitl16_in1k", "large", 16, 224, context=50, epochs=600.0)
 
 
 @recipe
 def ijepa_vith14_in1k() -> Config:
     """I-JEPA ViT-H/14 at 224 px, 300 epochs. Reported linear top-1: 79.3 (paper, table 1)."""
-    return _sized(ijepa_vitb16_in1k(), "ijepa_vith14_in1k", "huge", 14, 224, context=69, epochs=300)
+    return _sized(ijepa_vitb16_in1k(), "ijepa_vith14_in1k", "huge", 14, 224, context=69, epochs=300.0)
 
 
 @recipe
 def ijepa_vith16_448_in1k() -> Config:
     """I-JEPA ViT-H/16 at 448 px, 300 epochs. Reported linear top-1: 81.1 (paper, table 1)."""
-    return _sized(ijepa_vitb16_in1k(), "ijepa_vith16_448_in1k", "huge", 16, 448, context=234, epochs=300)
+    return _sized(ijepa_vitb16_in1k(), "ijepa_vith16_448_in1k", "huge", 16, 448, context=234, epochs=300.0)

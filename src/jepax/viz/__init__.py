@@ -1,0 +1,5 @@
+"""Figures of a run: its curves, and its images as the encoders see them."""
+
+from jepax.viz.figures import draw
+
+__all__ = ["draw"]

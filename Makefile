@@ -1,0 +1,25 @@
+# make demo: install, get Fashion-MNIST, train I-JEPA on it, evaluate. make test: the whole test suite.
+# Another interpreter than python3: make PYTHON=python3.12 demo
+.PHONY: setup demo test lint bench clean
+RUN ?= runs/ijepa_fashion_mnist
+
+setup:
+	@PYTHON="$(PYTHON)" scripts/setup.sh
+
+demo: setup
+	.venv/bin/jepax train ijepa_fashion_mnist --run-dir $(RUN)
+
+test:
+	@PYTHON="$(PYTHON)" scripts/setup.sh test
+	.venv/bin/python -m pytest -n 2 --dist worksteal
+
+lint:
+	@PYTHON="$(PYTHON)" scripts/setup.sh test
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+bench:
+	@PYTHON="$(PYTHON)" scripts/setup.sh bench
+	.venv/bin/python benchmarks/step_vs_torch.py
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,192 @@
+"""The command line: `jepax recipes`, `jepax train`, `jepax evaluate`. Errors of the user end in plain lines, code 2."""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:  # jax and what stands on it take seconds to import: only where a command needs them
+    from jepax.train import Config, TrainState
+
+USAGE = """usage: jepax COMMAND
+
+  jepax recipes                 lists the recipes
+  jepax train RECIPE            trains a recipe, evaluates it, draws its figures
+  jepax train CONFIG.yaml       trains the run of a config file, such as runs/NAME/config.yaml, again
+      --FIELD.PATH VALUE ...    overrides any field: --optim.peak-lr 3e-4 --method.crop.size 28 28
+      --run-dir DIR             folder of the run (runs/RECIPE); the same command again continues it
+      --dry-run                 prints settings, sizes, arithmetic and memory, and takes one step; writes nothing
+  jepax train RECIPE --help     lists every field with its type, default and meaning
+  jepax evaluate RUN            evaluates the newest checkpoint of a run's folder
+  jepax --version               versions and devices
+"""
+LINES = 5
+"""Longest message of an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command. Exits with 2 after an error of the user, with 130 when interrupted."""
+    try:
+        with plain_warnings():
+            run(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        stop("interrupted; the same command goes on from the newest checkpoint", 130)
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2)
+    except (ValueError, RuntimeError) as error:
+        from jepax.types import UserError
+
+        if isinstance(error, UserError):
+            stop(str(error), 2)
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        stop("the device ran out of memory; lower train.batch_size, or see what --dry-run says", 2)
+
+
+def stop(message: str, code: int) -> NoReturn:
+    """A few plain lines to stderr, and the end."""
+    lines = [line for line in f"jepax: {message}".splitlines() if line.strip()]
+    print("\n".join(lines[:LINES]), file=sys.stderr)
+    sys.exit(code)
+
+
+def run(argv: list[str]) -> None:
+    """Hands the arguments to their command."""
+    command, arguments = (argv[0], argv[1:]) if argv else ("--help", [])
+    if command in ("-h", "--help", "help") or (arguments[:1] in (["-h"], ["--help"]) and command in COMMANDS):
+        print(USAGE, end="")
+        return
+    quiet()
+    if command not in COMMANDS:
+        from jepax.config import nearest
+        from jepax.types import UserError
+
+        raise UserError(f"{command!r} is no command; {nearest(command, COMMANDS)}")
+    COMMANDS[command](arguments)
+
+
+def quiet() -> None:
+    """Keeps the libraries' chatter off the terminal; their errors stay."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    for name in ("jax", "orbax", "grain"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Within, each warning to the user is one line on stderr, and is said once."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in said:
+            said.add(str(message))
+            print(f"jepax: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield
+
+
+def recipes(arguments: list[str]) -> None:
+    """`jepax recipes`"""
+    nothing_but("recipes", arguments)
+    from jepax.recipes import RECIPES
+
+    width = max(map(len, RECIPES))
+    for name, function in RECIPES.items():
+        print(f"{name:<{width}}  {(function.__doc__ or '').strip().splitlines()[0]}")
+
+
+def version(arguments: list[str]) -> None:
+    """`jepax --version`"""
+    nothing_but("--version", arguments)
+    import jax
+
+    import jepax
+
+    print(f"jepax {jepax.__version__}, jax {jax.__version__}, {jax.device_count()} x {jax.devices()[0].device_kind}")
+
+
+def nothing_but(command: str, arguments: list[str]) -> None:
+    """Raises `UserError` at arguments of a command that takes none."""
+    from jepax.types import UserError
+
+    if arguments:
+        raise UserError(f"jepax {command} takes no arguments, but was given {' '.join(arguments)}")
+
+
+def train(arguments: list[str]) -> None:
+    """`jepax train RECIPE|CONFIG.yaml [--field.path value ...] [--run-dir DIR] [--dry-run]`"""
+    from jepax.overrides import resolve
+
+    start = time.perf_counter()
+    wanted = resolve(arguments)
+    if wanted is None:  # --help was asked for, and printed
+        return
+    config, folder = wanted.config, wanted.run
+    if wanted.dry:
+        from jepax.dryrun import dry_run
+
+        dry_run(config)
+        return
+    from jepax import train as training
+    from jepax.data import open_source
+
+    for split in ("validation", "test"):  # what evaluation will need is missed now, not after the last step
+        open_source(config.data, split)
+    finish(config, training.train(config, folder), folder)
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all")
+
+
+def finish(config: "Config", state: "TrainState", folder: Path) -> None:
+    """Evaluates, draws, prints the table and where everything lies."""
+    from rich.console import Console
+
+    from jepax import train as training
+    from jepax.evals import report
+    from jepax.viz import figures
+
+    results = training.evaluate(config, state, folder, say=lambda line: print(line, file=sys.stderr))
+    drawn = figures.draw(config, folder)
+    console = Console()
+    console = console if console.is_terminal else Console(width=140)
+    console.print(report.table(results))
+    for path in (folder / "evals" / f"step_{results['step']:08d}.json", *drawn):
+        print(path)
+
+
+def evaluate(arguments: list[str]) -> None:
+    """`jepax evaluate RUN`"""
+    from jepax import config as configs
+    from jepax import train as training
+    from jepax.types import UserError
+
+    if len(arguments) != 1:
+        raise UserError("give one run's folder: jepax evaluate runs/NAME")
+    folder = Path(arguments[0])
+    if not (folder / "config.yaml").is_file():
+        near = sorted(str(path.parent) for path in folder.parent.glob("*/config.yaml"))
+        way = configs.nearest(str(folder), near) if near else f"no run lies in {folder.parent}"
+        raise UserError(f"{folder} is no run's folder: it holds no config.yaml; {way}")
+    config = configs.load(training.Config, folder / "config.yaml")
+    finish(config, training.restored(config, folder), folder)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "recipes": recipes, "train": train, "evaluate": evaluate, "--version": version,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""`--dry-run`: what a run would take, told from abstract shapes, and one real step of it. Writes nothing."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import PyTree
+
+from jepax import config as configs
+from jepax import costs, sharding
+from jepax import train as training
+from jepax.data import Source, open_source
+from jepax.masking import block_sizes
+from jepax.methods import IJEPA, AbstractMethod
+from jepax.optim import Optimizer
+from jepax.trees import EMA, cast, count_parameters, trainable
+from jepax.types import Images, Masks, UserError
+
+Say = Callable[[str], None]
+LARGE, LARGE_BATCH = 50_000_000, 8
+"""On a CPU, the one step of a model that trains more than LARGE parameters takes at most LARGE_BATCH images."""
+STAND_IN = 1_281_167
+"""Generated pictures where an image folder is not given: as many as ImageNet-1k has, so that step counts are its."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run before it is one: the settings, the data, and the state as abstract shapes."""
+
+    config: training.Config
+    source: Source
+    optimizer: Optimizer
+    state: training.TrainState
+
+    def images(self, batch: int) -> Images:
+        """A batch as abstract shapes."""
+
+        def build() -> Images:
+            return Images(canvas=jnp.zeros((batch, *self.source.canvas_shape), jnp.uint8),
+                          size=jnp.zeros((batch, 2), jnp.int32), index=jnp.zeros(batch, jnp.int32))
+
+        return jax.eval_shape(build)
+
+
+def dry_run(config: training.Config, say: Say = print) -> None:
+    """Prints the resolved config, parameters, tokens, arithmetic and memory, and takes one step if it fits.
+
+    Raises `UserError` for whatever `train` would refuse, but for a missing `data.root` of an image folder.
+    """
+    say(configs.text(config))
+    plan = make_plan(config, say)
+    say_parameters(plan, say)
+    say_arithmetic(plan, say)
+    take_step(plan, *say_memory(plan, say), say)
+
+
+def make_plan(config: training.Config, say: Say) -> Plan:
+    """Opens the data, or generated pictures in place of a folder that is not given, and shapes the state."""
+    sharding.check_batch(config.train.batch_size)
+    if config.data.source == "image_folder" and config.data.root is None:
+        say(f"data.root is not given: generated pictures stand in, {STAND_IN:,} on the same canvas\n")
+        generated = dataclasses.replace(config.data, source="synthetic", synthetic_images=STAND_IN)
+        config = dataclasses.replace(config, data=generated)
+    source = open_source(config.data, "train")
+    training.check(config, source)
+    steps = training.total_steps(config, len(source))
+    optimizer = training.make_optimizer(config, steps, len(source))
+    say(f"{len(source):,} training pictures, {steps:,} steps of {config.train.batch_size}")
+    return Plan(config, source, optimizer, eqx.filter_eval_shape(training.first_state, config, steps, optimizer))
+
+
+def say_parameters(plan: Plan, say: Say) -> None:
+    """Counts by module; a teacher is not trained."""
+    method = plan.state.method
+    say("\nparameters")
+    for field in dataclasses.fields(method):
+        module = getattr(method, field.name)
+        if count := count_parameters(module):
+            say(f"  {field.name:<16}{count:>15,}{'  (not trained)' if isinstance(module, EMA) else ''}")
+    say(f"  {'trained in all':<16}{count_parameters(split(method)[0]):>15,}")
+
+
+def split(method: AbstractMethod) -> tuple[AbstractMethod, AbstractMethod]:
+    """Trained parameters, and the rest, of an abstract method."""
+    return eqx.filter_eval_shape(lambda m: eqx.partition(m, trainable(m)), method)
+
+
+def say_arithmetic(plan: Plan, say: Say) -> None:
+    """Tokens and FLOPs per image, by part where the method's parts are known, and of the whole step."""
+    step = step_flops(plan)
+    method = plan.state.method
+    if isinstance(method, IJEPA):
+        masks, target, patches = method.config.masks, method.masks.largest, method.masks.grid[0] * method.masks.grid[1]
+        say(f"\ntokens per image: teacher {patches}, context encoder {masks.context}, predictor {masks.blocks} blocks"
+            f" of {masks.context} + {target} = {masks.blocks * (masks.context + target)}")
+    say("\narithmetic per image, GFLOP (matrix products)")
+    for name, count in part_flops(plan).items():
+        say(f"  {name:<40}{count / 1e9:>10.3f}")
+    say(f"  {'the whole step':<40}{step / 1e9:>10.3f}")
+    if isinstance(method, IJEPA):
+        over = 100 * (step / unpadded_flops(plan) - 1)
+        say(f"arithmetic: {step / 1e9:.4g} GFLOP per image, {over:+.1f}% over the unpadded step"
+            " (mean over the sizes that target blocks take)")
+
+
+def step_flops(plan: Plan) -> float:
+    """FLOPs per image of one training step."""
+    return costs.flops(training.train_step, plan.optimizer, plan.state, plan.images(1), jr.key(0))
+
+
+def part_flops(plan: Plan) -> dict[str, float]:
+    """FLOPs per image of the parts of I-JEPA; nothing for a method whose parts this file does not know."""
+    method = plan.state.method
+    if not isinstance(method, IJEPA):
+        return {}
+    view, masks = shaped(method, method.masks.largest)
+    context = jax.ShapeDtypeStruct((1, masks.context.shape[1], method.config.encoder.width), jnp.float32)
+
+    def encode(encoder: PyTree, view: PyTree, masks: Masks) -> jax.Array:
+        return jnp.sum(encoder(view, masks.context))
+
+    def predict(predictor_context: PyTree, masks: Masks) -> jax.Array:
+        return jnp.sum(predictor_context[0](predictor_context[1], masks, method.masks.grid))
+
+    parts = {
+        "target encoder, forward": costs.flops(lambda m, v: m.targets(v), method, view),
+        "context encoder, forward and backward": costs.flops(eqx.filter_grad(encode), method.encoder, view, masks),
+        "predictor, forward and backward": costs.flops(eqx.filter_grad(predict), (method.predictor, context), masks),
+    }
+    return {"views": step_flops(plan) - sum(parts.values())} | parts
+
+
+def unpadded_flops(plan: Plan) -> float:
+    """FLOPs per image of the step if each target block had just the size drawn: the mean over that draw."""
+    method, masks = plan.state.method, plan.state.method.config.masks
+    sizes, chances = block_sizes(method.masks.grid, masks.target_scale, masks.target_aspect, masks.margin)
+    counts: dict[int, float] = {}
+    for size, chance in zip(sizes.prod(axis=1).tolist(), chances.tolist(), strict=True):
+        counts[size] = counts.get(size, 0.0) + chance
+    mean = sum(chance * loss_flops(method, size) for size, chance in counts.items())
+    return step_flops(plan) - loss_flops(method, method.masks.largest) + mean
+
+
+def loss_flops(method: IJEPA, target: int) -> float:
+    """FLOPs per image of loss and gradient with target blocks of `target` patches each."""
+    params, rest = split(method)
+
+    def loss_of(params: IJEPA, rest: IJEPA, view: PyTree, masks: Masks) -> jax.Array:
+        return eqx.combine(params, rest).loss_of(view, masks)[0]
+
+    return costs.flops(jax.value_and_grad(loss_of), params, rest, *shaped(method, target))
+
+
+def shaped(method: IJEPA, target: int) -> tuple[PyTree, Masks]:
+    """The view and masks of one image as abstract shapes, target blocks of `target` patches."""
+    config, targets = method.config, (1, method.config.masks.blocks, target)
+
+    def build() -> tuple[jax.Array, Masks]:
+        masks = Masks(context=jnp.zeros((1, config.masks.context), jnp.int32),
+                      targets=jnp.zeros(targets, jnp.int32), target_valid=jnp.zeros(targets, jnp.bool_))
+        return jnp.zeros((1, *config.crop.size, config.encoder.channels)), masks
+
+    return jax.eval_shape(build)
+
+
+def say_memory(plan: Plan, say: Say) -> tuple[float, float]:
+    """Bytes on a device whatever the batch, and bytes per image."""
+    method, compute = plan.state.method, training.compute_dtype(plan.config)
+    trained = costs.tree_bytes(split(method)[0])
+    fixed = {
+        "trained parameters": trained, "teacher and other": costs.tree_bytes(method) - trained,
+        "gradients": trained, "optimiser state": costs.tree_bytes(plan.state.opt_state),
+    }
+    one, two = (activation_bytes(plan, batch, compute) for batch in (1, 2))
+    image = two - one + costs.tree_bytes(plan.images(1))
+    fixed["not per image"] = max(one - (two - one), 0)
+    batch = plan.config.train.batch_size
+    share = batch // jax.device_count()
+    say(f"\nmemory per device, GB (estimated; {jnp.dtype(compute).name}, {share} of {batch} images;"
+        " the compiler's working space comes on top)")
+    for name, count in (fixed | {"batch and activations": image * share}).items():
+        say(f"  {name:<40}{count / 1e9:>10.3f}")
+    say(f"  {'in all':<40}{(sum(fixed.values()) + image * share) / 1e9:>10.3f}")
+    return float(sum(fixed.values())), float(image)
+
+
+def activation_bytes(plan: Plan, batch: int, compute: jnp.dtype) -> int:
+    """Bytes kept for the backward pass of a batch."""
+    params, rest = split(plan.state.method)
+
+    def loss_of(params: AbstractMethod, rest: AbstractMethod, images: Images) -> jax.Array:
+        return cast(eqx.combine(params, rest), compute).loss(images, key=jr.key(0))[0]
+
+    return costs.saved_bytes(loss_of, params, rest, plan.images(batch))
+
+
+def take_step(plan: Plan, fixed: float, image: float, say: Say) -> None:
+    """One step at the recipe's batch, or at the largest power of two that half of the free memory holds."""
+    devices, wanted = jax.device_count(), plan.config.train.batch_size
+    room = free_memory() / 2 - fixed
+    if room < image:
+        say(f"\none step: {(fixed + image) / 1e9:.1f} GB for one image is more than half of the"
+            f" {free_memory() / 1e9:.1f} GB that are free, so the step was traced, with abstract shapes, and not run")
+        return
+    fits = min(wanted // devices, 2 ** ((int(room // image)).bit_length() - 1)) * devices
+    why = "half of the free memory holds no more"
+    if jax.default_backend() == "cpu" and count_parameters(split(plan.state.method)[0]) > LARGE and fits > LARGE_BATCH:
+        fits, why = max(LARGE_BATCH // devices, 1) * devices, "a CPU takes long over this model"
+    said = "" if fits == wanted else f", not {wanted}: {why}"
+    say(f"\none step of {fits} images{said} ...")
+    say(run_step(plan, fits))
+
+
+def run_step(plan: Plan, batch: int) -> str:
+    """Takes the first step of the run on its first `batch` pictures, as `train` would, and says how it went."""
+    start = time.perf_counter()
+    config = dataclasses.replace(plan.config, train=dataclasses.replace(plan.config.train, batch_size=batch))
+    mesh, steps = sharding.make_mesh(), plan.optimizer.total_steps
+    images = sharding.shard_batch(next(training.read(config, plan.source, 1, 0)), mesh)
+    state = sharding.replicate(training.first_state(config, steps, plan.optimizer), mesh)
+    root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), mesh)
+    state, metrics = training.compiled_step((plan.optimizer, images, root, training.compute_dtype(config)), state)
+    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    if not (jnp.isfinite(loss) and jnp.isfinite(norm)):
+        raise UserError(f"the first step's loss is {loss} and its gradient's norm {norm}; look at optim and method")
+    return f"loss {loss:.4f}, gradient norm {norm:.4f}, {time.perf_counter() - start:.0f} s with compilation"
+
+
+def free_memory() -> float:
+    """Bytes free on one device."""
+    device = jax.local_devices()[0]
+    if stats := device.memory_stats() if device.platform != "cpu" else None:
+        return float(stats["bytes_limit"] - stats["bytes_in_use"])
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    found = [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    whole = found[0] if found else float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    limited = [float(limit.read_text())] if limit.exists() and limit.read_text().strip().isdigit() else []
+    return min([whole, *limited]) / jax.local_device_count()

@@ -1,0 +1,176 @@
+"""A run's metrics over its steps, as `metrics.jsonl` holds them: one panel per quantity."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+
+INK, ORANGE, BLUE, RED = "#222222", "#E69F00", "#0072B2", "#D55E00"  # told apart by colour-blind people (Okabe, Ito)
+COLUMNS = 3
+LOG_FROM = 10.0
+"""Greatest over least value from which on a panel takes a logarithmic scale."""
+SHARE, LONGEST = 20, 100
+"""The running median covers the run's lines divided by SHARE, but reaches no further than LONGEST to each side."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One quantity: its axis title with the unit, and the metrics that are drawn on it."""
+
+    title: str
+    metrics: dict[str, tuple[str, str]]
+    """Metric: its name in the legend, and its colour. A metric with one value per block ignores the colour."""
+    from_zero: bool = False
+    """Whether a linear axis begins at 0."""
+    may_log: bool = True
+
+
+PANELS = (
+    Panel("loss", {"loss": ("loss", INK)}),
+    Panel("gradient norm (L2)", {
+        "grad_norm_encoder_by_block": ("encoder block", ""),
+        "grad_norm_predictor": ("predictor", ORANGE),
+        "grad_norm": ("all parameters", INK),
+    }),
+    Panel("change per step (L2 norm)", {
+        "update_norm": ("trained parameters", INK), "ema_step_norm": ("target encoder", BLUE)}),
+    Panel("effective rank (dimensions)", {"target_rank": ("effective rank", INK)}, True, False),
+    Panel("standard deviation of features", {"target_std": ("standard deviation", INK)}, True, False),
+    Panel("images per second", {"images_per_second": ("speed", INK)}, True, False),
+    Panel("learning rate", {"learning_rate": ("learning rate", INK)}, True, False),
+    Panel("momentum", {"momentum": ("momentum", INK)}, False, False),
+    Panel("weight decay", {"weight_decay": ("weight decay", INK)}, True, False),
+)
+"""In reading order. A panel none of whose metrics was logged is left out, and so is a line."""
+
+
+class Series:
+    """One metric over the steps at which it was logged."""
+
+    def __init__(self, lines: list[dict], name: str):
+        rows = [(line["step"], line[name]) for line in lines if name in line]
+        self.steps: Int[np.ndarray, "lines"] = np.array([step for step, _ in rows], int)
+        values = np.array([value for _, value in rows], float)  # None, which stands for not finite, becomes nan
+        self.values: Float[np.ndarray, "lines layers"] = values.reshape(len(rows), -1 if rows else 1)
+        self.by_layer = values.ndim == 2
+
+    @property
+    def lost(self) -> Bool[np.ndarray, "lines"]:
+        """Where a value was not finite."""
+        return ~np.isfinite(self.values).all(axis=1)
+
+    @property
+    def empty(self) -> bool:
+        """Nothing to draw: never logged, or always zero, as parts log that a method does not have."""
+        return not np.any(np.nan_to_num(self.values, nan=1.0))
+
+
+def running_median(values: Float[np.ndarray, "lines"], reach: int) -> Float[np.ndarray, "lines"]:
+    """Median of the finite values up to `reach` lines before and after; nan stays nan.
+
+    Near the first line the window shrinks on both sides alike, so that a steep start is not smoothed away.
+    """
+    padded = np.pad(values, reach, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1)
+    offsets = np.abs(np.arange(2 * reach + 1) - reach)
+    inside = offsets <= np.arange(len(values))[:, None]
+    medians = np.full(len(values), np.nan)
+    finite = np.isfinite(values)  # its own value is in each such window: no window is all nan
+    if finite.any():
+        medians[finite] = np.nanmedian(np.where(inside, windows, np.nan)[finite], axis=1)
+    return medians
+
+
+def curves(lines: list[dict], title: str) -> Figure:
+    """The figure of a run's log, `lines` as `logs.read` gives them; at least one is needed."""
+    panels = [(panel, kept) for panel in PANELS if (kept := _kept(panel, lines))]
+    rows = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(13, 0.7 + 2.9 * rows), dpi=110, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    axes = figure.subplots(rows, COLUMNS, squeeze=False).reshape(-1)
+    reach = min(len(lines) // (2 * SHARE), LONGEST)
+    for cell, (panel, kept) in zip(axes, panels, strict=False):
+        if len(lines) < 3:  # too few for a line
+            cell.set_prop_cycle(marker=["o"])
+        _draw_panel(cell, panel, kept, reach)
+        _style(cell, panel, np.concatenate([series.values.reshape(-1) for series in kept.values()]))
+        cell.set_xlim(lines[0]["step"], max(lines[-1]["step"], lines[0]["step"] + 1))
+    for cell in axes[len(panels):]:
+        cell.set_axis_off()
+    smoothed = f"; light: as logged, dark: running median over {2 * reach + 1} lines" if reach else ""
+    figure.suptitle(f"{title}: steps {lines[0]['step']} to {lines[-1]['step']}{smoothed}", fontsize=11)
+    figure.supxlabel("step", fontsize=10)
+    return figure
+
+
+def _kept(panel: Panel, lines: list[dict]) -> dict[str, Series]:
+    series = {name: Series(lines, name) for name in panel.metrics}
+    present = {name: one for name, one in series.items() if len(one.steps)}
+    return {name: one for name, one in present.items() if not one.empty} or present
+
+
+def _draw_panel(axes: Axes, panel: Panel, kept: dict[str, Series], reach: int) -> None:
+    for name, series in kept.items():
+        label, colour = panel.metrics[name]
+        if series.by_layer:
+            _draw_layers(axes, series, label, reach)
+        else:
+            _draw_one(axes, series, label, colour, reach)
+    lost = sorted({int(step) for series in kept.values() for step in series.steps[series.lost]})
+    if lost:
+        axes.plot(lost, [0.03] * len(lost), "x", color=RED, markersize=6, markeredgewidth=1.6, label="not finite",
+                  transform=axes.get_xaxis_transform(), zorder=5)
+    if len(kept) > 1 or lost or any(series.by_layer for series in kept.values()):
+        axes.legend(fontsize=8, frameon=False, loc="best")
+
+
+def _draw_one(axes: Axes, series: Series, label: str, colour: str, reach: int) -> None:
+    values = series.values[:, 0]
+    if reach:
+        axes.plot(series.steps, values, color=colour, alpha=0.3, linewidth=0.8)
+    axes.plot(series.steps, running_median(values, reach), color=colour, linewidth=1.6, label=label)
+
+
+def _draw_layers(axes: Axes, series: Series, label: str, reach: int) -> None:
+    """Thin smoothed lines from dark (the first block) to light; the legend names the first and the last."""
+    layers = series.values.shape[1]
+    for layer, values in enumerate(series.values.T):
+        colour = colormaps["viridis"](0.9 * layer / max(layers - 1, 1))
+        name = f"{label} {layer + 1}" if layer in (0, layers - 1) else None
+        axes.plot(series.steps, running_median(values, reach), color=colour, linewidth=0.8, label=name)
+
+
+def _style(axes: Axes, panel: Panel, values: Float[np.ndarray, "values"]) -> None:
+    finite = values[np.isfinite(values)]
+    if panel.may_log and _spread(finite) >= LOG_FROM:
+        _log_axis(axes, _spread(finite))
+    else:
+        axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+        if panel.from_zero:
+            axes.set_ylim(0, 1.08 * np.max(finite, initial=0) or 1)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_ylabel(panel.title, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _spread(finite: Float[np.ndarray, "values"]) -> float:
+    """Greatest over least value; 1 where a tenth or more is not above 0. The teacher's last step may be exactly 0."""
+    positive = finite[finite > 0]
+    if not len(positive) or len(positive) < 0.9 * len(finite):
+        return 1.0
+    return float(positive.max() / positive.min())
+
+
+def _log_axis(axes: Axes, spread: float) -> None:
+    axes.set_yscale("log")
+    if spread < 1000:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,61 @@
+"""Draws a run's figures into its folder."""
+
+import os
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax.random as jr
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from jepax import logs
+from jepax.data import DataConfig, batches, open_source
+from jepax.types import Images
+from jepax.viz.curves import curves
+from jepax.viz.masks import Masked, seen, sheet
+
+IMAGES = 8
+"""Rows of the mask sheet."""
+
+
+@runtime_checkable
+class Drawable(Protocol):
+    """What the figures read of a run's config."""
+
+    method: Any
+    data: DataConfig
+    seed: int
+
+
+def draw(config: Drawable, run: Path) -> list[Path]:
+    """Draws what the run has into `run`/figures and returns the files, each written whole or not at all.
+
+    - curves.png: every metric over the steps, if `metrics.jsonl` has a line.
+    - masks.png: the run's first images as its first step sees them, if the method masks.
+
+    Raises `UserError` where the data cannot be read.
+    """
+    drawn = {}
+    lines = logs.read(run / "metrics.jsonl")
+    if lines:
+        drawn["curves.png"] = curves(lines, run.resolve().name)
+    if isinstance(config.method, Masked):
+        # The key of step 0, as `train.train` and `train.train_step` derive it from the seed.
+        key = jr.fold_in(jr.fold_in(jr.key(config.seed), 1), 0)
+        drawn["masks.png"] = sheet(seen(config.method, first_images(config), key))
+    return [save(figure, run / "figures" / name) for name, figure in drawn.items()]
+
+
+def first_images(config: Drawable) -> Images:
+    """The first images of the run's order."""
+    source = open_source(config.data, "train")
+    return next(batches(source, batch_size=IMAGES, steps=1, seed=config.seed, threads=0))
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a PNG whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    FigureCanvasAgg(figure).print_png(part)
+    os.replace(part, path)
+    return path

@@ -1,0 +1,111 @@
+"""I-JEPA: its settings do what they say, and randomness belongs to the example."""
+
+import warnings
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from jepax.data import open_source, sweep
+from jepax.methods import IJEPAConfig, MomentumConfig
+from jepax.types import UserError
+from tests.contracts.shrink import shrunk
+
+
+def build(**settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return shrunk("ijepa_vitb16_in1k", **settings).method.build(total_steps=10, key=jr.key(0))
+
+
+@pytest.fixture(scope="module")
+def images():
+    batch, _ = next(iter(sweep(open_source(shrunk("ijepa_vitb16_in1k").data, "train"), 8)))
+    return jax.tree.map(jnp.asarray, batch)
+
+
+@eqx.filter_jit
+def loss_of(method, images, key):
+    return method.loss(images, key=key)[0]
+
+
+@pytest.mark.parametrize("settings", [
+    {"loss": "l2"}, {"beta": 0.3}, {"target_norm": "none"}, {"prediction_norm": "trainable"},
+    {"prediction_norm": "plain"}, {"prediction_norm": "both"},
+])
+def test_each_setting_changes_the_loss_and_stays_finite(images, settings):
+    plain, other = (float(loss_of(build(**s), images, jr.key(0))) for s in ({}, settings))
+    assert np.isfinite(other) and abs(plain - other) > 1e-6 * abs(plain) or settings == {"prediction_norm": "both"}
+
+
+def test_two_norms_on_the_predictions_are_allowed_with_a_warning():
+    with pytest.warns(UserWarning, match="unstable"):
+        IJEPAConfig(prediction_norm="both")
+    assert build(prediction_norm="both").prediction_norm is not None
+    assert build(prediction_norm="plain").prediction_norm is None
+
+
+def test_targets_are_normalised_per_token(images):
+    method = build()
+    targets = method.targets(jnp.zeros((2, 24, 24, 3)) + jr.normal(jr.key(0), (2, 24, 24, 3)))
+    np.testing.assert_allclose(targets.mean(-1), 0.0, atol=1e-5)
+    np.testing.assert_allclose(targets.std(-1), 1.0, atol=1e-3)
+
+
+def test_the_loss_reads_no_label(images):
+    method = build()
+    relabelled = eqx.tree_at(lambda i: i.label, images, images.label + 1)
+    assert loss_of(method, images, jr.key(0)) == loss_of(method, relabelled, jr.key(0))
+
+
+def test_an_example_keeps_its_view_and_mask_in_any_batch(images):
+    method = build()
+    view, masks = method.views_and_masks(images, key=jr.key(3))
+    some = jax.tree.map(lambda x: x[jnp.array([5, 2])], images)
+    view_some, masks_some = method.views_and_masks(some, key=jr.key(3))
+    np.testing.assert_allclose(view_some, view[jnp.array([5, 2])], atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[jnp.array([5, 2])], b), masks, masks_some)
+
+
+def test_new_keys_give_new_views(images):
+    method = build()
+    views = [method.views_and_masks(images, key=jr.key(seed))[0] for seed in (0, 1)]
+    assert jnp.abs(views[0] - views[1]).max() > 0.1
+
+
+@pytest.mark.parametrize(("shape", "expected"), [
+    ("linear", [0.9, 0.95, 1.0]), ("cosine", [0.9, 0.95, 1.0]), ("constant", [0.9, 0.9, 0.9])])
+def test_momentum_schedules(shape, expected):
+    method = build(momentum=MomentumConfig(start=0.9, final=1.0, shape=shape))
+    np.testing.assert_allclose([method.momentum(s) for s in (0, 5, 10)], expected, rtol=1e-6)
+
+
+def test_the_teacher_moves_after_the_update():
+    method = build(momentum=MomentumConfig(start=0.5, final=0.5))
+    method = eqx.tree_at(lambda m: m.encoder.norm.bias, method, method.encoder.norm.bias + 1.0)
+    moved, metrics = method.after_update(jnp.int32(0))
+    np.testing.assert_allclose(moved.target_encoder.average.norm.bias, 0.5)
+    np.testing.assert_array_equal(moved.encoder.norm.bias, method.encoder.norm.bias)
+    np.testing.assert_allclose(metrics["ema_step_norm"], 0.5 * np.sqrt(32), rtol=1e-5)
+
+
+def test_features_are_the_target_encoders(images):
+    method = build()
+    features = method.features(images, 4)
+    assert features.shape == (2, 8, 32)
+    other = eqx.tree_at(lambda m: m.encoder, method, jax.tree.map(jnp.zeros_like, eqx.filter(method.encoder, eqx.is_array)))
+    np.testing.assert_array_equal(features, eqx.combine(other, method).features(images, 4))
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(UserError, match="method.beta=0"):
+        IJEPAConfig(beta=0.0)
+    with pytest.raises(UserError, match=r"method.momentum.start=1.5"):
+        MomentumConfig(start=1.5)
+    with pytest.raises(UserError, match="masks.context=40 cannot be met"):
+        config = shrunk("ijepa_vitb16_in1k").method
+        replace(config, masks=replace(config.masks, context=40)).build(total_steps=1, key=jr.key(0))

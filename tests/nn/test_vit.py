@@ -1,0 +1,95 @@
+"""The encoder: any grid, only the kept patches, intermediate layers in one pass."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from jepax.nn import SIZES, ViT, ViTConfig
+from jepax.nn.position import sincos_2d
+from jepax.nn.vit import patchify
+from jepax.trees import count_parameters
+from jepax.types import UserError
+
+TINY = {"patch_size": 4, "width": 16, "depth": 3, "heads": 2}
+
+
+def tiny(**changes):
+    return ViT(ViTConfig(**TINY | changes), key=jr.key(0))
+
+
+@pytest.mark.parametrize(("size", "channels"), [((8, 8), 1), ((8, 16), 3), ((20, 4), 3)])
+def test_any_grid_and_channels(size, channels):
+    images = jr.normal(jr.key(1), (2, *size, channels))
+    tokens = tiny(channels=channels)(images)
+    assert tokens.shape == (2, size[0] * size[1] // 16, 16)
+
+
+def test_patches_are_row_major_and_whole():
+    image = jnp.arange(8 * 12 * 3, dtype=jnp.float32).reshape(1, 8, 12, 3)
+    patches = patchify(image, 4)
+    assert patches.shape == (1, 6, 48)
+    np.testing.assert_array_equal(patches[0, 4].reshape(4, 4, 3), image[0, 4:8, 4:8])
+
+
+def test_kept_patches_are_those_of_the_whole_image():
+    vit, images = tiny(), jr.normal(jr.key(1), (2, 8, 12, 3))
+    keep = jnp.array([[5, 0], [3, 4]])
+    expected = jnp.take_along_axis(vit.tokens(images), keep[..., None], axis=1)
+    np.testing.assert_allclose(vit.tokens(images, keep), expected, atol=1e-6)
+    assert vit(images, keep).shape == (2, 2, 16)
+
+
+def test_patches_that_are_not_kept_are_not_seen():
+    vit, images, keep = tiny(), jr.normal(jr.key(1), (1, 8, 8, 3)), jnp.array([[0, 3]])
+    np.testing.assert_array_equal(vit(images, keep), vit(images.at[:, :4, 4:].set(9.0), keep))
+
+
+def test_layers_come_out_of_one_pass():
+    vit, images = tiny(), jr.normal(jr.key(1), (2, 8, 8, 3))
+    layers = vit.layers(images, 4)
+    assert layers.shape == (3, 2, 4, 16)  # as many as there are
+    np.testing.assert_allclose(layers[-1], vit(images), atol=1e-6)
+    np.testing.assert_allclose(vit.layers(images, 2), layers[1:], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("tiny", 5.5), ("small", 21.6), ("base", 85.6), ("large", 303), ("huge", 631), ("giant", 1011)]
+)
+def test_published_sizes(name, millions):
+    vit = eqx.filter_eval_shape(lambda key: ViT(ViTConfig(patch_size=14, **SIZES[name]), key=key), jr.key(0))
+    assert abs(count_parameters(vit) / 1e6 / millions - 1) < 0.01
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 5), (16, 16)])
+def test_positions_tell_every_patch_apart(grid):
+    table = sincos_2d(grid, 16)
+    assert table.shape == (grid[0] * grid[1], 16)
+    distance = np.abs(table[:, None] - table[None]).max(-1) + np.eye(len(table))
+    assert distance.min() > 1e-3
+
+
+def test_positions_of_one_row_share_their_row_half():
+    table = sincos_2d((3, 4), 16).reshape(3, 4, 16)
+    np.testing.assert_array_equal(table[1, 0, 8:], table[1, 3, 8:])
+    np.testing.assert_array_equal(table[0, 2, :8], table[2, 2, :8])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"heads": 3}, "heads=3"), ({"channels": 2}, "channels=2"), ({"depth": 0}, "depth=0")],
+)
+def test_settings_that_cannot_be_met_are_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        ViTConfig(**TINY | changes)
+
+
+def test_a_patch_that_does_not_divide_the_image_is_refused():
+    with pytest.raises(UserError, match=r"224 is not a multiple of patch_size=15;\s+try a patch_size of 14 or 16"):
+        ViTConfig(**TINY | {"patch_size": 15}).grid((224, 224))
+
+
+def test_a_width_without_positions_is_refused():
+    with pytest.raises(UserError, match="width=18"):
+        sincos_2d((2, 2), 18)

@@ -1,0 +1,140 @@
+"""The command line from outside: what it prints, where, and its exit code."""
+
+import json
+
+import pytest
+
+from jepax import cli
+from jepax import config as configs
+from jepax.train import Config
+
+TINY = """
+    --data.source synthetic --data.canvas 28 --data.channels 1 --data.synthetic-images 80 --data.validation 0.2
+    --method.encoder.width 24 --method.encoder.depth 2 --method.predictor.width 12 --method.predictor.depth 1
+    --train.batch-size 16 --train.steps 3 --optim.warmup-epochs 0.2 --eval.batch-size 40 --eval.probe.epochs 2
+    --eval.probe.learning-rates 1e-2 --eval.probe.weight_decays 0.0
+""".split()
+
+
+def fails(capsys, *argv, code=2):
+    """The message of a command that must end in one to five plain lines."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    out, error = capsys.readouterr()
+    assert caught.value.code == code
+    assert 1 <= len(error.splitlines()) <= 5 and "Traceback" not in error and "╭" not in error, error
+    assert out == ""
+    return error
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("trian", ["'trian'", "did you mean train?"]),
+        ("recipes 3", ["recipes", "3"]),
+        ("train", ["RECIPE", "ijepa_fashion_mnist"]),
+        ("train --seed 1", ["RECIPE"]),
+        ("train ijepa_fashion_mnis", ["'ijepa_fashion_mnis'", "did you mean ijepa_fashion_mnist?"]),
+        ("train nowhere/config.yaml", ["nowhere/config.yaml", "No such file"]),
+        ("train ijepa_fashion_mnist 3", ["'3'", "--field.path"]),
+        ("train ijepa_fashion_mnist --run-dir", ["--run-dir"]),
+        ("train ijepa_fashion_mnist --optim.peek_lr 1", ["--optim.peek_lr", "did you mean --optim.peak-lr?"]),
+        ("train ijepa_fashion_mnist --patch-size 4", ["--patch-size", "--method.encoder.patch-size"]),
+        ("train ijepa_fashion_mnist --rundir x", ["--rundir", "--run-dir"]),
+        ("train ijepa_fashion_mnist --xyzzy 4", ["--xyzzy", "--help"]),
+        ("train ijepa_fashion_mnist --seed 1 --optim.peak-lr fast", ["--optim.peak-lr", "fast", "float"]),
+        ("train ijepa_fashion_mnist --optim.peak-lr nan", ["optim.peak_lr", "nan", "float"]),
+        ("train ijepa_fashion_mnist --train.batch-size 1.5", ["--train.batch-size", "1.5", "int"]),
+        ("train ijepa_fashion_mnist --method.crop.size 28", ["--method.crop.size", "28", "2 values"]),
+        ("train ijepa_fashion_mnist --method.loss l3", ["--method.loss", "l3", "smooth_l1, l2"]),
+        ("train ijepa_fashion_mnist --method.encoder.scan", ["--method.encoder.scan", "nothing", "True or False"]),
+        ("train ijepa_fashion_mnist --train.batch-size=-8", ["train.batch_size=-8", "above 0"]),
+        ("train ijepa_fashion_mnist --method.encoder.heads 5", ["heads=5", "width=192", "heads=4"]),
+        ("train ijepa_fashion_mnist --train.batch-size 12", ["train.batch_size=12", "8"]),
+        ("train ijepa_fashion_mnist --data.root /nowhere", ["data.root=/nowhere"]),
+        ("train ijepa_vitb16_in1k", ["data.root=None", "image_folder"]),
+        ("train ijepa_vitb16_in1k --data.root /nowhere", ["data.root=/nowhere", "train/"]),
+        ("evaluate", ["runs/NAME"]),
+        ("evaluate nowhere", ["nowhere", "config.yaml"]),
+    ],
+)
+def test_an_error_of_the_user_is_a_few_lines(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = fails(capsys, *argv.split())
+    assert all(word in error for word in words), error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--method.masks.context 16", ["masks.context=16", "4x4 grid", "try"]),
+        ("--method.encoder.patch-size 5", ["28", "patch_size=5", "4 or 7"]),
+        ("--data.channels 3", ["method.encoder.channels", "1 channels", "data.channels=1"]),
+        ("--optim.warmup-epochs 100", ["optim.warmup_epochs=100.0", "3"]),
+        ("--data.validation 0", ["data.validation=0.0", "validation split"]),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(argv, words, capsys, tmp_path):
+    error = fails(capsys, "train", "ijepa_fashion_mnist", *TINY, *argv.split(), "--run-dir", str(tmp_path / "run"))
+    assert all(word in error for word in words), error
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_version_and_recipes(capsys):
+    for argv in ([], ["--help"], ["train", "--help"]):
+        cli.main(argv)
+        out = capsys.readouterr().out
+        assert "jepax train RECIPE --help" in out and "--dry-run" in out
+    cli.main(["--version"])
+    assert capsys.readouterr().out.startswith("jepax 0.")
+    cli.main(["recipes"])
+    assert "ijepa_fashion_mnist " in capsys.readouterr().out
+
+
+def test_a_recipes_help_shows_every_field_with_type_default_and_meaning(capsys):
+    cli.main(["train", "ijepa_fashion_mnist", "--help"])
+    out = capsys.readouterr().out
+    for path in configs.flat(Config()):
+        if path != "method.name":
+            assert f"--{path.replace('_', '-')} " in out, path
+    assert "--run-dir" in out and "Dimension of a token" in out and "default: 192" in out
+
+
+def test_interruption_takes_one_line(capsys, monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "recipes", interrupted)
+    assert "interrupted" in fails(capsys, "recipes", code=130)
+
+
+def test_a_setting_known_to_be_unstable_is_warned_of_once(capsys):
+    fails_with = ["train", "ijepa_fashion_mnist", "--method.prediction-norm", "both", "--data.root", "/nowhere"]
+    with pytest.raises(SystemExit):
+        cli.main(fails_with)
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("prediction_norm=both" in line and line.startswith("jepax: warning") for line in lines) == 1
+
+
+def test_a_run_trains_evaluates_continues_and_is_trained_again(capsys, tmp_path):
+    run, again = tmp_path / "run", tmp_path / "again"
+    cli.main(["train", "ijepa_fashion_mnist", *TINY, "--run-dir", str(run)])
+    out = capsys.readouterr().out
+    for word in ("trained encoder", "raw pixels", "evals/step_00000003.json", "figures/curves.png", "minutes in all"):
+        assert word in out, out
+    config = configs.load(Config, run / "config.yaml")
+    assert (config.train.steps, config.method.encoder.width, config.optim.warmup_epochs) == (3, 24, 0.2)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [0, 2]
+
+    error = fails(capsys, "train", "ijepa_fashion_mnist", *TINY, "--seed", "1", "--run-dir", str(run))
+    assert "seed: 0 -> 1" in error and "--run-dir" in error
+
+    (run / "evals" / "step_00000003.json").unlink()
+    cli.main(["evaluate", str(run)])
+    assert (run / "evals" / "step_00000003.json").exists() and "trained encoder" in capsys.readouterr().out
+
+    cli.main(["train", str(run / "config.yaml"), "--run-dir", str(again)])
+    repeated = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in repeated] == [line["loss"] for line in metrics]

@@ -1,0 +1,119 @@
+"""What a dry run tells: arithmetic counted off jaxprs, memory, and that nothing is written."""
+
+import dataclasses
+import math
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jepax import costs, dryrun
+from jepax.data import DataConfig
+from jepax.recipes import RECIPES
+from jepax.train import first_state
+from jepax.types import UserError
+
+X = jax.ShapeDtypeStruct((3, 5), jnp.float32)
+W = jax.ShapeDtypeStruct((5, 5), jnp.float32)
+ONE = 2 * 3 * 5 * 5
+
+
+def looped(x, w):
+    return jax.lax.scan(lambda carry, _: (carry @ w, None), x, length=7)[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "products"),
+    [
+        (lambda x, w: x @ w, 1),
+        (jax.jit(lambda x, w: jnp.tanh(x @ w) @ w), 2),
+        (looped, 7),
+        (lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x @ w @ w), 2),
+        (jax.grad(lambda x, w: jnp.sum(jnp.tanh(x @ w) @ w)), 4),
+        (jax.grad(jax.checkpoint(lambda x, w: jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w)))), 6),
+    ],
+)
+def test_matrix_products_are_counted_wherever_they_hide(function, products):
+    assert costs.flops(function, X, W) == products * ONE
+
+
+def test_batched_products_and_convolutions():
+    a, b = jax.ShapeDtypeStruct((4, 3, 5), jnp.float32), jax.ShapeDtypeStruct((4, 5, 6), jnp.float32)
+    assert costs.flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), a, b) == 2 * 4 * 3 * 5 * 6
+    image, kernel = jax.ShapeDtypeStruct((2, 3, 8, 8), jnp.float32), jax.ShapeDtypeStruct((7, 3, 2, 2), jnp.float32)
+    counted = costs.flops(lambda i, k: jax.lax.conv_general_dilated(i, k, (2, 2), "VALID"), image, kernel)
+    assert counted == 2 * (2 * 7 * 4 * 4) * 3 * 2 * 2
+
+
+def test_saved_bytes_leave_out_what_was_given():
+    def loss(w, x):
+        return jnp.sum(jnp.sin(x @ w) @ w)
+
+    saved = costs.saved_bytes(loss, W, X)  # sin's result and its cosine
+    assert saved == 2 * 4 * math.prod(X.shape)
+    assert costs.saved_bytes(jax.checkpoint(loss), W, X) < saved
+
+
+def small(**data):
+    config = RECIPES["ijepa_fashion_mnist"]()
+    data = {"source": "synthetic", "canvas": 28, "channels": 1, "synthetic_images": 64, **data}
+    train = dataclasses.replace(config.train, batch_size=16, steps=4)
+    encoder = dataclasses.replace(config.method.encoder, width=24, depth=2)
+    predictor = dataclasses.replace(config.method.predictor, width=12, depth=2)
+    method = dataclasses.replace(config.method, encoder=encoder, predictor=predictor)
+    return dataclasses.replace(config, data=DataConfig(**data), train=train, method=method)
+
+
+def test_a_dry_run_tells_everything_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = []
+    dryrun.dry_run(small(), lines.append)
+    told = "\n".join(lines)
+    for word in ("recipe: ijepa_fashion_mnist", "target_encoder", "(not trained)", "trained in all", "tokens per image",
+                 "GFLOP per image", "over the unpadded step", "optimiser state", "one step of 16 images ...", "loss "):
+        assert word in told, told
+    assert os.listdir(tmp_path) == []
+
+
+def test_published_settings_cost_under_five_percent_more_than_unpadded():
+    plan = dryrun.make_plan(RECIPES["ijepa_vitb16_in1k"](), lambda line: None)
+    step = dryrun.step_flops(plan)
+    assert step == pytest.approx(84e9, rel=0.02)
+    assert 1.0 <= step / dryrun.unpadded_flops(plan) < 1.05
+    parts = dryrun.part_flops(plan)
+    assert 0 < parts["views"] < 0.03 * step
+
+
+def test_a_model_too_large_is_traced_and_not_run(monkeypatch):
+    monkeypatch.setattr(dryrun, "free_memory", lambda: 1e6)
+    monkeypatch.setattr(dryrun, "run_step", lambda *_: pytest.fail("it ran"))
+    lines = []
+    dryrun.take_step(dryrun.make_plan(small(), lines.append), 2e6, 1e3, lines.append)
+    assert "traced" in lines[-1]
+
+
+def test_the_step_shrinks_to_the_memory(monkeypatch):
+    devices, lines = jax.device_count(), []
+    monkeypatch.setattr(dryrun, "free_memory", lambda: 2 * (1000 + 1.5 * 10))
+    monkeypatch.setattr(dryrun, "run_step", lambda plan, batch: f"took {batch}")
+    dryrun.take_step(dryrun.make_plan(small(), lines.append), 1000.0, 10.0, lines.append)
+    assert lines[-1] == f"took {devices}" and "not 16" in lines[-2]
+
+
+def test_pictures_stand_in_for_a_folder_not_given():
+    lines = []
+    config = small(source="image_folder", canvas=28)
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_epochs=0.0))
+    plan = dryrun.make_plan(config, lines.append)
+    assert "stand in" in lines[0] and len(plan.source) > 1_000_000
+    with pytest.raises(UserError, match=r"data\.root=/nowhere"):
+        dryrun.make_plan(small(source="image_folder", root="/nowhere"), lines.append)
+
+
+def test_memory_of_the_state_is_exact():
+    plan = dryrun.make_plan(small(), lambda line: None)
+    config = plan.config
+    state = first_state(config, 4, plan.optimizer)
+    assert costs.tree_bytes(plan.state.method) == sum(x.nbytes for x in jax.tree.leaves(state.method))
+    assert costs.tree_bytes(plan.state.opt_state) == sum(x.nbytes for x in jax.tree.leaves(state.opt_state))

@@ -1,0 +1,77 @@
+"""Curves show what was logged: no more, no less, and what was not finite."""
+
+import numpy as np
+import pytest
+
+from jepax.viz.curves import PANELS, Series, curves, running_median
+
+
+def log(steps: int, **changed: object) -> list[dict]:
+    """Lines of a run of four encoder blocks."""
+    fixed = {"momentum": 0.996, "weight_decay": 0.04, "target_rank": 20.0, "target_std": 0.5, "images_per_second": 9.0}
+    falling = ("loss", "grad_norm", "grad_norm_predictor", "update_norm", "ema_step_norm", "learning_rate")
+    return [
+        {"step": 10 * i, **fixed, **{name: 1 / (1 + i) for name in falling},
+         "grad_norm_encoder_by_block": [0.1, 0.2, 0.3, 0.4], **changed}
+        for i in range(steps)
+    ]
+
+
+def panels(figure) -> dict:
+    return {axes.get_ylabel(): axes for axes in figure.axes if axes.axison}
+
+
+def labels(axes) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_every_metric_has_its_panel_and_norms_that_fall_far_a_log_scale():
+    drawn = panels(curves(log(60), "mine"))
+    assert list(drawn) == [panel.title for panel in PANELS]
+    assert drawn["loss"].get_yscale() == drawn["gradient norm (L2)"].get_yscale() == "log"
+    assert drawn["momentum"].get_yscale() == drawn["learning rate"].get_yscale() == "linear"
+    assert drawn["effective rank (dimensions)"].get_ylim()[0] == 0
+    assert labels(drawn["gradient norm (L2)"]) == ["encoder block 1", "encoder block 4", "predictor", "all parameters"]
+
+
+def test_what_a_method_does_not_log_is_left_out():
+    lines = log(60, grad_norm_predictor=0.0)
+    for line in lines:
+        del line["momentum"], line["ema_step_norm"]
+    drawn = panels(curves(lines, "mine"))
+    assert "momentum" not in drawn
+    assert drawn["change per step (L2 norm)"].get_legend() is None
+    assert "predictor" not in labels(drawn["gradient norm (L2)"])
+
+
+def test_values_that_were_not_finite_are_marked_at_their_steps():
+    lines = log(60)
+    lines[7]["grad_norm"] = None
+    lines[9]["grad_norm_encoder_by_block"] = [0.1, None, 0.3, 0.4]
+    axes = panels(curves(lines, "mine"))["gradient norm (L2)"]
+    marks = next(line for line in axes.lines if line.get_label() == "not finite")
+    assert list(marks.get_xdata()) == [70, 90]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_run_that_has_just_begun_can_be_drawn(steps):
+    lines = log(steps, loss=None, learning_rate=0.0)
+    figure = curves(lines, "mine")
+    figure.canvas.draw()
+    assert len(panels(figure)) == len(PANELS)
+
+
+def test_the_running_median_keeps_ends_gaps_and_a_steep_start():
+    values = np.array([9.0, 5.0, 3.0, 3.0, 90.0, 3.0, np.nan, 3.0, 2.0])
+    smooth = running_median(values, 2)
+    assert smooth[0] == 9 and smooth[4] == 3
+    assert np.flatnonzero(np.isnan(smooth)).tolist() == [6]
+    np.testing.assert_array_equal(running_median(values, 0), values)
+    assert np.isnan(running_median(np.full(3, np.nan), 1)).all()
+
+
+def test_a_series_knows_its_layers_and_its_losses():
+    by_block = Series([{"step": 0, "x": [1.0, None]}, {"step": 5, "x": [1.0, 2.0]}, {"step": 6}], "x")
+    assert by_block.by_layer and by_block.values.shape == (2, 2)
+    assert by_block.lost.tolist() == [True, False]
+    assert Series([{"step": 0, "x": 0.0}], "x").empty and not Series([{"step": 0, "x": None}], "x").empty

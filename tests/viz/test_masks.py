@@ -1,0 +1,119 @@
+"""The sheet shows what the training step draws, and nothing of a patch that is not seen."""
+
+from types import SimpleNamespace
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from jepax import train
+from jepax.methods import IJEPA
+from jepax.types import Masks
+from jepax.views import CropConfig, denormalise
+from jepax.viz import figures
+from jepax.viz.masks import BLANK, Seen, _borders, only, seen, sheet
+
+KEY = jr.key(7)
+
+
+@pytest.fixture(scope="module")
+def images(config):
+    return figures.first_images(config)
+
+
+@pytest.fixture(scope="module")
+def shown(config, images) -> Seen:
+    return seen(config.method, images, KEY)
+
+
+def test_pictures_and_patches_are_the_draw_of_the_key(config, images, shown):
+    view, masks = eqx.filter_jit(config.method.views_and_masks)(images, config.method.sampler(), key=KEY)
+    np.testing.assert_allclose(shown.pixels, denormalise(view, config.method.crop), atol=1e-6)
+    for image in range(len(shown.context)):
+        assert np.flatnonzero(shown.context[image]).tolist() == np.asarray(masks.context[image]).tolist()
+    assert np.array_equal(shown.targets.sum(axis=(2, 3)), masks.target_valid.sum(axis=2))
+    assert not np.any(shown.context[:, None] & shown.targets)
+
+
+def given_only(*expected):
+    """A loss of 3, and none of anything but the expected."""
+    return lambda *given: (jnp.float32(3 if given == expected else np.nan), {})
+
+
+def test_the_loss_takes_its_randomness_from_the_same_function(images):
+    asked = []
+    draw = SimpleNamespace(views_and_masks=lambda *given, key: asked.append((*given, key)) or ("view", "masks"))
+    method = SimpleNamespace(config=draw, masks="sampler", loss_of=given_only("view", "masks"))
+    assert IJEPA.loss(method, images, key=KEY) == (3, {})
+    assert asked == [(images, "sampler", KEY)]
+
+
+def test_the_key_and_the_images_are_those_of_the_first_training_step(config, monkeypatch, tmp_path):
+    steps = train.TrainConfig(batch_size=16, steps=300)
+    config = train.Config(seed=3, method=config.method, data=config.data, train=steps)
+    met, drawn = [], []
+
+    def first_step(inputs, state):
+        met.append(inputs)
+        raise InterruptedError
+
+    monkeypatch.setattr(train, "compiled_step", first_step)
+    monkeypatch.setattr(train, "make_optimizer", lambda *args: None)
+    monkeypatch.setattr(train, "first_state", lambda *args: SimpleNamespace(step=0))
+    with pytest.raises(InterruptedError):
+        train.train(config, tmp_path)
+    monkeypatch.setattr(figures, "seen", lambda *given: drawn.extend(given))
+    monkeypatch.setattr(figures, "sheet", lambda _: None)
+    monkeypatch.setattr(figures, "save", lambda _, path: path)
+    figures.draw(config, tmp_path)
+    (_, taken, root, _), (_, shown, key) = met[0], drawn
+    assert jr.fold_in(root, 0) == key
+    np.testing.assert_array_equal(np.asarray(taken.canvas)[:8], shown.canvas)
+    np.testing.assert_array_equal(np.asarray(taken.index)[:8], shown.index)
+
+
+def test_a_patch_is_shown_or_blank():
+    pixels = np.random.default_rng(0).random((6, 8, 3), np.float32)
+    patches = np.array([[True, False], [False, False], [False, True]])
+    cut = only(pixels, patches)
+    np.testing.assert_array_equal(cut[:2, :4], pixels[:2, :4])
+    np.testing.assert_array_equal(cut[4:, 4:], pixels[4:, 4:])
+    hidden = np.kron(~patches, np.ones((2, 4), bool))
+    np.testing.assert_array_equal(cut[hidden], np.broadcast_to(np.float32(BLANK), (hidden.sum(), 3)))
+
+
+def test_the_sheet_has_one_row_per_image_and_counts_patches(shown):
+    figure = sheet(shown)
+    assert len(figure.axes) == 8 * (2 + 4)
+    for row, context, targets in zip(np.reshape(figure.axes, (8, 6)), shown.context, shown.targets, strict=True):
+        titles = [cell.get_title() for cell in row]
+        assert titles[0] == "view: 16 × 24 px"
+        assert titles[1] == f"context: {context.sum()} of 24 patches"
+        assert titles[2:] == [f"target {i}: {target.sum()} patches" for i, target in enumerate(targets, 1)]
+        blank = np.all(row[1].images[0].get_array() == np.float32(BLANK), axis=2)
+        np.testing.assert_array_equal(blank, np.kron(~context, np.ones((4, 4), bool)))
+
+
+def test_padding_of_short_targets_is_not_shown_and_grey_is_repeated_over_the_colours(images):
+    view = jnp.linspace(-1, 1, 8 * 16 * 24).reshape(8, 16, 24, 1)
+    target = jnp.tile(jnp.int32([[[5, 6, 5], [0, 1, 2]]]), (8, 1, 1))
+    valid = jnp.tile(jnp.array([[[True, True, False], [True, True, True]]]), (8, 1, 1))
+    masks = Masks(context=jnp.tile(jnp.int32([[23]]), (8, 1)), targets=target, target_valid=valid)
+    method = SimpleNamespace(
+        crop=CropConfig(size=(16, 24), mean=(0.5,), std=(0.25,)),
+        sampler=type("Sampler", (), {"grid": (4, 6)}),
+        views_and_masks=lambda images, sampler, *, key: (view, masks),
+    )
+    shown = seen(method, images, KEY)
+    assert shown.pixels.shape == (8, 16, 24, 3)
+    assert np.ptp(shown.pixels, axis=-1).max() == 0 < np.ptp(shown.pixels)
+    assert np.argwhere(shown.targets[7]).tolist() == [[0, 0, 5], [0, 1, 0], [1, 0, 0], [1, 0, 1], [1, 0, 2]]
+    assert np.argwhere(shown.context[7]).tolist() == [[3, 5]]
+
+
+def test_borders_go_round_what_is_marked_and_not_through_it():
+    assert len(_borders(np.ones((2, 3), bool))) == 2 * (2 + 3)
+    assert len(_borders(np.eye(2, dtype=bool))) == 8
+    assert _borders(np.ones((1, 1), bool)).max() == 1
