@@ -58,10 +58,17 @@ class Setting:
 
 
 SETTINGS = {
-    "vit-tiny/16, 224 px": Setting(224, 512, 16, ViTConfig(patch_size=16, **SIZES["tiny"]),
-                                   PredictorConfig(width=96, depth=6, heads=3), 50),
-    "width 192, depth 6, patch 4, 32 px": Setting(32, 32, 128, ViTConfig(patch_size=4, width=192, depth=6, heads=3),
-                                                  PredictorConfig(width=96, depth=6, heads=3), 12),
+    "vit-tiny/16, 224 px": Setting(
+        224, 512, 16, ViTConfig(patch_size=16, **SIZES["tiny"]), PredictorConfig(width=96, depth=6, heads=3), 50
+    ),
+    "width 192, depth 6, patch 4, 32 px": Setting(
+        32,
+        32,
+        128,
+        ViTConfig(patch_size=4, width=192, depth=6, heads=3),
+        PredictorConfig(width=96, depth=6, heads=3),
+        12,
+    ),
 }
 
 
@@ -74,16 +81,20 @@ class Given(IJEPA):
 
 def quick(setting: Setting) -> Setting:
     """The same shapes with a batch of four and two blocks: to see that everything runs, not to be quoted."""
-    return replace(setting, batch=4, encoder=replace(setting.encoder, depth=2),
-                   predictor=replace(setting.predictor, depth=2))
+    return replace(
+        setting, batch=4, encoder=replace(setting.encoder, depth=2), predictor=replace(setting.predictor, depth=2)
+    )
 
 
 def ijepa_config(setting: Setting, *, full_blocks: bool) -> IJEPAConfig:
     """The method; `full_blocks` narrows the published ranges to the one size that no target needs padding for."""
     ranges = {"target_scale": (0.2, 0.2), "target_aspect": (1.5, 1.5)} if full_blocks else {}
-    return IJEPAConfig(encoder=setting.encoder, predictor=setting.predictor,
-                       masks=MultiBlockConfig(context=setting.context, **ranges),
-                       crop=CropConfig(size=(setting.size, setting.size), scale=(0.3, 1.0)))
+    return IJEPAConfig(
+        encoder=setting.encoder,
+        predictor=setting.predictor,
+        masks=MultiBlockConfig(context=setting.context, **ranges),
+        crop=CropConfig(size=(setting.size, setting.size), scale=(0.3, 1.0)),
+    )
 
 
 def make_inputs(method: IJEPA, setting: Setting, count: int) -> list[tuple[jax.Array, Any]]:
@@ -118,8 +129,16 @@ def ours(method: IJEPA, inputs: list[Any]) -> Callable[[], float]:
 def theirs(method: IJEPA, inputs: list[Any]) -> Callable[[], float]:
     """A function that runs the peer's next step, from our weights, and returns its loss."""
     peer = make_peer(method)
-    batches = repeated([(torch.tensor(np.asarray(view)), torch.tensor(np.asarray(masks.context)).long(),
-                         torch.tensor(np.asarray(masks.targets)).long()) for view, masks in inputs])
+    batches = repeated(
+        [
+            (
+                torch.tensor(np.asarray(view)),
+                torch.tensor(np.asarray(masks.context)).long(),
+                torch.tensor(np.asarray(masks.targets)).long(),
+            )
+            for view, masks in inputs
+        ]
+    )
     return lambda: float(peer.step(*next(batches)))
 
 
@@ -139,8 +158,14 @@ def make_peer(method: IJEPA) -> Peer:
 
 
 def put_block(block: torch.nn.Module, ours: Any) -> None:
-    layers = {"norm1": ours.norm1, "qkv": ours.attention.qkv, "project": ours.attention.project,
-              "norm2": ours.norm2, "expand": ours.mlp.expand, "contract": ours.mlp.contract}
+    layers = {
+        "norm1": ours.norm1,
+        "qkv": ours.attention.qkv,
+        "project": ours.attention.project,
+        "norm2": ours.norm2,
+        "expand": ours.mlp.expand,
+        "contract": ours.mlp.contract,
+    }
     for name, layer in layers.items():
         put(getattr(block, name), layer.weight, layer.bias)
 
@@ -180,8 +205,16 @@ def compare(setting: Setting, rounds: int) -> dict[str, Any]:
     making = [seconds(make) for _ in range(WARM + rounds)][WARM:]
     a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
     ratios = [x / y for x, y in pairs]
-    return {"losses": losses, "ours_s": a, "theirs_s": b, "ratio": a / b, "ratio_min": min(ratios),
-            "ratio_max": max(ratios), "views_and_masks_s": statistics.median(making), "seconds": pairs}
+    return {
+        "losses": losses,
+        "ours_s": a,
+        "theirs_s": b,
+        "ratio": a / b,
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "views_and_masks_s": statistics.median(making),
+        "seconds": pairs,
+    }
 
 
 def peak_memory(setting: Setting, side: str) -> int:
@@ -217,8 +250,9 @@ def cores() -> int:
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on beside the code."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
-                         text=True)
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
     cpuinfo = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
@@ -235,12 +269,16 @@ def machine() -> dict[str, Any]:
 
 def show(name: str, result: dict[str, Any]) -> None:
     """One setting's result as it is read."""
-    print(f"{name}\n  ours {result['ours_s']:.4f} s   theirs {result['theirs_s']:.4f} s"
-          f"   ratio {result['ratio']:.2f} (min {result['ratio_min']:.2f}, max {result['ratio_max']:.2f})"
-          f"   our views and masks {result['views_and_masks_s']:.4f} s")
+    print(
+        f"{name}\n  ours {result['ours_s']:.4f} s   theirs {result['theirs_s']:.4f} s"
+        f"   ratio {result['ratio']:.2f} (min {result['ratio_min']:.2f}, max {result['ratio_max']:.2f})"
+        f"   our views and masks {result['views_and_masks_s']:.4f} s"
+    )
     if "ours_peak_bytes" in result:
-        print(f"  peak memory: ours {result['ours_peak_bytes'] / 2**20:.0f} MiB,"
-              f" theirs {result['theirs_peak_bytes'] / 2**20:.0f} MiB")
+        print(
+            f"  peak memory: ours {result['ours_peak_bytes'] / 2**20:.0f} MiB,"
+            f" theirs {result['theirs_peak_bytes'] / 2**20:.0f} MiB"
+        )
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Schedules:
-    """Learning rate (linear, then cosine), weight decay (cosine) and momentum (linear) of `total` steps, as published."""
+    """Learning rate (linear, cosine), weight decay (cosine) and momentum (linear) of `total` steps, as published."""
 
     total: int
     warmup: int

@@ -10,7 +10,7 @@ from jepax.train import Config
 
 TINY = """
     --data.source synthetic --data.canvas 28 --data.channels 1 --data.synthetic-images 80 --data.validation 0.2
-    --method.encoder.width 24 --method.encoder.depth 2 --method.predictor.width 12 --method.predictor.depth 1
+    --method.encoder.width 24 --method.encoder.depth 1 --method.predictor.width 12 --method.predictor.depth 1
     --train.batch-size 16 --train.steps 3 --optim.warmup-epochs 0.2 --eval.batch-size 40 --eval.probe.epochs 2
     --eval.probe.learning-rates 1e-2 --eval.probe.weight_decays 0.0
 """.split()
@@ -117,7 +117,7 @@ def test_a_setting_known_to_be_unstable_is_warned_of_once(capsys):
     assert sum("prediction_norm=both" in line and line.startswith("jepax: warning") for line in lines) == 1
 
 
-def test_a_run_trains_evaluates_continues_and_is_trained_again(capsys, tmp_path):
+def test_a_run_trains_evaluates_continues_and_is_trained_again(capsys, tmp_path, monkeypatch):
     run, again = tmp_path / "run", tmp_path / "again"
     cli.main(["train", "ijepa_fashion_mnist", *TINY, "--run-dir", str(run)])
     out = capsys.readouterr().out
@@ -128,12 +128,20 @@ def test_a_run_trains_evaluates_continues_and_is_trained_again(capsys, tmp_path)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [0, 2]
 
+    cli.main(["train", "ijepa_fashion_mnist", *TINY, "--run-dir", str(again), "--dry-run"])
+    told = capsys.readouterr().out
+    assert "one step of 16 images ..." in told and f"loss {metrics[0]['loss']:.4f}" in told
+    assert not again.exists()
+
     error = fails(capsys, "train", "ijepa_fashion_mnist", *TINY, "--seed", "1", "--run-dir", str(run))
     assert "seed: 0 -> 1" in error and "--run-dir" in error
 
-    (run / "evals" / "step_00000003.json").unlink()
+    finished = []
+    monkeypatch.setattr(cli, "finish", lambda *given: finished.append(given))  # its work is seen above
     cli.main(["evaluate", str(run)])
-    assert (run / "evals" / "step_00000003.json").exists() and "trained encoder" in capsys.readouterr().out
+    cli.main(["train", "ijepa_fashion_mnist", *TINY, "--run-dir", str(run)])
+    assert [(given[0], int(given[1].step), given[2]) for given in finished] == [(config, 3, run)] * 2
+    assert "compiling" not in capsys.readouterr().err  # it was done already
 
     cli.main(["train", str(run / "config.yaml"), "--run-dir", str(again)])
     repeated = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]

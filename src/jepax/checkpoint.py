@@ -39,7 +39,7 @@ def save(folder: Path, step: int, tree: object, *, keep: int) -> Path:
     if path.exists():
         shutil.rmtree(path)
     path.mkdir(parents=True)
-    ocp.save_pytree(path / ARRAYS, _named(tree))
+    ocp.save(path / ARRAYS, _named(tree))
     part = path / (MANIFEST + ".part")
     part.write_text(json.dumps({"step": step, "sha256": _sums(path)}, indent=1) + "\n")
     part.replace(path / MANIFEST)
@@ -68,7 +68,7 @@ def restore(folder: Path, step: int, like: T) -> T:
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in _named(arrays).items()
     }
     try:
-        loaded = ocp.load_pytree(path / ARRAYS, abstract)
+        loaded = ocp.load(path / ARRAYS, abstract)
     except (ValueError, KeyError) as error:
         raise UserError(f"checkpoint {path} holds another model than this config builds:\n{str(error)[:300]}") from error
     restored = jax.tree.unflatten(jax.tree.structure(arrays), [loaded[name] for name in _named(arrays)])

@@ -86,12 +86,12 @@ def quiet() -> None:
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
     """Within, each warning to the user is one line on stderr, and is said once."""
-    said: set[str] = set()
+    said, stream = set(), sys.stderr  # the stream of now: what parses the overrides redirects it for a while
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         if str(message) not in said:
             said.add(str(message))
-            print(f"jepax: warning: {' '.join(str(message).split())}", file=sys.stderr)
+            print(f"jepax: warning: {' '.join(str(message).split())}", file=stream)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)

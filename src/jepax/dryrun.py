@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from jepax import config as configs
@@ -100,11 +101,11 @@ def say_arithmetic(plan: Plan, say: Say) -> None:
         say(f"\ntokens per image: teacher {patches}, context encoder {masks.context}, predictor {masks.blocks} blocks"
             f" of {masks.context} + {target} = {masks.blocks * (masks.context + target)}")
     say("\narithmetic per image, GFLOP (matrix products)")
-    for name, count in part_flops(plan).items():
+    for name, count in part_flops(plan, step).items():
         say(f"  {name:<40}{count / 1e9:>10.3f}")
     say(f"  {'the whole step':<40}{step / 1e9:>10.3f}")
     if isinstance(method, IJEPA):
-        over = 100 * (step / unpadded_flops(plan) - 1)
+        over = 100 * (step / unpadded_flops(plan, step) - 1)
         say(f"arithmetic: {step / 1e9:.4g} GFLOP per image, {over:+.1f}% over the unpadded step"
             " (mean over the sizes that target blocks take)")
 
@@ -114,8 +115,8 @@ def step_flops(plan: Plan) -> float:
     return costs.flops(training.train_step, plan.optimizer, plan.state, plan.images(1), jr.key(0))
 
 
-def part_flops(plan: Plan) -> dict[str, float]:
-    """FLOPs per image of the parts of I-JEPA; nothing for a method whose parts this file does not know."""
+def part_flops(plan: Plan, step: float) -> dict[str, float]:
+    """FLOPs per image of the parts of I-JEPA, of `step` in all; nothing for methods not known here."""
     method = plan.state.method
     if not isinstance(method, IJEPA):
         return {}
@@ -133,18 +134,18 @@ def part_flops(plan: Plan) -> dict[str, float]:
         "context encoder, forward and backward": costs.flops(eqx.filter_grad(encode), method.encoder, view, masks),
         "predictor, forward and backward": costs.flops(eqx.filter_grad(predict), (method.predictor, context), masks),
     }
-    return {"views": step_flops(plan) - sum(parts.values())} | parts
+    return {"views": step - sum(parts.values())} | parts
 
 
-def unpadded_flops(plan: Plan) -> float:
-    """FLOPs per image of the step if each target block had just the size drawn: the mean over that draw."""
+def unpadded_flops(plan: Plan, step: float) -> float:
+    """FLOPs per image, of `step` padded, if each target block had just the size drawn: the mean over that draw."""
     method, masks = plan.state.method, plan.state.method.config.masks
     sizes, chances = block_sizes(method.masks.grid, masks.target_scale, masks.target_aspect, masks.margin)
     counts: dict[int, float] = {}
     for size, chance in zip(sizes.prod(axis=1).tolist(), chances.tolist(), strict=True):
         counts[size] = counts.get(size, 0.0) + chance
     mean = sum(chance * loss_flops(method, size) for size, chance in counts.items())
-    return step_flops(plan) - loss_flops(method, method.masks.largest) + mean
+    return step - loss_flops(method, method.masks.largest) + mean
 
 
 def loss_flops(method: IJEPA, target: int) -> float:
@@ -190,7 +191,7 @@ def say_memory(plan: Plan, say: Say) -> tuple[float, float]:
     return float(sum(fixed.values())), float(image)
 
 
-def activation_bytes(plan: Plan, batch: int, compute: jnp.dtype) -> int:
+def activation_bytes(plan: Plan, batch: int, compute: DTypeLike) -> int:
     """Bytes kept for the backward pass of a batch."""
     params, rest = split(plan.state.method)
 

@@ -13,7 +13,7 @@ import jax.random as jr
 import numpy as np
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from jepax import checkpoint, sharding
 from jepax import config as configs
@@ -144,20 +144,32 @@ def train_step(
     return TrainState(method=method, opt_state=opt_state, step=state.step + 1), metrics
 
 
-@eqx.filter_jit(donate="all-except-first")
+@partial(jax.jit, static_argnames=("optimizer", "rest", "compute"), donate_argnames=("arrays",))
+def step_program(
+    arrays: PyTree, images: Images, root: PRNGKeyArray, *, optimizer: Optimizer, rest: PyTree, compute: DTypeLike
+) -> tuple[PyTree, Metrics]:
+    """The training program of a run, compiled once: `step_program._cache_size()` counts. Donates the old state.
+
+    Plain `jax.jit`, not `eqx.filter_jit`, which waits for every result and so would keep an accelerator idle.
+    """
+    state, metrics = train_step(optimizer, eqx.combine(arrays, rest), images, root, compute)
+    return eqx.filter(state, eqx.is_array), metrics
+
+
 def compiled_step(
     inputs: tuple[Optimizer, Images, PRNGKeyArray, DTypeLike], state: TrainState
 ) -> tuple[TrainState, Metrics]:
     """`train_step` as one program; the old state's buffers become the new one's."""
     optimizer, images, root, compute = inputs
-    return train_step(optimizer, state, images, root, compute)
+    arrays, rest = eqx.partition(state, eqx.is_array)
+    arrays, metrics = step_program(arrays, images, root, optimizer=optimizer, rest=rest, compute=compute)
+    return eqx.combine(arrays, rest), metrics
 
 
-@eqx.filter_jit
-def diagnose(embeddings: Array) -> Metrics:
-    """What tells collapse, of one embedding per image: a program of its own, run only for steps that are logged."""
-    embeddings = embeddings.astype(jnp.float32)
-    return {"target_std": feature_std(embeddings), "target_rank": effective_rank(embeddings)}
+def diagnose(embeddings: Array) -> Values:
+    """What tells collapse, of one embedding per image of this host's share of the batch; only for logged steps."""
+    local = np.concatenate([shard.data for shard in embeddings.addressable_shards if shard.replica_id == 0])
+    return {"target_std": feature_std(local), "target_rank": effective_rank(local)}
 
 
 def compute_dtype(config: Config) -> DTypeLike:
@@ -200,7 +212,7 @@ def refuse_not_finite(step: int, loss: Array) -> None:
 def log_values(metrics: Metrics, seconds_per_step: float, batch_size: int) -> Values:
     """A step's metrics as they are logged."""
     shown = {name: value for name, value in metrics.items() if name != "embeddings"}
-    values = {name: plain(value) for name, value in (shown | diagnose(metrics["embeddings"])).items()}
+    values = {name: plain(value) for name, value in shown.items()} | diagnose(metrics["embeddings"])
     return values | {"seconds_per_step": seconds_per_step, "images_per_second": batch_size / seconds_per_step}
 
 

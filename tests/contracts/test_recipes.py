@@ -13,7 +13,7 @@ from jepax import checkpoint, sharding
 from jepax.data import open_source
 from jepax.optim import OptimConfig, Optimizer
 from jepax.recipes import RECIPES
-from jepax.train import compiled_step, first_state, init_state, make_optimizer, read
+from jepax.train import compiled_step, first_state, init_state, make_optimizer, read, step_program
 from jepax.trees import EMA, trainable
 from tests.contracts.shrink import BATCH, shrunk
 
@@ -38,29 +38,27 @@ def fresh(config, seed=None, devices=None):
     return mesh, optimizer, sharding.replicate(first_state(config, STEPS, optimizer), mesh)
 
 
-def run(config, batches, devices):
-    mesh, optimizer, state = fresh(config, devices=devices)
-    root, losses = sharding.replicate(jr.key(1), mesh), []
-    for images in batches[:3]:
-        state, metrics = compiled_step((optimizer, sharding.shard_batch(images, mesh), root, jnp.float32), state)
-        losses.append(float(metrics["loss"]))
-    return np.array(losses), jax.tree.map(np.asarray, eqx.filter(state, eqx.is_array))
+@eqx.filter_jit
+def loss_and_gradients(params, rest, images):
+    return jax.value_and_grad(lambda p: eqx.combine(p, rest).loss(images, key=jr.key(0))[0])(params)
 
 
-def test_every_trained_parameter_gets_a_finite_gradient(config, batches):
-    _, _, state = fresh(config)
+def named_gradients(config, images, devices=1):
+    mesh, _, state = fresh(config, devices=devices)
     params, rest = eqx.partition(state.method, trainable(state.method))
-    images = jax.tree.map(jnp.asarray, batches[0])
+    loss, grads = loss_and_gradients(params, rest, sharding.shard_batch(images, mesh))
+    named = jax.tree_util.tree_leaves_with_path(grads)
+    return float(loss), {jax.tree_util.keystr(path): np.asarray(grad) for path, grad in named}
 
-    @eqx.filter_jit
-    def gradients(params):
-        return jax.grad(lambda p: eqx.combine(p, rest).loss(images, key=jr.key(0))[0])(params)
 
-    named = jax.tree_util.tree_leaves_with_path(gradients(params))
-    assert named
-    for path, grad in named:
-        assert jnp.isfinite(grad).all(), jax.tree_util.keystr(path)
-        assert jnp.abs(grad).max() > 0, f"{jax.tree_util.keystr(path)} is not trained"
+def test_every_trained_parameter_gets_a_finite_gradient_and_eight_devices_give_the_same(config, batches):
+    """The loss and the gradients, not parameters after Adam, which divides the noise of a zero gradient by itself."""
+    (loss, one), (loss_of_eight, eight) = (named_gradients(config, batches[0], devices) for devices in (1, 8))
+    assert loss_of_eight == pytest.approx(loss, rel=1e-5)
+    largest = max(np.abs(grad).max() for grad in one.values())
+    for name, grad in one.items():
+        assert np.isfinite(grad).all() and np.abs(grad).max() > 0, f"{name} is not trained"
+        np.testing.assert_allclose(eight[name], grad, atol=1e-5 * max(np.abs(grad).max(), 1e-3 * largest), err_msg=name)
 
 
 def test_a_teacher_has_no_gradient_and_no_optimiser_state(config):
@@ -88,20 +86,12 @@ def test_one_batch_is_overfitted(config, batches):
     assert np.mean(losses[-10:]) < 0.5 * losses[0], losses[::15]
 
 
-def test_eight_devices_equal_one(config, batches):
-    (one, state_one), (eight, state_eight) = run(config, batches, 1), run(config, batches, 8)
-    np.testing.assert_allclose(eight, one, rtol=1e-5)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state_one.method),
-                            jax.tree.leaves(state_eight.method), strict=True):
-        np.testing.assert_allclose(b, a, atol=2e-5 * max(np.abs(a).max(), 1e-2), err_msg=jax.tree_util.keystr(path))
-
-
 def test_two_builds_compile_once(config, batches):
     counts, images = [], jax.tree.map(jnp.asarray, batches[0])
     for seed in (0, 1):
         _, optimizer, state = fresh(config, seed)
         compiled_step((optimizer, images, jr.key(seed), jnp.float32), state)
-        counts.append(compiled_step._cached._cache_size())
+        counts.append(step_program._cache_size())
     assert counts[0] == counts[1] > 0
 
 

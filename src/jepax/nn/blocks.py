@@ -84,16 +84,18 @@ class Attention(eqx.Module):
         self.project = Linear(dim, dim, std=std, key=key_project)
         self.heads = heads
 
+    def _split(self, x: Array, parts: int) -> Array:
+        """(batch, tokens, parts * dim) as (parts, batch, heads, tokens, channels): one copy, and products in batches."""
+        return x.reshape(*x.shape[:2], parts, self.heads, -1).transpose(2, 0, 3, 1, 4)
+
     def _projections(self, x: Array, last: int) -> tuple[Array, Array, Array]:
-        """Queries of the `last` tokens, keys and values of all, each (batch, tokens, heads, channels)."""
-        batch, tokens, dim = x.shape
-        split = (batch, -1, self.heads, dim // self.heads)
+        """Queries of the `last` tokens, keys and values of all, each (batch, heads, tokens, channels)."""
+        _, tokens, dim = x.shape
         if last == tokens:
-            return tuple(part.reshape(split) for part in jnp.split(self.qkv(x), 3, axis=-1))
+            return tuple(self._split(self.qkv(x), 3))
         weight, bias = self.qkv.weight, self.qkv.bias
         query = affine(x[:, tokens - last:], weight[:, :dim], bias[:dim])
-        keys, values = jnp.split(affine(x, weight[:, dim:], bias[dim:]), 2, axis=-1)
-        return query.reshape(split), keys.reshape(split), values.reshape(split)
+        return self._split(query, 1)[0], *self._split(affine(x, weight[:, dim:], bias[dim:]), 2)
 
     def __call__(
         self, x: Float[Array, "batch tokens dim"], valid: Bool[Array, "batch tokens"] | None = None, *, last: int
@@ -105,14 +107,13 @@ class Attention(eqx.Module):
         """
         query, keys, values = self._projections(x, last)
         query = query * (query.shape[-1] ** -0.5)
-        scores = jnp.einsum("bqhc,bkhc->bhqk", query, keys, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bhqc,bhkc->bhqk", query, keys, preferred_element_type=jnp.float32)
         if valid is not None:
             scores = jnp.where(valid[:, None, None, :], scores, -jnp.inf)
         weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-        total = jnp.sum(weights, axis=-1)
-        mixed = jnp.einsum("bhqk,bkhc->bqhc", weights.astype(values.dtype), values)
-        mixed = mixed / jnp.swapaxes(total, 1, 2)[..., None].astype(mixed.dtype)
-        return self.project(mixed.reshape(x.shape[0], last, x.shape[2]))
+        mixed = jnp.einsum("bhqk,bhkc->bhqc", weights.astype(values.dtype), values)
+        mixed = mixed / jnp.sum(weights, axis=-1, keepdims=True).astype(mixed.dtype)
+        return self.project(jnp.swapaxes(mixed, 1, 2).reshape(x.shape[0], last, x.shape[2]))
 
 
 class MLP(eqx.Module):
@@ -200,12 +201,20 @@ class Stack(eqx.Module):
         first = max(first, 0)
         if self.scan and first:
             x = self._scanned(x, valid, first)
+        layers = self._unstacked()
         for layer in range(first if self.scan else 0, self.depth):
-            block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], self.blocks)
+            block = layers[layer]
             x = self._apply(block, x, valid, last if layer == self.depth - 1 else None)
             if layer >= self.depth - outputs:
                 kept.append(x)
         return tuple(kept)
+
+    def _unstacked(self) -> list[Block]:
+        """One block per layer. By `lax.split`, whose gradient is one concatenation; that of slices is a sum of pads."""
+        def parts(leaf: Array) -> list[Array]:
+            return [jnp.squeeze(part, 0) for part in lax.split(leaf, (1,) * self.depth)]
+        leaves, tree = jax.tree.flatten(self.blocks)
+        return [jax.tree.unflatten(tree, layer) for layer in zip(*map(parts, leaves), strict=True)]
 
     def _scanned(self, x: Array, valid: Array | None, count: int) -> Array:
         def step(x: Array, block: Block) -> tuple[Array, None]:
