@@ -20,6 +20,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from jepax.allocator import keep_freed_memory
+
+keep_freed_memory()  # as the command line does, and before jax and torch start threads: it serves both sides
+
+# ruff: noqa: E402
 import jax
 import jax.numpy as jnp
 import jax.random as jr

@@ -71,8 +71,18 @@ def test_a_dry_run_tells_everything_and_writes_nothing(tmp_path, monkeypatch):
     lines = []
     dryrun.dry_run(small(), lines.append)
     told = "\n".join(lines)
-    for word in ("recipe: ijepa_fashion_mnist", "target_encoder", "(not trained)", "trained in all", "tokens per image",
-                 "GFLOP per image", "over the unpadded step", "optimiser state", "one step of 16 images ...", "loss "):
+    for word in (
+        "recipe: ijepa_fashion_mnist",
+        "target_encoder",
+        "(not trained)",
+        "trained in all",
+        "tokens per image",
+        "GFLOP per image",
+        "over the unpadded step",
+        "optimiser state",
+        "one step of 16 images ...",
+        "loss ",
+    ):
         assert word in told, told
     assert os.listdir(tmp_path) == []
 

@@ -61,15 +61,20 @@ def restore(folder: Path, step: int, like: T) -> T:
     path = folder.absolute() / f"{step:08d}"
     recorded = json.loads((path / MANIFEST).read_text())["sha256"]
     if damaged := sorted(name for name, value in recorded.items() if _sums(path).get(name) != value):
-        raise UserError(f"checkpoint {path} is damaged: {damaged[0]} is not what was written ({len(damaged)} such"
-                        f" files);\nremove that folder to resume from the checkpoint before it")
+        raise UserError(
+            f"checkpoint {path} is damaged: {damaged[0]} is not what was written ({len(damaged)} such"
+            f" files);\nremove that folder to resume from the checkpoint before it"
+        )
     arrays, rest = eqx.partition(like, eqx.is_array)
     abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in _named(arrays).items()
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in _named(arrays).items()
     }
     try:
         loaded = ocp.load(path / ARRAYS, abstract)
     except (ValueError, KeyError) as error:
-        raise UserError(f"checkpoint {path} holds another model than this config builds:\n{str(error)[:300]}") from error
+        raise UserError(
+            f"checkpoint {path} holds another model than this config builds:\n{str(error)[:300]}"
+        ) from error
     restored = jax.tree.unflatten(jax.tree.structure(arrays), [loaded[name] for name in _named(arrays)])
     return eqx.combine(restored, rest)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from jepax.allocator import keep_freed_memory
+
 if TYPE_CHECKING:  # jax and what stands on it take seconds to import: only where a command needs them
     from jepax.train import Config, TrainState
 
@@ -65,6 +67,7 @@ def run(argv: list[str]) -> None:
         print(USAGE, end="")
         return
     quiet()
+    keep_freed_memory()
     if command not in COMMANDS:
         from jepax.config import nearest
         from jepax.types import UserError
@@ -185,7 +188,10 @@ def evaluate(arguments: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "recipes": recipes, "train": train, "evaluate": evaluate, "--version": version,
+    "recipes": recipes,
+    "train": train,
+    "evaluate": evaluate,
+    "--version": version,
 }
 
 if __name__ == "__main__":

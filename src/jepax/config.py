@@ -223,5 +223,8 @@ def differences(old: object, new: object) -> list[str]:
     """Lines `field.path: old -> new`, in the config's order; empty where both are equal."""
     before, after = flat(old), flat(new)
     paths = list(before) + [path for path in after if path not in before]
-    return [f"{path}: {before.get(path, '(absent)')} -> {after.get(path, '(absent)')}"
-            for path in paths if path not in before or path not in after or before[path] != after[path]]
+    return [
+        f"{path}: {before.get(path, '(absent)')} -> {after.get(path, '(absent)')}"
+        for path in paths
+        if path not in before or path not in after or before[path] != after[path]
+    ]

@@ -43,8 +43,11 @@ class Plan:
         """A batch as abstract shapes."""
 
         def build() -> Images:
-            return Images(canvas=jnp.zeros((batch, *self.source.canvas_shape), jnp.uint8),
-                          size=jnp.zeros((batch, 2), jnp.int32), index=jnp.zeros(batch, jnp.int32))
+            return Images(
+                canvas=jnp.zeros((batch, *self.source.canvas_shape), jnp.uint8),
+                size=jnp.zeros((batch, 2), jnp.int32),
+                index=jnp.zeros(batch, jnp.int32),
+            )
 
         return jax.eval_shape(build)
 
@@ -98,16 +101,20 @@ def say_arithmetic(plan: Plan, say: Say) -> None:
     method = plan.state.method
     if isinstance(method, IJEPA):
         masks, target, patches = method.config.masks, method.masks.largest, method.masks.grid[0] * method.masks.grid[1]
-        say(f"\ntokens per image: teacher {patches}, context encoder {masks.context}, predictor {masks.blocks} blocks"
-            f" of {masks.context} + {target} = {masks.blocks * (masks.context + target)}")
+        say(
+            f"\ntokens per image: teacher {patches}, context encoder {masks.context}, predictor {masks.blocks} blocks"
+            f" of {masks.context} + {target} = {masks.blocks * (masks.context + target)}"
+        )
     say("\narithmetic per image, GFLOP (matrix products)")
     for name, count in part_flops(plan, step).items():
         say(f"  {name:<40}{count / 1e9:>10.3f}")
     say(f"  {'the whole step':<40}{step / 1e9:>10.3f}")
     if isinstance(method, IJEPA):
         over = 100 * (step / unpadded_flops(plan, step) - 1)
-        say(f"arithmetic: {step / 1e9:.4g} GFLOP per image, {over:+.1f}% over the unpadded step"
-            " (mean over the sizes that target blocks take)")
+        say(
+            f"arithmetic: {step / 1e9:.4g} GFLOP per image, {over:+.1f}% over the unpadded step"
+            " (mean over the sizes that target blocks take)"
+        )
 
 
 def step_flops(plan: Plan) -> float:
@@ -163,8 +170,11 @@ def shaped(method: IJEPA, target: int) -> tuple[PyTree, Masks]:
     config, targets = method.config, (1, method.config.masks.blocks, target)
 
     def build() -> tuple[jax.Array, Masks]:
-        masks = Masks(context=jnp.zeros((1, config.masks.context), jnp.int32),
-                      targets=jnp.zeros(targets, jnp.int32), target_valid=jnp.zeros(targets, jnp.bool_))
+        masks = Masks(
+            context=jnp.zeros((1, config.masks.context), jnp.int32),
+            targets=jnp.zeros(targets, jnp.int32),
+            target_valid=jnp.zeros(targets, jnp.bool_),
+        )
         return jnp.zeros((1, *config.crop.size, config.encoder.channels)), masks
 
     return jax.eval_shape(build)
@@ -175,16 +185,20 @@ def say_memory(plan: Plan, say: Say) -> tuple[float, float]:
     method, compute = plan.state.method, training.compute_dtype(plan.config)
     trained = costs.tree_bytes(split(method)[0])
     fixed = {
-        "trained parameters": trained, "teacher and other": costs.tree_bytes(method) - trained,
-        "gradients": trained, "optimiser state": costs.tree_bytes(plan.state.opt_state),
+        "trained parameters": trained,
+        "teacher and other": costs.tree_bytes(method) - trained,
+        "gradients": trained,
+        "optimiser state": costs.tree_bytes(plan.state.opt_state),
     }
     one, two = (activation_bytes(plan, batch, compute) for batch in (1, 2))
     image = two - one + costs.tree_bytes(plan.images(1))
     fixed["not per image"] = max(one - (two - one), 0)
     batch = plan.config.train.batch_size
     share = batch // jax.device_count()
-    say(f"\nmemory per device, GB (estimated; {jnp.dtype(compute).name}, {share} of {batch} images;"
-        " the compiler's working space comes on top)")
+    say(
+        f"\nmemory per device, GB (estimated; {jnp.dtype(compute).name}, {share} of {batch} images;"
+        " the compiler's working space comes on top)"
+    )
     for name, count in (fixed | {"batch and activations": image * share}).items():
         say(f"  {name:<40}{count / 1e9:>10.3f}")
     say(f"  {'in all':<40}{(sum(fixed.values()) + image * share) / 1e9:>10.3f}")
@@ -206,8 +220,10 @@ def take_step(plan: Plan, fixed: float, image: float, say: Say) -> None:
     devices, wanted = jax.device_count(), plan.config.train.batch_size
     room = free_memory() / 2 - fixed
     if room < image:
-        say(f"\none step: {(fixed + image) / 1e9:.1f} GB for one image is more than half of the"
-            f" {free_memory() / 1e9:.1f} GB that are free, so the step was traced, with abstract shapes, and not run")
+        say(
+            f"\none step: {(fixed + image) / 1e9:.1f} GB for one image is more than half of the"
+            f" {free_memory() / 1e9:.1f} GB that are free, so the step was traced, with abstract shapes, and not run"
+        )
         return
     fits = min(wanted // devices, 2 ** ((int(room // image)).bit_length() - 1)) * devices
     why = "half of the free memory holds no more"

@@ -31,8 +31,13 @@ class Log:
     def __init__(self, path: Path, *, steps: int, start: int):
         self.path, self.steps, self.start = path, steps, start
         self.console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                   TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+        )
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self._last_line = 0.0
 
@@ -47,7 +52,9 @@ class Log:
         self._task = self.progress.add_task("training", total=self.steps, completed=self.start, speed="")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.progress.stop()
         self._file.close()
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -69,14 +68,16 @@ class Optimizer(eqx.Module):
     def learning_rate(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
         """Learning rate of the update of `step`, counted from 0: the schedule's value at step + 1, as published."""
         c = self.config
-        return schedules.warmup_cosine(step + 1, start=c.start_lr, peak=c.peak_lr, final=c.final_lr,
-                                       warmup=self.warmup_steps, total=self._horizon)
+        return schedules.warmup_cosine(
+            step + 1, start=c.start_lr, peak=c.peak_lr, final=c.final_lr, warmup=self.warmup_steps, total=self._horizon
+        )
 
     def weight_decay(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
         """Weight decay of the update of `step`, counted from 0: the schedule's value at step + 1, as published."""
         c = self.config
-        return schedules.ramp(c.decay_shape, step + 1, start=c.weight_decay, final=c.final_weight_decay,
-                              total=self._horizon)
+        return schedules.ramp(
+            c.decay_shape, step + 1, start=c.weight_decay, final=c.final_weight_decay, total=self._horizon
+        )
 
     @property
     def _adam(self) -> optax.GradientTransformation:

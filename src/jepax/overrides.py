@@ -35,8 +35,10 @@ def resolve(arguments: list[str]) -> Wanted | None:
     """
     words = [word for word in arguments if word != "--dry-run"]
     if not words or words[0].startswith("-"):
-        raise UserError("give the recipe, or a config file, first: jepax train RECIPE --field.path value ...\n"
-                        f"recipes: {', '.join(RECIPES)}")
+        raise UserError(
+            "give the recipe, or a config file, first: jepax train RECIPE --field.path value ...\n"
+            f"recipes: {', '.join(RECIPES)}"
+        )
     base = begin(words[0])
     if "--help" in words or "-h" in words:
         print_help(words[0], base)
@@ -66,8 +68,14 @@ def print_help(name: str, base: Config) -> None:
     """Every field with its type, default and meaning."""
     about = f"{(RECIPES[name].__doc__ or '').strip()}\n\n" if name in RECIPES else ""
     with contextlib.suppress(SystemExit):
-        tyro.cli(Config, default=base, args=["--help"], prog=f"jepax train {name}", config=OPTIONS,
-                 description=about + OWN.format(recipe=base.recipe))
+        tyro.cli(
+            Config,
+            default=base,
+            args=["--help"],
+            prog=f"jepax train {name}",
+            config=OPTIONS,
+            description=about + OWN.format(recipe=base.recipe),
+        )
 
 
 def grouped(words: list[str]) -> list[list[str]]:

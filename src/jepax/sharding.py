@@ -20,8 +20,10 @@ def check_batch(batch_size: int) -> None:
     """Raises `UserError` where the devices cannot share the batch equally."""
     devices = jax.device_count()
     if batch_size % devices:
-        raise UserError(f"train.batch_size={batch_size} does not divide over {devices} devices;"
-                        f" try {max(batch_size // devices, 1) * devices}")
+        raise UserError(
+            f"train.batch_size={batch_size} does not divide over {devices} devices;"
+            f" try {max(batch_size // devices, 1) * devices}"
+        )
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:

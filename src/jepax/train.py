@@ -99,8 +99,10 @@ def make_optimizer(config: Config, steps: int, examples: int) -> Optimizer:
     """The optimiser, its warm-up turned from epochs into steps."""
     warmup = round(config.optim.warmup_epochs * examples / config.train.batch_size)
     if warmup >= steps * config.optim.horizon:
-        raise UserError(f"optim.warmup_epochs={config.optim.warmup_epochs} is {warmup} steps, but the run has {steps};"
-                        " shorten the warm-up or lengthen the run")
+        raise UserError(
+            f"optim.warmup_epochs={config.optim.warmup_epochs} is {warmup} steps, but the run has {steps};"
+            " shorten the warm-up or lengthen the run"
+        )
     return Optimizer(config.optim, steps, warmup)
 
 
@@ -111,8 +113,13 @@ def init_state(method: AbstractMethod, optimizer: Optimizer) -> TrainState:
 
 
 def first_state(config: Config, steps: int, optimizer: Optimizer) -> TrainState:
-    """The state that the config's seed begins with."""
-    return init_state(config.method.build(total_steps=steps, key=jr.key(config.seed)), optimizer)
+    """The state that the config's seed begins with. As one program: operation by operation it takes ten times longer."""
+
+    @eqx.filter_jit
+    def build(key: PRNGKeyArray) -> TrainState:
+        return init_state(config.method.build(total_steps=steps, key=key), optimizer)
+
+    return build(jr.key(config.seed))
 
 
 def train_step(
@@ -185,8 +192,15 @@ def claim(run: Path, config: Config) -> None:
     if path.exists():
         different = configs.differences(configs.load(Config, path), config)
         if different:
-            raise UserError("\n".join([f"{run} holds a run of another config (there -> here):", *different[:3],
-                                       "take another --run-dir, or the folder's own config.yaml"]))
+            raise UserError(
+                "\n".join(
+                    [
+                        f"{run} holds a run of another config (there -> here):",
+                        *different[:3],
+                        "take another --run-dir, or the folder's own config.yaml",
+                    ]
+                )
+            )
     else:
         run.mkdir(parents=True, exist_ok=True)
         configs.dump(config, path)
@@ -197,16 +211,20 @@ def check(config: Config, source: Source) -> None:
     method, has = config.method, source.canvas_shape[2]
     for name, channels in (("encoder.channels", method.encoder.channels), ("crop.mean", len(method.crop.mean))):
         if channels != has:
-            raise UserError(f"method.{name} is for {channels} channels, but the pictures of"
-                            f" data.source={config.data.source} have {has};\n"
-                            f"set method.{name} for {has}, or data.channels={channels}")
+            raise UserError(
+                f"method.{name} is for {channels} channels, but the pictures of"
+                f" data.source={config.data.source} have {has};\n"
+                f"set method.{name} for {has}, or data.channels={channels}"
+            )
 
 
 def refuse_not_finite(step: int, loss: Array) -> None:
     """Raises `UserError` naming the step. The state after it is lost, so nothing of it is saved."""
     if not np.isfinite(loss):
-        raise UserError(f"the loss of step {step} is {float(loss)}: training stopped, nothing was saved after it;\n"
-                        "try a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.clip=1.0")
+        raise UserError(
+            f"the loss of step {step} is {float(loss)}: training stopped, nothing was saved after it;\n"
+            "try a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.clip=1.0"
+        )
 
 
 def log_values(metrics: Metrics, seconds_per_step: float, batch_size: int) -> Values:
@@ -256,19 +274,31 @@ def train(config: Config, run: Path) -> TrainState:
 
 def read(config: Config, source: Source, steps: int, start: int) -> Iterator[Images]:
     """This host's slices of the batches of steps `start` to `steps` - 1."""
-    return batches(source, batch_size=config.train.batch_size, steps=steps, start=start, seed=config.seed,
-                   threads=config.data.threads, workers=config.data.workers,
-                   process_index=jax.process_index(), process_count=jax.process_count())
+    return batches(
+        source,
+        batch_size=config.train.batch_size,
+        steps=steps,
+        start=start,
+        seed=config.seed,
+        threads=config.data.threads,
+        workers=config.data.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
 def restored(config: Config, run: Path) -> TrainState:
     """The newest whole checkpoint of a run. Raises `UserError` where there is none."""
     saved = checkpoint.whole_steps(run / "checkpoints")
     if not saved:
-        raise UserError(f"{run} holds no whole checkpoint; train it first: jepax train {run / 'config.yaml'} --run-dir {run}")
+        raise UserError(
+            f"{run} holds no whole checkpoint; train it first: jepax train {run / 'config.yaml'} --run-dir {run}"
+        )
     examples = len(open_source(config.data, "train"))
     steps = total_steps(config, examples)
-    state = sharding.replicate(first_state(config, steps, make_optimizer(config, steps, examples)), sharding.make_mesh())
+    state = sharding.replicate(
+        first_state(config, steps, make_optimizer(config, steps, examples)), sharding.make_mesh()
+    )
     return checkpoint.restore(run / "checkpoints", saved[-1], state)
 
 
@@ -281,8 +311,12 @@ def evaluate(config: Config, state: TrainState, run: Path, say: Callable[[str], 
         eqx.Partial(state.method.features, layers=PROBE_LAYERS),  # a closure's arrays would be compiled in
         eqx.Partial(untrained.features, layers=PROBE_LAYERS),
         RawPixels(lambda images: centre_crop(images, config.method.crop)),
-        report.Splits(**sweeps), sources["train"].classes, config.eval,
-        step=int(state.step), key=jr.key(config.seed), say=say,
+        report.Splits(**sweeps),
+        sources["train"].classes,
+        config.eval,
+        step=int(state.step),
+        key=jr.key(config.seed),
+        say=say,
     )
     report.write(results, run, f"step_{int(state.step):08d}")
     return results

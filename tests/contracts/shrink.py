@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from jepax.data import DataConfig
 from jepax.recipes import RECIPES
-from jepax.train import Config
+from jepax.train import Config, TrainConfig
 
 SIDE, PATCH, BATCH = 24, 4, 16
 
@@ -24,5 +24,13 @@ def shrunk(name: str, **method: object) -> Config:
         method=replace(config.method, **changes | method),
         data=data,
         optim=replace(config.optim, warmup_epochs=0.1),
-        train=replace(config.train, batch_size=BATCH, steps=6, log_every=2, save_every=4),
+        train=TrainConfig(batch_size=BATCH, steps=6, log_every=2, save_every=4),
     )
+
+
+def distinct() -> dict[str, Config]:
+    """The shrunk recipes, each setting once, under the names of all the recipes that shrink to it."""
+    configs: dict[Config, list[str]] = {}
+    for name in sorted(RECIPES):
+        configs.setdefault(replace(shrunk(name), recipe="shrunk"), []).append(name)
+    return {"+".join(names): config for config, names in configs.items()}

@@ -12,17 +12,17 @@ import pytest
 from jepax import checkpoint, sharding
 from jepax.data import open_source
 from jepax.optim import OptimConfig, Optimizer
-from jepax.recipes import RECIPES
 from jepax.train import compiled_step, first_state, init_state, make_optimizer, read, step_program
 from jepax.trees import EMA, trainable
-from tests.contracts.shrink import BATCH, shrunk
+from tests.contracts.shrink import BATCH, distinct
 
 STEPS = 6
+DISTINCT = distinct()
 
 
-@pytest.fixture(scope="module", params=sorted(RECIPES))
+@pytest.fixture(scope="module", params=list(DISTINCT))
 def config(request):
-    return shrunk(request.param)
+    return DISTINCT[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,12 @@ def batches(config):
 def fresh(config, seed=None, devices=None):
     config = config if seed is None else replace(config, seed=seed)
     optimizer = make_optimizer(config, STEPS, 64)
-    mesh = jax.make_mesh((devices or 1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2,
-                         devices=jax.devices()[: devices or 1])
+    mesh = jax.make_mesh(
+        (devices or 1, 1),
+        ("data", "model"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        devices=jax.devices()[: devices or 1],
+    )
     return mesh, optimizer, sharding.replicate(first_state(config, STEPS, optimizer), mesh)
 
 

@@ -78,8 +78,12 @@ def test_settings_that_cannot_be_met_are_refused(grid, context):
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"target_scale": (0.3, 0.2)}, "target_scale"), ({"context_scale": (0.5, 1.5)}, "context_scale"),
-     ({"blocks": 0}, "blocks=0"), ({"target_aspect": (0.0, 1.0)}, "target_aspect")],
+    [
+        ({"target_scale": (0.3, 0.2)}, "target_scale"),
+        ({"context_scale": (0.5, 1.5)}, "context_scale"),
+        ({"blocks": 0}, "blocks=0"),
+        ({"target_aspect": (0.0, 1.0)}, "target_aspect"),
+    ],
 )
 def test_ranges_that_are_none_are_refused(settings, words):
     with pytest.raises(UserError, match=words):

@@ -33,13 +33,20 @@ def loss_of(method, images, key):
     return method.loss(images, key=key)[0]
 
 
-@pytest.mark.parametrize("settings", [
-    {"loss": "l2"}, {"beta": 0.3}, {"target_norm": "none"}, {"prediction_norm": "trainable"},
-    {"prediction_norm": "plain"}, {"prediction_norm": "both"},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": "l2"},
+        {"beta": 0.3},
+        {"target_norm": "none"},
+        {"prediction_norm": "trainable"},
+        {"prediction_norm": "plain"},
+        {"prediction_norm": "both"},
+    ],
+)
 def test_each_setting_changes_the_loss_and_stays_finite(images, settings):
     plain, other = (float(loss_of(build(**s), images, jr.key(0))) for s in ({}, settings))
-    assert np.isfinite(other) and abs(plain - other) > 1e-6 * abs(plain) or settings == {"prediction_norm": "both"}
+    assert (np.isfinite(other) and abs(plain - other) > 1e-6 * abs(plain)) or settings == {"prediction_norm": "both"}
 
 
 def test_two_norms_on_the_predictions_are_allowed_with_a_warning():
@@ -77,8 +84,9 @@ def test_new_keys_give_new_views(images):
     assert jnp.abs(views[0] - views[1]).max() > 0.1
 
 
-@pytest.mark.parametrize(("shape", "expected"), [
-    ("linear", [0.9, 0.95, 1.0]), ("cosine", [0.9, 0.95, 1.0]), ("constant", [0.9, 0.9, 0.9])])
+@pytest.mark.parametrize(
+    ("shape", "expected"), [("linear", [0.9, 0.95, 1.0]), ("cosine", [0.9, 0.95, 1.0]), ("constant", [0.9, 0.9, 0.9])]
+)
 def test_momentum_schedules(shape, expected):
     method = build(momentum=MomentumConfig(start=0.9, final=1.0, shape=shape))
     np.testing.assert_allclose([method.momentum(s) for s in (0, 5, 10)], expected, rtol=1e-6)
@@ -97,7 +105,9 @@ def test_features_are_the_target_encoders(images):
     method = build()
     features = method.features(images, 4)
     assert features.shape == (2, 8, 32)
-    other = eqx.tree_at(lambda m: m.encoder, method, jax.tree.map(jnp.zeros_like, eqx.filter(method.encoder, eqx.is_array)))
+    other = eqx.tree_at(
+        lambda m: m.encoder, method, jax.tree.map(jnp.zeros_like, eqx.filter(method.encoder, eqx.is_array))
+    )
     np.testing.assert_array_equal(features, eqx.combine(other, method).features(images, 4))
 
 

@@ -18,10 +18,18 @@ from jepax.views import CropConfig
 
 GOLDEN = Path(os.environ.get("JEPAX_GOLDEN", Path(__file__).parent.parent / "golden"))
 
-BLOCK = {"norm1": "norm1", "attn.qkv": "attention.qkv", "attn.proj": "attention.project",
-         "norm2": "norm2", "mlp.fc1": "mlp.expand", "mlp.fc2": "mlp.contract"}
-WHOLE = {"encoder": {"patch_embed.proj": "embed", "norm": "norm"},
-         "predictor": {"predictor_embed": "embed", "predictor_norm": "norm", "predictor_proj": "project"}}
+BLOCK = {
+    "norm1": "norm1",
+    "attn.qkv": "attention.qkv",
+    "attn.proj": "attention.project",
+    "norm2": "norm2",
+    "mlp.fc1": "mlp.expand",
+    "mlp.fc2": "mlp.contract",
+}
+WHOLE = {
+    "encoder": {"patch_embed.proj": "embed", "norm": "norm"},
+    "predictor": {"predictor_embed": "embed", "predictor_norm": "norm", "predictor_proj": "project"},
+}
 PREFIX = {"encoder": "blocks", "predictor": "predictor_blocks"}
 
 
@@ -30,8 +38,9 @@ def method_of(golden: dict[str, np.ndarray]) -> IJEPA:
     c = {name.removeprefix("config."): int(value) for name, value in golden.items() if name.startswith("config.")}
     heads, channels = c["num_heads"], golden["step0.images"].shape[1]
     config = IJEPAConfig(
-        encoder=ViTConfig(patch_size=c["patch_size"], width=c["embed_dim"], depth=c["depth"], heads=heads,
-                          channels=channels),
+        encoder=ViTConfig(
+            patch_size=c["patch_size"], width=c["embed_dim"], depth=c["depth"], heads=heads, channels=channels
+        ),
         predictor=PredictorConfig(width=c["predictor_dim"], depth=c["predictor_depth"], heads=heads),
         masks=MultiBlockConfig(context=1),
         crop=CropConfig(size=(c["crop_size"], c["crop_size"])),

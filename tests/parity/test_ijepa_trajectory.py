@@ -17,8 +17,6 @@ FILE = GOLDEN / "ijepa_reference_trajectory.npz"
 pytestmark = pytest.mark.skipif(not FILE.exists(), reason=f"{FILE.name} is not in the folder of recorded numbers")
 
 
-
-
 @pytest.fixture(scope="module")
 def golden():
     with np.load(FILE) as file:
@@ -29,8 +27,11 @@ def golden():
 def method(golden):
     patch = int(golden["config.patch_size"])
     method = method_of(golden)
-    for kind, where in (("encoder", lambda m: m.encoder), ("predictor", lambda m: m.predictor),
-                        ("target_encoder", lambda m: m.target_encoder.average)):
+    for kind, where in (
+        ("encoder", lambda m: m.encoder),
+        ("predictor", lambda m: m.predictor),
+        ("target_encoder", lambda m: m.target_encoder.average),
+    ):
         network = "predictor" if kind == "predictor" else "encoder"
         new = with_parameters(where(method), network, group(golden, f"init.{kind}."), patch)
         method = eqx.tree_at(where, method, new)
@@ -51,8 +52,10 @@ def by_block(ours):
 def test_position_tables(golden, method):
     from jepax.nn.position import sincos_2d
 
-    for name, dim in (("encoder.pos_embed", "config.embed_dim"),
-                      ("predictor.predictor_pos_embed", "config.predictor_dim")):
+    for name, dim in (
+        ("encoder.pos_embed", "config.embed_dim"),
+        ("predictor.predictor_pos_embed", "config.predictor_dim"),
+    ):
         close(sincos_2d(method.masks.grid, int(golden[dim])), golden[f"init.{name}"][0], 1e-6, name)
 
 
@@ -92,9 +95,11 @@ def test_schedules(golden, method):
     optimizer = optimizer_of(golden)
     with jax.enable_x64(True):
         for step in range(len(golden["loss"])):
-            for name, ours in (("learning_rate", optimizer.learning_rate(step)),
-                               ("weight_decay", optimizer.weight_decay(step)),
-                               ("ema_momentum", method.momentum(step))):
+            for name, ours in (
+                ("learning_rate", optimizer.learning_rate(step)),
+                ("weight_decay", optimizer.weight_decay(step)),
+                ("ema_momentum", method.momentum(step)),
+            ):
                 np.testing.assert_allclose(ours, golden[name][step], rtol=1e-12, err_msg=f"{name} of step {step}")
 
 
@@ -111,8 +116,11 @@ def test_losses_and_final_parameters(golden, method, monkeypatch):
         losses.append(float(metrics["loss"]))
     np.testing.assert_allclose(losses, golden["loss"], rtol=1e-5)
     final = state.method
-    for kind, module in (("encoder", final.encoder), ("predictor", final.predictor),
-                         ("target_encoder", final.target_encoder.average)):
+    for kind, module in (
+        ("encoder", final.encoder),
+        ("predictor", final.predictor),
+        ("target_encoder", final.target_encoder.average),
+    ):
         ours = named_parameters(module, "predictor" if kind == "predictor" else "encoder", patch)
         for name, value in group(golden, f"final.{kind}.").items():
             close(ours[name], value, 1e-4, f"final {kind}.{name}")

@@ -19,6 +19,4 @@ def config() -> SimpleNamespace:
         masks=MultiBlockConfig(context=4),
         crop=CropConfig(size=(16, 24)),
     )
-    return SimpleNamespace(
-        method=method, data=DataConfig(source="synthetic", canvas=32, synthetic_images=40), seed=3
-    )
+    return SimpleNamespace(method=method, data=DataConfig(source="synthetic", canvas=32, synthetic_images=40), seed=3)

@@ -11,8 +11,13 @@ def log(steps: int, **changed: object) -> list[dict]:
     fixed = {"momentum": 0.996, "weight_decay": 0.04, "target_rank": 20.0, "target_std": 0.5, "images_per_second": 9.0}
     falling = ("loss", "grad_norm", "grad_norm_predictor", "update_norm", "ema_step_norm", "learning_rate")
     return [
-        {"step": 10 * i, **fixed, **{name: 1 / (1 + i) for name in falling},
-         "grad_norm_encoder_by_block": [0.1, 0.2, 0.3, 0.4], **changed}
+        {
+            "step": 10 * i,
+            **fixed,
+            **{name: 1 / (1 + i) for name in falling},
+            "grad_norm_encoder_by_block": [0.1, 0.2, 0.3, 0.4],
+            **changed,
+        }
         for i in range(steps)
     ]
 

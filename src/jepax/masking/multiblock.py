@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from jepax.types import Masks, UserError
 
-_TRIES = 2048  # images simulated to learn how many context patches the settings allow
+_TRIES = 512  # images simulated to learn how many context patches the settings allow
 _LEAST_ACCEPTED = 0.02  # below this share of first draws accepted, redrawing would dominate the step
 
 
@@ -41,8 +41,10 @@ class MultiBlockConfig:
         for name in ("target_scale", "target_aspect", "context_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high or (name.endswith("scale") and high > 1):
-                raise UserError(f"masks.{name}={low, high} is not a range: give least <= greatest"
-                                f"{', both in (0, 1]' if name.endswith('scale') else ', above 0'}")
+                raise UserError(
+                    f"masks.{name}={low, high} is not a range: give least <= greatest"
+                    f"{', both in (0, 1]' if name.endswith('scale') else ', above 0'}"
+                )
         for name, least in (("blocks", 1), ("context", 1), ("margin", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"masks.{name}={getattr(self, name)} must be at least {least}")

@@ -67,9 +67,13 @@ class IJEPAConfig(MethodConfig, name="ijepa"):
     def __post_init__(self) -> None:
         if self.beta <= 0:
             raise UserError(f"method.beta={self.beta} must be above 0; for squared error take method.loss=l2")
+        self.encoder.grid(self.crop.size)  # refuses a patch that does not divide the view
         if self.prediction_norm == "both":
-            warnings.warn("method.prediction_norm=both puts two LayerNorms on the predictions, which is known to be"
-                          " unstable: take trainable or plain", stacklevel=2)
+            warnings.warn(
+                "method.prediction_norm=both puts two LayerNorms on the predictions, which is known to be"
+                " unstable: take trainable or plain",
+                stacklevel=2,
+            )
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "IJEPA":
         return IJEPA(self, total_steps=total_steps, key=key)
@@ -155,7 +159,9 @@ class IJEPA(AbstractMethod):
     def after_update(self, step: Int[Array, ""]) -> tuple["IJEPA", Metrics]:
         momentum = self.momentum(step)
         moved = self.target_encoder.towards(self.encoder, momentum)
-        change = jax.tree.map(jnp.subtract, *(eqx.filter(t, eqx.is_inexact_array) for t in (moved, self.target_encoder)))
+        change = jax.tree.map(
+            jnp.subtract, *(eqx.filter(t, eqx.is_inexact_array) for t in (moved, self.target_encoder))
+        )
         metrics = {"momentum": momentum, "ema_step_norm": norm(change)}
         return eqx.tree_at(lambda method: method.target_encoder, self, moved), metrics
 

@@ -94,7 +94,7 @@ class Attention(eqx.Module):
         if last == tokens:
             return tuple(self._split(self.qkv(x), 3))
         weight, bias = self.qkv.weight, self.qkv.bias
-        query = affine(x[:, tokens - last:], weight[:, :dim], bias[:dim])
+        query = affine(x[:, tokens - last :], weight[:, :dim], bias[:dim])
         return self._split(query, 1)[0], *self._split(affine(x, weight[:, dim:], bias[dim:]), 2)
 
     def __call__(
@@ -147,13 +147,16 @@ class Block(eqx.Module):
         self.mlp = MLP(dim, hidden, std=std, key=key_mlp)
 
     def __call__(
-        self, x: Float[Array, "batch tokens dim"], valid: Bool[Array, "batch tokens"] | None = None,
-        *, last: int | None = None,
+        self,
+        x: Float[Array, "batch tokens dim"],
+        valid: Bool[Array, "batch tokens"] | None = None,
+        *,
+        last: int | None = None,
     ) -> Float[Array, "batch last dim"]:
         """Only the `last` tokens are computed (all of them by default); every token is attended to."""
         last = x.shape[1] if last is None else last
         attended = self.attention(self.norm1(x), valid, last=last)
-        x = x[:, x.shape[1] - last:] + attended
+        x = x[:, x.shape[1] - last :] + attended
         return x + self.mlp(self.norm2(x))
 
 
@@ -176,8 +179,18 @@ class Stack(eqx.Module):
     scan: bool = eqx.field(static=True)
     remat: Remat = eqx.field(static=True)
 
-    def __init__(self, dim: int, depth: int, heads: int, hidden: int, *, std: float | None, scan: bool, remat: Remat,
-                 key: PRNGKeyArray):
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        hidden: int,
+        *,
+        std: float | None,
+        scan: bool,
+        remat: Remat,
+        key: PRNGKeyArray,
+    ):
         make = eqx.filter_vmap(lambda k: Block(dim, heads, hidden, std=std, key=k))
         self.blocks = _rescaled(make(jr.split(key, depth)), depth)
         self.depth, self.scan, self.remat = depth, scan, remat
@@ -185,14 +198,19 @@ class Stack(eqx.Module):
     def _apply(self, block: Block, x: Array, valid: Array | None, last: int | None) -> Array:
         def call(block: Block, x: Array, valid: Array | None) -> Array:
             return block(x, valid, last=last)
+
         if self.remat == "none":
             return call(block, x, valid)
         policy = jax.checkpoint_policies.dots_saveable if self.remat == "dots" else None
         return eqx.filter_checkpoint(call, policy=policy)(block, x, valid)
 
     def __call__(
-        self, x: Float[Array, "batch tokens dim"], valid: Bool[Array, "batch tokens"] | None = None,
-        *, outputs: int = 1, last: int | None = None,
+        self,
+        x: Float[Array, "batch tokens dim"],
+        valid: Bool[Array, "batch tokens"] | None = None,
+        *,
+        outputs: int = 1,
+        last: int | None = None,
     ) -> tuple[Float[Array, "batch _ dim"], ...]:
         """The outputs of the last `outputs` layers, first to last; in the last layer only the `last` tokens."""
         first, kept = self.depth - max(outputs, 1), []
@@ -211,12 +229,15 @@ class Stack(eqx.Module):
 
     def _unstacked(self) -> list[Block]:
         """One block per layer. By `lax.split`, whose gradient is one concatenation; that of slices is a sum of pads."""
+
         def parts(leaf: Array) -> list[Array]:
             return [jnp.squeeze(part, 0) for part in lax.split(leaf, (1,) * self.depth)]
+
         leaves, tree = jax.tree.flatten(self.blocks)
         return [jax.tree.unflatten(tree, layer) for layer in zip(*map(parts, leaves), strict=True)]
 
     def _scanned(self, x: Array, valid: Array | None, count: int) -> Array:
         def step(x: Array, block: Block) -> tuple[Array, None]:
             return self._apply(block, x, valid, None), None
+
         return lax.scan(step, x, jax.tree.map(lambda leaf: leaf[:count], self.blocks))[0]

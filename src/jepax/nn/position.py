@@ -21,8 +21,10 @@ def sincos_2d(grid: tuple[int, int], dim: int) -> Float[np.ndarray, "patches dim
     Raises `UserError` where `dim` is not a multiple of 4.
     """
     if dim % 4:
-        raise UserError(f"width={dim} is not a multiple of 4, as sine-cosine positions in two dimensions need;"
-                        f" try {dim + 4 - dim % 4}")
+        raise UserError(
+            f"width={dim} is not a multiple of 4, as sine-cosine positions in two dimensions need;"
+            f" try {dim + 4 - dim % 4}"
+        )
     rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
     halves = [_sincos(axis.reshape(-1).astype(np.float64), dim // 2) for axis in (columns, rows)]
     return np.concatenate(halves, axis=1).astype(np.float32)

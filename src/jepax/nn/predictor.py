@@ -58,8 +58,16 @@ class Predictor(eqx.Module):
         std = config.init_std
         self.embed = Linear(encoder_width, config.width, std=std, key=key_embed)
         self.mask_token = init_weight(key_mask, (1, config.width), 0.02 if std is None else std)
-        self.stack = Stack(config.width, config.depth, config.heads, round(config.width * config.mlp_ratio), std=std,
-                           scan=config.scan, remat=config.remat, key=key_stack)
+        self.stack = Stack(
+            config.width,
+            config.depth,
+            config.heads,
+            round(config.width * config.mlp_ratio),
+            std=std,
+            scan=config.scan,
+            remat=config.remat,
+            key=key_stack,
+        )
         self.norm = LayerNorm(config.width)
         self.project = Linear(config.width, encoder_width, std=std, key=key_project)
         self.config = config

@@ -58,8 +58,10 @@ class ViTConfig:
         """Rows and columns of patches of an image of `size` (height, width)."""
         for name, side in zip(("height", "width"), size, strict=True):
             if side % self.patch_size:
-                raise UserError(f"the image's {name} {side} is not a multiple of patch_size={self.patch_size};"
-                                f" try a patch_size of {_patches(side, self.patch_size)}")
+                raise UserError(
+                    f"the view's {name} {side} is not a multiple of patch_size={self.patch_size};"
+                    f" try a patch_size of {_patches(side, self.patch_size)}"
+                )
         return size[0] // self.patch_size, size[1] // self.patch_size
 
 
@@ -96,8 +98,16 @@ class ViT(eqx.Module):
         key_embed, key_stack = jr.split(key)
         pixels = config.patch_size**2 * config.channels
         self.embed = Linear(pixels, config.width, std=config.init_std, key=key_embed)
-        self.stack = Stack(config.width, config.depth, config.heads, round(config.width * config.mlp_ratio),
-                           std=config.init_std, scan=config.scan, remat=config.remat, key=key_stack)
+        self.stack = Stack(
+            config.width,
+            config.depth,
+            config.heads,
+            round(config.width * config.mlp_ratio),
+            std=config.init_std,
+            scan=config.scan,
+            remat=config.remat,
+            key=key_stack,
+        )
         self.norm = LayerNorm(config.width)
         self.config = config
 

@@ -50,9 +50,13 @@ def _sized(config: Config, name: str, size: str, patch: int, side: int, context:
     """The same experiment with another encoder; deep ones are scanned, with matrix products kept for the backward."""
     encoder = ViTConfig(patch_size=patch, scan=True, remat="dots", **SIZES[size])
     predictor = PredictorConfig(width=384, depth=12, heads=encoder.heads, scan=True, remat="dots")
-    method = replace(config.method, encoder=encoder, predictor=predictor,
-                     masks=replace(config.method.masks, context=context),
-                     crop=replace(config.method.crop, size=(side, side)))
+    method = replace(
+        config.method,
+        encoder=encoder,
+        predictor=predictor,
+        masks=replace(config.method.masks, context=context),
+        crop=replace(config.method.crop, size=(side, side)),
+    )
     return replace(config, recipe=name, method=method, train=replace(config.train, epochs=epochs))
 
 

@@ -31,13 +31,18 @@ class Panel:
 
 PANELS = (
     Panel("loss", {"loss": ("loss", INK)}),
-    Panel("gradient norm (L2)", {
-        "grad_norm_encoder_by_block": ("encoder block", ""),
-        "grad_norm_predictor": ("predictor", ORANGE),
-        "grad_norm": ("all parameters", INK),
-    }),
-    Panel("change per step (L2 norm)", {
-        "update_norm": ("trained parameters", INK), "ema_step_norm": ("target encoder", BLUE)}),
+    Panel(
+        "gradient norm (L2)",
+        {
+            "grad_norm_encoder_by_block": ("encoder block", ""),
+            "grad_norm_predictor": ("predictor", ORANGE),
+            "grad_norm": ("all parameters", INK),
+        },
+    ),
+    Panel(
+        "change per step (L2 norm)",
+        {"update_norm": ("trained parameters", INK), "ema_step_norm": ("target encoder", BLUE)},
+    ),
     Panel("effective rank (dimensions)", {"target_rank": ("effective rank", INK)}, True, False),
     Panel("standard deviation of features", {"target_std": ("standard deviation", INK)}, True, False),
     Panel("images per second", {"images_per_second": ("speed", INK)}, True, False),
@@ -99,7 +104,7 @@ def curves(lines: list[dict], title: str) -> Figure:
         _draw_panel(cell, panel, kept, reach)
         _style(cell, panel, np.concatenate([series.values.reshape(-1) for series in kept.values()]))
         cell.set_xlim(lines[0]["step"], max(lines[-1]["step"], lines[0]["step"] + 1))
-    for cell in axes[len(panels):]:
+    for cell in axes[len(panels) :]:
         cell.set_axis_off()
     smoothed = f"; light: as logged, dark: running median over {2 * reach + 1} lines" if reach else ""
     figure.suptitle(f"{title}: steps {lines[0]['step']} to {lines[-1]['step']}{smoothed}", fontsize=11)
@@ -122,8 +127,17 @@ def _draw_panel(axes: Axes, panel: Panel, kept: dict[str, Series], reach: int) -
             _draw_one(axes, series, label, colour, reach)
     lost = sorted({int(step) for series in kept.values() for step in series.steps[series.lost]})
     if lost:
-        axes.plot(lost, [0.03] * len(lost), "x", color=RED, markersize=6, markeredgewidth=1.6, label="not finite",
-                  transform=axes.get_xaxis_transform(), zorder=5)
+        axes.plot(
+            lost,
+            [0.03] * len(lost),
+            "x",
+            color=RED,
+            markersize=6,
+            markeredgewidth=1.6,
+            label="not finite",
+            transform=axes.get_xaxis_transform(),
+            zorder=5,
+        )
     if len(kept) > 1 or lost or any(series.by_layer for series in kept.values()):
         axes.legend(fontsize=8, frameon=False, loc="best")
 

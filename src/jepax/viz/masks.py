@@ -50,8 +50,10 @@ def seen(method: Masked, images: Images, key: PRNGKeyArray) -> Seen:
     pixels = np.asarray(denormalise(view, method.crop))
     context = np.stack([_mark(indices, sampler.grid) for indices in np.asarray(masks.context)])
     targets, valid = np.asarray(masks.targets), np.asarray(masks.target_valid)
-    blocks = [[_mark(block[real], sampler.grid) for block, real in zip(*image, strict=True)]
-              for image in zip(targets, valid, strict=True)]
+    blocks = [
+        [_mark(block[real], sampler.grid) for block, real in zip(*image, strict=True)]
+        for image in zip(targets, valid, strict=True)
+    ]
     return Seen(np.broadcast_to(pixels, (*pixels.shape[:3], 3)), context, np.asarray(blocks))
 
 
@@ -107,8 +109,9 @@ def _outline(axes: Axes, patches: Bool[np.ndarray, "rows columns"], shape: tuple
     """The border of the marked patches, whatever their form, over a white one that parts it from the picture."""
     scale = np.array([shape[1] / patches.shape[1], shape[0] / patches.shape[0]])
     for line_width, line_colour in ((3.2, "white"), (1.8, colour)):
-        segments = LineCollection(_borders(patches) * scale, linewidths=line_width, colors=line_colour,
-                                  capstyle="projecting", clip_on=False)
+        segments = LineCollection(
+            _borders(patches) * scale, linewidths=line_width, colors=line_colour, capstyle="projecting", clip_on=False
+        )
         axes.add_collection(segments, autolim=False)
 
 

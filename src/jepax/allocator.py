@@ -1,0 +1,25 @@
+"""Memory that one step freed is kept for the next: on a CPU, returning it costs a fifth of a step.
+
+XLA asks for a step's temporary memory anew at every step. glibc serves requests of that size by `mmap` and returns them
+at once, so the kernel zeroes and maps every page again: 39,000 page faults per step at 28 px, batch 128. Measured on one
+core at that size: 323 ms per step before, 248 ms after; the losses are equal to the bit.
+"""
+
+import ctypes
+import sys
+
+TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8  # glibc, malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to keep what is freed: one heap for all threads, no `mmap`, never trimmed. Whether it took it.
+
+    Call it before `jax` is imported, which starts threads. The process then holds its peak until it ends. Where the C
+    library is not glibc nothing is done.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    return all([libc.mallopt(ARENA_MAX, 1), libc.mallopt(MMAP_MAX, 0), libc.mallopt(TRIM_THRESHOLD, -1)])

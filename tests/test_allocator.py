@@ -1,0 +1,22 @@
+"""The allocator's settings, in a process of their own: they hold until it ends."""
+
+import subprocess
+import sys
+
+CODE = """
+import resource
+from jepax.allocator import keep_freed_memory
+if not keep_freed_memory():
+    raise SystemExit(3)
+import numpy as np
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3): np.ones(8_000_000)
+before = faults()
+for _ in range(10): np.ones(8_000_000)
+raise SystemExit(faults() - before > 1000)
+"""
+
+
+def test_freed_memory_is_not_faulted_in_again():
+    """Ten arrays of 64 MB would fault in 156,000 pages of 4 kB; those of the first are used again."""
+    assert subprocess.run([sys.executable, "-c", CODE], check=False).returncode in (0, 3)

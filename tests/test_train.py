@@ -1,0 +1,144 @@
+"""The loop on generated pictures: a run's folder, resuming, one program, and a loss that stops being finite."""
+
+import json
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jepax import checkpoint, logs
+from jepax import config as configs
+from jepax import train as training
+from jepax.train import Config, train
+from jepax.types import UserError
+from tests.contracts.shrink import BATCH, shrunk
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def config():
+    return shrunk("ijepa_fashion_mnist")
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """A run that nothing interrupted, and the number of training programs that it compiled."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    before = training.step_program._cache_size()
+    state = train(config, run)
+    return run, state, training.step_program._cache_size() - before
+
+
+def arrays(state):
+    return jax.tree.map(np.asarray, eqx.filter(state, eqx.is_array))
+
+
+def test_one_training_program_per_run(finished):
+    assert finished[2] == 1
+
+
+def test_a_run_folder_holds_its_config_metrics_and_checkpoints(config, finished):
+    run, state, _ = finished
+    assert configs.load(Config, run / "config.yaml") == config
+    assert checkpoint.whole_steps(run / "checkpoints") == [4, 6]
+    lines = logs.read(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 3, 5]
+    for name in (
+        "loss",
+        "learning_rate",
+        "weight_decay",
+        "momentum",
+        "grad_norm",
+        "grad_norm_predictor",
+        "update_norm",
+        "ema_step_norm",
+        "target_std",
+        "target_rank",
+        "images_per_second",
+    ):
+        assert all(np.isfinite(line[name]) for line in lines), name
+    assert all(len(line["grad_norm_encoder_by_block"]) == 2 for line in lines)
+    assert int(state.step) == STEPS
+
+
+def test_a_run_that_stopped_goes_on_where_it_was(config, finished, tmp_path, monkeypatch):
+    """Stopped after step 4 was saved: the rest is the same to the bit, and the log holds every step once."""
+    run, whole, _ = finished
+
+    def stop(folder, step, state, **rest):
+        path = checkpoint_save(folder, step, state, **rest)
+        if step == 4:
+            raise KeyboardInterrupt
+        return path
+
+    checkpoint_save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path)
+    monkeypatch.undo()
+    resumed = train(config, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, arrays(whole), arrays(resumed))
+    steps = [line["step"] for line in logs.read(tmp_path / "metrics.jsonl")]
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS - 1
+    losses = [{line["step"]: line["loss"] for line in logs.read(r / "metrics.jsonl")} for r in (run, tmp_path)]
+    assert losses[0][5] == losses[1][5]
+
+
+def test_a_finished_run_is_left_alone(config, finished):
+    run, state, _ = finished
+    before = (run / "metrics.jsonl").read_text()
+    jax.tree.map(np.testing.assert_array_equal, arrays(state), arrays(train(config, run)))
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_a_folder_of_another_config_is_refused(config, finished):
+    other = replace(config, optim=replace(config.optim, peak_lr=5e-3))
+    with pytest.raises(UserError, match=r"(?s)another config.*optim.peak_lr: .* -> 0.005"):
+        train(other, finished[0])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, tmp_path, monkeypatch):
+    """The third step's loss is made NaN; the step after it may have begun, but nothing later is logged or saved."""
+    real, calls = training.compiled_step, []
+
+    def broken(inputs, state):
+        state, metrics = real(inputs, state)
+        calls.append(1)
+        return state, metrics | ({"loss": jnp.float32(np.nan)} if len(calls) == 3 else {})
+
+    monkeypatch.setattr(training, "compiled_step", broken)
+    with pytest.raises(UserError, match="loss of step 2 is nan"):
+        train(config, tmp_path)
+    assert len(calls) <= 4
+    assert checkpoint.whole_steps(tmp_path / "checkpoints") == []
+
+
+def test_steps_follow_from_epochs_or_are_given(config):
+    epochs = replace(config, train=replace(config.train, steps=None, epochs=2.5))
+    assert training.total_steps(epochs, 64) == round(2.5 * 64 / BATCH)
+    assert training.total_steps(config, 64) == STEPS
+
+
+def test_a_warmup_longer_than_the_run_is_refused(config):
+    long = replace(config, optim=replace(config.optim, warmup_epochs=40.0))
+    with pytest.raises(UserError, match=r"optim.warmup_epochs=40.0 is 160 steps, but the run has 6"):
+        training.make_optimizer(long, STEPS, 64)
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(config, tmp_path):
+    with pytest.raises(UserError, match=r"train.batch_size=12 does not divide over 8 devices; try 8"):
+        train(replace(config, train=replace(config.train, batch_size=12)), tmp_path)
+
+
+def test_evaluation_puts_every_floor_beside_the_score(config, finished):
+    run, state, _ = finished
+    results = training.evaluate(config, state, run, say=lambda line: None)
+    written = json.loads((run / "evals" / "step_00000006.json").read_text())
+    assert set(written["rows"]) == {"trained", "untrained", "pixels", "majority"}
+    assert written["rows"] == results["rows"]
+    for name in ("trained", "untrained", "pixels"):
+        assert 0 <= written["rows"][name]["knn"]["top1"] <= written["rows"][name]["knn"]["top5"] <= 100
