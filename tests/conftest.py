@@ -1,4 +1,4 @@
-"""Eight fake CPU devices, so that every test can hold one device against eight; quick compilation over quick programs."""
+"""Eight fake CPU devices, so that every test can hold one device against eight; quick compilation before speed."""
 
 import os
 

@@ -113,7 +113,7 @@ def init_state(method: AbstractMethod, optimizer: Optimizer) -> TrainState:
 
 
 def first_state(config: Config, steps: int, optimizer: Optimizer) -> TrainState:
-    """The state that the config's seed begins with. As one program: operation by operation it takes ten times longer."""
+    """The state that the config's seed begins with. One program: one operation at a time takes ten times longer."""
 
     @eqx.filter_jit
     def build(key: PRNGKeyArray) -> TrainState:

@@ -66,7 +66,7 @@ def test_every_trained_parameter_gets_a_finite_gradient_and_eight_devices_give_t
 
 
 def test_a_teacher_has_no_gradient_and_no_optimiser_state(config):
-    _, optimizer, state = fresh(config)
+    _, _, state = fresh(config)
     params = eqx.filter(state.method, trainable(state.method))
     for teacher in jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, EMA)):
         assert not isinstance(teacher, EMA) or not jax.tree.leaves(teacher)

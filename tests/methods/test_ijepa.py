@@ -112,10 +112,10 @@ def test_features_are_the_target_encoders(images):
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(UserError, match="method.beta=0"):
+    with pytest.raises(UserError, match=r"method\.beta=0"):
         IJEPAConfig(beta=0.0)
     with pytest.raises(UserError, match=r"method.momentum.start=1.5"):
         MomentumConfig(start=1.5)
-    with pytest.raises(UserError, match="masks.context=40 cannot be met"):
+    with pytest.raises(UserError, match=r"masks\.context=40 cannot be met"):
         config = shrunk("ijepa_vitb16_in1k").method
         replace(config, masks=replace(config.masks, context=40)).build(total_steps=1, key=jr.key(0))

@@ -56,7 +56,7 @@ def block_sizes(
     """Every (height, width) that the published rule can give, in patches, and its probability.
 
     One number r, uniform in [0, 1], drives scale s and aspect a together (as in the released sampler):
-    n = floor(s H W), h = round(sqrt(n a)), w = round(sqrt(n / a)), each at least 1 and at most the grid's less `margin`.
+    n = floor(s H W), h = round(sqrt(n a)), w = round(sqrt(n / a)), each from 1 to the grid's less `margin`.
     """
     r = (np.arange(200_000) + 0.5) / 200_000
     patches = np.floor(grid[0] * grid[1] * (scale[0] + r * (scale[1] - scale[0])))

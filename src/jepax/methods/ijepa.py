@@ -1,4 +1,4 @@
-"""I-JEPA (Assran et al. 2023, arXiv:2301.08243): predict the teacher's embeddings of blocks from the rest of an image."""
+"""I-JEPA (Assran et al. 2023, arXiv:2301.08243): predict a teacher's embedding of blocks from the rest of an image."""
 
 import warnings
 from dataclasses import dataclass, field

@@ -85,7 +85,7 @@ class Attention(eqx.Module):
         self.heads = heads
 
     def _split(self, x: Array, parts: int) -> Array:
-        """(batch, tokens, parts * dim) as (parts, batch, heads, tokens, channels): one copy, and products in batches."""
+        """(batch, tokens, parts * dim) as (parts, batch, heads, tokens, channels): one copy, batched products."""
         return x.reshape(*x.shape[:2], parts, self.heads, -1).transpose(2, 0, 3, 1, 4)
 
     def _projections(self, x: Array, last: int) -> tuple[Array, Array, Array]:
