@@ -79,9 +79,8 @@ def test_intermediate_layers_are_those_of_shallower_stacks(tokens):
     outputs = deep(tokens, outputs=3)
     assert len(outputs) == 3
     for depth in (1, 2):
-        shallow = eqx.tree_at(
-            lambda s: s.blocks, stack(depth), jax.tree.map(lambda x, depth=depth: x[:depth], deep.blocks)
-        )
+        first = jax.tree.map(lambda x, depth=depth: x[:depth], deep.blocks)
+        shallow = eqx.tree_at(lambda s: s.blocks, stack(depth), first)
         np.testing.assert_allclose(outputs[depth - 1], shallow(tokens)[0], atol=1e-5)
 
 
