@@ -1,8 +1,8 @@
 """Memory that one step freed is kept for the next: on a CPU, returning it costs a fifth of a step.
 
 XLA asks for a step's temporary memory anew at every step. glibc serves such requests by `mmap` and returns them at
-once, so the kernel zeroes and maps every page again: 39,000 page faults per step at 28 px, batch 128. Measured on one core at
-that size: 323 ms per step before, 248 ms after; the losses are equal to the bit.
+once, so the kernel zeroes and maps every page again: 39,000 page faults per step at 28 px, batch 128. Measured there
+on one core: 323 ms per step before, 248 ms after; the losses are equal to the bit.
 """
 
 import ctypes

@@ -23,6 +23,11 @@ def _named(tree: object) -> dict[str, jax.Array]:
     return {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in found}
 
 
+def _forms(tree: object) -> dict[str, str]:
+    """Type and shape of each named array, such as `float32[192,576]`."""
+    return {name: f"{leaf.dtype}{list(leaf.shape)}".replace(" ", "") for name, leaf in _named(tree).items()}
+
+
 def _sums(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     return {str(path.relative_to(folder)): _sha256(path) for path in files}
@@ -41,7 +46,8 @@ def save(folder: Path, step: int, tree: object, *, keep: int) -> Path:
     path.mkdir(parents=True)
     ocp.save(path / ARRAYS, _named(tree))
     part = path / (MANIFEST + ".part")
-    part.write_text(json.dumps({"step": step, "sha256": _sums(path)}, indent=1) + "\n")
+    manifest = {"step": step, "arrays": _forms(tree), "sha256": _sums(path)}
+    part.write_text(json.dumps(manifest, indent=1) + "\n")
     part.replace(path / MANIFEST)
     for old in whole_steps(folder)[:-keep]:
         shutil.rmtree(folder / f"{old:08d}")
@@ -59,22 +65,22 @@ def restore(folder: Path, step: int, like: T) -> T:
     Raises `UserError` where a file differs from the manifest, or where the arrays' names or shapes are not `like`'s.
     """
     path = folder.absolute() / f"{step:08d}"
-    recorded = json.loads((path / MANIFEST).read_text())["sha256"]
-    if damaged := sorted(name for name, value in recorded.items() if _sums(path).get(name) != value):
+    manifest = json.loads((path / MANIFEST).read_text())
+    found = _sums(path)
+    if damaged := sorted(name for name, value in manifest["sha256"].items() if found.get(name) != value):
         raise UserError(
-            f"checkpoint {path} is damaged: {damaged[0]} is not what was written ({len(damaged)} such"
-            f" files);\nremove that folder to resume from the checkpoint before it"
+            f"checkpoint {path} is damaged: {damaged[0]} is not what was written ({len(damaged)} such files);\n"
+            "remove that folder to resume from the checkpoint before it"
+        )
+    saved, wanted = manifest["arrays"], _forms(like)
+    if different := sorted(name for name in saved | wanted if saved.get(name) != wanted.get(name)):
+        name = different[0]
+        raise UserError(
+            f"checkpoint {path} holds another model than this config builds, {len(different)} arrays differ:\n"
+            f"{name} is {saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
         )
     arrays, rest = eqx.partition(like, eqx.is_array)
-    abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-        for name, leaf in _named(arrays).items()
-    }
-    try:
-        loaded = ocp.load(path / ARRAYS, abstract)
-    except (ValueError, KeyError) as error:
-        raise UserError(
-            f"checkpoint {path} holds another model than this config builds:\n{str(error)[:300]}"
-        ) from error
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _named(arrays))
+    loaded = ocp.load(path / ARRAYS, abstract)
     restored = jax.tree.unflatten(jax.tree.structure(arrays), [loaded[name] for name in _named(arrays)])
     return eqx.combine(restored, rest)

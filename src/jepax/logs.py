@@ -101,7 +101,7 @@ class Log:
             self.say(f"step {step + 1}/{self.steps}  {speed}  {clock(left)} left")
 
 
-def clock(seconds: float) -> str:
+def clock(seconds: float | int) -> str:
     """Hours, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

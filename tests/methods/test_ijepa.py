@@ -71,16 +71,16 @@ def test_the_loss_reads_no_label(images):
 
 def test_an_example_keeps_its_view_and_mask_in_any_batch(images):
     method = build()
-    view, masks = method.views_and_masks(images, key=jr.key(3))
+    view, masks = method.config.views_and_masks(images, method.masks, key=jr.key(3))
     some = jax.tree.map(lambda x: x[jnp.array([5, 2])], images)
-    view_some, masks_some = method.views_and_masks(some, key=jr.key(3))
+    view_some, masks_some = method.config.views_and_masks(some, method.masks, key=jr.key(3))
     np.testing.assert_allclose(view_some, view[jnp.array([5, 2])], atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[jnp.array([5, 2])], b), masks, masks_some)
 
 
 def test_new_keys_give_new_views(images):
     method = build()
-    views = [method.views_and_masks(images, key=jr.key(seed))[0] for seed in (0, 1)]
+    views = [method.config.views_and_masks(images, method.masks, key=jr.key(seed))[0] for seed in (0, 1)]
     assert jnp.abs(views[0] - views[1]).max() > 0.1
 
 
