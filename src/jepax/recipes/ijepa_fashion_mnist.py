@@ -1,4 +1,14 @@
-"""I-JEPA on Fashion-MNIST, for two CPU cores."""
+"""I-JEPA on Fashion-MNIST, for two CPU cores.
+
+What differs from the published recipe, and why (measured, see docs/log.md):
+
+- Four rows and columns of large patches, a narrow and shallow encoder: minutes on two cores allow no more.
+- Initial weights of deviation 1/sqrt(fan in): at small widths 0.02 leaves the blocks without effect.
+- Two targets of 0.25-0.5 of the grid and 4 context patches: the published sizes are one or two patches here.
+- A teacher that hardly moves: the effective rank of its targets falls with the distance that it travels.
+"""
+
+from dataclasses import replace
 
 from jepax.data import DataConfig
 from jepax.masking import MultiBlockConfig
@@ -12,27 +22,40 @@ from jepax.views import CropConfig
 
 @recipe
 def ijepa_fashion_mnist() -> Config:
-    """I-JEPA on Fashion-MNIST in minutes."""
+    """I-JEPA on Fashion-MNIST in under ten minutes on two CPU cores: the demo."""
     return Config(
         recipe="ijepa_fashion_mnist",
         method=IJEPAConfig(
             encoder=ViTConfig(patch_size=7, channels=1, width=192, depth=3, heads=3, init_std=None),
             predictor=PredictorConfig(width=96, depth=2, heads=3, init_std=None),
-            masks=MultiBlockConfig(context=5, target_scale=(0.2, 0.35), context_scale=(1.0, 1.0), margin=0),
+            masks=MultiBlockConfig(blocks=2, target_scale=(0.25, 0.5), context_scale=(1.0, 1.0), context=4, margin=0),
             crop=CropConfig(
-                size=(28, 28), scale=(1.0, 1.0), ratio=(1.0, 1.0), mean=(0.2860,), std=(0.3530,), centre_resize=1.0
+                size=(28, 28), scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3), mean=(0.2860,), std=(0.3530,), centre_resize=1.0
             ),
-            momentum=MomentumConfig(start=0.998),
+            momentum=MomentumConfig(start=0.9993),
         ),
         data=DataConfig(source="fashion_mnist"),
         optim=OptimConfig(
-            peak_lr=1e-3,
+            peak_lr=3e-3,
             start_lr=1e-4,
             final_lr=1e-5,
-            warmup_epochs=0.2,
+            warmup_epochs=0.7,
             weight_decay=0.05,
             decay_shape="constant",
             beta2=0.95,
         ),
-        train=TrainConfig(batch_size=128, epochs=2.0, log_every=10, save_every=500),
+        train=TrainConfig(batch_size=128, epochs=7.0, log_every=20, save_every=1000),
+    )
+
+
+@recipe
+def ijepa_fashion_mnist_long() -> Config:
+    """The demo's recipe over 60 passes, an hour or so on two CPU cores; not yet measured."""
+    config = ijepa_fashion_mnist()
+    return replace(
+        config,
+        recipe="ijepa_fashion_mnist_long",
+        method=replace(config.method, momentum=MomentumConfig(start=0.9999)),
+        optim=replace(config.optim, warmup_epochs=3.0),
+        train=replace(config.train, epochs=60.0, log_every=50, save_every=5000),
     )
