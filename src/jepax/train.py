@@ -112,14 +112,16 @@ def init_state(method: AbstractMethod, optimizer: Optimizer) -> TrainState:
     return TrainState(method=method, opt_state=optimizer.init(params), step=jnp.int32(0))
 
 
+@eqx.filter_jit
+def build_method(config: MethodConfig, steps: int, key: PRNGKeyArray) -> AbstractMethod:
+    """The method before its first step. One program: one operation at a time takes ten times longer."""
+    return config.build(total_steps=steps, key=key)
+
+
+@eqx.filter_jit
 def first_state(config: Config, steps: int, optimizer: Optimizer) -> TrainState:
-    """The state that the config's seed begins with. One program: one operation at a time takes ten times longer."""
-
-    @eqx.filter_jit
-    def build(key: PRNGKeyArray) -> TrainState:
-        return init_state(config.method.build(total_steps=steps, key=key), optimizer)
-
-    return build(jr.key(config.seed))
+    """The state that the config's seed begins with."""
+    return init_state(build_method(config.method, steps, jr.key(config.seed)), optimizer)
 
 
 def train_step(
@@ -306,7 +308,7 @@ def evaluate(config: Config, state: TrainState, run: Path, say: Callable[[str], 
     """Probes the target encoder, beside its own untrained self, raw pixels and the majority class; writes evals/."""
     sources = {split: open_source(config.data, split) for split in ("train", "validation", "test")}
     sweeps = {split: partial(sweep, source, config.eval.batch_size) for split, source in sources.items()}
-    untrained = first_state(config, 1 + int(state.step), make_optimizer(config, 10**9, 1)).method
+    untrained = build_method(config.method, total_steps(config, len(sources["train"])), jr.key(config.seed))
     results = report.evaluate_all(
         eqx.Partial(state.method.features, layers=PROBE_LAYERS),  # a closure's arrays would be compiled in
         eqx.Partial(untrained.features, layers=PROBE_LAYERS),
