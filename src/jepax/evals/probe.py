@@ -24,11 +24,11 @@ CHUNK = 2048
 class ProbeConfig:
     """The sweep: every learning rate with every weight decay, with and without standardisation."""
 
-    epochs: int = 15
+    epochs: int = 30
     """Passes over the training features; a small split wants more, since the rate falls by the number of updates."""
     batch_size: int = 256
     """Examples per update, at most the number of training examples."""
-    learning_rates: tuple[float, ...] = (1e-3, 5e-3, 2e-2)
+    learning_rates: tuple[float, ...] = (2e-3, 1e-2, 5e-2)
     """Peak learning rates of AdamW, each falling to zero by a cosine."""
     weight_decays: tuple[float, ...] = (0.0, 0.1)
     """Decoupled weight decay (multiplied by the learning rate), on weights and not on biases."""
