@@ -1,7 +1,8 @@
 """Signs of collapse that need no labels, computed on the host.
 
 On the host: training steps were seen to hang on a CPU (jax 0.10.1 and 0.10.2, one core), each time after jaxlib's
-singular value and QR decompositions had run between steps. That they are the cause is suspected, not shown; see docs/log.md.
+singular value and QR decompositions had run between steps. That these are the
+cause is suspected, not shown; see docs/log.md.
 """
 
 import numpy as np
