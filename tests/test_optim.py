@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jepax import schedules
-from jepax.optim import OptimConfig, Optimizer, decayed
+from jepax.optim import MUON_RMS, OptimConfig, Optimizer, decayed, matrices
 from jepax.trees import norm, trainable
 from jepax.types import UserError
 from tests.contracts.shrink import shrunk
@@ -45,6 +45,32 @@ def test_an_update_is_optax_adamw(params):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a, b)
 
 
+def test_muon_takes_the_matrices_of_the_blocks_alone(params):
+    marks = {jax.tree_util.keystr(path): mark for path, mark in jax.tree_util.tree_leaves_with_path(matrices(params))}
+    layers = ("attention.qkv", "attention.project", "mlp.expand", "mlp.contract")
+    expected = {f".{of}.stack.blocks.{layer}.weight" for of in ("encoder", "predictor") for layer in layers}
+    assert {name for name, mark in marks.items() if mark} == expected
+
+
+def test_muon_moves_every_singular_direction_alike_and_the_rest_as_adamw(params):
+    """Each layer's matrix keeps the gradient's directions, and all but its nearly empty ones get the same length."""
+    rates = {"peak_lr": 1e-2, "start_lr": 1e-2, "final_lr": 1e-2, "weight_decay": 0.0, "final_weight_decay": 0.0}
+    grads = jax.tree.map(lambda x: jr.normal(jr.key(x.size), x.shape), params)
+    muon, adamw = (Optimizer(OptimConfig(matrices=rule, **rates), 10, 0) for rule in ("muon", "adamw"))
+    (moved, _), (adam, _) = (o.update(grads, o.init(params), params, jnp.int32(0)) for o in (muon, adamw))
+    flat = zip(*(jax.tree.leaves(tree) for tree in (matrices(params), moved, adam, grads)), strict=True)
+    for is_matrix, update, reference, grad in flat:
+        if not is_matrix:
+            np.testing.assert_array_equal(update, reference)
+            continue
+        for layer, slope in zip(np.asarray(update, np.float64), np.asarray(grad, np.float64), strict=True):
+            values = np.linalg.svd(layer, compute_uv=False) / (1e-2 * MUON_RMS * np.sqrt(max(layer.shape)))
+            left, strength, right = np.linalg.svd(slope, full_matrices=False)
+            moved_far = strength > 0.1 * strength[0]
+            assert 0.6 < values[: moved_far.sum()].min() and values.max() < 1.3
+            np.testing.assert_allclose(np.diagonal(left.T @ layer @ right.T) < 0, True)
+
+
 def test_clipping_bounds_the_global_norm(params):
     grads = jax.tree.map(lambda x: 100.0 * jnp.ones_like(x), params)
     clipped, plain = (Optimizer(OptimConfig(clip=clip), 10, 0) for clip in (1.0, None))
@@ -68,6 +94,14 @@ def test_ramps(shape, middle):
     values = [float(schedules.ramp(shape, s, start=0.5, final=1.0, total=10)) for s in (0, 5, 10, 15)]
     end = 0.5 if shape == "constant" else 1.0
     np.testing.assert_allclose(values, [0.5, middle, end, end], rtol=1e-6)
+
+
+def test_muon_decays_and_schedules_as_adamw(params):
+    """A zero gradient leaves the decay alone: both rules make the same change."""
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    optimizers = [Optimizer(OptimConfig(matrices=rule, weight_decay=0.3), 10, 2) for rule in ("muon", "adamw")]
+    first, second = (o.update(zeros, o.init(params), params, jnp.int32(4))[0] for o in optimizers)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), first, second)
 
 
 @pytest.mark.parametrize("settings", [{"peak_lr": 0.0}, {"beta2": 1.0}, {"clip": -1.0}, {"weight_decay": -0.1}])

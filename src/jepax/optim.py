@@ -1,10 +1,13 @@
-"""AdamW with warm-up, scheduled decay, and optional clipping."""
+"""AdamW, or Muon for the blocks' matrices, with warm-up, scheduled decay, and optional clipping."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from jaxtyping import Array, Float, Int, PyTree
 
 from jepax import schedules
@@ -13,8 +16,10 @@ from jepax.types import UserError
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019); the defaults are I-JEPA's."""
+    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for matrices; the defaults are I-JEPA's."""
 
+    matrices: Literal["adamw", "muon"] = "adamw"
+    """Rule for the blocks' weight matrices: AdamW as published, or Muon, at AdamW's own rates; the rest is AdamW's."""
     peak_lr: float = 1e-3
     """Learning rate at the end of the warm-up."""
     start_lr: float = 2e-4
@@ -30,7 +35,7 @@ class OptimConfig:
     decay_shape: schedules.Shape = "cosine"
     """Path of the weight decay from first to last; constant stays at the first."""
     beta1: float = 0.9
-    """Decay of the mean of gradients."""
+    """Decay of the mean of gradients (Muon's is 0.95)."""
     beta2: float = 0.999
     """Decay of the mean of squared gradients."""
     eps: float = 1e-8
@@ -54,8 +59,12 @@ class OptimConfig:
             raise UserError(f"optim.clip={self.clip} must be above 0; None does not clip")
 
 
+MUON_RMS = 0.2
+"""Root mean square of an update of Muon before the learning rate: about AdamW's (Liu et al. 2025, arXiv:2502.16982)."""
+
+
 class Optimizer(eqx.Module):
-    """AdamW and its schedules over one run. All of its arithmetic is in float32."""
+    """The update rule and its schedules over one run. All of its arithmetic is in float32."""
 
     config: OptimConfig = eqx.field(static=True)
     total_steps: int = eqx.field(static=True)
@@ -80,19 +89,22 @@ class Optimizer(eqx.Module):
         )
 
     @property
-    def _adam(self) -> optax.GradientTransformation:
+    def _rule(self) -> optax.GradientTransformation:
         c = self.config
         clip = optax.identity() if c.clip is None else optax.clip_by_global_norm(c.clip)
-        return optax.chain(clip, optax.scale_by_adam(b1=c.beta1, b2=c.beta2, eps=c.eps))
+        adam = optax.scale_by_adam(b1=c.beta1, b2=c.beta2, eps=c.eps)
+        if c.matrices == "adamw":
+            return optax.chain(clip, adam)
+        return optax.chain(clip, optax.masked(adam, _others), optax.masked(_muon(), matrices))
 
     def init(self, params: PyTree) -> optax.OptState:
-        return self._adam.init(params)
+        return self._rule.init(params)
 
     def update(
         self, grads: PyTree, opt_state: optax.OptState, params: PyTree, step: Int[Array, ""]
     ) -> tuple[PyTree, optax.OptState]:
-        """The change to add to the parameters: -lr * (adam(grads) + decay * params, where they are decayed)."""
-        directions, opt_state = self._adam.update(grads, opt_state, params)
+        """The change to add to the parameters: -lr * (rule(grads) + decay * params, where they are decayed)."""
+        directions, opt_state = self._rule.update(grads, opt_state, params)
         lr, decay = self.learning_rate(step), self.weight_decay(step)
 
         def change(direction: Array, param: Array, decayed: bool) -> Array:
@@ -112,3 +124,35 @@ def decayed(params: PyTree) -> PyTree:
         return name == "mask_token" or (name == "weight" and not any("norm" in owner for owner in owners))
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
+
+
+def matrices(params: PyTree) -> PyTree:
+    """True at the weight matrices of the blocks, which stack them as (layers, in, out)."""
+
+    def is_matrix(path: tuple, array: Array) -> bool:
+        names = [getattr(entry, "name", "") for entry in path]
+        return "blocks" in names and names[-1] == "weight" and array.ndim == 3
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def _others(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda is_matrix: not is_matrix, matrices(params))
+
+
+def _muon() -> optax.GradientTransformation:
+    """The momentum of each layer's matrix made orthogonal, then scaled to a root mean square of `MUON_RMS`.
+
+    Source: Jordan et al. 2024 (Muon); the scale sqrt(max(in, out)) is Liu et al. 2025's.
+    """
+
+    def scale(update: Array) -> Array:
+        return MUON_RMS * jnp.sqrt(max(update.shape[1:])) * update
+
+    def layers(params: PyTree) -> PyTree:
+        return jax.tree.map(lambda _: MuonDimensionNumbers(reduction_axis=1, output_axis=2), params)
+
+    return optax.chain(
+        scale_by_muon(weight_dimension_numbers=layers),
+        optax.stateless(lambda updates, _: jax.tree.map(scale, updates)),
+    )

@@ -42,6 +42,8 @@ def loss_of(method, images, key):
         {"prediction_norm": "trainable"},
         {"prediction_norm": "plain"},
         {"prediction_norm": "both"},
+        {"variance": 0.1},
+        {"covariance": 0.1},
     ],
 )
 def test_each_setting_changes_the_loss_and_stays_finite(images, settings):
@@ -54,6 +56,16 @@ def test_two_norms_on_the_predictions_are_allowed_with_a_warning():
         IJEPAConfig(prediction_norm="both")
     assert build(prediction_norm="both").prediction_norm is not None
     assert build(prediction_norm="plain").prediction_norm is None
+
+
+def test_the_regularisers_add_to_the_loss_by_their_weights(images):
+    loss, metrics = eqx.filter_jit(build(variance=0.5, covariance=0.25).loss)(images, key=jr.key(0))
+    weighted = 0.5 * metrics["variance_loss"] + 0.25 * metrics["covariance_loss"]
+    assert weighted > 0
+    np.testing.assert_allclose(loss, metrics["prediction_loss"] + weighted, rtol=1e-6)
+    plain, metrics = eqx.filter_jit(build().loss)(images, key=jr.key(0))
+    np.testing.assert_allclose([plain, metrics["prediction_loss"]], loss - weighted, rtol=1e-5)
+    assert "variance_loss" not in metrics and "covariance_loss" not in metrics
 
 
 def test_targets_are_normalised_per_token(images):

@@ -71,7 +71,8 @@ def test_values_of_step_0(golden, method):
     targets = jax.vmap(lambda tokens, indices: tokens[indices])(method.targets(view), masks.targets)
     close(by_block(targets), golden["step0.targets"], 1e-5, "targets")
     close(method.encoder(view, masks.context), golden["step0.context_embeddings"], 1e-5, "context")
-    close(by_block(method.predictions(view, masks)), golden["step0.predictions"], 1e-5, "predictions")
+    context = method.encoder(view, masks.context)
+    close(by_block(method.predictions(context, masks)), golden["step0.predictions"], 1e-5, "predictions")
 
 
 def test_gradients_of_step_0(golden, method):

@@ -16,7 +16,7 @@ from jepax.masking import MultiBlock, MultiBlockConfig
 from jepax.methods.base import AbstractMethod, MethodConfig
 from jepax.nn import Predictor, PredictorConfig, ViT, ViTConfig
 from jepax.nn.blocks import LayerNorm, normalise
-from jepax.objectives import masked_mean, smooth_l1, squared_error
+from jepax.objectives import covariance, masked_mean, smooth_l1, squared_error, variance
 from jepax.trees import EMA, norm
 from jepax.types import Images, Masks, Metrics, UserError
 from jepax.views import CropConfig, centre_crop, random_resized_crop
@@ -61,12 +61,19 @@ class IJEPAConfig(MethodConfig, name="ijepa"):
     """Parameter-free LayerNorm on the targets, or none."""
     prediction_norm: Literal["none", "trainable", "plain", "both"] = "none"
     """LayerNorm on the predictions: none (as published), trainable, plain (parameter-free), or both (unstable)."""
+    variance: float = 0.0
+    """Weight of VICReg's variance term on each image's mean context embedding, as in C-JEPA; 0 as published."""
+    covariance: float = 0.0
+    """Weight of VICReg's covariance term on the same embeddings; 0 as published."""
     momentum: MomentumConfig = field(default_factory=MomentumConfig)
     """Schedule of the target encoder's momentum."""
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
             raise UserError(f"method.beta={self.beta} must be above 0; for squared error take method.loss=l2")
+        for name in ("variance", "covariance"):
+            if getattr(self, name) < 0:
+                raise UserError(f"method.{name}={getattr(self, name)} must not be negative")
         self.encoder.grid(self.crop.size)  # refuses a patch that does not divide the view
         if self.prediction_norm == "both":
             warnings.warn(
@@ -95,7 +102,8 @@ class IJEPA(AbstractMethod):
     """loss = mean over target patches y of D(g_phi(f_theta(x), positions of y), LN(f_theta_bar(image))[y]).
 
     The target encoder f_theta_bar sees the whole view; the context encoder f_theta only the context patches x; the
-    predictor g_phi makes one pass per target block. Both encoders start equal.
+    predictor g_phi makes one pass per target block. Both encoders start equal. Beside it, by choice, VICReg's
+    regularisers on the mean of f_theta(x) over its patches, which C-JEPA (Mo & Tong 2024, arXiv:2410.19560) adds.
     """
 
     encoder: ViT
@@ -126,9 +134,11 @@ class IJEPA(AbstractMethod):
         """The loss of given views and masks; no randomness."""
         embedded = self.targets(view)
         targets = jax.vmap(lambda tokens, indices: tokens[indices])(embedded, masks.targets)
-        predictions = self.predictions(view, masks)
+        context = self.encoder(view, masks.context)
+        predictions = self.predictions(context, masks)
         loss = masked_mean(self._distance(predictions, targets), masks.target_valid)
-        return loss, {"embeddings": jnp.mean(embedded, axis=1)}
+        added, metrics = self._regularisation(context)
+        return loss + added, {"embeddings": jnp.mean(embedded, axis=1), "prediction_loss": loss} | metrics
 
     def targets(self, view: Float[Array, "batch height width channels"]) -> Float[Array, "batch patches dim"]:
         """The teacher's embedding of every patch of the view, in float32; no gradient flows to it."""
@@ -136,14 +146,21 @@ class IJEPA(AbstractMethod):
         return normalise(embedded) if self.config.target_norm == "layer" else embedded
 
     def predictions(
-        self, view: Float[Array, "batch height width channels"], masks: Masks
+        self, context: Float[Array, "batch context dim"], masks: Masks
     ) -> Float[Array, "batch blocks target dim"]:
-        """What the predictor makes of the context, in float32."""
-        context = self.encoder(view, masks.context)
+        """What the predictor makes of the embedded context, in float32."""
         predicted = self.predictor(context, masks, self.masks.grid).astype(jnp.float32)
         if self.config.prediction_norm in ("plain", "both"):
             predicted = normalise(predicted)
         return predicted if self.prediction_norm is None else self.prediction_norm(predicted)
+
+    def _regularisation(self, context: Float[Array, "batch context dim"]) -> tuple[Float[Array, ""], Metrics]:
+        """The weighted regularisers over the global batch, and each of those that are on, unweighted."""
+        pooled = jnp.mean(context.astype(jnp.float32), axis=1)
+        weights = {variance: self.config.variance, covariance: self.config.covariance}
+        values = {term: term(pooled) for term, weight in weights.items() if weight}
+        added = sum((weights[term] * value for term, value in values.items()), jnp.float32(0))
+        return added, {f"{term.__name__}_loss": value for term, value in values.items()}
 
     def _distance(self, prediction: Array, target: Array) -> Array:
         if self.config.loss == "l2":

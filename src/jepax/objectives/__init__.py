@@ -1,5 +1,6 @@
 """The equations: array functions on the global batch."""
 
 from jepax.objectives.prediction import masked_mean, smooth_l1, squared_error
+from jepax.objectives.vicreg import covariance, variance
 
-__all__ = ["masked_mean", "smooth_l1", "squared_error"]
+__all__ = ["covariance", "masked_mean", "smooth_l1", "squared_error", "variance"]

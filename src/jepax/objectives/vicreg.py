@@ -1,0 +1,28 @@
+"""VICReg's two regularisers (Bardes et al. 2022, arXiv:2105.04906): keep every dimension alive, and different."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+EPS = 1e-4
+"""Added to the variance before its root, as in the paper."""
+
+
+def variance(embeddings: Float[Array, "batch dim"], floor: float = 1.0) -> Float[Array, ""]:
+    """mean over dimensions j of max(0, floor - sqrt(var(z_j) + eps)): 0 where every deviation reaches `floor`.
+
+    Scale: from 0 to `floor`, whatever the width and the batch. Source: Bardes et al. 2022, equation 1.
+    """
+    return jnp.mean(jax.nn.relu(floor - jnp.sqrt(jnp.var(embeddings, axis=0, ddof=1) + EPS)))
+
+
+def covariance(embeddings: Float[Array, "batch dim"]) -> Float[Array, ""]:
+    """(1 / dim) sum over i != j of C_ij^2, with C the covariance over the global batch.
+
+    Scale: grows with the fourth power of the embeddings' own, and with the share of dimensions that agree; not with
+    the batch, but for the noise of C. Source: Bardes et al. 2022, equations 3 and 4.
+    """
+    count, dim = embeddings.shape
+    centred = embeddings - jnp.mean(embeddings, axis=0)
+    squares = jnp.square(centred.T @ centred / (count - 1))
+    return (jnp.sum(squares) - jnp.sum(jnp.diagonal(squares))) / dim
