@@ -124,6 +124,10 @@ def test_a_class_keeps_its_own_checks():
     values["optim"]["peak_lr"] = -1.0
     with pytest.raises(UserError, match=r"optim\.peak_lr=-1\.0 must be above 0"):
         configs.from_dict(Config, values, "here")
+    values = configs.to_dict(Config())
+    values["method"]["encoder"]["heads"] = 5
+    with pytest.raises(UserError, match=r"^here: method\.encoder: heads=5 does not divide"):
+        configs.from_dict(Config, values, "here")
 
 
 def test_differences_are_told_by_field():

@@ -60,7 +60,11 @@ def _build(cls: type[T], values: object, path: str, where: str) -> T:
         if required and name not in values:
             raise UserError(f"{where}: {_join(path, name)} is missing, and it has no default")
     kinds = get_type_hints(cls)
-    return cls(**{name: convert(kinds[name], value, _join(path, name), where) for name, value in values.items()})
+    converted = {name: convert(kinds[name], value, _join(path, name), where) for name, value in values.items()}
+    try:
+        return cls(**converted)
+    except UserError as error:
+        raise UserError(f"{where}: {path}: {error}" if path and path not in str(error) else str(error)) from error
 
 
 def _named(cls: type, values: dict, path: str, where: str) -> tuple[type, dict]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -106,13 +107,20 @@ def override(base: Config, groups: list[list[str]]) -> Config:
     if error is None:
         return configs.from_dict(Config, configs.to_dict(config), "command line")
     if isinstance(said := cause(error), UserError):
-        raise said
+        raise UserError(located(str(said), [dotted(flag) for flag, *_ in groups])) from said
     for flag, *values in groups:
         failed = parsed(base, [[flag, *values]])[1]
         if failed is not None and not isinstance(cause(failed), UserError):
             given = " ".join(values) or "nothing"
             raise UserError(f"{flag}: {given} has the wrong type; it wants {configs.describe(kinds[dotted(flag)])}")
     raise UserError(f"these fields do not go together: {' '.join(' '.join(group) for group in groups)}")
+
+
+def located(message: str, paths: list[str]) -> str:
+    """The message, behind the whole path of the field that it begins with, where that is its last name alone."""
+    first = re.match(r"(\w+)=", message)
+    named = [path for path in paths if first and path.rsplit(".", 1)[-1] == first[1]]
+    return f"--{named[0]}: {message}" if named else message
 
 
 def parsed(base: Config, groups: list[list[str]]) -> tuple[Any, BaseException | None]:
