@@ -93,7 +93,24 @@ def test_published_settings_cost_under_five_percent_more_than_unpadded():
     assert step == pytest.approx(84e9, rel=0.02)
     assert 1.0 <= step / dryrun.unpadded_flops(plan, step) < 1.05
     parts = dryrun.part_flops(plan, step)
-    assert 0 < parts["views"] < 0.03 * step
+    assert 0 < parts["views and regularisers"] < 0.03 * step
+    assert parts["optimiser, shared by the batch"] == 0
+
+
+def test_the_optimisers_arithmetic_is_shared_by_the_batch():
+    """Five iterations of three products for each of the blocks' matrices, the smaller side first."""
+    config = small()
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, matrices="muon"))
+    plan = dryrun.make_plan(config, lambda line: None)
+    expected = 0
+    for module in (config.method.encoder, config.method.predictor):
+        width, hidden = module.width, round(module.width * module.mlp_ratio)
+        for small_side, large_side in ((width, 3 * width), (width, width), (width, hidden), (width, hidden)):
+            expected += module.depth * 5 * (4 * small_side**2 * large_side + 2 * small_side**3)
+    assert dryrun.update_flops(plan) == pytest.approx(expected / config.train.batch_size)
+    parts = dryrun.part_flops(plan, dryrun.step_flops(plan))
+    encoder = parts["context encoder, forward and backward"]
+    assert 0 < parts["views and regularisers"] < encoder
 
 
 def test_a_model_too_large_is_traced_and_not_run(monkeypatch):

@@ -118,8 +118,16 @@ def say_arithmetic(plan: Plan, say: Say) -> None:
 
 
 def step_flops(plan: Plan) -> float:
-    """FLOPs per image of one training step."""
-    return costs.flops(training.train_step, plan.optimizer, plan.state, plan.images(1), jr.key(0))
+    """FLOPs per image of one training step: those of the batch, over its images."""
+    batch = plan.config.train.batch_size
+    return costs.flops(training.train_step, plan.optimizer, plan.state, plan.images(batch), jr.key(0)) / batch
+
+
+def update_flops(plan: Plan) -> float:
+    """FLOPs of the optimiser per image, its update being one for the batch. AdamW has no matrix products."""
+    params, _ = split(plan.state.method)
+    count = costs.flops(plan.optimizer.update, params, plan.state.opt_state, params, plan.state.step)
+    return count / plan.config.train.batch_size
 
 
 def part_flops(plan: Plan, step: float) -> dict[str, float]:
@@ -140,8 +148,9 @@ def part_flops(plan: Plan, step: float) -> dict[str, float]:
         "target encoder, forward": costs.flops(lambda m, v: m.targets(v), method, view),
         "context encoder, forward and backward": costs.flops(eqx.filter_grad(encode), method.encoder, view, masks),
         "predictor, forward and backward": costs.flops(eqx.filter_grad(predict), (method.predictor, context), masks),
+        "optimiser, shared by the batch": update_flops(plan),
     }
-    return {"views": step - sum(parts.values())} | parts
+    return {"views and regularisers": step - sum(parts.values())} | parts
 
 
 def unpadded_flops(plan: Plan, step: float) -> float:
