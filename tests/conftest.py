@@ -1,6 +1,9 @@
 """Eight fake CPU devices, so that every test can hold one device against eight; quick compilation before speed."""
 
+import gc
 import os
+
+import pytest
 
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
@@ -9,3 +12,13 @@ FLAGS = (
 )
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Drops every compiled program after its module: each holds memory maps, and a process may have 65,530 of them."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
