@@ -7,8 +7,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from jaxtyping import Array, Float, Int, PyTree
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jepax import schedules
 from jepax.types import UserError
