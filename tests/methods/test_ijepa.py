@@ -90,6 +90,15 @@ def test_an_example_keeps_its_view_and_mask_in_any_batch(images):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[jnp.array([5, 2])], b), masks, masks_some)
 
 
+def test_the_same_picture_at_two_places_of_the_order_gets_two_views_and_two_masks(images):
+    method = build()
+    alike = eqx.tree_at(lambda i: i.canvas, images, jnp.broadcast_to(images.canvas[:1], images.canvas.shape))
+    alike = eqx.tree_at(lambda i: i.size, alike, jnp.broadcast_to(images.size[:1], images.size.shape))
+    view, masks = method.config.views_and_masks(alike, method.masks, key=jr.key(3))
+    for part in (view, masks.context, masks.targets):
+        assert len({np.asarray(row).tobytes() for row in part}) > len(part) // 2
+
+
 def test_new_keys_give_new_views(images):
     method = build()
     views = [method.config.views_and_masks(images, method.masks, key=jr.key(seed))[0] for seed in (0, 1)]
