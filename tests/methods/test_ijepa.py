@@ -12,6 +12,7 @@ import pytest
 
 from jepax.data import open_source, sweep
 from jepax.methods import IJEPAConfig, MomentumConfig
+from jepax.objectives import covariance, variance
 from jepax.types import UserError
 from tests.contracts.shrink import shrunk
 
@@ -59,7 +60,12 @@ def test_two_norms_on_the_predictions_are_allowed_with_a_warning():
 
 
 def test_the_regularisers_add_to_the_loss_by_their_weights(images):
-    loss, metrics = eqx.filter_jit(build(variance=0.5, covariance=0.25).loss)(images, key=jr.key(0))
+    method = build(variance=0.5, covariance=0.25)
+    loss, metrics = eqx.filter_jit(method.loss)(images, key=jr.key(0))
+    view, masks = method.config.views_and_masks(images, method.masks, key=jr.key(0))
+    pooled = jnp.mean(method.encoder(view, masks.context), axis=1)  # one embedding per image
+    np.testing.assert_allclose(metrics["variance_loss"], variance(pooled), rtol=1e-3)
+    np.testing.assert_allclose(metrics["covariance_loss"], covariance(pooled), rtol=1e-3)
     weighted = 0.5 * metrics["variance_loss"] + 0.25 * metrics["covariance_loss"]
     assert weighted > 0
     np.testing.assert_allclose(loss, metrics["prediction_loss"] + weighted, rtol=1e-6)
