@@ -5,7 +5,7 @@ What differs from the published recipe, and why (measured, see docs/log.md):
 - Four rows and columns of large patches, a narrow and shallow encoder: minutes on two cores allow no more.
 - Initial weights of deviation 1/sqrt(fan in): at small widths 0.02 leaves the blocks without effect.
 - Two targets of 0.25-0.5 of the grid and 4 context patches: the published sizes are one or two patches here.
-- Muon on the blocks' matrices: in the same minutes two points above AdamW.
+- Muon on the blocks' matrices: one to three points above AdamW at equal epochs.
 - A little of C-JEPA's variance and covariance terms: without them the effective rank of the targets falls as the
   teacher moves, and the score with it.
 """
