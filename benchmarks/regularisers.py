@@ -1,0 +1,81 @@
+"""SIGReg and RDMReg in pieces of directions against all directions at once: time and memory, value and gradient.
+
+    python benchmarks/regularisers.py [--quick] [--json FILE]
+
+The plain version is the same statistic on every direction in one array, which its backward pass keeps. Memory is what
+the compiler reserves beyond inputs and outputs. See README.md beside this file.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.random as jr
+from jaxtyping import Array, Float
+
+from jepax.objectives.directions import unit_directions
+from jepax.objectives.rdmreg import rdmreg, rectified
+from jepax.objectives.sigreg import sigreg
+
+Loss = Callable[..., Float[Array, ""]]
+"""Of embeddings, a target sample and directions."""
+LOSSES: dict[str, dict[str, Loss]] = {
+    "sigreg": {
+        "ours": lambda z, target, directions: sigreg(z, directions),
+        "plain": lambda z, target, directions: sigreg(z, directions, chunk=None),
+    },
+    "rdmreg": {"ours": rdmreg, "plain": partial(rdmreg, chunk=None)},
+}
+"""Each regulariser as it is, and plain: one piece that holds every direction, nothing computed again."""
+
+
+def compare(pair: dict[str, Loss], inputs: tuple[Array, Array, Array], rounds: int) -> dict[str, float]:
+    """Both in turn, after one warm-up each; milliseconds, and megabytes beyond inputs and outputs."""
+    found, times = {}, {name: [] for name in pair}
+    programs = {name: jax.jit(jax.value_and_grad(loss)).lower(*inputs).compile() for name, loss in pair.items()}
+    values = {name: float(program(*inputs)[0]) for name, program in programs.items()}
+    if abs(values["ours"] / values["plain"] - 1) > 1e-4:
+        raise SystemExit(f"the two do not agree: {values}")
+    for _ in range(rounds):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(*inputs))
+            times[name].append(time.perf_counter() - start)
+    for name, program in programs.items():
+        found[f"{name}_ms"] = 1000 * statistics.median(times[name])
+        found[f"{name}_mb"] = program.memory_analysis().temp_size_in_bytes / 1e6
+    return found | {"ratio": found["ours_ms"] / found["plain_ms"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small batch, one round: only to see that it runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here, too")
+    args = parser.parse_args()
+    batch, dim, count, rounds = (64, 32, 256, 1) if args.quick else (2048, 1024, 1024, 7)
+    embeddings, target = jr.normal(jr.key(2), (batch, dim)), rectified(jr.key(1), (batch, dim))
+    inputs = embeddings, target, unit_directions(jr.key(0), dim, count)
+    report = {
+        "batch": batch,
+        "dim": dim,
+        "directions": count,
+        "jax": jax.__version__,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "machine": platform.processor() or platform.machine(),
+    }
+    for name, pair in LOSSES.items():
+        report[name] = compare(pair, inputs, rounds)
+        line = ", ".join(f"{key} {value:.4g}" for key, value in report[name].items())
+        print(f"{name}, batch {batch}, width {dim}, {count} directions: {line}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

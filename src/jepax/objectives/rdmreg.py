@@ -1,0 +1,84 @@
+"""RDMReg: the embeddings are to be rectified generalised Gaussians (Kuang et al. 2026, arXiv:2602.01456).
+
+The target is y = max(0, mu + sigma g), with g of density p^(1 - 1/p) / (2 Gamma(1/p)) exp(-|g|^p / p).
+"""
+
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+from scipy.optimize import brentq
+from scipy.special import gamma, gammaincc
+
+from jepax.objectives.directions import CHUNK, mean_over_directions
+
+
+def rdmreg(
+    features: Float[Array, "batch dim"],
+    target: Float[Array, "batch dim"],
+    directions: Float[Array, "dim directions"],
+    chunk: int | None = CHUNK,
+) -> Float[Array, ""]:
+    """The mean over unit `directions` of the squared 2-Wasserstein distance of the two batches along them.
+
+    Of two batches of N numbers it is the mean squared difference of the sorted ones. Scale: that of squared features,
+    whatever the global batch and the width. Source: Kuang et al. 2026, section on RDMReg; Bonneel et al. 2015.
+    """
+
+    def distance(some: Float[Array, "dim chunk"]) -> Float[Array, "chunk"]:
+        ours, theirs = jnp.sort(features @ some, axis=0), jnp.sort(target @ some, axis=0)
+        return jnp.mean(jnp.square(ours - theirs), axis=0)
+
+    return mean_over_directions(distance, directions, chunk)
+
+
+def generalised_gaussian(key: PRNGKeyArray, p: float, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
+    """g = +-(p G)^(1/p), G of the Gamma distribution of shape 1/p: Laplace at p = 1, standard normal at p = 2."""
+    key_size, key_sign = jr.split(key)
+    return jr.rademacher(key_sign, shape) * (p * jr.gamma(key_size, 1 / p, shape)) ** (1 / p)
+
+
+def rectified(
+    key: PRNGKeyArray, shape: tuple[int, ...], *, p: float = 1.0, mu: float = 0.0, sigma: float | None = None
+) -> Float[Array, "*shape"]:
+    """Samples of max(0, mu + sigma g); sigma None takes `sigma_before(p)`, the paper's default."""
+    return jnp.maximum(0.0, mu + (sigma_before(p) if sigma is None else sigma) * generalised_gaussian(key, p, shape))
+
+
+def sigma_before(p: float) -> float:
+    """The sigma of unit variance before the rectification: sqrt(Gamma(1/p) / Gamma(3/p)) / p^(1/p)."""
+    return float(np.sqrt(gamma(1 / p) / gamma(3 / p)) / p ** (1 / p))
+
+
+def sigma_after(p: float, mu: float) -> float:
+    """The sigma of unit variance after the rectification; found by bracketing, since it has no closed form."""
+    high = 1.0
+    while moments(p, mu, high)[1] < 1:
+        high *= 2
+    return float(brentq(lambda sigma: moments(p, mu, sigma)[1] - 1, 1e-6, high, xtol=1e-12))
+
+
+def moments(p: float, mu: float, sigma: float) -> tuple[float, float]:
+    """Mean and variance of max(0, mu + sigma g), in float64.
+
+    E y^k = sum over j of binom(k, j) mu^(k - j) sigma^j T_j, with T_j = integral of g^j above -mu / sigma.
+    """
+    tail = [_tail(j, -mu / sigma, p) for j in range(3)]
+    mean = mu * tail[0] + sigma * tail[1]
+    square = mu**2 * tail[0] + 2 * mu * sigma * tail[1] + sigma**2 * tail[2]
+    return float(mean), float(square - mean**2)
+
+
+def share_of_nonzeros(p: float, mu: float, sigma: float) -> float:
+    """Expected share of entries above zero: P(g > -mu / sigma)."""
+    return float(_tail(0, -mu / sigma, p))
+
+
+def _tail(power: int, start: float, p: float) -> float:
+    """integral from `start` to infinity of g^power times g's density.
+
+    Where start >= 0 it is half of E|g|^power times the upper incomplete Gamma ratio; below, by symmetry of the density.
+    """
+    whole = p ** (power / p) * gamma((power + 1) / p) / gamma(1 / p)
+    upper = 0.5 * whole * gammaincc((power + 1) / p, abs(start) ** p / p)
+    return upper if start >= 0 or power % 2 else whole - upper

@@ -1,0 +1,41 @@
+"""SIGReg: the embeddings, seen along any direction, are to be a standard normal (Balestriero & LeCun 2025)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jepax.objectives.directions import CHUNK, mean_over_directions
+
+KNOTS = 17
+LIMIT = 3.0
+
+
+def epps_pulley(
+    projections: Float[Array, "batch directions"], knots: int = KNOTS, limit: float = LIMIT
+) -> Float[Array, "directions"]:
+    """N * integral from -limit to limit of |phi_N(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt, of each column.
+
+    phi_N(t) = mean over examples of exp(i t x) is the empirical characteristic function of the N examples of the global
+    batch. The integrand is even: the trapezoid rule has its `knots` on [0, limit], each inner weight doubled.
+
+    Scale: N times a mean, so a sample of the normal scores about the same at any N, and what is far from normal scores
+    in proportion to N: its weight in a loss belongs to a batch size. Nothing is standardised before.
+    Source: Epps & Pulley 1983; Balestriero & LeCun 2025 (arXiv:2511.08544), section 4.
+    """
+    points = jnp.linspace(0.0, limit, knots)
+    normal = jnp.exp(-jnp.square(points) / 2)  # both the normal's characteristic function and the window
+    step = limit / (knots - 1)
+    weights = jnp.full(knots, 2 * step).at[jnp.array([0, -1])].set(step) * normal
+    angles = projections[..., None] * points
+    real, imaginary = jnp.mean(jnp.cos(angles), axis=0), jnp.mean(jnp.sin(angles), axis=0)
+    return projections.shape[0] * ((jnp.square(real - normal) + jnp.square(imaginary)) @ weights)
+
+
+def sigreg(
+    embeddings: Float[Array, "batch dim"], directions: Float[Array, "dim directions"], chunk: int | None = CHUNK
+) -> Float[Array, ""]:
+    """The mean over unit `directions` of the Epps-Pulley statistic of the embeddings along them, `chunk` at a time.
+
+    Scale: as `epps_pulley`, proportional to the global batch N away from the optimum.
+    Source: Balestriero & LeCun 2025 (arXiv:2511.08544), SIGReg.
+    """
+    return mean_over_directions(lambda some: epps_pulley(embeddings @ some), directions, chunk)
