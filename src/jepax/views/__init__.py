@@ -5,16 +5,26 @@ from jepax.views.crops import (
     centre_crop,
     denormalise,
     normalise,
+    random_pixels,
     random_resized_crop,
     resample,
     sample_boxes,
 )
+from jepax.views.multicrop import Group, MultiCropConfig, multicrop
+from jepax.views.photometric import LEJEPA, PhotometricConfig, photometric
 
 __all__ = [
+    "LEJEPA",
     "CropConfig",
+    "Group",
+    "MultiCropConfig",
+    "PhotometricConfig",
     "centre_crop",
     "denormalise",
+    "multicrop",
     "normalise",
+    "photometric",
+    "random_pixels",
     "random_resized_crop",
     "resample",
     "sample_boxes",

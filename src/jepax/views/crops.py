@@ -69,10 +69,17 @@ def random_resized_crop(
 
     Raises `UserError` if the pictures' channels are not as many as the config's mean and std.
     """
+    return normalise(random_pixels(images, keys, config), config)
+
+
+def random_pixels(
+    images: Images, keys: Key[Array, "batch"], config: CropConfig
+) -> Float[Array, "batch height width channels"]:
+    """`random_resized_crop` before its normalisation: values in [0, 1]."""
     key_box, key_flip = jnp.moveaxis(jax.vmap(jr.split)(keys), 1, 0)
     box = sample_boxes(key_box, images.size, config)
     flip = jax.vmap(lambda key: jr.bernoulli(key, config.flip))(key_flip)
-    return normalise(resample(images.canvas, box, config.size, config.filter, flip=flip), config)
+    return resample(images.canvas, box, config.size, config.filter, flip=flip)
 
 
 def centre_crop(images: Images, config: CropConfig) -> Float[Array, "batch height width channels"]:

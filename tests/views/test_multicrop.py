@@ -1,0 +1,57 @@
+"""Several views of each image: their sizes, their keys, and what is refused."""
+
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from jepax.data import DataConfig, open_source, sweep
+from jepax.types import Images, UserError
+from jepax.views import CropConfig, MultiCropConfig, PhotometricConfig, multicrop
+
+TONE = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+CONFIG = MultiCropConfig(
+    globals=2,
+    global_crop=CropConfig(size=(24, 24), **TONE),
+    locals=3,
+    local_crop=CropConfig(size=(12, 12), scale=(0.05, 0.3), **TONE),
+    photometric=PhotometricConfig(jitter=0.8, solarise=0.2),
+)
+
+
+@pytest.fixture(scope="module")
+def images():
+    batch, _ = next(iter(sweep(open_source(DataConfig(source="synthetic", canvas=32), "train"), 6)))
+    return Images(*(jnp.asarray(part) for part in (batch.canvas, batch.size, batch.index)))
+
+
+def test_each_group_has_its_size_and_each_view_its_draw(images):
+    groups = multicrop(images, CONFIG, key=jr.key(0))
+    assert [group.shape for group in groups] == [(2, 6, 24, 24, 3), (3, 6, 12, 12, 3)]
+    for group in groups:
+        assert float(jnp.abs(group).max()) <= 1 + 1e-5
+        for first in range(len(group)):
+            for second in range(first):
+                assert float(jnp.abs(group[first] - group[second]).max()) > 0.1
+    assert len(multicrop(images, MultiCropConfig(global_crop=CONFIG.global_crop), key=jr.key(0))) == 1
+
+
+def test_views_belong_to_the_example_and_to_their_number(images):
+    whole = multicrop(images, CONFIG, key=jr.key(1))
+    rows = jnp.array([4, 1])
+    some = multicrop(Images(images.canvas[rows], images.size[rows], images.index[rows]), CONFIG, key=jr.key(1))
+    for ours, theirs in zip(some, whole, strict=True):
+        np.testing.assert_allclose(ours, theirs[:, rows], atol=1e-4)
+    fewer = multicrop(
+        images,
+        MultiCropConfig(globals=1, global_crop=CONFIG.global_crop, photometric=CONFIG.photometric),
+        key=jr.key(1),
+    )
+    np.testing.assert_allclose(fewer[0][0], whole[0][0], atol=1e-5)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(UserError, match=r"views\.globals=0"):
+        MultiCropConfig(globals=0)
+    with pytest.raises(UserError, match=r"views\.local_crop"):
+        MultiCropConfig(locals=1, local_crop=CropConfig(size=(96, 96), **TONE))
