@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from jepax.masking import MultiBlock, MultiBlockConfig
-from jepax.methods import IJEPA, IJEPAConfig
+from jepax.methods.ijepa import IJEPA, IJEPAConfig
 from jepax.nn import SIZES, PredictorConfig, ViTConfig
 from jepax.nn.position import sincos_2d
 from jepax.optim import OptimConfig, Optimizer
@@ -81,7 +81,7 @@ class Given(IJEPA):
     """I-JEPA whose loss takes the view and masks as they are, so that no random choice is timed."""
 
     def loss(self, images: Any, *, key: Any) -> Any:
-        return self.loss_of(*images)
+        return self.loss_of(*images, key=key)
 
 
 def quick(setting: Setting) -> Setting:

@@ -56,8 +56,8 @@ def test_a_run_folder_holds_its_config_metrics_and_checkpoints(config, finished)
         "grad_norm_predictor",
         "update_norm",
         "ema_step_norm",
-        "target_std",
-        "target_rank",
+        "embedding_std",
+        "embedding_rank",
         "images_per_second",
     ):
         assert all(np.isfinite(line[name]) for line in lines), name

@@ -23,7 +23,8 @@ from jepax.evals.collapse import effective_rank, feature_std
 from jepax.evals.floors import RawPixels
 from jepax.evals.report import EvalConfig
 from jepax.logs import Log, Values, plain
-from jepax.methods import AbstractMethod, IJEPAConfig, MethodConfig
+from jepax.methods import AbstractMethod, MethodConfig
+from jepax.methods.ijepa import IJEPAConfig
 from jepax.optim import OptimConfig, Optimizer
 from jepax.trees import cast, norm, norms_by_layer, trainable
 from jepax.types import Images, Metrics, UserError
@@ -178,7 +179,7 @@ def compiled_step(
 def diagnose(embeddings: Array) -> Values:
     """What tells collapse, of one embedding per image of this host's share of the batch; only for logged steps."""
     local = np.concatenate([shard.data for shard in embeddings.addressable_shards if shard.replica_id == 0])
-    return {"target_std": feature_std(local), "target_rank": effective_rank(local)}
+    return {"embedding_std": feature_std(local), "embedding_rank": effective_rank(local)}
 
 
 def compute_dtype(config: Config) -> DTypeLike:
@@ -304,8 +305,17 @@ def restored(config: Config, run: Path) -> TrainState:
     return checkpoint.restore(run / "checkpoints", saved[-1], state)
 
 
-def evaluate(config: Config, state: TrainState, run: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Probes the target encoder, beside its own untrained self, raw pixels and the majority class; writes evals/."""
+def evaluate(
+    config: Config,
+    state: TrainState,
+    run: Path,
+    say: Callable[[str], None] = print,
+    floors: Path | None = None,
+) -> dict[str, Any]:
+    """Probes the target encoder, beside its own untrained self, raw pixels and the majority class; writes evals/.
+
+    `floors`: see `report.evaluate_all`.
+    """
     sources = {split: open_source(config.data, split) for split in ("train", "validation", "test")}
     sweeps = {split: partial(sweep, source, config.eval.batch_size) for split, source in sources.items()}
     untrained = build_method(config.method, total_steps(config, len(sources["train"])), jr.key(config.seed))
@@ -319,6 +329,7 @@ def evaluate(config: Config, state: TrainState, run: Path, say: Callable[[str], 
         step=int(state.step),
         key=jr.key(config.seed),
         say=say,
+        floors=floors,
     )
     report.write(results, run, f"step_{int(state.step):08d}")
     return results

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from jepax.data import open_source, sweep
-from jepax.methods import IJEPAConfig, MomentumConfig
+from jepax.methods.ijepa import IJEPAConfig
+from jepax.methods.momentum import MomentumConfig
+from jepax.methods.regulariser import RegulariserConfig
 from jepax.objectives import covariance, variance
 from jepax.types import UserError
 from tests.contracts.shrink import shrunk
@@ -43,8 +45,14 @@ def loss_of(method, images, key):
         {"prediction_norm": "trainable"},
         {"prediction_norm": "plain"},
         {"prediction_norm": "both"},
-        {"variance": 0.1},
-        {"covariance": 0.1},
+        {"layers": (1, 2)},
+        {"layers": (1,)},
+        {"layers": (1, 2), "layer_weights": (1.0, 3.0)},
+        {"context_weight": 0.5},
+        {"regulariser": RegulariserConfig("vicreg")},
+        {"regulariser": RegulariserConfig("visreg", directions=8)},
+        {"regulariser": RegulariserConfig("sigreg", directions=8)},
+        {"regulariser": RegulariserConfig("rdmreg", directions=8)},
     ],
 )
 def test_each_setting_changes_the_loss_and_stays_finite(images, settings):
@@ -59,14 +67,15 @@ def test_two_norms_on_the_predictions_are_allowed_with_a_warning():
     assert build(prediction_norm="plain").prediction_norm is None
 
 
-def test_the_regularisers_add_to_the_loss_by_their_weights(images):
-    method = build(variance=0.5, covariance=0.25)
+def test_a_regulariser_adds_its_weighted_value_of_the_pooled_context(images):
+    chosen = RegulariserConfig("vicreg", weight=0.5, variance=3.0, covariance=0.25)
+    method = build(regulariser=chosen)
     loss, metrics = eqx.filter_jit(method.loss)(images, key=jr.key(0))
     view, masks = method.config.views_and_masks(images, method.masks, key=jr.key(0))
     pooled = jnp.mean(method.encoder(view, masks.context), axis=1)  # one embedding per image
     np.testing.assert_allclose(metrics["variance_loss"], variance(pooled), rtol=1e-3)
     np.testing.assert_allclose(metrics["covariance_loss"], covariance(pooled), rtol=1e-3)
-    weighted = 0.5 * metrics["variance_loss"] + 0.25 * metrics["covariance_loss"]
+    weighted = 0.5 * (3.0 * metrics["variance_loss"] + 0.25 * metrics["covariance_loss"])
     assert weighted > 0
     np.testing.assert_allclose(loss, metrics["prediction_loss"] + weighted, rtol=1e-6)
     plain, metrics = eqx.filter_jit(build().loss)(images, key=jr.key(0))
@@ -74,9 +83,66 @@ def test_the_regularisers_add_to_the_loss_by_their_weights(images):
     assert "variance_loss" not in metrics and "covariance_loss" not in metrics
 
 
+def test_layers_are_those_blocks_outputs_and_their_losses_are_weighed(images):
+    view, single = None, {}
+    for layers in ((1,), (2,), (1, 2), (2, 1)):
+        method = build(layers=layers)
+        view = method.config.views_and_masks(images, method.masks, key=jr.key(0))[0] if view is None else view
+        single[layers] = method.targets(view)
+    np.testing.assert_allclose(single[1, 2], jnp.concatenate([single[1,], single[2,]]), atol=1e-5)
+    np.testing.assert_allclose(single[2, 1], jnp.concatenate([single[2,], single[1,]]), atol=1e-5)
+    np.testing.assert_allclose(single[2,], build().targets(view), atol=1e-5)  # None: the last alone
+    assert jnp.abs(single[1,] - single[2,]).max() > 0.01
+
+    def loss_with(weights):
+        return float(loss_of(build(layers=(1, 2), layer_weights=weights), images, jr.key(0)))
+
+    first, second, mixed = loss_with((2.0, 0.0)), loss_with((0.0, 1.0)), loss_with((3.0, 1.0))
+    np.testing.assert_allclose(mixed, (3 * first + second) / 4, rtol=1e-5)
+    assert abs(first - second) > 1e-4
+
+
+def test_the_context_loss_is_that_of_its_equation(images):
+    method = build(context_weight=0.5)
+    view, masks = method.config.views_and_masks(images, method.masks, key=jr.key(0))
+    loss, metrics = method.loss_of(view, masks, key=jr.key(0))
+    targets, rows = np.asarray(method.targets(view)[0]), method.masks.grid[1]
+    predictions = np.asarray(method.predictions(method.encoder(view, masks.context), masks)[1][0])
+    total, count = 0.0, 0
+    for image in range(8):
+        for block in range(masks.targets.shape[1]):
+            hidden = masks.targets[image, block][masks.target_valid[image, block]]
+            for place, patch in enumerate(np.asarray(masks.context[image])):
+                near = min(np.hypot(patch // rows - h // rows, patch % rows - h % rows) for h in np.asarray(hidden))
+                error = np.abs(predictions[image, block, place] - targets[image, patch])
+                total += np.mean(np.where(error < 1, 0.5 * error**2, error - 0.5)) / np.sqrt(near)
+                count += 1
+    np.testing.assert_allclose(metrics["context_loss"], total / count, rtol=1e-4)
+    np.testing.assert_allclose(loss, metrics["prediction_loss"] + 0.5 * metrics["context_loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("teacher", ["ema", "stopped", "shared"])
+def test_only_a_shared_encoder_learns_from_its_targets(images, teacher):
+    method = build(teacher=teacher, regulariser=RegulariserConfig("sigreg", directions=8))
+    view, _ = method.config.views_and_masks(images, method.masks, key=jr.key(0))
+    grads = eqx.filter_grad(lambda m: jnp.sum(jnp.square(m.targets(view)[..., :3])))(method)
+    reached = any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+    assert reached == (teacher == "shared")
+    moved, metrics = method.after_update(jnp.int32(0))
+    assert ("momentum" in metrics) == (moved.target_encoder is not None) == (teacher == "ema")
+    assert method.features(images, 1).shape == (1, 8, 32)
+
+
+def test_directions_are_new_at_each_step_and_belong_to_the_batch(images):
+    method = build(regulariser=RegulariserConfig("sigreg", directions=4))
+    view, masks = method.config.views_and_masks(images, method.masks, key=jr.key(0))
+    first, again, other = (method.loss_of(view, masks, key=jr.key(k))[1]["sigreg_loss"] for k in (0, 0, 1))
+    assert first == again != other
+
+
 def test_targets_are_normalised_per_token(images):
     method = build()
-    targets = method.targets(jnp.zeros((2, 24, 24, 3)) + jr.normal(jr.key(0), (2, 24, 24, 3)))
+    targets = method.targets(jr.normal(jr.key(0), (2, 24, 24, 3)))
     np.testing.assert_allclose(targets.mean(-1), 0.0, atol=1e-5)
     np.testing.assert_allclose(targets.std(-1), 1.0, atol=1e-3)
 
@@ -111,14 +177,6 @@ def test_new_keys_give_new_views(images):
     assert jnp.abs(views[0] - views[1]).max() > 0.1
 
 
-@pytest.mark.parametrize(
-    ("shape", "expected"), [("linear", [0.9, 0.95, 1.0]), ("cosine", [0.9, 0.95, 1.0]), ("constant", [0.9, 0.9, 0.9])]
-)
-def test_momentum_schedules(shape, expected):
-    method = build(momentum=MomentumConfig(start=0.9, final=1.0, shape=shape))
-    np.testing.assert_allclose([method.momentum(s) for s in (0, 5, 10)], expected, rtol=1e-6)
-
-
 def test_the_teacher_moves_after_the_update():
     method = build(momentum=MomentumConfig(start=0.5, final=0.5))
     method = eqx.tree_at(lambda m: m.encoder.norm.bias, method, method.encoder.norm.bias + 1.0)
@@ -141,6 +199,22 @@ def test_features_are_the_target_encoders(images):
 def test_bad_settings_are_refused():
     with pytest.raises(UserError, match=r"method\.beta=0"):
         IJEPAConfig(beta=0.0)
+    for settings, words in (
+        ({"context_weight": -1.0}, r"method.context_weight=-1"),
+        ({"layers": (0,)}, r"method.layers=\(0,\) must name blocks from 1 to encoder.depth=12"),
+        ({"layers": ()}, r"method.layers=\(\)"),
+        ({"layers": (2, 2)}, "twice"),
+        ({"layer_weights": (1.0, 2.0)}, r"method.layer_weights=\(1.0, 2.0\).*method.layers=\(12,\)"),
+        ({"layers": (1, 2), "layer_weights": (0.0, 0.0)}, "one above"),
+    ):
+        with pytest.raises(UserError, match=words):
+            IJEPAConfig(**settings)
+    with pytest.warns(UserWarning, match="collapse"):
+        IJEPAConfig(teacher="shared")
+    with pytest.raises(UserError, match=r"regulariser.weight=-1"):
+        RegulariserConfig("sigreg", weight=-1.0)
+    with pytest.raises(UserError, match=r"regulariser.directions=0"):
+        RegulariserConfig("sigreg", directions=0)
     with pytest.raises(UserError, match=r"method.momentum.start=1.5"):
         MomentumConfig(start=1.5)
     with pytest.raises(UserError, match=r"masks\.context=40 cannot be met"):

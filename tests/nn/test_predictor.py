@@ -48,3 +48,15 @@ def test_a_prediction_depends_on_its_position_and_on_the_context(predictor, mask
     changed = predictor(context.at[0, 0].add(1.0), masks, GRID)
     assert jnp.abs(changed[0] - predictions[0]).max() > 1e-3
     np.testing.assert_array_equal(changed[1], predictions[1])
+
+
+def test_predictions_at_the_contexts_places_come_first_and_change_no_others(predictor, masks, context):
+    both = predictor(context, masks, GRID, also_context=True)
+    assert both.shape == (2, 2, 3 + 4, 16)
+    np.testing.assert_allclose(both[:, :, 3:], predictor(context, masks, GRID), atol=1e-5)
+    assert jnp.abs(both[:, :, 0] - both[:, :, 1]).max() > 1e-3
+
+
+def test_several_outputs_lie_side_by_side(masks, context):
+    twice = Predictor(PredictorConfig(width=8, depth=2, heads=2, init_std=None), 16, outputs=2, key=jr.key(0))
+    assert twice(context, masks, GRID).shape == (2, 2, 4, 32)

@@ -11,7 +11,7 @@ import jax.random as jr
 import numpy as np
 
 from jepax.masking import MultiBlockConfig
-from jepax.methods import IJEPA, IJEPAConfig
+from jepax.methods.ijepa import IJEPA, IJEPAConfig
 from jepax.nn import PredictorConfig, ViTConfig
 from jepax.types import Masks
 from jepax.views import CropConfig

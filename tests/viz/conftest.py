@@ -6,7 +6,7 @@ import pytest
 
 from jepax.data import DataConfig
 from jepax.masking import MultiBlockConfig
-from jepax.methods import IJEPAConfig
+from jepax.methods.ijepa import IJEPAConfig
 from jepax.nn import PredictorConfig, ViTConfig
 from jepax.views import CropConfig
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jepax import train
-from jepax.methods import IJEPA
+from jepax.methods.ijepa import IJEPA
 from jepax.types import Masks
 from jepax.views import CropConfig, denormalise
 from jepax.viz import figures
@@ -39,7 +39,7 @@ def test_pictures_and_patches_are_the_draw_of_the_key(config, images, shown):
 
 def given_only(*expected):
     """A loss of 3, and none of anything but the expected."""
-    return lambda *given: (jnp.float32(3 if given == expected else np.nan), {})
+    return lambda *given, key: (jnp.float32(3 if given == expected else np.nan), {})
 
 
 def test_the_loss_takes_its_randomness_from_the_same_function(images):

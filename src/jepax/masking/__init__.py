@@ -1,5 +1,6 @@
 """Masks: keys to static-shaped patch indices, on the device."""
 
+from jepax.masking.distance import distance_to_nearest
 from jepax.masking.multiblock import MultiBlock, MultiBlockConfig, block_sizes
 
-__all__ = ["MultiBlock", "MultiBlockConfig", "block_sizes"]
+__all__ = ["MultiBlock", "MultiBlockConfig", "block_sizes", "distance_to_nearest"]

@@ -1,6 +1,11 @@
-"""Methods: one method, one file."""
+"""Methods: one method, one file. Importing this package enrols what every file here defines."""
+
+import importlib
+import pkgutil
 
 from jepax.methods.base import AbstractMethod, MethodConfig
-from jepax.methods.ijepa import IJEPA, IJEPAConfig, MomentumConfig
 
-__all__ = ["IJEPA", "AbstractMethod", "IJEPAConfig", "MethodConfig", "MomentumConfig"]
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
+
+__all__ = ["AbstractMethod", "MethodConfig"]

@@ -11,34 +11,19 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jepax import schedules
-from jepax.masking import MultiBlock, MultiBlockConfig
+from jepax.masking import MultiBlock, MultiBlockConfig, distance_to_nearest
 from jepax.methods.base import AbstractMethod, MethodConfig
+from jepax.methods.momentum import MomentumConfig, follow, teacher_of
+from jepax.methods.regulariser import RegulariserConfig, regularise
 from jepax.nn import Predictor, PredictorConfig, ViT, ViTConfig
 from jepax.nn.blocks import LayerNorm, normalise
-from jepax.objectives import covariance, masked_mean, smooth_l1, squared_error, variance
-from jepax.trees import EMA, norm
+from jepax.objectives import masked_mean, smooth_l1, squared_error
+from jepax.trees import EMA
 from jepax.types import Images, Masks, Metrics, UserError
 from jepax.views import CropConfig, centre_crop, random_resized_crop
 
-
-@dataclass(frozen=True)
-class MomentumConfig:
-    """How slowly the target encoder follows: average <- momentum * average + (1 - momentum) * encoder."""
-
-    start: float = 0.996
-    """Momentum of the first step."""
-    final: float = 1.0
-    """Momentum that the last step reaches."""
-    shape: schedules.Shape = "linear"
-    """Path from start to final; constant stays at start."""
-    horizon: float = 1.0
-    """Steps that the path takes, over the run's steps."""
-
-    def __post_init__(self) -> None:
-        for name in ("start", "final"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UserError(f"method.momentum.{name}={getattr(self, name)} is not in [0, 1]")
+NO_EXAMPLE = 2**32 - 1
+"""Folded into a step's key for what belongs to the batch: an index that no example has."""
 
 
 @dataclass(frozen=True)
@@ -57,23 +42,29 @@ class IJEPAConfig(MethodConfig, name="ijepa"):
     """Distance of predictions to targets: smooth L1 (the released code) or squared error (the paper)."""
     beta: float = 1.0
     """Smooth L1 only: the distance at which its square becomes linear."""
+    layers: tuple[int, ...] | None = None
+    """Blocks of the target encoder whose outputs are predicted, counted from 1; None (as published): the last."""
+    layer_weights: tuple[float, ...] | None = None
+    """Weights of the losses of `layers`, in their order, used over their sum; None: all alike."""
+    context_weight: float = 0.0
+    """Weight of the loss on the context's own tokens, after V-JEPA 2.1; 0 as published."""
     target_norm: Literal["layer", "none"] = "layer"
     """Parameter-free LayerNorm on the targets, or none."""
     prediction_norm: Literal["none", "trainable", "plain", "both"] = "none"
     """LayerNorm on the predictions: none (as published), trainable, plain (parameter-free), or both (unstable)."""
-    variance: float = 0.0
-    """Weight of VICReg's variance term on each image's mean context embedding, as in C-JEPA; 0 as published."""
-    covariance: float = 0.0
-    """Weight of VICReg's covariance term on the same embeddings; 0 as published."""
+    teacher: Literal["ema", "stopped", "shared"] = "ema"
+    """Who embeds the targets: a moving average (as published), or the encoder itself, gradient stopped or not."""
     momentum: MomentumConfig = field(default_factory=MomentumConfig)
-    """Schedule of the target encoder's momentum."""
+    """Schedule of the moving average's momentum."""
+    regulariser: RegulariserConfig = field(default_factory=RegulariserConfig)
+    """Beside the teacher or in its place, on each image's mean context embedding; none as published."""
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
             raise UserError(f"method.beta={self.beta} must be above 0; for squared error take method.loss=l2")
-        for name in ("variance", "covariance"):
-            if getattr(self, name) < 0:
-                raise UserError(f"method.{name}={getattr(self, name)} must not be negative")
+        if self.context_weight < 0:
+            raise UserError(f"method.context_weight={self.context_weight} must not be negative")
+        self._check_layers()
         self.encoder.grid(self.crop.size)  # refuses a patch that does not divide the view
         if self.prediction_norm == "both":
             warnings.warn(
@@ -81,6 +72,28 @@ class IJEPAConfig(MethodConfig, name="ijepa"):
                 " unstable: take trainable or plain",
                 stacklevel=2,
             )
+        if self.teacher == "shared" and self.regulariser.kind == "none":
+            warnings.warn(
+                "method.teacher=shared with no method.regulariser.kind: nothing keeps the embeddings from collapse",
+                stacklevel=2,
+            )
+
+    def _check_layers(self) -> None:
+        layers, weights = self.layers, self.layer_weights
+        if layers is not None and not (layers and all(1 <= n <= self.encoder.depth for n in layers)):
+            raise UserError(f"method.layers={layers} must name blocks from 1 to encoder.depth={self.encoder.depth}")
+        if layers is not None and len(set(layers)) < len(layers):
+            raise UserError(f"method.layers={layers} names a block twice")
+        if weights is not None and (len(weights) != len(self.predicted) or min(weights) < 0 or not sum(weights)):
+            raise UserError(
+                f"method.layer_weights={weights} must be one weight for each of method.layers={self.predicted},"
+                " none below 0 and one above"
+            )
+
+    @property
+    def predicted(self) -> tuple[int, ...]:
+        """The blocks whose outputs are predicted, counted from 1."""
+        return (self.encoder.depth,) if self.layers is None else self.layers
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "IJEPA":
         return IJEPA(self, total_steps=total_steps, key=key)
@@ -92,7 +105,7 @@ class IJEPAConfig(MethodConfig, name="ijepa"):
     def views_and_masks(
         self, images: Images, sampler: MultiBlock, *, key: PRNGKeyArray
     ) -> tuple[Float[Array, "batch height width channels"], Masks]:
-        """All that is random in a step: example i draws its view and its masks from `fold_in(key, images.index[i])`."""
+        """What is random about an example: example i draws view and masks from `fold_in(key, images.index[i])`."""
         keys = jax.vmap(lambda index: jr.split(jr.fold_in(key, index)))(images.index)
         key_crop, key_mask = keys[:, 0], keys[:, 1]
         return random_resized_crop(images, key_crop, self.crop), sampler(key_mask)
@@ -102,12 +115,17 @@ class IJEPA(AbstractMethod):
     """loss = mean over target patches y of D(g_phi(f_theta(x), positions of y), LN(f_theta_bar(image))[y]).
 
     The target encoder f_theta_bar sees the whole view; the context encoder f_theta only the context patches x; the
-    predictor g_phi makes one pass per target block. Both encoders start equal. Beside it, by choice, VICReg's
-    regularisers on the mean of f_theta(x) over its patches, which C-JEPA (Mo & Tong 2024, arXiv:2410.19560) adds.
+    predictor g_phi makes one pass per target block. Both encoders start equal. Beside it, by choice:
+
+    - the same loss of several layers of f_theta_bar, which g_phi predicts side by side, as a weighted mean;
+    - that on the context's tokens, each weighted by lambda / sqrt(distance to the block that is predicted), as V-JEPA
+      2.1 (Mur-Labadia et al. 2026, arXiv:2603.14482) has it. Differs from it: g_phi reads the last layer alone;
+    - a regulariser of the mean of f_theta(x) over its patches: VICReg's is that of C-JEPA (Mo & Tong 2024,
+      arXiv:2410.19560). With teacher=shared it stands in the moving average's place, and f_theta embeds the targets.
     """
 
     encoder: ViT
-    target_encoder: EMA[ViT]
+    target_encoder: EMA[ViT] | None
     predictor: Predictor
     prediction_norm: LayerNorm | None
     masks: MultiBlock
@@ -118,49 +136,76 @@ class IJEPA(AbstractMethod):
         key_encoder, key_predictor = jr.split(key)
         width = config.encoder.width
         self.encoder = ViT(config.encoder, key=key_encoder)
-        # A copy: buffers are donated to the step, and one buffer cannot be donated twice.
-        self.target_encoder = EMA(jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, self.encoder))
-        self.predictor = Predictor(config.predictor, width, key=key_predictor)
+        self.target_encoder = teacher_of(self.encoder) if config.teacher == "ema" else None
+        self.predictor = Predictor(config.predictor, width, outputs=len(config.predicted), key=key_predictor)
         self.prediction_norm = LayerNorm(width) if config.prediction_norm in ("trainable", "both") else None
         self.masks = config.sampler()
         self.config, self.total_steps = config, total_steps
 
     def loss(self, images: Images, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
-        return self.loss_of(*self.config.views_and_masks(images, self.masks, key=key))
+        view, masks = self.config.views_and_masks(images, self.masks, key=key)
+        return self.loss_of(view, masks, key=jr.fold_in(key, NO_EXAMPLE))
 
     def loss_of(
-        self, view: Float[Array, "batch height width channels"], masks: Masks
+        self, view: Float[Array, "batch height width channels"], masks: Masks, *, key: PRNGKeyArray
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The loss of given views and masks; no randomness."""
-        embedded = self.targets(view)
-        targets = jax.vmap(lambda tokens, indices: tokens[indices])(embedded, masks.targets)
-        context = self.encoder(view, masks.context)
-        predictions = self.predictions(context, masks)
-        loss = masked_mean(self._distance(predictions, targets), masks.target_valid)
-        added, metrics = self._regularisation(context)
-        return loss + added, {"embeddings": jnp.mean(embedded, axis=1), "prediction_loss": loss} | metrics
+        """The loss of given views and masks; only a regulariser's directions are drawn, from `key`."""
+        embedded, context = self.targets(view), self.encoder(view, masks.context)
+        predictions, on_context = self.predictions(context, masks)
+        loss = self._prediction_loss(predictions, gather(embedded, masks.targets), masks)
+        metrics = {"embeddings": jnp.mean(embedded[-1], axis=1), "prediction_loss": loss}
+        if self.config.context_weight:
+            dense = self._context_loss(on_context, gather(embedded, masks.context), masks)
+            loss, metrics["context_loss"] = loss + self.config.context_weight * dense, dense
+        pooled = jnp.mean(context.astype(jnp.float32), axis=1)
+        added, terms = regularise(self.config.regulariser, pooled, key=key)
+        return loss + added, metrics | terms
 
-    def targets(self, view: Float[Array, "batch height width channels"]) -> Float[Array, "batch patches dim"]:
-        """The teacher's embedding of every patch of the view, in float32; no gradient flows to it."""
-        embedded = lax.stop_gradient(self.target_encoder.average(view)).astype(jnp.float32)
-        return normalise(embedded) if self.config.target_norm == "layer" else embedded
+    @property
+    def teacher(self) -> ViT:
+        """Who embeds the targets, and who is probed."""
+        return self.encoder if self.target_encoder is None else self.target_encoder.average
+
+    def targets(self, view: Float[Array, "batch height width channels"]) -> Float[Array, "layers batch patches dim"]:
+        """Each predicted layer's embedding of every patch, in float32; only a shared encoder gets a gradient."""
+        depth, wanted = self.config.encoder.depth, self.config.predicted
+        outputs = self.teacher.layers(view, depth - min(wanted) + 1)
+        chosen = outputs[jnp.array([layer - min(wanted) for layer in wanted])] if len(wanted) > 1 else outputs[:1]
+        chosen = chosen.astype(jnp.float32)
+        chosen = chosen if self.config.teacher == "shared" else lax.stop_gradient(chosen)
+        return normalise(chosen) if self.config.target_norm == "layer" else chosen
 
     def predictions(
         self, context: Float[Array, "batch context dim"], masks: Masks
-    ) -> Float[Array, "batch blocks target dim"]:
-        """What the predictor makes of the embedded context, in float32."""
-        predicted = self.predictor(context, masks, self.masks.grid).astype(jnp.float32)
+    ) -> tuple[Float[Array, "layers batch blocks target dim"], Float[Array, "layers batch blocks _seen dim"]]:
+        """What the predictor makes of the embedded context at the targets and, if wanted, at the context's own places.
+
+        In float32; where the latter are not wanted there are none: size 0.
+        """
+        wanted, dim = bool(self.config.context_weight), context.shape[2]
+        predicted = self.predictor(context, masks, self.masks.grid, also_context=wanted).astype(jnp.float32)
+        predicted = jnp.moveaxis(predicted.reshape(*predicted.shape[:3], -1, dim), 3, 0)
         if self.config.prediction_norm in ("plain", "both"):
             predicted = normalise(predicted)
-        return predicted if self.prediction_norm is None else self.prediction_norm(predicted)
+        predicted = predicted if self.prediction_norm is None else self.prediction_norm(predicted)
+        split = predicted.shape[3] - masks.targets.shape[2]
+        return predicted[..., split:, :], predicted[..., :split, :]
 
-    def _regularisation(self, context: Float[Array, "batch context dim"]) -> tuple[Float[Array, ""], Metrics]:
-        """The weighted regularisers over the global batch, and each of those that are on, unweighted."""
-        pooled = jnp.mean(context.astype(jnp.float32), axis=1)
-        weights = {variance: self.config.variance, covariance: self.config.covariance}
-        values = {term: term(pooled) for term, weight in weights.items() if weight}
-        added = sum((weights[term] * value for term, value in values.items()), jnp.float32(0))
-        return added, {f"{term.__name__}_loss": value for term, value in values.items()}
+    def _prediction_loss(self, predictions: Array, targets: Array, masks: Masks) -> Float[Array, ""]:
+        pairs = zip(predictions, targets, strict=True)
+        return self._over_layers([masked_mean(self._distance(*pair), masks.target_valid) for pair in pairs])
+
+    def _context_loss(self, predictions: Array, targets: Array, masks: Masks) -> Float[Array, ""]:
+        """mean over context tokens i and blocks M of D_i / sqrt(d(i, M)), d in patches to the nearest of the block."""
+        near = 1 / jnp.sqrt(distance_to_nearest(masks, self.masks.grid))
+        targets = jnp.broadcast_to(targets[:, :, None], predictions.shape)  # one pass per block, of the same context
+        pairs = zip(predictions, targets, strict=True)
+        return self._over_layers([jnp.mean(jnp.mean(self._distance(*pair), axis=-1) * near) for pair in pairs])
+
+    def _over_layers(self, losses: list[Float[Array, ""]]) -> Float[Array, ""]:
+        """The mean over the predicted layers, by their weights."""
+        weights = self.config.layer_weights or (1.0,) * len(losses)
+        return sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)
 
     def _distance(self, prediction: Array, target: Array) -> Array:
         if self.config.loss == "l2":
@@ -169,19 +214,21 @@ class IJEPA(AbstractMethod):
 
     def momentum(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
         """Momentum applied after the update of `step`, counted from 0."""
-        c = self.config.momentum
-        total = max(round(c.horizon * self.total_steps), 1)
-        return schedules.ramp(c.shape, step, start=c.start, final=c.final, total=total)
+        return self.config.momentum.at(step, self.total_steps)
 
     def after_update(self, step: Int[Array, ""]) -> tuple["IJEPA", Metrics]:
-        momentum = self.momentum(step)
-        moved = self.target_encoder.towards(self.encoder, momentum)
-        change = jax.tree.map(
-            jnp.subtract, *(eqx.filter(t, eqx.is_inexact_array) for t in (moved, self.target_encoder))
-        )
-        metrics = {"momentum": momentum, "ema_step_norm": norm(change)}
+        if self.target_encoder is None:
+            return self, {}  # no teacher moves: the encoder embeds the targets itself
+        moved, metrics = follow(self.target_encoder, self.encoder, self.momentum(step))
         return eqx.tree_at(lambda method: method.target_encoder, self, moved), metrics
 
     def features(self, images: Images, layers: int) -> Float[Array, "layers batch dim"]:
         view = centre_crop(images, self.config.crop)
-        return jnp.mean(self.target_encoder.average.layers(view, layers), axis=2).astype(jnp.float32)
+        return jnp.mean(self.teacher.layers(view, layers), axis=2).astype(jnp.float32)
+
+
+def gather(
+    embedded: Float[Array, "layers batch patches dim"], indices: Int[Array, "batch *shape"]
+) -> Float[Array, "layers batch *shape dim"]:
+    """Each image's tokens at its own indices."""
+    return jax.vmap(lambda tokens, index: tokens[:, index], in_axes=(1, 0), out_axes=1)(embedded, indices)

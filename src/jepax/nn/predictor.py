@@ -43,7 +43,7 @@ class Predictor(eqx.Module):
     """s_hat_y = g_phi(s_x, positions of y): one pass per target block, all blocks folded into one batch.
 
     Each pass sees the context's tokens and that block's mask tokens, so blocks cannot see each other. Source:
-    Assran et al. 2023, section 3. In the last block only the target tokens are computed; nothing else is used.
+    Assran et al. 2023, section 3. In the last block only the tokens whose predictions are wanted are computed.
     """
 
     embed: Linear
@@ -53,7 +53,7 @@ class Predictor(eqx.Module):
     project: Linear
     config: PredictorConfig = eqx.field(static=True)
 
-    def __init__(self, config: PredictorConfig, encoder_width: int, *, key: PRNGKeyArray):
+    def __init__(self, config: PredictorConfig, encoder_width: int, *, outputs: int = 1, key: PRNGKeyArray):
         key_embed, key_mask, key_stack, key_project = jr.split(key, 4)
         std = config.init_std
         self.embed = Linear(encoder_width, config.width, std=std, key=key_embed)
@@ -69,13 +69,22 @@ class Predictor(eqx.Module):
             key=key_stack,
         )
         self.norm = LayerNorm(config.width)
-        self.project = Linear(config.width, encoder_width, std=std, key=key_project)
+        self.project = Linear(config.width, outputs * encoder_width, std=std, key=key_project)
         self.config = config
 
     def __call__(
-        self, context: Float[Array, "batch context width"], masks: Masks, grid: tuple[int, int]
-    ) -> Float[Array, "batch blocks target width"]:
-        """Predictions at every target position, also at padding (which the loss must leave out)."""
+        self,
+        context: Float[Array, "batch context width"],
+        masks: Masks,
+        grid: tuple[int, int],
+        *,
+        also_context: bool = False,
+    ) -> Float[Array, "batch blocks tokens width_by_outputs"]:
+        """Predictions at every target position, also at padding (which the loss must leave out).
+
+        `also_context` puts those at the context's positions before them. A token holds its `outputs` predictions,
+        such as those of several layers, side by side.
+        """
         batch, blocks, target = masks.targets.shape
         seen = context.shape[1]
         positions = jnp.asarray(sincos_2d(grid, self.config.width)).astype(self.mask_token.dtype)
@@ -84,5 +93,6 @@ class Predictor(eqx.Module):
         repeated = jnp.broadcast_to(context[:, None], (batch, blocks, *context.shape[1:]))
         tokens = jnp.concatenate([repeated, queries], axis=2).reshape(batch * blocks, seen + target, -1)
         valid = jnp.pad(masks.target_valid, ((0, 0), (0, 0), (seen, 0)), constant_values=True)
-        tokens = self.stack(tokens, valid.reshape(batch * blocks, -1), last=target)[0]
-        return self.project(self.norm(tokens)).reshape(batch, blocks, target, -1)
+        wanted = seen + target if also_context else target
+        tokens = self.stack(tokens, valid.reshape(batch * blocks, -1), last=wanted)[0]
+        return self.project(self.norm(tokens)).reshape(batch, blocks, wanted, -1)

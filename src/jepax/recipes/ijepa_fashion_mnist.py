@@ -14,7 +14,9 @@ from dataclasses import replace
 
 from jepax.data import DataConfig
 from jepax.masking import MultiBlockConfig
-from jepax.methods import IJEPAConfig, MomentumConfig
+from jepax.methods.ijepa import IJEPAConfig
+from jepax.methods.momentum import MomentumConfig
+from jepax.methods.regulariser import RegulariserConfig
 from jepax.nn import PredictorConfig, ViTConfig
 from jepax.optim import OptimConfig
 from jepax.recipes.registry import recipe
@@ -34,8 +36,7 @@ def ijepa_fashion_mnist() -> Config:
             crop=CropConfig(
                 size=(28, 28), scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3), mean=(0.2860,), std=(0.3530,), centre_resize=1.0
             ),
-            variance=0.05,
-            covariance=2e-3,
+            regulariser=RegulariserConfig(kind="vicreg", weight=2e-3),
             momentum=MomentumConfig(start=0.99),
         ),
         data=DataConfig(source="fashion_mnist"),
@@ -66,3 +67,21 @@ def ijepa_fashion_mnist_long() -> Config:
         optim=replace(config.optim, peak_lr=3e-3, warmup_epochs=1.0),
         train=replace(config.train, epochs=25.0, log_every=50, save_every=2000),
     )
+
+
+@recipe
+def ijepa_fashion_mnist_multilayer() -> Config:
+    """Multi-layer I-JEPA: the demo, predicting every block of the target encoder, and a little of the context too."""
+    config = ijepa_fashion_mnist()
+    method = replace(config.method, layers=(1, 2, 3), layer_weights=(0.5, 0.5, 1.0), context_weight=0.1)
+    return replace(config, recipe="ijepa_fashion_mnist_multilayer", method=method)
+
+
+@recipe
+def ijepa_fashion_mnist_no_teacher() -> Config:
+    """I-JEPA without a moving average: the encoder embeds its own targets, and RDMReg keeps embeddings apart."""
+    config = ijepa_fashion_mnist()
+    method = replace(
+        config.method, teacher="stopped", regulariser=RegulariserConfig(kind="rdmreg", weight=0.05, directions=256)
+    )
+    return replace(config, recipe="ijepa_fashion_mnist_no_teacher", method=method)

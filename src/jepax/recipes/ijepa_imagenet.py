@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from jepax.data import DataConfig
 from jepax.masking import MultiBlockConfig
-from jepax.methods import IJEPAConfig
+from jepax.methods.ijepa import IJEPAConfig
 from jepax.nn import SIZES, PredictorConfig, ViTConfig
 from jepax.optim import OptimConfig
 from jepax.recipes.registry import recipe

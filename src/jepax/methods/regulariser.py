@@ -1,0 +1,74 @@
+"""What keeps a method's embeddings apart: one of four regularisers by name, for methods that take any of them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jepax.objectives import covariance, rdmreg, sigreg, variance, visreg
+from jepax.objectives.directions import unit_directions
+from jepax.types import Metrics, UserError
+
+
+@dataclass(frozen=True)
+class RegulariserConfig:
+    """One regulariser and its weights; a field that the chosen kind does not name is not read."""
+
+    kind: Literal["none", "sigreg", "rdmreg", "vicreg", "visreg"] = "none"
+    """None, or the regulariser's name."""
+    weight: float = 1.0
+    """Its weight in the loss."""
+    directions: int = 256
+    """sigreg, rdmreg, visreg: directions of projection, drawn anew at each step."""
+    variance: float = 25.0
+    """vicreg: weight of the variance term within the regulariser, as in the paper."""
+    covariance: float = 1.0
+    """vicreg: weight of the covariance term within the regulariser, as in the paper."""
+    scale: float = 1.0
+    """visreg: weight of the scale term within the regulariser."""
+    shape: float = 1.0
+    """visreg: weight of the shape term within the regulariser."""
+    p: float = 1.0
+    """rdmreg: exponent of the generalised Gaussian: 1 is Laplace's distribution, 2 the normal."""
+    mu: float = 0.0
+    """rdmreg: mean of the generalised Gaussian before its rectification; lower is sparser."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "variance", "covariance", "scale", "shape"):
+            if getattr(self, name) < 0:
+                raise UserError(f"regulariser.{name}={getattr(self, name)} must not be negative")
+        for name in ("directions", "p"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"regulariser.{name}={getattr(self, name)} must be above 0")
+
+
+def regularise(
+    config: RegulariserConfig, embeddings: Float[Array, "batch dim"], *, key: PRNGKeyArray
+) -> tuple[Float[Array, ""], Metrics]:
+    """The weighted regulariser of the global batch, and its unweighted terms. Scale: as each objective says.
+
+    RDMReg asks for features that are not negative, so it reads max(0, embeddings).
+    """
+    match config.kind:
+        case "none":
+            return jnp.float32(0), {}
+        case "vicreg":
+            weights = {"variance": config.variance, "covariance": config.covariance}
+            terms = {"variance": variance(embeddings), "covariance": covariance(embeddings)}
+        case "visreg":
+            directions = unit_directions(key, embeddings.shape[1], config.directions)
+            weights = {"scale": config.scale, "shape": config.shape}
+            terms = {"scale": visreg.scale(embeddings), "shape": visreg.shape(embeddings, directions)}
+        case "sigreg":
+            directions = unit_directions(key, embeddings.shape[1], config.directions)
+            weights, terms = {"sigreg": 1.0}, {"sigreg": sigreg.sigreg(embeddings, directions)}
+        case "rdmreg":
+            key_directions, key_target = jr.split(key)
+            directions = unit_directions(key_directions, embeddings.shape[1], config.directions)
+            target = rdmreg.rectified(key_target, embeddings.shape, p=config.p, mu=config.mu)
+            weights = {"rdmreg": 1.0}
+            terms = {"rdmreg": rdmreg.rdmreg(jnp.maximum(embeddings, 0), target, directions)}
+    value = sum(weights[name] * term for name, term in terms.items())
+    return config.weight * value, {f"{name}_loss": term for name, term in terms.items()}

@@ -1,0 +1,56 @@
+"""A regulariser by name is the weighted sum of its objectives."""
+
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from jepax.methods.regulariser import RegulariserConfig, regularise
+from jepax.objectives import covariance, variance, visreg
+from jepax.objectives.directions import unit_directions
+from jepax.objectives.rdmreg import rdmreg, rectified
+from jepax.objectives.sigreg import sigreg
+
+KEY = jr.key(3)
+Z = 2 * jr.normal(jr.key(0), (32, 6)) + 0.5
+
+
+def test_none_is_nothing():
+    value, metrics = regularise(RegulariserConfig(), Z, key=KEY)
+    assert value == 0 and metrics == {}
+
+
+def test_vicreg():
+    config = RegulariserConfig("vicreg", weight=0.5, variance=3.0, covariance=2.0)
+    value, metrics = regularise(config, Z / 3, key=KEY)
+    assert set(metrics) == {"variance_loss", "covariance_loss"}
+    np.testing.assert_allclose(value, 0.5 * (3 * variance(Z / 3) + 2 * covariance(Z / 3)), rtol=1e-6)
+
+
+def test_visreg():
+    config = RegulariserConfig("visreg", weight=0.5, scale=3.0, shape=2.0, directions=9)
+    directions = unit_directions(KEY, 6, 9)
+    expected = 0.5 * (3 * visreg.scale(Z) + 2 * visreg.shape(Z, directions))
+    np.testing.assert_allclose(regularise(config, Z, key=KEY)[0], expected, rtol=1e-6)
+
+
+def test_sigreg():
+    value, metrics = regularise(RegulariserConfig("sigreg", weight=0.5, directions=9), Z, key=KEY)
+    expected = sigreg(Z, unit_directions(KEY, 6, 9))
+    np.testing.assert_allclose([value, metrics["sigreg_loss"]], [0.5 * expected, expected], rtol=1e-6)
+
+
+def test_rdmreg_reads_what_is_above_zero():
+    config = RegulariserConfig("rdmreg", weight=0.5, directions=9, p=2.0, mu=-0.3)
+    key_directions, key_target = jr.split(KEY)
+    target = rectified(key_target, Z.shape, p=2.0, mu=-0.3)
+    expected = 0.5 * rdmreg(jnp.maximum(Z, 0), target, unit_directions(key_directions, 6, 9))
+    np.testing.assert_allclose(regularise(config, Z, key=KEY)[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sigreg", "rdmreg", "visreg", "vicreg"])
+def test_what_has_collapsed_is_pushed_apart(kind):
+    """Two clouds of the same points, one shrunk to a hundredth: every regulariser prefers the wide one."""
+    config = RegulariserConfig(kind, directions=32)
+    wide, dead = (regularise(config, scale * jr.normal(jr.key(1), (256, 6)), key=KEY)[0] for scale in (1.0, 0.01))
+    assert wide < 0.5 * dead
