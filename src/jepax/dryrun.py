@@ -1,6 +1,7 @@
 """`--dry-run`: what a run would take, told from abstract shapes, and one real step of it. Writes nothing."""
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable
@@ -18,10 +19,13 @@ from jepax import costs, sharding
 from jepax import train as training
 from jepax.data import Source, open_source
 from jepax.masking import block_sizes
-from jepax.methods import IJEPA, AbstractMethod
+from jepax.methods import AbstractMethod
+from jepax.methods.ijepa import IJEPA
+from jepax.methods.multiview import MultiView, embed
 from jepax.optim import Optimizer
 from jepax.trees import EMA, cast, count_parameters, trainable
 from jepax.types import Images, Masks, UserError
+from jepax.views import CropConfig
 
 Say = Callable[[str], None]
 LARGE, LARGE_BATCH = 50_000_000, 8
@@ -105,6 +109,8 @@ def say_arithmetic(plan: Plan, say: Say) -> None:
             f"\ntokens per image: teacher {patches}, context encoder {masks.context}, predictor {masks.blocks} blocks"
             f" of {masks.context} + {target} = {masks.blocks * (masks.context + target)}"
         )
+    if isinstance(method, MultiView):
+        say(f"\ntokens per image: {viewed_tokens(method)}")
     say("\narithmetic per image, GFLOP (matrix products)")
     for name, count in part_flops(plan, step).items():
         say(f"  {name:<40}{count / 1e9:>10.3f}")
@@ -115,6 +121,13 @@ def say_arithmetic(plan: Plan, say: Say) -> None:
             f"arithmetic: {step / 1e9:.4g} GFLOP per image, {over:+.1f}% over the unpadded step"
             " (mean over the sizes that target blocks take)"
         )
+
+
+def viewed_tokens(method: MultiView) -> str:
+    """Views and patches of each group, in words."""
+    views, grid = method.config.views, method.config.encoder.grid
+    groups = (("global", views.globals, views.global_crop), ("local", views.locals, views.local_crop))
+    return ", ".join(f"{count} {name} views of {math.prod(grid(crop.size))}" for name, count, crop in groups if count)
 
 
 def step_flops(plan: Plan) -> float:
@@ -131,8 +144,10 @@ def update_flops(plan: Plan) -> float:
 
 
 def part_flops(plan: Plan, step: float) -> dict[str, float]:
-    """FLOPs per image of the parts of I-JEPA, of `step` in all; nothing for methods not known here."""
+    """FLOPs per image of the parts of a method, of `step` in all; nothing for methods not known here."""
     method = plan.state.method
+    if isinstance(method, MultiView):
+        return {name: count for name, count in multiview_flops(plan, step).items() if count}
     if not isinstance(method, IJEPA):
         return {}
     view, masks = shaped(method, method.masks.largest)
@@ -153,6 +168,25 @@ def part_flops(plan: Plan, step: float) -> dict[str, float]:
     return {"views and regularisers": step - sum(parts.values())} | parts
 
 
+def multiview_flops(plan: Plan, step: float) -> dict[str, float]:
+    """FLOPs per image of the parts of a method that compares views; what is not the encoder's comes together."""
+    encoder, views = plan.state.method.encoder, plan.state.method.config.views
+
+    def encode(encoder: PyTree, group: PyTree) -> jax.Array:
+        return jnp.sum(embed(encoder, group))
+
+    def of(count: int, crop: CropConfig) -> float:
+        group = jax.ShapeDtypeStruct((count, 1, *crop.size, encoder.config.channels), jnp.float32)
+        return costs.flops(eqx.filter_grad(encode), encoder, group) if count else 0.0
+
+    parts = {
+        "encoder, global views, both passes": of(views.globals, views.global_crop),
+        "encoder, local views, both passes": of(views.locals, views.local_crop),
+        "optimiser, shared by the batch": update_flops(plan),
+    }
+    return {"views, heads, teacher and objective": step - sum(parts.values())} | parts
+
+
 def unpadded_flops(plan: Plan, step: float) -> float:
     """FLOPs per image, of `step` padded, if each target block had just the size drawn: the mean over that draw."""
     method, masks = plan.state.method, plan.state.method.config.masks
@@ -169,7 +203,7 @@ def loss_flops(method: IJEPA, target: int) -> float:
     params, rest = split(method)
 
     def loss_of(params: IJEPA, rest: IJEPA, view: PyTree, masks: Masks) -> jax.Array:
-        return eqx.combine(params, rest).loss_of(view, masks)[0]
+        return eqx.combine(params, rest).loss_of(view, masks, key=jr.key(0))[0]
 
     return costs.flops(jax.value_and_grad(loss_of), params, rest, *shaped(method, target))
 

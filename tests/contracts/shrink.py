@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from jepax.data import DataConfig
+from jepax.nn import PredictorConfig
 from jepax.recipes import RECIPES
 from jepax.train import Config, TrainConfig
 
@@ -13,9 +14,25 @@ def shrunk(name: str, **method: object) -> Config:
     """A recipe on 24x24 pictures cut into 6x6 patches. Precision is float32, as on every CPU."""
     config = RECIPES[name]()
     encoder = replace(config.method.encoder, patch_size=PATCH, width=32, depth=2, heads=2)
-    changes = {"encoder": encoder, "crop": replace(config.method.crop, size=(SIDE, SIDE))}
-    if hasattr(config.method, "predictor"):
+    changes = {"encoder": encoder}
+    if hasattr(config.method, "views"):
+        views = config.method.views
+        crops = {"global_crop": replace(views.global_crop, size=(SIDE, SIDE))}
+        crops["local_crop"] = replace(views.local_crop, size=(SIDE // 2, SIDE // 2))
+        changes["views"] = replace(views, locals=min(views.locals, 2), **crops)
+        changes["projector"] = replace(config.method.projector, hidden=(24,), width=8)
+    else:
+        changes["crop"] = replace(config.method.crop, size=(SIDE, SIDE))
+    if hasattr(config.method, "directions"):
+        changes["directions"] = 16
+    if isinstance(getattr(config.method, "predictor", None), PredictorConfig):
         changes["predictor"] = replace(config.method.predictor, width=16, depth=2, heads=2)
+    elif hasattr(config.method, "predictor"):
+        changes["predictor"] = replace(config.method.predictor, hidden=(24,), width=8)
+    if getattr(config.method, "layers", None):
+        changes |= {"layers": (1, 2), "layer_weights": config.method.layer_weights[-2:]}
+    if hasattr(config.method, "regulariser"):
+        changes["regulariser"] = replace(config.method.regulariser, directions=16)
     if hasattr(config.method, "masks"):
         changes["masks"] = replace(config.method.masks, context=6)
     data = DataConfig(source="synthetic", canvas=SIDE, channels=encoder.channels, synthetic_images=80, validation=0.2)

@@ -14,6 +14,7 @@ from jepax.data import open_source
 from jepax.optim import OptimConfig, Optimizer
 from jepax.train import compiled_step, first_state, init_state, make_optimizer, read, step_program
 from jepax.trees import EMA, trainable
+from jepax.views import PhotometricConfig
 from tests.contracts.shrink import BATCH, distinct
 
 STEPS = 6
@@ -77,12 +78,25 @@ def test_a_teacher_has_no_gradient_and_no_optimiser_state(config):
     assert len(kept) == len(moments) and set(kept) == names
 
 
+def seeing_the_whole(method):
+    """The same method with views that are always the whole picture as it is."""
+
+    def whole(crop):
+        return replace(crop, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+
+    if not hasattr(method, "views"):
+        return replace(method, crop=whole(method.crop))
+    views = method.views
+    crops = {"global_crop": whole(views.global_crop), "local_crop": whole(views.local_crop)}
+    return replace(method, views=replace(views, photometric=PhotometricConfig(), **crops))
+
+
 def test_one_batch_is_overfitted(config, batches):
     """Against a teacher that stands still, a hundred updates explain most of what the first could not."""
     method = config.method
     if hasattr(method, "momentum"):
         method = replace(method, momentum=replace(method.momentum, start=1.0, final=1.0))
-    method = replace(method, crop=replace(method.crop, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0))
+    method = seeing_the_whole(method)
     optimizer = Optimizer(OptimConfig(peak_lr=3e-3, start_lr=3e-3, weight_decay=0.0, final_weight_decay=0.0), 150, 0)
     state = init_state(method.build(total_steps=150, key=jr.key(0)), optimizer)
     images, losses = jax.tree.map(jnp.asarray, batches[0]), []

@@ -8,7 +8,8 @@ from jepax.viz.curves import PANELS, Series, curves, running_median
 
 def log(steps: int, **changed: object) -> list[dict]:
     """Lines of a run of four encoder blocks."""
-    fixed = {"momentum": 0.996, "weight_decay": 0.04, "target_rank": 20.0, "target_std": 0.5, "images_per_second": 9.0}
+    fixed = {"momentum": 0.996, "weight_decay": 0.04, "embedding_rank": 20.0, "embedding_std": 0.5}
+    fixed |= {"images_per_second": 9.0, "share_of_nonzeros": 0.4, "expected_share_of_nonzeros": 0.5}
     falling = ("loss", "grad_norm", "grad_norm_predictor", "update_norm", "ema_step_norm", "learning_rate")
     return [
         {
@@ -37,6 +38,13 @@ def test_every_metric_has_its_panel_and_norms_that_fall_far_a_log_scale():
     assert drawn["momentum"].get_yscale() == drawn["learning rate"].get_yscale() == "linear"
     assert drawn["effective rank (dimensions)"].get_ylim()[0] == 0
     assert labels(drawn["gradient norm (L2)"]) == ["encoder block 1", "encoder block 4", "predictor", "all parameters"]
+
+
+def test_a_metric_that_no_panel_holds_gets_its_own():
+    lines = log(60, sigreg=3.0, seconds_per_step=0.1)
+    drawn = panels(curves(lines, "mine"))
+    assert list(drawn)[len(PANELS) :] == ["sigreg"]
+    assert drawn["sigreg"].lines[0].get_ydata()[0] == 3.0
 
 
 def test_what_a_method_does_not_log_is_left_out():

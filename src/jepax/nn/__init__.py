@@ -1,6 +1,7 @@
-"""Networks: the vision transformer, the predictor, and what they are made of."""
+"""Networks: the vision transformer, the predictor, the projector, and what they are made of."""
 
 from jepax.nn.predictor import Predictor, PredictorConfig
+from jepax.nn.projector import Projector, ProjectorConfig
 from jepax.nn.vit import SIZES, ViT, ViTConfig
 
-__all__ = ["SIZES", "Predictor", "PredictorConfig", "ViT", "ViTConfig"]
+__all__ = ["SIZES", "Predictor", "PredictorConfig", "Projector", "ProjectorConfig", "ViT", "ViTConfig"]

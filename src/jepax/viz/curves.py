@@ -43,14 +43,28 @@ PANELS = (
         "change per step (L2 norm)",
         {"update_norm": ("trained parameters", INK), "ema_step_norm": ("target encoder", BLUE)},
     ),
-    Panel("effective rank (dimensions)", {"target_rank": ("effective rank", INK)}, True, False),
-    Panel("standard deviation of features", {"target_std": ("standard deviation", INK)}, True, False),
+    Panel("effective rank (dimensions)", {"embedding_rank": ("effective rank", INK)}, True, False),
+    Panel("standard deviation of features", {"embedding_std": ("standard deviation", INK)}, True, False),
     Panel("images per second", {"images_per_second": ("speed", INK)}, True, False),
     Panel("learning rate", {"learning_rate": ("learning rate", INK)}, True, False),
     Panel("momentum", {"momentum": ("momentum", INK)}, False, False),
     Panel("weight decay", {"weight_decay": ("weight decay", INK)}, True, False),
+    Panel(
+        "share of non-zeros",
+        {"share_of_nonzeros": ("measured", INK), "expected_share_of_nonzeros": ("of the target", ORANGE)},
+        True,
+        False,
+    ),
 )
 """In reading order. A panel none of whose metrics was logged is left out, and so is a line."""
+NOT_DRAWN = {"step", "seconds_per_step"}
+
+
+def panels_of(lines: list[dict]) -> tuple[Panel, ...]:
+    """`PANELS`, and one more for each metric that none of them holds, such as a term of a method's own loss."""
+    known = NOT_DRAWN.union(*(panel.metrics for panel in PANELS))
+    others = dict.fromkeys(name for line in lines for name in line if name not in known)
+    return (*PANELS, *(Panel(name.replace("_", " "), {name: (name, INK)}) for name in others))
 
 
 class Series:
@@ -92,7 +106,7 @@ def running_median(values: Float[np.ndarray, "lines"], reach: int) -> Float[np.n
 
 def curves(lines: list[dict], title: str) -> Figure:
     """The figure of a run's log, `lines` as `logs.read` gives them; at least one is needed."""
-    panels = [(panel, kept) for panel in PANELS if (kept := _kept(panel, lines))]
+    panels = [(panel, kept) for panel in panels_of(lines) if (kept := _kept(panel, lines))]
     rows = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(13, 0.7 + 2.9 * rows), dpi=110, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)

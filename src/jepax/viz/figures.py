@@ -13,9 +13,10 @@ from jepax.data import DataConfig, batches, open_source
 from jepax.types import Images
 from jepax.viz.curves import curves
 from jepax.viz.masks import Masked, seen, sheet
+from jepax.viz.views import Viewed, gallery
 
 IMAGES = 8
-"""Rows of the mask sheet."""
+"""Rows of a sheet."""
 
 
 @runtime_checkable
@@ -32,6 +33,7 @@ def draw(config: Drawable, run: Path) -> list[Path]:
 
     - curves.png: every metric over the steps, if `metrics.jsonl` has a line.
     - masks.png: the run's first images as its first step sees them, if the method masks.
+    - views.png: all views of the run's first images in its first step, if the method compares views.
 
     Raises `UserError` where the data cannot be read.
     """
@@ -39,10 +41,12 @@ def draw(config: Drawable, run: Path) -> list[Path]:
     lines = logs.read(run / "metrics.jsonl")
     if lines:
         drawn["curves.png"] = curves(lines, run.resolve().name)
+    # The key of step 0, as `train.train` and `train.train_step` derive it from the seed.
+    key = jr.fold_in(jr.fold_in(jr.key(config.seed), 1), 0)
     if isinstance(config.method, Masked):
-        # The key of step 0, as `train.train` and `train.train_step` derive it from the seed.
-        key = jr.fold_in(jr.fold_in(jr.key(config.seed), 1), 0)
         drawn["masks.png"] = sheet(seen(config.method, first_images(config), key))
+    if isinstance(config.method, Viewed):
+        drawn["views.png"] = gallery(config.method, first_images(config), key)
     return [save(figure, run / "figures" / name) for name, figure in drawn.items()]
 
 

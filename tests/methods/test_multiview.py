@@ -1,0 +1,115 @@
+"""Methods that compare views: their losses are the sums they claim, of statistics over the batch they are given."""
+
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from jepax.methods.lejepa import LeJEPAConfig
+from jepax.methods.multiview import invariance, spread
+from jepax.methods.rectified_lpjepa import RectifiedLpJEPAConfig
+from jepax.methods.vicreg import VICRegConfig
+from jepax.methods.visreg import VISRegConfig
+from jepax.nn import ProjectorConfig, ViTConfig
+from jepax.objectives import covariance, rdmreg, variance
+from jepax.types import UserError
+from tests.methods.small import SHARED, VIEWS, loss_of
+
+CONFIGS = {
+    "lejepa": LeJEPAConfig(**SHARED, directions=16),
+    "vicreg": VICRegConfig(**SHARED),
+    "visreg": VISRegConfig(**SHARED, directions=16),
+    "rectified_lpjepa": RectifiedLpJEPAConfig(
+        **SHARED | {"projector": ProjectorConfig(hidden=(24,), width=8, rectified=True)}, directions=16
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_loss_reads_every_view_and_no_label(name, images):
+    config = CONFIGS[name]
+    method = config.build(total_steps=10, key=jr.key(0))
+    loss, metrics = loss_of(method, images, jr.key(1))
+    assert np.isfinite(loss) and metrics["embeddings"].shape == (8, 32)
+    relabelled = eqx.tree_at(lambda i: i.label, images, images.label + 1)
+    assert loss == loss_of(method, relabelled, jr.key(1))[0]
+    assert loss != loss_of(method, images, jr.key(2))[0]
+    fewer = replace(config, views=replace(VIEWS, locals=0)).build(total_steps=10, key=jr.key(0))
+    assert loss != loss_of(fewer, images, jr.key(1))[0]
+
+
+def test_invariance_and_spread(groups):
+    large, small = (np.asarray(group, np.float64) for group in groups)
+    every = np.concatenate([large, small])
+    np.testing.assert_allclose(invariance(groups), ((every - large.mean(0)) ** 2).mean(), rtol=1e-5)
+    np.testing.assert_allclose(invariance(groups[:1]), ((large[0] - large[1]) ** 2).mean() / 4, rtol=1e-5)
+    np.testing.assert_allclose(spread(groups[0]), ((large[0] - large[1]) ** 2).mean(), rtol=1e-5)
+    pairs = [((every[i] - every[j]) ** 2).mean() for i in range(5) for j in range(i)]
+    np.testing.assert_allclose(spread(jnp.concatenate(groups)), np.mean(pairs), rtol=1e-5)
+
+
+def test_lejepa_weighs_its_two_terms(groups):
+    method = replace(CONFIGS["lejepa"], weight=0.2).build(total_steps=10, key=jr.key(0))
+    loss, metrics = method.objective(groups, key=jr.key(2))
+    np.testing.assert_allclose(loss, 0.8 * metrics["invariance"] + 0.2 * metrics["sigreg"], rtol=1e-6)
+    assert method.objective(groups, key=jr.key(3))[1]["sigreg"] != metrics["sigreg"]
+
+
+def test_vicreg_of_two_views_is_the_papers(groups):
+    method = CONFIGS["vicreg"].build(total_steps=10, key=jr.key(0))
+    first, second = groups[0]
+    expected = (
+        25 * jnp.mean(jnp.square(first - second))
+        + 25 * (variance(first) + variance(second)) / 2
+        + covariance(first)
+        + covariance(second)
+    )
+    np.testing.assert_allclose(method.objective(groups[:1], key=jr.key(0))[0], expected, rtol=1e-5)
+
+
+def test_visreg_weighs_its_terms(groups):
+    method = replace(CONFIGS["visreg"], scale=2.0, shape=3.0).build(total_steps=10, key=jr.key(0))
+    loss, metrics = method.objective(groups, key=jr.key(2))
+    expected = metrics["invariance"] + 2 * metrics["scale_loss"] + 3 * metrics["shape_loss"]
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", ["before", "after"])
+def test_rectified_lpjepa_tells_the_share_of_nonzeros(groups, sigma):
+    config = replace(CONFIGS["rectified_lpjepa"], mu=-0.5, sigma=sigma)
+    method = config.build(total_steps=10, key=jr.key(0))
+    groups = tuple(jnp.maximum(group, 0) for group in groups)
+    loss, metrics = method.objective(groups, key=jr.key(2))
+    np.testing.assert_allclose(loss, 25 * metrics["invariance"] + 125 * metrics["rdmreg"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["share_of_nonzeros"], 0.5, atol=0.05)
+    scale = rdmreg.sigma_before(1.0) if sigma == "before" else rdmreg.sigma_after(1.0, -0.5)
+    expected = 0.5 * np.exp(-0.5 / scale)
+    np.testing.assert_allclose(metrics["expected_share_of_nonzeros"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: replace(CONFIGS["lejepa"], weight=1.5), "method.weight=1.5"),
+        (lambda: replace(CONFIGS["lejepa"], directions=0), "method.directions=0"),
+        (lambda: replace(CONFIGS["vicreg"], covariance=-1.0), "method.covariance=-1.0"),
+        (lambda: replace(CONFIGS["visreg"], shape=-1.0), "method.shape=-1.0"),
+        (lambda: replace(CONFIGS["rectified_lpjepa"], p=0.0), "method.p=0.0"),
+        (lambda: RectifiedLpJEPAConfig(**SHARED), "method.projector.rectified=False"),
+        (lambda: replace(CONFIGS["lejepa"], encoder=ViTConfig(patch_size=5)), "patch_size=5"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make, words):
+    with pytest.raises(UserError) as caught:
+        make()
+    assert words in str(caught.value)
+
+
+def test_all_methods_begin_with_the_same_encoder():
+    first, *others = (config.build(total_steps=10, key=jr.key(0)).encoder for config in CONFIGS.values())
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, *(eqx.filter(tree, eqx.is_array) for tree in (first, other)))

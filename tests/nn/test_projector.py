@@ -1,0 +1,42 @@
+"""The projector and its batch normalisation over the global batch."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jepax.nn.projector import BatchNorm, Projector, ProjectorConfig
+from jepax.sharding import make_mesh
+from jepax.types import UserError
+
+
+def test_batch_norm_is_by_its_definition():
+    x = 3 + 2 * jr.normal(jr.key(0), (64, 5))
+    y = BatchNorm(5)(x)
+    expected = (np.asarray(x) - np.asarray(x).mean(0)) / np.sqrt(np.asarray(x, np.float64).var(0) + 1e-5)
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+
+
+def test_statistics_are_of_the_global_batch():
+    projector = Projector(ProjectorConfig(hidden=(16, 16), width=8), 6, key=jr.key(1))
+    x = jr.normal(jr.key(2), (32, 6)) * jnp.arange(32)[:, None]
+    split = jax.device_put(x, NamedSharding(make_mesh(), PartitionSpec("data")))
+    assert len(split.addressable_shards) == jax.device_count() > 1
+    np.testing.assert_allclose(eqx.filter_jit(projector)(split), projector(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_rectified_projector_ends_at_zero():
+    plain, rectified = (
+        Projector(ProjectorConfig(hidden=(16,), width=8, rectified=ends), 6, key=jr.key(1)) for ends in (False, True)
+    )
+    x = jr.normal(jr.key(2), (32, 6))
+    np.testing.assert_array_equal(rectified(x), jnp.maximum(plain(x), 0))
+    assert float(plain(x).min()) < 0
+
+
+def test_widths_are_checked():
+    with pytest.raises(UserError, match=r"projector\.width=0"):
+        ProjectorConfig(width=0)
