@@ -1,0 +1,68 @@
+"""BYOL: each view is compared with the others' teacher, which gets no gradient and follows."""
+
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from jepax.methods.byol import BYOLConfig, disagreement
+from jepax.methods.momentum import MomentumConfig
+from jepax.nn import ProjectorConfig
+from jepax.types import UserError
+from jepax.views import MultiCropConfig
+from tests.methods.small import SHARED, loss_of
+from tests.methods.test_multiview import CONFIGS
+
+CONFIG = BYOLConfig(**SHARED, predictor=ProjectorConfig(hidden=(24,), width=8))
+
+
+def test_byol_compares_each_view_with_the_others_teacher(groups):
+    predictions, targets = (np.asarray(group, np.float64) for group in (jnp.concatenate(groups), groups[0] + 0.1))
+    pairs = [(v, w) for v in range(5) for w in range(2) if v != w]
+    cosines = [
+        np.sum(predictions[v] * targets[w], axis=1)
+        / np.linalg.norm(predictions[v], axis=1)
+        / np.linalg.norm(targets[w], axis=1)
+        for v, w in pairs
+    ]
+    expected = 2 - 2 * np.mean(cosines)
+    np.testing.assert_allclose(disagreement(jnp.concatenate(groups), groups[0] + 0.1), expected, rtol=1e-5)
+    np.testing.assert_allclose(disagreement(groups[0], groups[0][::-1]), 0.0, atol=1e-5)
+
+
+def test_byols_teacher_gets_no_gradient_and_follows(images):
+    config = replace(CONFIG, momentum=MomentumConfig(start=0.5, final=0.5))
+    method = config.build(total_steps=10, key=jr.key(0))
+    grads = eqx.filter_jit(eqx.filter_grad(lambda m: m.loss(images, key=jr.key(1))[0]))(method)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads.target))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves((grads.encoder, grads.projector, grads.predictor)))
+    other = eqx.tree_at(lambda m: m.encoder.norm.bias, method, method.encoder.norm.bias + 1.0)
+    moved, metrics = other.after_update(jnp.int32(0))
+    np.testing.assert_allclose(moved.target.average[0].norm.bias, 0.5)
+    assert metrics["momentum"] == 0.5
+
+
+def test_the_encoder_begins_as_that_of_the_other_methods():
+    ours, theirs = (config.build(total_steps=10, key=jr.key(0)).encoder for config in (CONFIG, CONFIGS["lejepa"]))
+    jax.tree.map(np.testing.assert_array_equal, *(eqx.filter(tree, eqx.is_array) for tree in (ours, theirs)))
+
+
+def test_the_loss_reads_every_view_and_no_label(images):
+    method = CONFIG.build(total_steps=10, key=jr.key(0))
+    loss, metrics = loss_of(method, images, jr.key(1))
+    assert 0 < loss < 4 and metrics["embeddings"].shape == (8, 32)
+    relabelled = eqx.tree_at(lambda i: i.label, images, images.label + 1)
+    assert loss == loss_of(method, relabelled, jr.key(1))[0]
+    fewer = replace(CONFIG, views=replace(CONFIG.views, locals=0)).build(total_steps=10, key=jr.key(0))
+    assert loss != loss_of(fewer, images, jr.key(1))[0]
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(UserError, match=r"method\.predictor.width=256"):
+        BYOLConfig(**SHARED)
+    with pytest.raises(UserError, match=r"method\.views.globals=1"):
+        replace(CONFIG, views=MultiCropConfig(globals=1))
