@@ -1,4 +1,4 @@
-"""The command line: `jepax recipes`, `jepax train`, `jepax evaluate`. Errors of the user end in plain lines, code 2."""
+"""The command line: `jepax recipes`, `train`, `evaluate`, `grid`. Errors of the user end in plain lines, code 2."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # jax and what stands on it take seconds to import: only wher
 
 USAGE = """usage: jepax COMMAND
 
-  jepax recipes                 lists the recipes
+  jepax recipes                 lists the recipes and the grids
   jepax train RECIPE            trains a recipe, evaluates it, draws its figures
   jepax train CONFIG.yaml       trains the run of a config file, such as runs/NAME/config.yaml, again
       --FIELD.PATH VALUE ...    overrides any field: --optim.peak-lr 3e-4 --method.crop.size 28 28
@@ -25,6 +25,11 @@ USAGE = """usage: jepax COMMAND
       --dry-run                 prints settings, sizes, arithmetic and memory, and takes one step; writes nothing
   jepax train RECIPE --help     lists every field with its type, default and meaning
   jepax evaluate RUN            evaluates the newest checkpoint of a run's folder
+  jepax grid NAME               trains and evaluates the rows of a grid, or of a grid's YAML file: one table, one figure
+      --FIELD.PATH VALUE ...    overrides a field of every row
+      --run-dir DIR             folder of the grid (runs/NAME); the same command again continues it
+      --seeds 0 1 2             seeds of every row
+      --part 1/2                every second run, from the first: for several processes in one folder
   jepax --version               versions and devices
 """
 LINES = 5
@@ -105,11 +110,20 @@ def plain_warnings() -> Iterator[None]:
 def recipes(arguments: list[str]) -> None:
     """`jepax recipes`"""
     nothing_but("recipes", arguments)
+    from jepax.grids import GRIDS
     from jepax.recipes import RECIPES
 
-    width = max(map(len, RECIPES))
-    for name, function in RECIPES.items():
-        print(f"{name:<{width}}  {(function.__doc__ or '').strip().splitlines()[0]}")
+    width = max(map(len, [*RECIPES, *GRIDS]))
+    for name, function in sorted(RECIPES.items()):
+        print(f"{name:<{width}}  {first_line(function)}")
+    print("\ngrids")
+    for name, function in sorted(GRIDS.items()):
+        print(f"{name:<{width}}  {first_line(function)}")
+
+
+def first_line(function: Callable[..., Any]) -> str:
+    """Of its docstring."""
+    return (function.__doc__ or "").strip().splitlines()[0]
 
 
 def version(arguments: list[str]) -> None:
@@ -187,10 +201,22 @@ def evaluate(arguments: list[str]) -> None:
     finish(config, training.restored(config, folder), folder)
 
 
+def grid(arguments: list[str]) -> None:
+    """`jepax grid NAME|GRID.yaml [--field.path value ...] [--run-dir DIR] [--seeds 0 1 2] [--part 1/2]`"""
+    from jepax.grids import run as grids
+
+    wanted = grids.resolve(arguments)
+    written = grids.run(wanted, say=lambda line: print(line, file=sys.stderr))
+    print(written[0].read_text(), end="")
+    for path in written:
+        print(path)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "recipes": recipes,
     "train": train,
     "evaluate": evaluate,
+    "grid": grid,
     "--version": version,
 }
 

@@ -38,7 +38,7 @@ def resolve(arguments: list[str]) -> Wanted | None:
     if not words or words[0].startswith("-"):
         raise UserError(
             "give the recipe, or a config file, first: jepax train RECIPE --field.path value ...\n"
-            f"recipes: {', '.join(RECIPES)}"
+            f"recipes: {', '.join(sorted(RECIPES))}"
         )
     base = begin(words[0])
     if "--help" in words or "-h" in words:

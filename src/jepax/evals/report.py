@@ -1,14 +1,18 @@
 """The evaluation at the end of a run: every row of the table by one protocol, written as JSON and shown as text."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
@@ -73,6 +77,7 @@ def evaluate_all(
     step: int,
     key: PRNGKeyArray,
     say: Callable[[str], None] = lambda line: None,
+    floors: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate the encoder of `step`, the same encoder before training, and the floors; plain values, ready for JSON.
 
@@ -82,17 +87,19 @@ def evaluate_all(
     - `untrained`: None leaves its row out.
     - `pixels`: `floors.RawPixels` of the view that the encoders see.
     - `say`: receives a line when something begins.
+    - `floors`: a folder to keep the rows of `untrained` and `pixels` in, and to take them from where another run with
+      the same protocol, key, data and features left them. None measures them here.
 
     **Raises** `UserError` for a split without examples or labels, and for features that are not finite.
     """
     config = EvalConfig() if config is None else config
-    embeds = {"trained": trained, "untrained": untrained, "pixels": pixels}
-    rows, counts = {}, {}
-    for name, embed in embeds.items():
-        if embed is None:
-            continue
-        rows[name], labels = _row(ROWS[name], embed, splits, classes, config, key, say)
-        counts = {split: len(values) for split, values in labels.items()}
+    row = partial(_row, splits=splits, classes=classes, config=config, key=key, say=say)
+    rows = {}
+    rows["trained"], labels = row(ROWS["trained"], trained)
+    counts = {split: len(values) for split, values in labels.items()}
+    for name, embed in (("untrained", untrained), ("pixels", pixels)):
+        if embed is not None:
+            rows[name] = _floor(name, embed, row, splits, [asdict(config), classes, counts], key, floors)
     rows["majority"] = asdict(majority_class(labels["train"], labels["test"], classes))
     protocol = {**asdict(config), "classes": classes, "examples": counts, "key": jr.key_data(key).tolist()}
     return _plain({"step": step, "rows": rows, "protocol": protocol, "versions": versions()})
@@ -126,6 +133,32 @@ def _row(
         "seconds": seconds,
     }
     return row, {split: values.labels for split, values in features.items()}
+
+
+def _floor(
+    name: str,
+    embed: Embed,
+    row: Callable[[str, Embed], tuple[dict[str, Any], Any]],
+    splits: Splits,
+    protocol: Any,
+    key: PRNGKeyArray,
+    kept: Path | None,
+) -> dict[str, Any]:
+    """A floor's row, from the folder `kept` where it lies there.
+
+    Its file is named by everything that decides it: protocol, key, and the features of each split's first batch.
+    """
+    if kept is None:
+        return row(ROWS[name], embed)[0]
+    firsts = [next(iter(getattr(splits, split)()))[0] for split in ("train", "validation", "test")]
+    digest = hashlib.sha256(json.dumps([protocol, jr.key_data(key).tolist()]).encode())
+    for images in firsts:
+        digest.update(np.asarray(eqx.filter_jit(embed)(dataclasses.replace(images, label=None))).tobytes())
+        digest.update(np.asarray(images.label).tobytes())
+    path = kept / f"{name}-{digest.hexdigest()[:16]}.json"
+    if not path.exists():
+        _write_whole(row(ROWS[name], embed)[0], path)
+    return json.loads(path.read_text())
 
 
 def _collapse(features: Features) -> dict[str, float]:
@@ -162,10 +195,13 @@ def write(results: dict[str, Any], run: Path, name: str) -> Path:
     """
     if not name or Path(name).name != name:
         raise UserError(f"evaluation name={name!r} is not a plain file name; try 'final'")
-    path = run / "evals" / f"{name}.json"
+    return _write_whole(results, run / "evals" / f"{name}.json")
+
+
+def _write_whole(values: dict[str, Any], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(_plain(values), indent=1, allow_nan=False) + "\n")
     os.replace(part, path)
     return path
 

@@ -1,0 +1,53 @@
+"""What a grid is: recipes with overrides, each run with every seed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jepax.types import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    """Names the row's folders too: letters, digits, `_`, `-`, `+` and `.`."""
+    recipe: str
+    """Recipe, or path of a config file."""
+    overrides: tuple[str, ...] = ()
+    """As on the command line: ("--optim.clip", "1.0")."""
+
+    def __post_init__(self) -> None:
+        plain = self.name.strip(".") and all(c.isalnum() or c in "_-+." for c in self.name)
+        if not plain:
+            raise UserError(f"row name={self.name!r} is not a plain folder name: letters, digits, _ - + and . only")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows that differ in what is compared and in nothing else."""
+
+    name: str
+    """Names the grid's folder."""
+    about: str
+    """One line: what is compared, and what is held equal."""
+    rows: tuple[Row, ...]
+    """In the table's order."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Every row is run with each."""
+
+    def __post_init__(self) -> None:
+        names = [row.name for row in self.rows]
+        if not names or not self.seeds:
+            raise UserError(f"grid {self.name}: rows={names} and seeds={list(self.seeds)} must not be empty")
+        if len(set(names)) < len(names) or len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"grid {self.name}: rows={names} or seeds={list(self.seeds)} hold one twice")
+
+
+GRIDS: dict[str, Callable[[], Grid]] = {}
+
+
+def grid(function: Callable[[], Grid]) -> Callable[[], Grid]:
+    """Enrols a function that returns a `Grid` whose `name` is the function's."""
+    GRIDS[function.__name__] = function
+    return function

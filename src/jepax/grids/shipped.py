@@ -1,0 +1,79 @@
+"""The grids that come with the library, on Fashion-MNIST for CPUs."""
+
+from jepax.grids.base import Grid, Row, grid
+
+EPOCHS = ("--train.epochs", "2", "--optim.warmup-epochs", "0.2", "--optim.peak-lr", "3e-3")
+"""Two passes and one learning rate for every row."""
+
+
+def masked(name: str, *overrides: str) -> Row:
+    """I-JEPA with the demo's encoder, predictor and masks."""
+    return Row(name, "ijepa_fashion_mnist", (*EPOCHS, *overrides))
+
+
+def viewed(name: str, recipe: str) -> Row:
+    """Two views of each image, the same encoder, projector 512-64."""
+    return Row(name, recipe, EPOCHS)
+
+
+def in_place_of_the_teacher(kind: str, weight: str) -> tuple[str, ...]:
+    """The encoder embeds its own targets, gradient stopped, beside a regulariser of the context's embedding."""
+    return (
+        *("--method.teacher", "stopped", "--method.regulariser.kind", kind),
+        *("--method.regulariser.weight", weight, "--method.regulariser.directions", "256"),
+    )
+
+
+@grid
+def family_fashion_mnist() -> Grid:
+    """{masked prediction, two views} x {EMA teacher, SIGReg, RDMReg, VICReg, VISReg}, and two more of I-JEPA.
+
+    The weights of the regularisers in I-JEPA were chosen on validation, the other methods' are their papers'.
+    """
+    return Grid(
+        name="family_fashion_mnist",
+        about="two passes over 54,000 pictures; encoder, optimiser, learning rate, batch and probes are the same",
+        rows=(
+            masked("masked+ema", "--method.regulariser.kind", "none"),
+            masked("masked+sigreg", *in_place_of_the_teacher("sigreg", "5e-4")),
+            masked("masked+rdmreg", *in_place_of_the_teacher("rdmreg", "0.05")),
+            masked("masked+vicreg", *in_place_of_the_teacher("vicreg", "1e-3")),
+            masked("masked+visreg", *in_place_of_the_teacher("visreg", "0.01")),
+            masked("masked+neither", *in_place_of_the_teacher("none", "0")),
+            masked("masked+ema+vicreg"),
+            viewed("views+ema", "byol_fashion_mnist"),
+            viewed("views+sigreg", "lejepa_fashion_mnist"),
+            viewed("views+rdmreg", "rectified_lpjepa_fashion_mnist"),
+            viewed("views+vicreg", "vicreg_fashion_mnist"),
+            viewed("views+visreg", "visreg_fashion_mnist"),
+        ),
+    )
+
+
+@grid
+def ablations_fashion_mnist() -> Grid:
+    """Open questions about I-JEPA: EMA schedules, losses, placement of norms, clipping, layers."""
+    return Grid(
+        name="ablations_fashion_mnist",
+        about="two passes over 54,000 pictures; each row changes one thing of the demo",
+        rows=(
+            masked("as_it_is"),
+            masked("momentum_0.99_constant", "--method.momentum.shape", "constant"),
+            masked("momentum_0.99_cosine", "--method.momentum.shape", "cosine"),
+            masked("momentum_0.996", "--method.momentum.start", "0.996"),
+            masked(
+                "momentum_0.999_constant", "--method.momentum.start", "0.999", "--method.momentum.shape", "constant"
+            ),
+            masked("l2", "--method.loss", "l2"),
+            masked("target_norm_none", "--method.target-norm", "none"),
+            masked("prediction_norm_trainable", "--method.prediction-norm", "trainable"),
+            masked("prediction_norm_plain", "--method.prediction-norm", "plain"),
+            masked("prediction_norm_both", "--method.prediction-norm", "both"),
+            masked("clip_1", "--optim.clip", "1.0"),
+            masked("clip_0.1", "--optim.clip", "0.1"),
+            masked("all_layers", "--method.layers", "1", "2", "3"),
+            masked("context_loss", "--method.context-weight", "0.1"),
+            masked("adamw", "--optim.matrices", "adamw"),
+            masked("no_regulariser", "--method.regulariser.kind", "none"),
+        ),
+    )

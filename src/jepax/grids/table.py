@@ -1,0 +1,131 @@
+"""A grid's results, read off its runs' folders: one line per run, and the table of rows."""
+
+import csv
+import io
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from jepax import logs
+from jepax.grids.base import Grid, Row
+
+HEAD = (
+    "row",
+    "linear",
+    "kNN",
+    "untrained: linear, kNN",
+    "raw pixels: linear, kNN",
+    "minutes",
+    "rank",
+    "seeds",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run: accuracies are top-1 on the test split, in percent."""
+
+    row: str
+    seed: int
+    linear: float
+    knn: float
+    untrained_linear: float
+    untrained_knn: float
+    pixels_linear: float
+    pixels_knn: float
+    majority: float
+    minutes: float
+    """Of training, compilation included, without the evaluation."""
+    effective_rank: float
+    """Of the last layer's pooled features, on validation; collapse brings it near 1."""
+    untrained_rank: float
+    steps: int
+    batch_size: int
+    device: str
+
+
+def folder_of(grid: Path, row: Row, seed: int) -> Path:
+    """The run of one row and seed."""
+    return grid / f"{row.name}-seed{seed}"
+
+
+def results(grid: Grid, folder: Path) -> list[Result]:
+    """The grid's finished runs, in its order; what is not finished is left out."""
+    runs = [(row, seed, folder_of(folder, row, seed)) for row in grid.rows for seed in grid.seeds]
+    return [read(row, seed, run) for row, seed, run in runs if evaluations(run)]
+
+
+def evaluations(run: Path) -> list[Path]:
+    """The run's evaluations, oldest first."""
+    return sorted((run / "evals").glob("step_*.json"))
+
+
+def read(row: Row, seed: int, run: Path) -> Result:
+    """A run's last evaluation, and what its log says of time."""
+    found = json.loads(evaluations(run)[-1].read_text())
+    rows = found["rows"]
+
+    def both(name: str) -> list[float]:
+        return [rows[name][kind]["top1"] for kind in ("linear", "knn")]
+
+    lines = logs.read(run / "metrics.jsonl")
+    return Result(
+        row.name,
+        seed,
+        *both("trained"),
+        *both("untrained"),
+        *both("pixels"),
+        majority=rows["majority"]["top1"],
+        minutes=seconds(lines) / 60,
+        effective_rank=rows["trained"]["effective_rank"],
+        untrained_rank=rows["untrained"]["effective_rank"],
+        steps=found["step"],
+        batch_size=round(lines[-1]["seconds_per_step"] * lines[-1]["images_per_second"]),
+        device=found["versions"]["device"],
+    )
+
+
+def seconds(lines: list[dict]) -> float:
+    """Of all steps: each line holds the mean over those since the line before."""
+    before = [-1, *(line["step"] for line in lines)]
+    return sum((line["step"] - last) * line["seconds_per_step"] for line, last in zip(lines, before, strict=False))
+
+
+def markdown(grid: Grid, found: list[Result]) -> str:
+    """The table of rows: means over seeds, the scores of each seed behind them, in the seeds' order."""
+    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+    for row in grid.rows:
+        runs = [result for result in found if result.row == row.name]
+        if runs:
+            lines.append(f"| {' | '.join(_cells(row.name, runs))} |")
+    missing = len(grid.rows) * len(grid.seeds) - len(found)
+    said = [f"{missing} of {missing + len(found)} runs are missing"] if missing else []
+    return "\n".join([*lines, *said]) + "\n"
+
+
+def _cells(name: str, runs: list[Result]) -> list[str]:
+    def mean(field: str, digits: int = 1) -> str:
+        return f"{sum(getattr(run, field) for run in runs) / len(runs):.{digits}f}"
+
+    def each(field: str) -> str:
+        return f"{mean(field)} ({', '.join(f'{getattr(run, field):.1f}' for run in runs)})"
+
+    return [
+        name,
+        each("linear"),
+        each("knn"),
+        f"{mean('untrained_linear')}, {mean('untrained_knn')}",
+        f"{mean('pixels_linear')}, {mean('pixels_knn')}",
+        mean("minutes"),
+        mean("effective_rank", 0),
+        ", ".join(str(run.seed) for run in runs),
+    ]
+
+
+def comma_separated(found: list[Result]) -> str:
+    """Every run on a line of its own, in full precision."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [field.name for field in fields(Result)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(result) for result in found)
+    return out.getvalue()

@@ -1,0 +1,62 @@
+"""One figure of a grid: the score of every run beside the floors."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+DPI = 120
+LINEAR, KNN, FLOOR = "#0072B2", "#E69F00", "#666666"
+"""Safe for the colour-blind (Okabe, Ito)."""
+
+
+@runtime_checkable
+class Scored(Protocol):
+    """What is drawn of a run; accuracies in percent."""
+
+    row: str
+    linear: float
+    knn: float
+    untrained_linear: float
+    pixels_linear: float
+    effective_rank: float
+    minutes: float
+
+
+def chart(title: str, runs: Sequence[Scored]) -> Figure:
+    """Rows from top to bottom: a dot per seed and a bar at their mean, the floors as lines; rank and minutes beside."""
+    names = list(dict.fromkeys(run.row for run in runs))
+    figure = Figure(figsize=(9.5, 1.1 + 0.34 * len(names)), dpi=DPI, layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True, width_ratios=(4, 1.4, 1.4))
+    _draw_scores(axes[0], names, runs)
+    for panel, field, label in zip(axes[1:], ("effective_rank", "minutes"), ("effective rank", "minutes"), strict=True):
+        means = [_mean([getattr(run, field) for run in runs if run.row == name]) for name in names]
+        panel.barh(range(len(names)), means, color="#BBBBBB", height=0.6)
+        panel.set_xlabel(label)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _draw_scores(axes: Axes, names: list[str], runs: Sequence[Scored]) -> None:
+    for field, colour, label, shift in (("linear", LINEAR, "linear", -0.12), ("knn", KNN, "kNN", 0.12)):
+        for place, name in enumerate(names):
+            scores = [getattr(run, field) for run in runs if run.row == name]
+            first = label if place == 0 else None
+            heights = [place + shift] * len(scores)
+            axes.plot(scores, heights, "o", color=colour, markersize=4, alpha=0.7, label=first)
+            axes.vlines(_mean(scores), place + shift - 0.16, place + shift + 0.16, color=colour, linewidth=2)
+    for field, style, label in (
+        ("untrained_linear", ":", "untrained, linear"),
+        ("pixels_linear", "--", "raw pixels, linear"),
+    ):
+        axes.axvline(_mean([getattr(run, field) for run in runs]), color=FLOOR, linestyle=style, label=label)
+    axes.set_xlabel("test top-1, %")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=7, loc="best")
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,165 @@
+"""Grids: each run once, resumed where it stopped, one table of what was measured."""
+
+import csv
+import json
+
+import pytest
+
+from jepax import cli
+from jepax import config as configs
+from jepax.evals import report
+from jepax.grids import GRIDS, Grid, Row, run, table
+from jepax.types import UserError
+
+TINY = """
+    --data.source synthetic --data.canvas 28 --data.channels 1 --data.synthetic-images 80 --data.validation 0.2
+    --method.encoder.width 24 --method.encoder.depth 1 --train.batch-size 16 --train.steps 3 --optim.warmup-epochs 0.2
+    --eval.batch-size 40 --eval.probe.epochs 2 --eval.probe.learning-rates 1e-2 --eval.probe.weight_decays 0.0
+""".split()
+
+
+@pytest.mark.filterwarnings("ignore:method.prediction_norm=both")
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_row_of_a_shipped_grid_is_a_run_and_no_two_are_the_same(name):
+    grid = GRIDS[name]()
+    assert grid.name == name and grid.about
+    wanted = run.resolve([name, "--seeds", "0", "1"])
+    assert len(wanted.jobs) == 2 * len(grid.rows)
+    assert len({job.folder for job in wanted.jobs}) == len({job.config for job in wanted.jobs}) == len(wanted.jobs)
+    assert len({job.config.train for job in wanted.jobs}) == 1  # equal lengths and batches
+    assert len({job.config.method.encoder for job in wanted.jobs}) == 1
+
+
+def test_the_family_holds_every_cell():
+    names = {row.name for row in GRIDS["family_fashion_mnist"]().rows}
+    cells = {f"{a}+{b}" for a in ("masked", "views") for b in ("ema", "sigreg", "rdmreg", "vicreg", "visreg")}
+    assert cells <= names
+
+
+def test_parts_share_out_the_runs():
+    name = "family_fashion_mnist"
+    whole = run.resolve([name]).jobs
+    parts = [run.resolve([name, "--part", f"{i}/3"]).jobs for i in (1, 2, 3)]
+    assert [job.folder for job in parts[1]] == [job.folder for job in whole[1::3]]
+    assert {job.folder for part in parts for job in part} == {job.folder for job in whole}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["give the grid", "family_fashion_mnist"]),
+        (["famly_fashion_mnist"], ["did you mean family_fashion_mnist?"]),
+        (["family_fashion_mnist", "--seeds", "one"], ["'one'", "--seeds 0 1 2"]),
+        (["family_fashion_mnist", "--seeds", "1", "1"], ["seeds=[1, 1]", "twice"]),
+        (["family_fashion_mnist", "--part", "3/2"], ["--part 3/2"]),
+        (["family_fashion_mnist", "--part", "2"], ["''", "--part 1/2"]),
+        (["family_fashion_mnist", "--run-dir"], ["--run-dir takes one folder"]),
+        (["family_fashion_mnist", "--optim.peek-lr", "1"], ["row masked+ema", "did you mean --optim.peak-lr?"]),
+        (["nowhere.yaml"], ["nowhere.yaml", "cannot be read"]),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, words):
+    with pytest.raises(UserError) as caught:
+        run.resolve(arguments)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Row("a/b", "x"), "name='a/b'"),
+        (lambda: Row("..", "x"), "name='..'"),
+        (lambda: Grid("g", "", ()), "must not be empty"),
+        (lambda: Grid("g", "", (Row("a", "x"), Row("a", "y"))), "twice"),
+    ],
+)
+def test_bad_grids_are_refused(make, words):
+    with pytest.raises(UserError, match=words):
+        make()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A grid of a file with two rows and two seeds, run from the command line in two parts."""
+    folder = tmp_path_factory.mktemp("grid")
+    rows = (Row("masked", "ijepa_fashion_mnist"), Row("views", "byol_fashion_mnist"))
+    configs.dump(Grid("mine", "two rows", rows, seeds=(0, 1)), folder / "mine.yaml")
+    words = ["grid", str(folder / "mine.yaml"), *TINY, "--run-dir", str(folder / "out")]
+    for part in ("1/2", "2/2"):
+        cli.main([*words, "--part", part])
+    return folder / "out", words
+
+
+def test_a_grid_ends_in_one_table_and_one_figure(finished):
+    folder, _ = finished
+    lines = (folder / "grid.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| masked", "| views"]
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    assert (folder / "grid.png").read_bytes().startswith(b"\x89PNG")
+    with (folder / "grid.csv").open() as file:
+        found = list(csv.DictReader(file))
+    order = [(each["row"], each["seed"]) for each in found]
+    assert order == [("masked", "0"), ("masked", "1"), ("views", "0"), ("views", "1")]
+    for each in found:
+        result = json.loads((folder / f"{each['row']}-seed{each['seed']}/evals/step_00000003.json").read_text())
+        assert float(each["linear"]) == result["rows"]["trained"]["linear"]["top1"]
+        assert float(each["untrained_knn"]) == result["rows"]["untrained"]["knn"]["top1"]
+        assert float(each["minutes"]) > 0 and int(each["steps"]) == 3 and int(each["batch_size"]) == 16
+
+
+def test_floors_are_measured_once_per_seed_and_no_score_is_shared(finished):
+    folder, _ = finished
+    kept = sorted(path.name.split("-")[0] for path in (folder / "floors").iterdir())
+    assert kept == ["pixels", "pixels", "untrained", "untrained"]
+    rows = [
+        json.loads((folder / f"{name}-seed0/evals/step_00000003.json").read_text())["rows"]
+        for name in ("masked", "views")
+    ]
+    assert rows[0]["untrained"] == rows[1]["untrained"] and rows[0]["pixels"] == rows[1]["pixels"]
+    assert rows[0]["trained"]["effective_rank"] != rows[1]["trained"]["effective_rank"]
+
+
+def test_a_floor_kept_is_the_floor_measured(finished, monkeypatch):
+    """Evaluated again without the kept ones, every floor is the same."""
+    _, words = finished
+    job = run.resolve(words[1:]).jobs[0]
+    state = run.training.restored(job.config, job.folder)
+    monkeypatch.setattr(report, "write", lambda *given: None)
+    fresh = run.training.evaluate(job.config, state, job.folder, say=lambda line: None)["rows"]
+    kept = json.loads(table.evaluations(job.folder)[-1].read_text())["rows"]
+    for name in ("untrained", "pixels", "trained"):
+        assert fresh[name]["linear"]["top1"] == kept[name]["linear"]["top1"]
+        assert fresh[name]["knn"] == kept[name]["knn"]
+
+
+def test_the_same_command_again_trains_nothing_and_another_config_is_refused(finished, capsys, monkeypatch):
+    _, words = finished
+    monkeypatch.setattr(run.training, "train", lambda *given: pytest.fail("trained again"))
+    cli.main(words)
+    assert "| masked |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--optim.peak-lr", "0.1"])
+    assert "optim.peak_lr" in capsys.readouterr().err
+
+
+def test_a_run_without_its_evaluation_is_continued(finished, capsys):
+    folder, words = finished
+    lost = folder / "views-seed1" / "evals" / "step_00000003.json"
+    before = json.loads(lost.read_text())["rows"]["trained"]
+    lost.unlink()
+    assert len(table.results(run.begin(words[1]), folder)) == 3
+    cli.main(words)
+    assert "compiling" not in capsys.readouterr().err  # its checkpoint is whole: nothing is trained
+    assert json.loads(lost.read_text())["rows"]["trained"]["linear"] == before["linear"]
+
+
+def test_seconds_are_those_of_all_steps():
+    lines = [{"step": 0, "seconds_per_step": 5.0}, {"step": 9, "seconds_per_step": 0.5}]
+    assert table.seconds(lines) == 5.0 + 9 * 0.5
+
+
+def test_the_table_says_what_is_missing(finished):
+    folder, words = finished
+    grid = run.begin(words[1])
+    found = table.results(grid, folder)[:3]
+    assert table.markdown(grid, found).splitlines()[-1] == "1 of 4 runs are missing"

@@ -1,0 +1,47 @@
+"""The documentation is true: files it shows are the files, and commands it gives are commands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jepax import config as configs
+from jepax import overrides
+from jepax.grids import Grid
+from jepax.grids import run as grids
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(command):
+    """Every `jepax COMMAND ...` in the pages' shell blocks, without comments."""
+    blocks = [block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)]
+    words = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    return [line[2:] for line in words if line[1:2] == [command] and line[0].rsplit("/")[-1] == "jepax"]
+
+
+@pytest.mark.parametrize("kind", ["methods", "recipes"])
+def test_the_page_on_methods_shows_the_files_as_they_are(kind):
+    text = (ROOT / "docs" / "add_a_method.md").read_text()
+    path = f"src/jepax/{kind}/byol.py"
+    shown = re.search(rf"`{re.escape(path)}`:\n\n```python\n(.*?)```", text, re.DOTALL)
+    assert shown[1] == (ROOT / path).read_text()
+
+
+def test_the_pages_commands_are_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(commands("train")) > 5 and commands("grid")
+    for words in commands("train"):
+        assert overrides.resolve([word.replace("PATH", "/data") for word in words]).config
+    for words in commands("grid"):
+        assert grids.resolve(words).jobs
+
+
+def test_the_pages_grid_is_one(tmp_path):
+    text = (ROOT / "docs" / "add_a_method.md").read_text()
+    path = tmp_path / "momentum.yaml"
+    path.write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    assert configs.load(Grid, path).name == "momentum"
+    assert len(grids.resolve([str(path)]).jobs) == 4
