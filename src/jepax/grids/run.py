@@ -1,6 +1,7 @@
 """`jepax grid`: the runs of a grid one after the other, and its table and figure from whatever is finished."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ def write(grid: Grid, folder: Path) -> list[Path]:
     found = table.results(grid, folder)
     written = []
     for name, text in (("grid.md", table.markdown(grid, found)), ("grid.csv", table.comma_separated(found))):
-        part = folder / f"{name}.part"
+        part = folder / f"{name}.{os.getpid()}.part"  # another process may write its own at the same time
         part.write_text(text)
         written.append(part.replace(folder / name))
     return [*written, figures.save(chart(grid.name, found), folder / "grid.png")] if found else written

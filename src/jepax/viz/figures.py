@@ -59,7 +59,7 @@ def first_images(config: Drawable) -> Images:
 def save(figure: Figure, path: Path) -> Path:
     """Writes a PNG whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")
     FigureCanvasAgg(figure).print_png(part)
     os.replace(part, path)
     return path
