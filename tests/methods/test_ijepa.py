@@ -133,6 +133,18 @@ def test_only_a_shared_encoder_learns_from_its_targets(images, teacher):
     assert method.features(images, 1).shape == (1, 8, 32)
 
 
+def test_a_shared_encoders_targets_can_be_regularised_instead(images):
+    chosen = {"teacher": "shared", "target_norm": "none", "regulariser": RegulariserConfig("vicreg")}
+    method = build(**chosen, regularised="targets")
+    view, masks = method.config.views_and_masks(images, method.masks, key=jr.key(0))
+    _, metrics = method.loss_of(view, masks, key=jr.key(0))
+    pooled = jnp.mean(method.encoder(view), axis=1)
+    np.testing.assert_allclose(metrics["variance_loss"], variance(pooled), rtol=1e-4)
+    assert metrics["variance_loss"] != build(**chosen).loss_of(view, masks, key=jr.key(0))[1]["variance_loss"]
+    with pytest.raises(UserError, match=r"method\.regularised=targets has no effect with method\.teacher=stopped"):
+        IJEPAConfig(teacher="stopped", regularised="targets")
+
+
 def test_directions_are_new_at_each_step_and_belong_to_the_batch(images):
     method = build(regulariser=RegulariserConfig("sigreg", directions=4))
     view, masks = method.config.views_and_masks(images, method.masks, key=jr.key(0))

@@ -57,7 +57,9 @@ class IJEPAConfig(MethodConfig, name="ijepa"):
     momentum: MomentumConfig = field(default_factory=MomentumConfig)
     """Schedule of the moving average's momentum."""
     regulariser: RegulariserConfig = field(default_factory=RegulariserConfig)
-    """Beside the teacher or in its place, on each image's mean context embedding; none as published."""
+    """Beside the teacher or in its place; none as published."""
+    regularised: Literal["context", "targets"] = "context"
+    """Whose mean over patches the regulariser reads: the context's embedding, or the targets' of a shared encoder."""
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
@@ -71,6 +73,11 @@ class IJEPAConfig(MethodConfig, name="ijepa"):
                 "method.prediction_norm=both puts two LayerNorms on the predictions, which is known to be"
                 " unstable: take trainable or plain",
                 stacklevel=2,
+            )
+        if self.regularised == "targets" and self.teacher != "shared":
+            raise UserError(
+                f"method.regularised=targets has no effect with method.teacher={self.teacher}, which gets no gradient;"
+                " take method.teacher=shared or method.regularised=context"
             )
         if self.teacher == "shared" and self.regulariser.kind == "none":
             warnings.warn(
@@ -121,7 +128,8 @@ class IJEPA(AbstractMethod):
     - that on the context's tokens, each weighted by lambda / sqrt(distance to the block that is predicted), as V-JEPA
       2.1 (Mur-Labadia et al. 2026, arXiv:2603.14482) has it. Differs from it: g_phi reads the last layer alone;
     - a regulariser of the mean of f_theta(x) over its patches: VICReg's is that of C-JEPA (Mo & Tong 2024,
-      arXiv:2410.19560). With teacher=shared it stands in the moving average's place, and f_theta embeds the targets.
+      arXiv:2410.19560). With teacher=shared it stands in the moving average's place, and f_theta embeds the targets,
+      whose mean it may read instead.
     """
 
     encoder: ViT
@@ -157,7 +165,8 @@ class IJEPA(AbstractMethod):
         if self.config.context_weight:
             dense = self._context_loss(on_context, gather(embedded, masks.context), masks)
             loss, metrics["context_loss"] = loss + self.config.context_weight * dense, dense
-        pooled = jnp.mean(context.astype(jnp.float32), axis=1)
+        tokens = context if self.config.regularised == "context" else embedded[-1]
+        pooled = jnp.mean(tokens.astype(jnp.float32), axis=1)
         added, terms = regularise(self.config.regulariser, pooled, key=key)
         return loss + added, metrics | terms
 
