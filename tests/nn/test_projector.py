@@ -37,6 +37,11 @@ def test_a_rectified_projector_ends_at_zero():
     assert float(plain(x).min()) < 0
 
 
+def test_only_the_last_linear_map_has_a_bias():
+    projector = Projector(ProjectorConfig(hidden=(16, 16), width=8), 6, key=jr.key(1))
+    assert [linear.bias is not None for linear in projector.linears] == [False, False, True]
+
+
 def test_widths_are_checked():
     with pytest.raises(UserError, match=r"projector\.width=0"):
         ProjectorConfig(width=0)

@@ -25,21 +25,21 @@ def init_weight(key: PRNGKeyArray, shape: tuple[int, ...], std: float | None) ->
     return std * jr.truncated_normal(key, -bound, bound, shape)
 
 
-def affine(x: Array, weight: Array, bias: Array) -> Array:
+def affine(x: Array, weight: Array, bias: Array | None) -> Array:
     """x W + b on the last axis, as one matrix product over all leading axes, in the weight's dtype."""
-    flat = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
-    return (flat @ weight + bias).reshape(*x.shape[:-1], -1)
+    product = x.reshape(-1, x.shape[-1]).astype(weight.dtype) @ weight
+    return (product if bias is None else product + bias).reshape(*x.shape[:-1], -1)
 
 
 class Linear(eqx.Module):
-    """y = x W + b."""
+    """y = x W + b, or x W without a bias."""
 
     weight: Float[Array, "inputs outputs"]
-    bias: Float[Array, "outputs"]
+    bias: Float[Array, "outputs"] | None
 
-    def __init__(self, inputs: int, outputs: int, *, std: float | None, key: PRNGKeyArray):
+    def __init__(self, inputs: int, outputs: int, *, std: float | None, bias: bool = True, key: PRNGKeyArray):
         self.weight = init_weight(key, (inputs, outputs), std)
-        self.bias = jnp.zeros((outputs,))
+        self.bias = jnp.zeros((outputs,)) if bias else None
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         return affine(x, self.weight, self.bias)

@@ -58,9 +58,10 @@ class Projector(eqx.Module):
 
     def __init__(self, config: ProjectorConfig, inputs: int, *, key: PRNGKeyArray):
         widths = (inputs, *config.hidden, config.width)
-        keys = jr.split(key, len(widths) - 1)
-        self.linears = tuple(
-            Linear(a, b, std=None, key=k) for a, b, k in zip(widths[:-1], widths[1:], keys, strict=True)
+        keys, last = jr.split(key, len(widths) - 1), len(config.hidden)
+        self.linears = tuple(  # BatchNorm takes a bias before it away again, so only the last has one
+            Linear(a, b, std=None, bias=layer == last, key=k)
+            for layer, (a, b, k) in enumerate(zip(widths[:-1], widths[1:], keys, strict=True))
         )
         self.norms = tuple(BatchNorm(width) for width in config.hidden)
         self.rectified = config.rectified
