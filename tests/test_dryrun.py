@@ -97,6 +97,32 @@ def test_published_settings_cost_under_five_percent_more_than_unpadded():
     assert parts["optimiser, shared by the batch"] == 0
 
 
+def test_the_parts_of_a_method_that_compares_views():
+    """ViT-L/14: local views of 49 tokens, six of them, beside two global ones of 256."""
+    plan = dryrun.make_plan(RECIPES["lejepa_vitl14_in1k"](), lambda line: None)
+    step = dryrun.step_flops(plan)
+    parts = dryrun.part_flops(plan, step)
+    assert sum(parts.values()) == pytest.approx(step)
+    large, small = parts["encoder, global views, both passes"], parts["encoder, local views, both passes"]
+    assert small / large == pytest.approx(6 * 49 / (2 * 256), rel=0.05)  # attention is a small part of the products
+    assert 0 < parts["views, heads, teacher and objective"] < 0.01 * step
+    lines = []
+    dryrun.say_arithmetic(plan, lines.append)
+    assert "tokens per image: 2 global views of 256, 6 local views of 49" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(("settings", "share"), [({}, 0.0), ({"teacher": "shared"}, 0.2)])
+def test_a_shared_encoders_backward_pass_is_counted_as_the_targets(settings, share):
+    config = small()
+    config = dataclasses.replace(config, method=dataclasses.replace(config.method, **settings))
+    plan = dryrun.make_plan(config, lambda line: None)
+    step = dryrun.step_flops(plan)
+    parts = dryrun.part_flops(plan, step)
+    backward = parts.get("target encoder, forward and backward", 0.0)
+    assert backward >= share * step and sum(parts.values()) == pytest.approx(step)
+    assert 0 <= parts["views and regularisers"] < 0.5 * step
+
+
 def test_the_optimisers_arithmetic_is_shared_by_the_batch():
     """Five iterations of three products for each of the blocks' matrices, the smaller side first."""
     config = small()

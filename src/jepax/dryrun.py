@@ -157,10 +157,17 @@ def part_flops(plan: Plan, step: float) -> dict[str, float]:
         return jnp.sum(encoder(view, masks.context))
 
     def predict(predictor_context: PyTree, masks: Masks) -> jax.Array:
-        return jnp.sum(predictor_context[0](predictor_context[1], masks, method.masks.grid))
+        predictor, context = predictor_context
+        return jnp.sum(predictor(context, masks, method.masks.grid, also_context=bool(method.config.context_weight)))
 
+    def target(method: IJEPA, view: PyTree) -> jax.Array:
+        return jnp.sum(method.targets(view))
+
+    shared = method.config.teacher == "shared"
     parts = {
-        "target encoder, forward": costs.flops(lambda m, v: m.targets(v), method, view),
+        f"target encoder, forward{' and backward' if shared else ''}": costs.flops(
+            eqx.filter_grad(target) if shared else target, method, view
+        ),
         "context encoder, forward and backward": costs.flops(eqx.filter_grad(encode), method.encoder, view, masks),
         "predictor, forward and backward": costs.flops(eqx.filter_grad(predict), (method.predictor, context), masks),
         "optimiser, shared by the batch": update_flops(plan),

@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+from jepax import config as configs
 from jepax.data import DataConfig
 from jepax.nn import PredictorConfig
 from jepax.recipes import RECIPES
 from jepax.train import Config, TrainConfig
+from jepax.views import LEJEPA, CropConfig, MultiCropConfig, PhotometricConfig
 
 SIDE, PATCH, BATCH = 24, 4, 16
 
@@ -16,10 +18,14 @@ def shrunk(name: str, **method: object) -> Config:
     encoder = replace(config.method.encoder, patch_size=PATCH, width=32, depth=2, heads=2)
     changes = {"encoder": encoder}
     if hasattr(config.method, "views"):
-        views = config.method.views
-        crops = {"global_crop": replace(views.global_crop, size=(SIDE, SIDE))}
-        crops["local_crop"] = replace(views.local_crop, size=(SIDE // 2, SIDE // 2))
-        changes["views"] = replace(views, locals=min(views.locals, 2), **crops)
+        changes["encoder"] = encoder = replace(encoder, channels=3)
+        changes["views"] = MultiCropConfig(
+            globals=2,
+            global_crop=CropConfig(size=(SIDE, SIDE), flip=0.5),
+            locals=min(config.method.views.locals, 2),
+            local_crop=CropConfig(size=(SIDE // 2, SIDE // 2), scale=(0.05, 0.3)),
+            photometric=PhotometricConfig(**LEJEPA),
+        )
         changes["projector"] = replace(config.method.projector, hidden=(24,), width=8)
     else:
         changes["crop"] = replace(config.method.crop, size=(SIDE, SIDE))
@@ -45,9 +51,16 @@ def shrunk(name: str, **method: object) -> Config:
     )
 
 
+def structure(config: Config) -> frozenset:
+    """The shrunk method without its numbers: recipes that share it run the same program."""
+    flat = configs.flat(config.method)
+    kept = {path: value for path, value in flat.items() if not path.endswith("init_std")}
+    return frozenset((path, None if isinstance(value, float) else str(value)) for path, value in kept.items())
+
+
 def distinct() -> dict[str, Config]:
-    """The shrunk recipes, each setting once, under the names of all the recipes that shrink to it."""
-    configs: dict[Config, list[str]] = {}
+    """The shrunk recipes, one of each structure, under the names of all the recipes that share it."""
+    found: dict[frozenset, list[str]] = {}
     for name in sorted(RECIPES):
-        configs.setdefault(replace(shrunk(name), recipe="shrunk"), []).append(name)
-    return {"+".join(names): config for config, names in configs.items()}
+        found.setdefault(structure(shrunk(name)), []).append(name)
+    return {"+".join(names): shrunk(names[0]) for names in found.values()}
