@@ -25,7 +25,8 @@ DISTINCT = distinct()
 
 @pytest.fixture(scope="module", params=list(DISTINCT))
 def config(request):
-    return DISTINCT[request.param]
+    yield DISTINCT[request.param]
+    jax.clear_caches()  # the programs of all of them at once are more than a process may map
 
 
 @pytest.fixture(scope="module")
