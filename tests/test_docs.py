@@ -30,6 +30,7 @@ def test_the_page_on_methods_shows_the_files_as_they_are(kind):
     assert shown[1] == (ROOT / path).read_text()
 
 
+@pytest.mark.filterwarnings("ignore:method.prediction_norm=both")
 def test_the_pages_commands_are_understood(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len(commands("train")) > 5 and commands("grid")

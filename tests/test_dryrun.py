@@ -13,6 +13,7 @@ from jepax.data import DataConfig
 from jepax.recipes import RECIPES
 from jepax.train import first_state
 from jepax.types import UserError
+from tests.contracts.shrink import shrunk
 
 X = jax.ShapeDtypeStruct((3, 5), jnp.float32)
 W = jax.ShapeDtypeStruct((5, 5), jnp.float32)
@@ -95,6 +96,16 @@ def test_published_settings_cost_under_five_percent_more_than_unpadded():
     parts = dryrun.part_flops(plan, step)
     assert 0 < parts["views and regularisers"] < 0.03 * step
     assert parts["optimiser, shared by the batch"] == 0
+
+
+def test_a_dry_run_of_a_method_that_compares_views(monkeypatch):
+    monkeypatch.setattr(dryrun, "run_step", lambda plan, batch: "loss 0.5")
+    lines = []
+    dryrun.dry_run(shrunk("byol_fashion_mnist"), lines.append)
+    told = "\n".join(lines)
+    for word in ("name: byol", "target ", "(not trained)", "2 global views of 36", "encoder, global views", "in all"):
+        assert word in told, told
+    assert "local views of" not in told and "unpadded" not in told
 
 
 def test_the_parts_of_a_method_that_compares_views():

@@ -72,7 +72,10 @@ def make_plan(config: training.Config, say: Say) -> Plan:
     """Opens the data, or generated pictures in place of a folder that is not given, and shapes the state."""
     sharding.check_batch(config.train.batch_size)
     if config.data.source == "image_folder" and config.data.root is None:
-        say(f"data.root is not given: generated pictures stand in, {STAND_IN:,} on the same canvas\n")
+        say(
+            f"data.root is not given: generated pictures stand in, on the same canvas and as many as ImageNet-1k has"
+            f" ({STAND_IN:,}); counts of steps are for that many\n"
+        )
         generated = dataclasses.replace(config.data, source="synthetic", synthetic_images=STAND_IN)
         config = dataclasses.replace(config, data=generated)
     source = open_source(config.data, "train")

@@ -130,7 +130,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update: loss and gradients over the global batch, AdamW, then what gradients do not change.
 
-    Example i draws from `fold_in(fold_in(root, step), i)`, whatever the number of workers, devices or hosts.
+    Everything random comes from `fold_in(root, step)`, and an example's own part from its index in the run's order:
+    the same on any number of workers, devices or hosts.
     """
     params, rest = eqx.partition(state.method, trainable(state.method))
 
@@ -212,7 +213,8 @@ def claim(run: Path, config: Config) -> None:
 def check(config: Config, source: Source) -> None:
     """Raises `UserError` where method and data do not fit each other, before anything is built."""
     method, has = config.method, source.canvas_shape[2]
-    for name, channels in (("encoder.channels", method.encoder.channels), ("crop.mean", len(method.crop.mean))):
+    mean = "views.global_crop.mean" if hasattr(method, "views") else "crop.mean"
+    for name, channels in (("encoder.channels", method.encoder.channels), (mean, len(method.crop.mean))):
         if channels != has:
             raise UserError(
                 f"method.{name} is for {channels} channels, but the pictures of"
@@ -221,10 +223,14 @@ def check(config: Config, source: Source) -> None:
             )
 
 
+class Diverged(UserError):
+    """The loss is not finite any more."""
+
+
 def refuse_not_finite(step: int, loss: Array) -> None:
-    """Raises `UserError` naming the step. The state after it is lost, so nothing of it is saved."""
+    """Raises `Diverged` naming the step. The state after it is lost, so nothing of it is saved."""
     if not np.isfinite(loss):
-        raise UserError(
+        raise Diverged(
             f"the loss of step {step} is {float(loss)}: training stopped, nothing was saved after it;\n"
             "try a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.clip=1.0"
         )

@@ -37,7 +37,7 @@ def shrunk(name: str, **method: object) -> Config:
         changes["predictor"] = replace(config.method.predictor, hidden=(24,), width=8)
     if getattr(config.method, "layers", None):
         changes |= {"layers": (1, 2), "layer_weights": config.method.layer_weights[-2:]}
-    if hasattr(config.method, "regulariser"):
+    if hasattr(config.method, "regulariser") and config.method.regulariser.kind in ("sigreg", "rdmreg", "visreg"):
         changes["regulariser"] = replace(config.method.regulariser, directions=16)
     if hasattr(config.method, "masks"):
         changes["masks"] = replace(config.method.masks, context=6)
@@ -55,7 +55,7 @@ def structure(config: Config) -> frozenset:
     """The shrunk method without its numbers: recipes that share it run the same program."""
     flat = configs.flat(config.method)
     kept = {path: value for path, value in flat.items() if not path.endswith("init_std")}
-    return frozenset((path, None if isinstance(value, float) else str(value)) for path, value in kept.items())
+    return frozenset((path, value != 0 if isinstance(value, float) else str(value)) for path, value in kept.items())
 
 
 def distinct() -> dict[str, Config]:

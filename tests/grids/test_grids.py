@@ -1,13 +1,16 @@
 """Grids: each run once, resumed where it stopped, one table of what was measured."""
 
 import csv
+import dataclasses
 import json
+import shutil
 
 import pytest
 
 from jepax import cli
 from jepax import config as configs
 from jepax.evals import report
+from jepax.evals.knn import KnnConfig
 from jepax.grids import GRIDS, Grid, Row, run, table
 from jepax.types import UserError
 
@@ -55,6 +58,10 @@ def test_parts_share_out_the_runs():
         (["family_fashion_mnist", "--part", "2"], ["''", "--part 1/2"]),
         (["family_fashion_mnist", "--run-dir"], ["--run-dir takes one folder"]),
         (["family_fashion_mnist", "--optim.peek-lr", "1"], ["row masked+ema", "did you mean --optim.peak-lr?"]),
+        (["family_fashion_mnist", "--seed", "3"], ["--seeds 0 1 2"]),
+        (["family_fashion_mnist", "--seeds", "3", "--seeds", "4"], ["--seeds stands there twice"]),
+        (["family_fashion_mnist", "--dry-run"], ["no --dry-run"]),
+        (["ablations_fashion_mnist", "--method.loss", "l2"], ["row l2 varies method.loss"]),
         (["nowhere.yaml"], ["nowhere.yaml", "cannot be read"]),
     ],
 )
@@ -69,6 +76,7 @@ def test_bad_arguments_are_refused(arguments, words):
     [
         (lambda: Row("a/b", "x"), "name='a/b'"),
         (lambda: Row("..", "x"), "name='..'"),
+        (lambda: Grid("../g", "", (Row("a", "x"),)), "grid name='../g'"),
         (lambda: Grid("g", "", ()), "must not be empty"),
         (lambda: Grid("g", "", (Row("a", "x"), Row("a", "y"))), "twice"),
     ],
@@ -126,7 +134,7 @@ def test_a_floor_kept_is_the_floor_measured(finished, monkeypatch):
     state = run.training.restored(job.config, job.folder)
     monkeypatch.setattr(report, "write", lambda *given: None)
     fresh = run.training.evaluate(job.config, state, job.folder, say=lambda line: None)["rows"]
-    kept = json.loads(table.evaluations(job.folder)[-1].read_text())["rows"]
+    kept = json.loads(table.evaluation(job.folder).read_text())["rows"]
     for name in ("untrained", "pixels", "trained"):
         assert fresh[name]["linear"]["top1"] == kept[name]["linear"]["top1"]
         assert fresh[name]["knn"] == kept[name]["knn"]
@@ -158,8 +166,56 @@ def test_seconds_are_those_of_all_steps():
     assert table.seconds(lines) == 5.0 + 9 * 0.5
 
 
-def test_the_table_says_what_is_missing(finished):
+def test_the_table_says_what_is_missing(finished, tmp_path):
     folder, words = finished
     grid = run.begin(words[1])
-    found = table.results(grid, folder)[:3]
-    assert table.markdown(grid, found).splitlines()[-1] == "1 of 4 runs are missing"
+    assert "missing" not in table.markdown(grid, folder)
+    copy = tmp_path / "out"
+    shutil.copytree(folder, copy)
+    (copy / "views-seed1" / "evals" / "step_00000003.json").unlink()
+    assert table.markdown(grid, copy).splitlines()[-1] == "1 of 4 runs are missing"
+    one_seed = dataclasses.replace(grid, seeds=(0,))
+    assert len(table.results(one_seed, copy)) == 3  # of whatever seeds: nothing that is done leaves the table
+    assert "missing" not in table.markdown(one_seed, copy)
+
+
+def test_an_evaluation_on_the_way_does_not_finish_a_run(finished, tmp_path):
+    folder, words = finished
+    run_folder = tmp_path / "masked-seed0"
+    shutil.copytree(folder / "masked-seed0", run_folder)
+    whole = run_folder / "evals" / "step_00000003.json"
+    whole.rename(run_folder / "evals" / "step_00000002.json")
+    assert table.evaluation(run_folder) is None
+    assert len(table.results(run.begin(words[1]), tmp_path)) == 0
+
+
+def test_a_run_that_diverges_is_told_and_does_not_stop_the_others(tmp_path, capsys):
+    rows = (Row("lost", "ijepa_fashion_mnist", ("--optim.peak-lr", "1e38", "--method.loss", "l2")),)
+    configs.dump(Grid("mine", "", (*rows, Row("kept", "ijepa_fashion_mnist")), seeds=(0,)), tmp_path / "mine.yaml")
+    words = ["grid", str(tmp_path / "mine.yaml"), *TINY, "--optim.start-lr", "1e38", "--run-dir", str(tmp_path / "out")]
+    words[words.index("--optim.start-lr") + 1] = "1e-4"
+    cli.main(words)
+    out = capsys.readouterr().out
+    assert "| kept |" in out and "| lost |" not in out
+    assert "lost, seed 0: the loss of step" in out and "missing" not in out
+    cli.main(words)
+    assert "run 1 of 2" not in capsys.readouterr().err
+
+
+def test_floors_of_another_protocol_are_not_taken(finished, tmp_path, monkeypatch):
+    """A floor is named by what decides it: other versions, other neighbours, other floors."""
+    folder, words = finished
+    job = run.resolve(words[1:]).jobs[0]
+    state = run.training.restored(job.config, job.folder)
+    monkeypatch.setattr(report, "write", lambda *given: None)
+
+    def kept(**changes):
+        config = dataclasses.replace(job.config, eval=dataclasses.replace(job.config.eval, **changes))
+        run.training.evaluate(config, state, job.folder, say=lambda line: None, floors=tmp_path)
+        return {path.name for path in tmp_path.iterdir()}
+
+    first = kept()
+    assert len(first) == 2 and first <= {path.name for path in (folder / "floors").iterdir()}
+    assert len(kept(knn=KnnConfig(neighbours=3))) == 4
+    monkeypatch.setattr(report, "versions", lambda: {"jepax": "another"})
+    assert len(kept()) == 6

@@ -1,5 +1,7 @@
 """Methods that compare views: their losses are the sums they claim, of statistics over the batch they are given."""
 
+import math
+import re
 from dataclasses import replace
 
 import equinox as eqx
@@ -10,13 +12,15 @@ import numpy as np
 import pytest
 
 from jepax.methods.lejepa import LeJEPAConfig
-from jepax.methods.multiview import invariance, spread
+from jepax.methods.multiview import invariance, merged, split, spread
 from jepax.methods.rectified_lpjepa import RectifiedLpJEPAConfig
 from jepax.methods.vicreg import VICRegConfig
 from jepax.methods.visreg import VISRegConfig
 from jepax.nn import ProjectorConfig, ViTConfig
 from jepax.objectives import covariance, rdmreg, variance
+from jepax.sharding import make_mesh, replicate, shard_batch
 from jepax.types import UserError
+from jepax.views import MultiCropConfig
 from tests.methods.small import SHARED, VIEWS, loss_of
 
 CONFIGS = {
@@ -72,10 +76,34 @@ def test_vicreg_of_two_views_is_the_papers(groups):
 
 
 def test_visreg_weighs_its_terms(groups):
-    method = replace(CONFIGS["visreg"], scale=2.0, shape=3.0).build(total_steps=10, key=jr.key(0))
-    loss, metrics = method.objective(groups, key=jr.key(2))
-    expected = metrics["invariance"] + 2 * metrics["scale_loss"] + 3 * metrics["shape_loss"]
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    config = replace(CONFIGS["visreg"], weight=0.7, scale=2.0, centre=4.0, shape=3.0)
+    loss, m = config.build(total_steps=10, key=jr.key(0)).objective(groups, key=jr.key(2))
+    regulariser = 2 * m["scale_loss"] + 4 * m["centre_loss"] + 3 * m["shape_loss"]
+    np.testing.assert_allclose(loss, 0.3 * m["invariance"] + 0.7 * regulariser, rtol=1e-6)
+    views = jnp.concatenate(groups)
+    np.testing.assert_allclose(m["centre_loss"], np.square(np.mean(views, axis=1)).mean(), rtol=1e-5)
+
+
+def test_views_are_merged_by_images_and_come_apart_again(groups):
+    group = groups[1]
+    batch = merged(group)
+    np.testing.assert_array_equal(batch[:3], group[:, 0])  # an image's views side by side
+    np.testing.assert_array_equal(split(batch, 3), group)
+
+
+def test_devices_share_the_images_of_every_view(images):
+    """No device gathers the others' views: what it gathers is smaller than one view of the batch."""
+    method = CONFIGS["lejepa"].build(total_steps=10, key=jr.key(0))
+    mesh = make_mesh()
+    arrays, rest = eqx.partition(replicate(method, mesh), eqx.is_array)
+
+    def loss(arrays, images):
+        return eqx.combine(arrays, rest).loss(images, key=jr.key(1))[0]
+
+    compiled = jax.jit(jax.grad(loss, allow_int=True)).lower(arrays, shard_batch(images, mesh)).compile().as_text()
+    gathers = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? all-(?:gather|to-all)\(", compiled)
+    sizes = [math.prod(int(side) for side in shape.split(",")) for shape in gathers if shape]
+    assert max(sizes, default=0) < 8 * 24 * 24 * 3, gathers
 
 
 @pytest.mark.parametrize("sigma", ["before", "after"])
@@ -98,6 +126,11 @@ def test_rectified_lpjepa_tells_the_share_of_nonzeros(groups, sigma):
         (lambda: replace(CONFIGS["lejepa"], directions=0), "method.directions=0"),
         (lambda: replace(CONFIGS["vicreg"], covariance=-1.0), "method.covariance=-1.0"),
         (lambda: replace(CONFIGS["visreg"], shape=-1.0), "method.shape=-1.0"),
+        (lambda: replace(CONFIGS["visreg"], weight=1.5), "method.weight=1.5"),
+        (lambda: replace(CONFIGS["visreg"], directions=0), "method.directions=0"),
+        (lambda: replace(CONFIGS["rectified_lpjepa"], directions=0), "method.directions=0"),
+        (lambda: replace(CONFIGS["vicreg"], views=MultiCropConfig(globals=1)), "method.views.globals=1"),
+        (lambda: replace(CONFIGS["lejepa"], views=MultiCropConfig(globals=1)), "method.views.globals=1"),
         (lambda: replace(CONFIGS["rectified_lpjepa"], p=0.0), "method.p=0.0"),
         (lambda: RectifiedLpJEPAConfig(**SHARED), "method.projector.rectified=False"),
         (lambda: replace(CONFIGS["lejepa"], encoder=ViTConfig(patch_size=5)), "patch_size=5"),

@@ -28,9 +28,9 @@ def test_vicreg():
 
 
 def test_visreg():
-    config = RegulariserConfig("visreg", weight=0.5, scale=3.0, shape=2.0, directions=9)
+    config = RegulariserConfig("visreg", weight=0.5, scale=3.0, centre=4.0, shape=2.0, directions=9)
     directions = unit_directions(KEY, 6, 9)
-    expected = 0.5 * (3 * visreg.scale(Z) + 2 * visreg.shape(Z, directions))
+    expected = 0.5 * (3 * visreg.scale(Z) + 4 * visreg.centre(Z) + 2 * visreg.shape(Z, directions))
     np.testing.assert_allclose(regularise(config, Z, key=KEY)[0], expected, rtol=1e-6)
 
 
@@ -51,6 +51,11 @@ def test_rdmreg_reads_what_is_above_zero():
 @pytest.mark.parametrize("kind", ["sigreg", "rdmreg", "visreg", "vicreg"])
 def test_what_has_collapsed_is_pushed_apart(kind):
     """Two clouds of the same points, one shrunk to a hundredth: every regulariser prefers the wide one."""
-    config = RegulariserConfig(kind, directions=32)
+    config = RegulariserConfig(kind)
     wide, dead = (regularise(config, scale * jr.normal(jr.key(1), (256, 6)), key=KEY)[0] for scale in (1.0, 0.01))
     assert wide < 0.5 * dead
+
+
+def test_a_field_of_another_kind_is_warned_of():
+    with pytest.warns(UserWarning, match=r"regulariser\.variance=3\.0 is not read by regulariser\.kind=sigreg"):
+        RegulariserConfig("sigreg", variance=3.0)

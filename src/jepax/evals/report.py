@@ -99,7 +99,8 @@ def evaluate_all(
     counts = {split: len(values) for split, values in labels.items()}
     for name, embed in (("untrained", untrained), ("pixels", pixels)):
         if embed is not None:
-            rows[name] = _floor(name, embed, row, splits, [asdict(config), classes, counts], key, floors)
+            decides = [asdict(config), classes, versions(), jr.key_data(key).tolist(), name]
+            rows[name] = _floor(name, embed, row, splits, json.dumps(decides), labels, floors)
     rows["majority"] = asdict(majority_class(labels["train"], labels["test"], classes))
     protocol = {**asdict(config), "classes": classes, "examples": counts, "key": jr.key_data(key).tolist()}
     return _plain({"step": step, "rows": rows, "protocol": protocol, "versions": versions()})
@@ -140,21 +141,22 @@ def _floor(
     embed: Embed,
     row: Callable[[str, Embed], tuple[dict[str, Any], Any]],
     splits: Splits,
-    protocol: Any,
-    key: PRNGKeyArray,
+    decides: str,
+    labels: dict[str, np.ndarray],
     kept: Path | None,
 ) -> dict[str, Any]:
     """A floor's row, from the folder `kept` where it lies there.
 
-    Its file is named by everything that decides it: protocol, key, and the features of each split's first batch.
+    Its file is named by what decides it: protocol, versions, key, every label, and the features of each split's first
+    batch, which stand for the others.
     """
     if kept is None:
         return row(ROWS[name], embed)[0]
     firsts = [next(iter(getattr(splits, split)()))[0] for split in ("train", "validation", "test")]
-    digest = hashlib.sha256(json.dumps([protocol, jr.key_data(key).tolist()]).encode())
-    for images in firsts:
+    digest = hashlib.sha256(decides.encode())
+    for images, of_split in zip(firsts, labels.values(), strict=True):
         digest.update(np.asarray(eqx.filter_jit(embed)(dataclasses.replace(images, label=None))).tobytes())
-        digest.update(np.asarray(images.label).tobytes())
+        digest.update(of_split.tobytes())
     path = kept / f"{name}-{digest.hexdigest()[:16]}.json"
     if not path.exists():
         _write_whole(row(ROWS[name], embed)[0], path)

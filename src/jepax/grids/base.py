@@ -6,6 +6,12 @@ from dataclasses import dataclass
 from jepax.types import UserError
 
 
+def refuse_odd_name(kind: str, name: str) -> None:
+    """Raises `UserError` where the name is no plain name of a folder."""
+    if not name.strip(".") or not all(c.isalnum() or c in "_-+." for c in name):
+        raise UserError(f"{kind} name={name!r} is not a plain folder name: letters, digits, _ - + and . only")
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table."""
@@ -15,12 +21,10 @@ class Row:
     recipe: str
     """Recipe, or path of a config file."""
     overrides: tuple[str, ...] = ()
-    """As on the command line: ("--optim.clip", "1.0")."""
+    """What the row varies, as on the command line: ("--optim.clip", "1.0")."""
 
     def __post_init__(self) -> None:
-        plain = self.name.strip(".") and all(c.isalnum() or c in "_-+." for c in self.name)
-        if not plain:
-            raise UserError(f"row name={self.name!r} is not a plain folder name: letters, digits, _ - + and . only")
+        refuse_odd_name("row", self.name)
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,11 @@ class Grid:
     """In the table's order."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Every row is run with each."""
+    shared: tuple[str, ...] = ()
+    """Overrides of every row; those of the command line come after them, a row's own last."""
 
     def __post_init__(self) -> None:
+        refuse_odd_name("grid", self.name)
         names = [row.name for row in self.rows]
         if not names or not self.seeds:
             raise UserError(f"grid {self.name}: rows={names} and seeds={list(self.seeds)} must not be empty")

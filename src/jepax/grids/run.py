@@ -45,17 +45,33 @@ def resolve(arguments: list[str]) -> Wanted:
     """
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"give the grid, or a grid's file, first: jepax grid NAME\ngrids: {', '.join(sorted(GRIDS))}")
-    groups = overrides.grouped(arguments[1:])
-    own = {overrides.dotted(words[0]): words[1:] for words in groups}
-    shared = [words for words in groups if overrides.dotted(words[0]) not in ("run_dir", "seeds", "part")]
+    own, shared = sorted_out(overrides.grouped(arguments[1:]))
     grid = begin(arguments[0])
     if "seeds" in own:
         grid = dataclasses.replace(grid, seeds=tuple(whole(word, "--seeds 0 1 2") for word in own["seeds"]))
     if len(own.get("run_dir", [""])) != 1:
         raise UserError("--run-dir takes one folder: --run-dir runs/NAME")
     folder = Path(own["run_dir"][0]) if "run_dir" in own else Path("runs") / grid.name
+    shared = [*overrides.grouped(list(grid.shared)), *shared]
     jobs = [job(row, seed, shared, folder) for seed in grid.seeds for row in grid.rows]
     return Wanted(grid, folder, jobs[part_of(own["part"])] if "part" in own else jobs)
+
+
+def sorted_out(groups: list[list[str]]) -> tuple[dict[str, list[str]], list[list[str]]]:
+    """The grid's own flags by name, and the overrides of every row. Raises `UserError` at what would be ignored."""
+    own, shared = {}, []
+    for flag, *words in groups:
+        name = overrides.dotted(flag)
+        if name in ("seed", "dry_run"):
+            way = {"seed": "a grid takes --seeds 0 1 2", "dry_run": "a grid has no --dry-run: jepax train has"}
+            raise UserError(way[name])
+        if name not in ("run_dir", "seeds", "part"):
+            shared.append([flag, *words])
+        elif name in own:
+            raise UserError(f"{flag} stands there twice; remove one")
+        else:
+            own[name] = words
+    return own, shared
 
 
 def begin(name: str) -> Grid:
@@ -84,8 +100,11 @@ def part_of(words: list[str]) -> slice:
 
 
 def job(row: Row, seed: int, shared: list[list[str]], folder: Path) -> Job:
-    """The run of one row with one seed. What all rows are given comes last."""
-    groups = [*overrides.grouped(list(row.overrides)), *shared, ["--seed", str(seed)]]
+    """The run of one row with one seed. Raises `UserError` where all rows are given what this one varies."""
+    varied = overrides.grouped(list(row.overrides))
+    if both := {overrides.dotted(words[0]) for words in varied} & {overrides.dotted(words[0]) for words in shared}:
+        raise UserError(f"row {row.name} varies {min(both)}, so it cannot be given to every row")
+    groups = [*shared, *varied, ["--seed", str(seed)]]
     try:
         config = overrides.override(overrides.begin(row.recipe), groups)
     except UserError as error:
@@ -96,35 +115,45 @@ def job(row: Row, seed: int, shared: list[list[str]], folder: Path) -> Job:
 def run(wanted: Wanted, say: Say) -> list[Path]:
     """Trains and evaluates what is not finished yet, and writes table and figure after every run.
 
-    Floors that are the same in several runs are measured once, and kept in the folder.
+    Floors that are the same in several runs are measured once, and kept in the folder. A run that diverges is told in
+    the table and not tried again until its folder is removed.
     """
     for number, each in enumerate(wanted.jobs, 1):
-        if finished(each):
+        if settled(each):
             continue
         say(f"run {number} of {len(wanted.jobs)}: {each.row.name}, seed {each.config.seed}")
-        for split in ("validation", "test"):
-            open_source(each.config.data, split)
-        state = training.train(each.config, each.folder)
-        training.evaluate(each.config, state, each.folder, say, floors=wanted.folder / "floors")
-        figures.draw(each.config, each.folder)
+        try:
+            one(each, wanted.folder / "floors", say)
+        except training.Diverged as error:
+            say(f"{each.row.name}, seed {each.config.seed}: {error}")
+            (each.folder / table.DIVERGED).write_text(str(error).splitlines()[0] + "\n")
         write(wanted.grid, wanted.folder)
     return write(wanted.grid, wanted.folder)
 
 
-def finished(each: Job) -> bool:
-    """Whether the run was evaluated. Raises `UserError` where its folder holds a run of another config."""
-    if not table.evaluations(each.folder):
+def one(each: Job, floors: Path, say: Say) -> None:
+    """Trains, draws and evaluates one run."""
+    for split in ("validation", "test"):  # what evaluation will need is missed now, not after the last step
+        open_source(each.config.data, split)
+    state = training.train(each.config, each.folder)
+    figures.draw(each.config, each.folder)
+    training.evaluate(each.config, state, each.folder, say, floors=floors)
+
+
+def settled(each: Job) -> bool:
+    """Whether the run ended. Raises `UserError` where its folder holds a run of another config."""
+    if not (each.folder / "config.yaml").exists():
         return False
     training.claim(each.folder, each.config)
-    return True
+    return (each.folder / table.DIVERGED).exists() or table.evaluation(each.folder) is not None
 
 
 def write(grid: Grid, folder: Path) -> list[Path]:
-    """grid.md, grid.csv and grid.png of the runs that are finished, and their paths."""
+    """grid.md, grid.csv and grid.png of the runs that are finished, of whatever seeds, and their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     found = table.results(grid, folder)
     written = []
-    for name, text in (("grid.md", table.markdown(grid, found)), ("grid.csv", table.comma_separated(found))):
+    for name, text in (("grid.md", table.markdown(grid, folder)), ("grid.csv", table.comma_separated(found))):
         part = folder / f"{name}.{os.getpid()}.part"  # another process may write its own at the same time
         part.write_text(text)
         written.append(part.replace(folder / name))

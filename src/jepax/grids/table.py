@@ -4,11 +4,17 @@ import csv
 import io
 import json
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
+from jepax import config as configs
 from jepax import logs
+from jepax.data import DataConfig, open_source
 from jepax.grids.base import Grid, Row
+from jepax.train import Config, total_steps
 
+DIVERGED = "diverged.txt"
+"""In the folder of a run whose loss stopped being finite: why."""
 HEAD = (
     "row",
     "linear",
@@ -49,20 +55,37 @@ def folder_of(grid: Path, row: Row, seed: int) -> Path:
     return grid / f"{row.name}-seed{seed}"
 
 
+def seeds_of(grid: Grid, folder: Path) -> list[int]:
+    """The grid's seeds, and those of any other run of it in the folder."""
+    rows = {row.name for row in grid.rows}
+    parts = [path.name.rpartition("-seed") for path in folder.glob("*-seed*")]
+    return sorted({*grid.seeds, *(int(seed) for row, _, seed in parts if row in rows and seed.isdecimal())})
+
+
 def results(grid: Grid, folder: Path) -> list[Result]:
-    """The grid's finished runs, in its order; what is not finished is left out."""
-    runs = [(row, seed, folder_of(folder, row, seed)) for row in grid.rows for seed in grid.seeds]
-    return [read(row, seed, run) for row, seed, run in runs if evaluations(run)]
+    """The grid's finished runs, by rows and seeds; what is not finished is left out."""
+    runs = [(row, seed, folder_of(folder, row, seed)) for row in grid.rows for seed in seeds_of(grid, folder)]
+    return [read(row, seed, run) for row, seed, run in runs if evaluation(run)]
 
 
-def evaluations(run: Path) -> list[Path]:
-    """The run's evaluations, oldest first."""
-    return sorted((run / "evals").glob("step_*.json"))
+def evaluation(run: Path) -> Path | None:
+    """The evaluation of the run's last step, if there is one: `jepax evaluate` may have left one of an earlier step."""
+    if not (run / "config.yaml").exists():
+        return None
+    config = configs.load(Config, run / "config.yaml")
+    path = run / "evals" / f"step_{total_steps(config, examples(config.data)):08d}.json"
+    return path if path.exists() else None
+
+
+@lru_cache
+def examples(data: DataConfig) -> int:
+    """Training pictures."""
+    return len(open_source(data, "train"))
 
 
 def read(row: Row, seed: int, run: Path) -> Result:
-    """A run's last evaluation, and what its log says of time."""
-    found = json.loads(evaluations(run)[-1].read_text())
+    """The evaluation of a finished run, and what its log says of time."""
+    found = json.loads(evaluation(run).read_text())
     rows = found["rows"]
 
     def both(name: str) -> list[float]:
@@ -91,16 +114,22 @@ def seconds(lines: list[dict]) -> float:
     return sum((line["step"] - last) * line["seconds_per_step"] for line, last in zip(lines, before, strict=False))
 
 
-def markdown(grid: Grid, found: list[Result]) -> str:
-    """The table of rows: means over seeds, the scores of each seed behind them, in the seeds' order."""
+def markdown(grid: Grid, folder: Path) -> str:
+    """The table of rows: means over seeds, the scores of each seed behind them, in the seeds' order.
+
+    Below it: the runs that diverged, and how many are missing.
+    """
+    found, seeds = results(grid, folder), seeds_of(grid, folder)
     lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
     for row in grid.rows:
         runs = [result for result in found if result.row == row.name]
         if runs:
             lines.append(f"| {' | '.join(_cells(row.name, runs))} |")
-    missing = len(grid.rows) * len(grid.seeds) - len(found)
-    said = [f"{missing} of {missing + len(found)} runs are missing"] if missing else []
-    return "\n".join([*lines, *said]) + "\n"
+    all_runs = [(row, seed, folder_of(folder, row, seed) / DIVERGED) for row in grid.rows for seed in seeds]
+    lost = [f"{row.name}, seed {seed}: {note.read_text().strip()}" for row, seed, note in all_runs if note.exists()]
+    missing = len(grid.rows) * len(grid.seeds) - sum(run.seed in grid.seeds for run in found) - len(lost)
+    said = [f"{missing} of {len(grid.rows) * len(grid.seeds)} runs are missing"] if missing > 0 else []
+    return "\n".join([*lines, *lost, *said]) + "\n"
 
 
 def _cells(name: str, runs: list[Result]) -> list[str]:

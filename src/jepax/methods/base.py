@@ -36,7 +36,7 @@ class AbstractMethod(eqx.Module):
 
     @abc.abstractmethod
     def loss(self, images: Images, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
-        """The objective over the global batch. Example i draws from `fold_in(key, images.index[i])`.
+        """The objective over the global batch. What an example draws depends on `key` and `images.index[i]` alone.
 
         `Metrics` holds scalars to log, and "embeddings" (batch, dim): one vector per image, read for collapse.
         """

@@ -31,8 +31,6 @@ class BYOLConfig(MultiViewConfig, MethodConfig, name="byol"):
             raise UserError(
                 f"method.predictor.width={self.predictor.width} must be method.projector.width={self.projector.width}"
             )
-        if self.views.globals + self.views.locals < 2:
-            raise UserError("method.views.globals=1 leaves no other view to predict; try 2")
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "BYOL":
         return BYOL(self, total_steps=total_steps, key=key)

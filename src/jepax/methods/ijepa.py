@@ -59,7 +59,7 @@ class IJEPAConfig(MethodConfig, name="ijepa"):
     regulariser: RegulariserConfig = field(default_factory=RegulariserConfig)
     """Beside the teacher or in its place; none as published."""
     regularised: Literal["context", "targets"] = "context"
-    """Whose mean over patches the regulariser reads: the context's embedding, or the targets' of a shared encoder."""
+    """Whose mean over patches the regulariser reads: the context's embedding, or a shared encoder's targets, normed."""
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
@@ -101,6 +101,11 @@ class IJEPAConfig(MethodConfig, name="ijepa"):
     def predicted(self) -> tuple[int, ...]:
         """The blocks whose outputs are predicted, counted from 1."""
         return (self.encoder.depth,) if self.layers is None else self.layers
+
+    @property
+    def deepest(self) -> int:
+        """The place of the last of the blocks within `predicted`."""
+        return self.predicted.index(max(self.predicted))
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "IJEPA":
         return IJEPA(self, total_steps=total_steps, key=key)
@@ -161,11 +166,11 @@ class IJEPA(AbstractMethod):
         embedded, context = self.targets(view), self.encoder(view, masks.context)
         predictions, on_context = self.predictions(context, masks)
         loss = self._prediction_loss(predictions, gather(embedded, masks.targets), masks)
-        metrics = {"embeddings": jnp.mean(embedded[-1], axis=1), "prediction_loss": loss}
+        metrics = {"embeddings": jnp.mean(embedded[self.config.deepest], axis=1), "prediction_loss": loss}
         if self.config.context_weight:
             dense = self._context_loss(on_context, gather(embedded, masks.context), masks)
             loss, metrics["context_loss"] = loss + self.config.context_weight * dense, dense
-        tokens = context if self.config.regularised == "context" else embedded[-1]
+        tokens = context if self.config.regularised == "context" else embedded[self.config.deepest]
         pooled = jnp.mean(tokens.astype(jnp.float32), axis=1)
         added, terms = regularise(self.config.regulariser, pooled, key=key)
         return loss + added, metrics | terms

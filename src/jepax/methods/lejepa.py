@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jepax.methods.base import MethodConfig
-from jepax.methods.multiview import JointEmbedding, MultiViewConfig, Projections, invariance
+from jepax.methods.multiview import JointEmbedding, MultiViewConfig, Projections, invariance, refuse_below_one
 from jepax.objectives.directions import unit_directions
 from jepax.objectives.sigreg import sigreg
 from jepax.types import Metrics, UserError
@@ -27,8 +27,7 @@ class LeJEPAConfig(MultiViewConfig, MethodConfig, name="lejepa"):
         super().__post_init__()
         if not 0 <= self.weight <= 1:
             raise UserError(f"method.weight={self.weight} is not in [0, 1]")
-        if self.directions < 1:
-            raise UserError(f"method.directions={self.directions} must be at least 1")
+        refuse_below_one(self, "directions")
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "LeJEPA":
         return LeJEPA(self, key=key)

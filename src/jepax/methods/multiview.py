@@ -30,6 +30,8 @@ class MultiViewConfig:
     """Views of each image."""
 
     def __post_init__(self) -> None:
+        if self.views.globals + self.views.locals < 2:
+            raise UserError(f"method.views.globals={self.views.globals} leaves nothing to compare; try 2")
         self.encoder.grid(self.views.global_crop.size)  # refuses a patch that does not divide a view
         if self.views.locals:
             self.encoder.grid(self.views.local_crop.size)
@@ -81,15 +83,23 @@ class JointEmbedding(MultiView):
 
 def embed(encoder: ViT, group: Group) -> Float[Array, "views batch dim"]:
     """Mean over patches of each view's embedding, in float32; all views go through the encoder as one batch."""
-    views, batch = group.shape[:2]
-    tokens = encoder(group.reshape(views * batch, *group.shape[2:]))
-    return jnp.mean(tokens.astype(jnp.float32), axis=1).reshape(views, batch, -1)
+    tokens = encoder(merged(group))
+    return split(jnp.mean(tokens.astype(jnp.float32), axis=1), len(group))
 
 
 def project(projector: Projector, group: Float[Array, "_views batch _dim"]) -> Projections:
     """Projections of a group; BatchNorm reads all of its views together."""
-    views, batch, dim = group.shape
-    return projector(group.reshape(views * batch, dim)).reshape(views, batch, -1)
+    return split(projector(merged(group)), len(group))
+
+
+def merged(group: Float[Array, "views batch *shape"]) -> Float[Array, "batch_views *shape"]:
+    """The views of a group as one batch, an image's side by side: so it stays shared out over the devices by images."""
+    return jnp.swapaxes(group, 0, 1).reshape(-1, *group.shape[2:])
+
+
+def split(batch: Float[Array, "batch_views dim"], views: int) -> Float[Array, "views batch dim"]:
+    """What was `merged`, by views again."""
+    return jnp.swapaxes(batch.reshape(-1, views, batch.shape[1]), 0, 1)
 
 
 def invariance(groups: tuple[Projections, ...]) -> Float[Array, ""]:
@@ -108,6 +118,13 @@ def spread(views: Projections) -> Float[Array, ""]:
     Scale: per dimension; with two views the plain mean squared distance. Needs two views at least.
     """
     return 2 * jnp.mean(jnp.var(views, axis=0, ddof=1))
+
+
+def refuse_below_one(config: object, *names: str) -> None:
+    """Raises `UserError` at the first count below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(f"method.{name}={getattr(config, name)} must be at least 1")
 
 
 def refuse_negative(config: object, *names: str) -> None:

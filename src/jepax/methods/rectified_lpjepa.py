@@ -10,7 +10,14 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jepax.methods.base import MethodConfig
-from jepax.methods.multiview import JointEmbedding, MultiViewConfig, Projections, refuse_negative, spread
+from jepax.methods.multiview import (
+    JointEmbedding,
+    MultiViewConfig,
+    Projections,
+    refuse_below_one,
+    refuse_negative,
+    spread,
+)
 from jepax.nn import ProjectorConfig
 from jepax.objectives import rdmreg
 from jepax.objectives.directions import unit_directions
@@ -39,6 +46,7 @@ class RectifiedLpJEPAConfig(MultiViewConfig, MethodConfig, name="rectified_lpjep
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_negative(self, "invariance", "matching")
+        refuse_below_one(self, "directions")
         if self.p <= 0:
             raise UserError(f"method.p={self.p} must be above 0; try 1.0")
         if not self.projector.rectified:

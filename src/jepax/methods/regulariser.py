@@ -1,6 +1,7 @@
 """What keeps a method's embeddings apart: one of four regularisers by name, for methods that take any of them."""
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import jax.numpy as jnp
@@ -11,15 +12,24 @@ from jepax.objectives import covariance, rdmreg, sigreg, variance, visreg
 from jepax.objectives.directions import unit_directions
 from jepax.types import Metrics, UserError
 
+READ = {
+    "none": {"kind", "weight"},
+    "sigreg": {"kind", "weight", "directions"},
+    "rdmreg": {"kind", "weight", "directions", "p", "mu"},
+    "vicreg": {"kind", "weight", "variance", "covariance"},
+    "visreg": {"kind", "weight", "directions", "scale", "centre", "shape"},
+}
+"""The fields that each kind reads."""
+
 
 @dataclass(frozen=True)
 class RegulariserConfig:
-    """One regulariser and its weights; a field that the chosen kind does not name is not read."""
+    """One regulariser and its weights; a field that names another kind is not read, and says so where it was set."""
 
     kind: Literal["none", "sigreg", "rdmreg", "vicreg", "visreg"] = "none"
     """None, or the regulariser's name."""
     weight: float = 1.0
-    """Its weight in the loss."""
+    """Its weight in the loss. That of sigreg, which grows with the global batch, belongs to a batch size."""
     directions: int = 256
     """sigreg, rdmreg, visreg: directions of projection, drawn anew at each step."""
     variance: float = 25.0
@@ -28,6 +38,8 @@ class RegulariserConfig:
     """vicreg: weight of the covariance term within the regulariser, as in the paper."""
     scale: float = 1.0
     """visreg: weight of the scale term within the regulariser."""
+    centre: float = 1.0
+    """visreg: weight of the centre term within the regulariser."""
     shape: float = 1.0
     """visreg: weight of the shape term within the regulariser."""
     p: float = 1.0
@@ -36,12 +48,18 @@ class RegulariserConfig:
     """rdmreg: mean of the generalised Gaussian before its rectification; lower is sparser."""
 
     def __post_init__(self) -> None:
-        for name in ("weight", "variance", "covariance", "scale", "shape"):
+        for name in ("weight", "variance", "covariance", "scale", "centre", "shape"):
             if getattr(self, name) < 0:
                 raise UserError(f"regulariser.{name}={getattr(self, name)} must not be negative")
         for name in ("directions", "p"):
             if getattr(self, name) <= 0:
                 raise UserError(f"regulariser.{name}={getattr(self, name)} must be above 0")
+        for field in fields(self):
+            if field.name not in READ[self.kind] and getattr(self, field.name) != field.default:
+                warnings.warn(
+                    f"regulariser.{field.name}={getattr(self, field.name)} is not read by regulariser.kind={self.kind}",
+                    stacklevel=2,
+                )
 
 
 def regularise(
@@ -59,8 +77,12 @@ def regularise(
             terms = {"variance": variance(embeddings), "covariance": covariance(embeddings)}
         case "visreg":
             directions = unit_directions(key, embeddings.shape[1], config.directions)
-            weights = {"scale": config.scale, "shape": config.shape}
-            terms = {"scale": visreg.scale(embeddings), "shape": visreg.shape(embeddings, directions)}
+            weights = {"scale": config.scale, "centre": config.centre, "shape": config.shape}
+            terms = {
+                "scale": visreg.scale(embeddings),
+                "centre": visreg.centre(embeddings),
+                "shape": visreg.shape(embeddings, directions),
+            }
         case "sigreg":
             directions = unit_directions(key, embeddings.shape[1], config.directions)
             weights, terms = {"sigreg": 1.0}, {"sigreg": sigreg.sigreg(embeddings, directions)}

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from scipy.optimize import brentq
 from scipy.special import gamma, gammaincc
 
-from jepax.objectives.directions import CHUNK, mean_over_directions
+from jepax.objectives.directions import CHUNK, along, mean_over_directions
 
 
 def rdmreg(
@@ -26,7 +26,7 @@ def rdmreg(
     """
 
     def distance(some: Float[Array, "dim chunk"]) -> Float[Array, "chunk"]:
-        ours, theirs = jnp.sort(features @ some, axis=0), jnp.sort(target @ some, axis=0)
+        ours, theirs = jnp.sort(along(features, some), axis=0), jnp.sort(along(target, some), axis=0)
         return jnp.mean(jnp.square(ours - theirs), axis=0)
 
     return mean_over_directions(distance, directions, chunk)

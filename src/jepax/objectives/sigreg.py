@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jepax.objectives.directions import CHUNK, mean_over_directions
+from jepax.objectives.directions import CHUNK, along, mean_over_directions
 
 KNOTS = 17
 LIMIT = 3.0
@@ -38,4 +38,4 @@ def sigreg(
     Scale: as `epps_pulley`, proportional to the global batch N away from the optimum.
     Source: Balestriero & LeCun 2025 (arXiv:2511.08544), SIGReg.
     """
-    return mean_over_directions(lambda some: epps_pulley(embeddings @ some), directions, chunk)
+    return mean_over_directions(lambda some: epps_pulley(along(embeddings, some)), directions, chunk)

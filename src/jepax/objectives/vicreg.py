@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 EPS = 1e-4
@@ -24,5 +25,5 @@ def covariance(embeddings: Float[Array, "batch dim"]) -> Float[Array, ""]:
     """
     count, dim = embeddings.shape
     centred = embeddings - jnp.mean(embeddings, axis=0)
-    squares = jnp.square(centred.T @ centred / (count - 1))
+    squares = jnp.square(jnp.matmul(centred.T, centred, precision=lax.Precision.HIGHEST) / (count - 1))
     return (jnp.sum(squares) - jnp.sum(jnp.diagonal(squares))) / dim

@@ -8,8 +8,8 @@ Where the published numbers come from: [paper] or [code], its public repository 
 - AdamW 5e-4, weight decay 5e-2, warm-up and then cosine to a thousandth. [paper, code]
 - Imagenette: 4 views of 128 px (0.08-1), jitter 0.8 (0.8, 0.8, 0.8, 0.2), grey 0.2, blur 0.5, solarise 0.2, flip
   0.5; projector 2048-2048-16; 256 directions; batch 256; an epoch of warm-up from a hundredth of 2e-3, cosine to
-  1e-3. [code] There the embedding is a class token through a linear map to 512, with stochastic depth 0.1; here it is
-  the mean over patches.
+  1e-3. [code] There the embedding is a class token through a linear map to 512, with stochastic depth 0.1, and the
+  blur has 7 taps; here it is the mean over patches, without stochastic depth, and the blur reaches 3 deviations.
 """
 
 from dataclasses import replace
@@ -67,7 +67,7 @@ def lejepa_vits8_imagenette() -> Config:
     """
     views = MultiCropConfig(
         globals=4,
-        global_crop=CropConfig(size=(128, 128), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5),
+        global_crop=CropConfig(size=(128, 128), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, centre_resize=1.0),
         photometric=replace(PhotometricConfig(**LEJEPA), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
     )
     return Config(

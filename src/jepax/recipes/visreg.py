@@ -1,29 +1,60 @@
-"""VISReg (Wu et al. 2026, arXiv:2606.02572): on Fashion-MNIST for two CPU cores, and on ImageNet-100.
+"""VISReg (Wu et al. 2026, arXiv:2606.02572): on Fashion-MNIST for two CPU cores, and as published.
 
-The weights of its terms, all 1, are ours. On ImageNet-100 the rest is as `vicreg_vits16_in100` has it.
+The ImageNet settings are those of the public code's default config: ViT-B/16; 4 global views of 224 px (0.3-1) and 6
+local ones of 96 px (0.05-0.3); flip 0.5, jitter 0.8 (0.4, 0.4, 0.2, 0.05), grey 0.2, blur 0.5, solarise 0.2; a
+projection of 256; share of the regulariser 0.9, its terms 1 each, 4096 directions; AdamW 9e-4, weight decay 5e-2, 5
+epochs of warm-up, cosine to a thousandth; gradients clipped at 1; 100 epochs. Ours: the batch of 128, the projector's
+hidden widths, ReLU instead of GELU in it, and the mean over patches as the embedding.
 """
 
 from dataclasses import replace
 
 from jepax.methods.visreg import VISRegConfig
-from jepax.recipes.lejepa import lejepa_fashion_mnist
+from jepax.nn import SIZES, ProjectorConfig, ViTConfig
+from jepax.optim import OptimConfig
+from jepax.recipes.lejepa import lejepa_fashion_mnist, lejepa_vitl14_in1k
 from jepax.recipes.registry import recipe
-from jepax.recipes.vicreg import vicreg_vits16_in100
-from jepax.train import Config
+from jepax.train import Config, TrainConfig
 
 
 @recipe
 def visreg_fashion_mnist() -> Config:
     """VISReg on Fashion-MNIST in about seven minutes on two CPU cores, as `lejepa_fashion_mnist` but for the loss."""
-    return _with_visreg(lejepa_fashion_mnist(), "visreg_fashion_mnist", directions=256)
+    base = lejepa_fashion_mnist()
+    shared = {"encoder": base.method.encoder, "projector": base.method.projector, "views": base.method.views}
+    return replace(base, recipe="visreg_fashion_mnist", method=VISRegConfig(**shared, directions=256))
 
 
 @recipe
-def visreg_vits16_in100() -> Config:
-    """VISReg ViT-S/16 on ImageNet-100, 1000 epochs, as `vicreg_vits16_in100` but for the loss."""
-    return _with_visreg(vicreg_vits16_in100(), "visreg_vits16_in100", directions=1024)
+def visreg_vitb16_in1k() -> Config:
+    """VISReg ViT-B/16 on ImageNet-1k, 100 epochs. Reported linear top-1 after 400 epochs: 75.7 (public code).
 
-
-def _with_visreg(base: Config, name: str, *, directions: int) -> Config:
-    shared = {"encoder": base.method.encoder, "projector": base.method.projector, "views": base.method.views}
-    return replace(base, recipe=name, method=VISRegConfig(**shared, directions=directions))
+    `jepax train visreg_vitb16_in1k --data.root PATH`, where PATH holds train/CLASS/*.JPEG and val/CLASS/*.JPEG.
+    """
+    base = lejepa_vitl14_in1k()
+    given = base.method.views
+    views = replace(
+        given,
+        globals=4,
+        local_crop=replace(given.local_crop, size=(96, 96)),
+        photometric=replace(given.photometric, hue=0.05),
+    )
+    return replace(
+        base,
+        recipe="visreg_vitb16_in1k",
+        method=VISRegConfig(
+            encoder=ViTConfig(patch_size=16, **SIZES["base"]),
+            projector=ProjectorConfig(hidden=(2048, 2048), width=256),
+            views=views,
+        ),
+        optim=OptimConfig(
+            peak_lr=9e-4,
+            start_lr=9e-6,
+            final_lr=9e-7,
+            warmup_epochs=5.0,
+            weight_decay=5e-2,
+            decay_shape="constant",
+            clip=1.0,
+        ),
+        train=TrainConfig(batch_size=128, epochs=100.0),
+    )

@@ -7,8 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 DPI = 120
-LINEAR, KNN, FLOOR = "#0072B2", "#E69F00", "#666666"
+LINEAR, KNN = "#0072B2", "#E69F00"
 """Safe for the colour-blind (Okabe, Ito)."""
+LABELS = {"linear": "linear", "knn": "kNN"}
+FLOORS = {"untrained": "untrained", "pixels": "raw pixels"}
 
 
 @runtime_checkable
@@ -19,13 +21,15 @@ class Scored(Protocol):
     linear: float
     knn: float
     untrained_linear: float
+    untrained_knn: float
     pixels_linear: float
+    pixels_knn: float
     effective_rank: float
     minutes: float
 
 
 def chart(title: str, runs: Sequence[Scored]) -> Figure:
-    """Rows from top to bottom: a dot per seed and a bar at their mean, the floors as lines; rank and minutes beside."""
+    """Rows from top to bottom: a dot per seed and a bar at their mean, the floors as marks; rank and minutes beside."""
     names = list(dict.fromkeys(run.row for run in runs))
     figure = Figure(figsize=(9.5, 1.1 + 0.34 * len(names)), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, 3, sharey=True, width_ratios=(4, 1.4, 1.4))
@@ -48,11 +52,12 @@ def _draw_scores(axes: Axes, names: list[str], runs: Sequence[Scored]) -> None:
             heights = [place + shift] * len(scores)
             axes.plot(scores, heights, "o", color=colour, markersize=4, alpha=0.7, label=first)
             axes.vlines(_mean(scores), place + shift - 0.16, place + shift + 0.16, color=colour, linewidth=2)
-    for field, style, label in (
-        ("untrained_linear", ":", "untrained, linear"),
-        ("pixels_linear", "--", "raw pixels, linear"),
-    ):
-        axes.axvline(_mean([getattr(run, field) for run in runs]), color=FLOOR, linestyle=style, label=label)
+    for kind, shift, colour in (("linear", -0.12, LINEAR), ("knn", 0.12, KNN)):
+        for floor, mark in (("untrained", "|"), ("pixels", "x")):
+            means = [_mean([getattr(run, f"{floor}_{kind}") for run in runs if run.row == name]) for name in names]
+            label = f"{FLOORS[floor]}, {LABELS[kind]}"
+            heights = [place + shift for place in range(len(names))]
+            axes.plot(means, heights, mark, color=colour, markersize=6, alpha=0.5, label=label)
     axes.set_xlabel("test top-1, %")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=7, loc="best")
