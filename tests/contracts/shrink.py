@@ -7,7 +7,7 @@ from jepax.data import DataConfig
 from jepax.nn import PredictorConfig
 from jepax.recipes import RECIPES
 from jepax.train import Config, TrainConfig
-from jepax.views import LEJEPA, CropConfig, MultiCropConfig, PhotometricConfig
+from jepax.views import CropConfig, MultiCropConfig, PhotometricConfig
 
 SIDE, PATCH, BATCH = 24, 4, 16
 
@@ -24,7 +24,7 @@ def shrunk(name: str, **method: object) -> Config:
             global_crop=CropConfig(size=(SIDE, SIDE), flip=0.5),
             locals=min(config.method.views.locals, 2),
             local_crop=CropConfig(size=(SIDE // 2, SIDE // 2), scale=(0.05, 0.3)),
-            photometric=PhotometricConfig(**LEJEPA),
+            photometric=PhotometricConfig(jitter=0.8),
         )
         changes["projector"] = replace(config.method.projector, hidden=(24,), width=8)
     else:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jepax.types import Images, UserError
 from jepax.views.crops import CropConfig, normalise, random_pixels
@@ -46,12 +46,13 @@ def multicrop(images: Images, config: MultiCropConfig, *, key: PRNGKeyArray) -> 
     """
     keys = jax.vmap(lambda index: jr.fold_in(key, index))(images.index)
 
-    def view(number: int, crop: CropConfig) -> Float[Array, "batch height width channels"]:
+    def view(number: Int[Array, ""], crop: CropConfig) -> Float[Array, "batch height width channels"]:
         own = jax.vmap(lambda k: jr.split(jr.fold_in(k, number)))(keys)
         key_crop, key_colour = own[:, 0], own[:, 1]
         return normalise(photometric(random_pixels(images, key_crop, crop), key_colour, config.photometric), crop)
 
-    counts = ((0, config.globals, config.global_crop), (config.globals, config.locals, config.local_crop))
-    return tuple(
-        jnp.stack([view(first + number, crop) for number in range(count)]) for first, count, crop in counts if count
-    )
+    def group(first: int, count: int, crop: CropConfig) -> Group:
+        return jax.vmap(lambda number: view(number, crop))(first + jnp.arange(count))  # one program for all of them
+
+    kinds = ((0, config.globals, config.global_crop), (config.globals, config.locals, config.local_crop))
+    return tuple(group(*kind) for kind in kinds if kind[1])
