@@ -129,7 +129,8 @@ def markdown(grid: Grid, folder: Path) -> str:
     lost = [f"{row.name}, seed {seed}: {note.read_text().strip()}" for row, seed, note in all_runs if note.exists()]
     missing = len(grid.rows) * len(grid.seeds) - sum(run.seed in grid.seeds for run in found) - len(lost)
     said = [f"{missing} of {len(grid.rows) * len(grid.seeds)} runs are missing"] if missing > 0 else []
-    return "\n".join([*lines, *lost, *said]) + "\n"
+    apart = [""] if lost or said else []  # else they would be rows
+    return "\n".join([*lines, *apart, *lost, *said]) + "\n"
 
 
 def _cells(name: str, runs: list[Result]) -> list[str]:
