@@ -41,6 +41,7 @@ def chart(title: str, runs: Sequence[Scored]) -> Figure:
     axes[0].set_yticks(range(len(names)), names)
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     figure.suptitle(title, fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=7, frameon=False)
     return figure
 
 
@@ -60,7 +61,6 @@ def _draw_scores(axes: Axes, names: list[str], runs: Sequence[Scored]) -> None:
             axes.plot(means, heights, mark, color=colour, markersize=6, alpha=0.5, label=label)
     axes.set_xlabel("test top-1, %")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=7, loc="best")
 
 
 def _mean(values: list[float]) -> float:
