@@ -103,7 +103,7 @@ def read(row: Row, seed: int, run: Path) -> Result:
         effective_rank=rows["trained"]["effective_rank"],
         untrained_rank=rows["untrained"]["effective_rank"],
         steps=found["step"],
-        batch_size=round(lines[-1]["seconds_per_step"] * lines[-1]["images_per_second"]),
+        batch_size=configs.load(Config, run / "config.yaml").train.batch_size,
         device=found["versions"]["device"],
     )
 

@@ -17,7 +17,7 @@ from jepax.train import Config
 
 @recipe
 def byol_fashion_mnist() -> Config:
-    """BYOL on Fashion-MNIST in about seven minutes on two CPU cores, as `lejepa_fashion_mnist` but for the loss."""
+    """BYOL on Fashion-MNIST, as `lejepa_fashion_mnist` but for the loss."""
     base = lejepa_fashion_mnist()
     method = BYOLConfig(
         encoder=base.method.encoder,

@@ -25,7 +25,7 @@ from jepax.views import LEJEPA, CropConfig, MultiCropConfig, PhotometricConfig
 
 @recipe
 def lejepa_fashion_mnist() -> Config:
-    """LeJEPA on Fashion-MNIST in about seven minutes on two CPU cores: the demo's encoder and optimiser, two views."""
+    """LeJEPA on Fashion-MNIST, seven minutes of training on one CPU core: the demo's encoder, two views."""
     crop = CropConfig(
         size=(28, 28),
         scale=(0.4, 1.0),

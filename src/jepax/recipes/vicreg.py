@@ -20,7 +20,7 @@ from jepax.views import CropConfig, MultiCropConfig, PhotometricConfig
 
 @recipe
 def vicreg_fashion_mnist() -> Config:
-    """VICReg on Fashion-MNIST in about seven minutes on two CPU cores, as `lejepa_fashion_mnist` but for the loss."""
+    """VICReg on Fashion-MNIST, as `lejepa_fashion_mnist` but for the loss."""
     base = lejepa_fashion_mnist()
     shared = {"encoder": base.method.encoder, "projector": base.method.projector, "views": base.method.views}
     return replace(base, recipe="vicreg_fashion_mnist", method=VICRegConfig(**shared))

@@ -19,7 +19,7 @@ from jepax.train import Config, TrainConfig
 
 @recipe
 def visreg_fashion_mnist() -> Config:
-    """VISReg on Fashion-MNIST in about seven minutes on two CPU cores, as `lejepa_fashion_mnist` but for the loss."""
+    """VISReg on Fashion-MNIST, as `lejepa_fashion_mnist` but for the loss."""
     base = lejepa_fashion_mnist()
     shared = {"encoder": base.method.encoder, "projector": base.method.projector, "views": base.method.views}
     return replace(base, recipe="visreg_fashion_mnist", method=VISRegConfig(**shared, directions=256))
