@@ -46,6 +46,17 @@ def test_a_loss_reads_every_view_and_no_label(name, images):
     assert loss != loss_of(fewer, images, jr.key(1))[0]
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_of_the_same_views_only_directions_and_targets_are_drawn_anew(name, images, monkeypatch):
+    views = (jr.uniform(jr.key(9), (2, 8, 24, 24, 3)),)
+    monkeypatch.setattr(type(CONFIGS[name]), "draw_views", lambda self, images, *, key: views)
+    method = CONFIGS[name].build(total_steps=10, key=jr.key(0))
+    loss = eqx.filter_jit(lambda method, key: method.loss(images, key=key)[0])
+    first, again, next_step = (loss(method, jr.key(seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert (first == next_step) == (name == "vicreg")  # which draws nothing
+
+
 def test_invariance_and_spread(groups):
     large, small = (np.asarray(group, np.float64) for group in groups)
     every = np.concatenate([large, small])

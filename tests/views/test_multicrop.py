@@ -50,6 +50,17 @@ def test_views_belong_to_the_example_and_to_their_number(images):
     np.testing.assert_allclose(fewer[0][0], whole[0][0], atol=1e-5)
 
 
+def test_the_same_picture_at_other_places_of_the_order_gets_other_views(images):
+    alike = Images(
+        jnp.broadcast_to(images.canvas[:1], images.canvas.shape),
+        jnp.broadcast_to(images.size[:1], images.size.shape),
+        images.index,
+    )
+    for group in multicrop(alike, CONFIG, key=jr.key(2)):
+        for view in np.asarray(group):
+            assert len({picture.tobytes() for picture in view}) == len(view)
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match=r"views\.globals=0"):
         MultiCropConfig(globals=0)
