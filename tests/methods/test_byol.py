@@ -46,6 +46,14 @@ def test_byols_teacher_gets_no_gradient_and_follows(images):
     assert metrics["momentum"] == 0.5
 
 
+def test_the_targets_are_the_averages(images):
+    """Equal at first; another average makes another loss."""
+    method = CONFIG.build(total_steps=10, key=jr.key(0))
+    other = eqx.tree_at(lambda m: m.target.average[0].embed.weight, method, replace_fn=lambda w: -w)
+    loss, moved = (float(loss_of(m, images, jr.key(1))[0]) for m in (method, other))
+    assert abs(loss - moved) > 1e-3 * loss
+
+
 def test_the_encoder_begins_as_that_of_the_other_methods():
     ours, theirs = (config.build(total_steps=10, key=jr.key(0)).encoder for config in (CONFIG, CONFIGS["lejepa"]))
     jax.tree.map(np.testing.assert_array_equal, *(eqx.filter(tree, eqx.is_array) for tree in (ours, theirs)))
