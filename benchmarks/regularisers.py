@@ -1,14 +1,13 @@
-"""SIGReg and RDMReg in pieces of directions against all directions at once: time and memory, value and gradient.
+"""SIGReg, RDMReg and VISReg's shape term in pieces of directions against all directions at once: time and memory.
 
     python benchmarks/regularisers.py [--quick] [--json FILE]
 
-The plain version is the same statistic on every direction in one array, which its backward pass keeps. Memory is what
-the compiler reserves beyond inputs and outputs. See README.md beside this file.
+Of value and gradient. The plain version is the same statistic on every direction in one array, which its backward pass
+keeps. Memory is what the compiler reserves beyond inputs and outputs. See README.md beside this file.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,8 @@ from jaxtyping import Array, Float
 from jepax.objectives.directions import unit_directions
 from jepax.objectives.rdmreg import rdmreg, rectified
 from jepax.objectives.sigreg import sigreg
+from jepax.objectives.visreg import shape
+from machine import machine  # beside this file
 
 Loss = Callable[..., Float[Array, ""]]
 """Of embeddings, a target sample and directions."""
@@ -31,6 +32,10 @@ LOSSES: dict[str, dict[str, Loss]] = {
         "plain": lambda z, target, directions: sigreg(z, directions, chunk=None),
     },
     "rdmreg": {"ours": rdmreg, "plain": partial(rdmreg, chunk=None)},
+    "visreg's shape": {
+        "ours": lambda z, target, directions: shape(z, directions),
+        "plain": lambda z, target, directions: shape(z, directions, chunk=None),
+    },
 }
 """Each regulariser as it is, and plain: one piece that holds every direction, nothing computed again."""
 
@@ -53,22 +58,15 @@ def compare(pair: dict[str, Loss], inputs: tuple[Array, Array, Array], rounds: i
     return found | {"ratio": found["ours_ms"] / found["plain_ms"]}
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small batch, one round: only to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here, too")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     batch, dim, count, rounds = (64, 32, 256, 1) if args.quick else (2048, 1024, 1024, 7)
     embeddings, target = jr.normal(jr.key(2), (batch, dim)), rectified(jr.key(1), (batch, dim))
     inputs = embeddings, target, unit_directions(jr.key(0), dim, count)
-    report = {
-        "batch": batch,
-        "dim": dim,
-        "directions": count,
-        "jax": jax.__version__,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "machine": platform.processor() or platform.machine(),
-    }
+    report = {"batch": batch, "dim": dim, "directions": count, "rounds": rounds, "machine": machine()}
     for name, pair in LOSSES.items():
         report[name] = compare(pair, inputs, rounds)
         line = ", ".join(f"{key} {value:.4g}" for key, value in report[name].items())

@@ -7,15 +7,11 @@ First both sides must agree on the losses of three steps; only then is anything 
 
 import argparse
 import json
-import os
-import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -39,6 +35,7 @@ from jepax.optim import OptimConfig, Optimizer
 from jepax.train import compiled_step, init_state
 from jepax.types import Images
 from jepax.views import CropConfig, random_resized_crop
+from machine import cores, machine
 from torch_peer import Encoder, Peer, Predictor, Schedules, put
 
 TOTAL, WARMUP = 1000, 100  # steps of the run that the schedules belong to
@@ -248,30 +245,6 @@ def memory(setting: Setting) -> dict[str, int]:
     return peaks
 
 
-def cores() -> int:
-    """Cores that this process may use; both sides take all of them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on beside the code."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    cpuinfo = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return {
-        "commit": git.stdout.strip() or None,
-        "versions": {package: version(package) for package in ("jepax", "jax", "jaxlib", "equinox", "optax", "torch")}
-        | {"python": platform.python_version()},
-        "cpu": name[1] if name else platform.processor(),
-        "cores": cores(),
-        "torch_threads": torch.get_num_threads(),
-        "device": str(jax.devices()[0]),
-        "load_average": os.getloadavg(),
-    }
-
-
 def show(name: str, result: dict[str, Any]) -> None:
     """One setting's result as it is read."""
     print(
@@ -295,7 +268,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(cores())
     rounds = args.rounds or (3 if args.quick else 20)
-    report = {"quick": args.quick, "rounds": rounds, "machine": machine(), "settings": {}}
+    on = machine("torch") | {"torch_threads": torch.get_num_threads()}
+    report = {"quick": args.quick, "rounds": rounds, "machine": on, "settings": {}}
     for name, setting in SETTINGS.items():
         setting = quick(setting) if args.quick else setting
         result = compare(setting, rounds) | (memory(setting) if args.memory else {})

@@ -73,6 +73,7 @@ def test_an_error_of_the_user_is_a_few_lines(argv, words, capsys, tmp_path, monk
         ("--data.channels 3", ["method.encoder.channels", "1 channels", "data.channels=1"]),
         ("--optim.warmup-epochs 100", ["optim.warmup_epochs=100.0", "3"]),
         ("--method.encoder.heads 5", ["--method.encoder.heads: heads=5", "width"]),
+        ("--seed -1", ["seed=-1"]),
         ("--eval.probe.epochs 0 --seed 3", ["--eval.probe.epochs: epochs=0", "at least 1"]),
         ("--data.validation 0", ["data.validation=0.0", "validation split"]),
     ],

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def commands(command):
+def commands(command, pages=PAGES):
     """Every `jepax COMMAND ...` in the pages' shell blocks, without comments."""
-    blocks = [block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)]
+    blocks = [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)]
     words = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     return [line[2:] for line in words if line[1:2] == [command] and line[0].rsplit("/")[-1] == "jepax"]
 
@@ -38,6 +38,16 @@ def test_the_pages_commands_are_understood(tmp_path, monkeypatch):
         assert overrides.resolve([word.replace("PATH", "/data") for word in words]).config
     for words in commands("grid"):
         assert grids.resolve(words).jobs
+
+
+@pytest.mark.filterwarnings("ignore:method.prediction_norm=both")
+def test_the_readmes_commands_do_not_refuse_each_other():
+    """Whoever tries them one after the other: a folder holds the run of one config."""
+    folders = {Path("runs/ijepa_fashion_mnist"): overrides.resolve(["ijepa_fashion_mnist"]).config}  # make demo's
+    for words in commands("train", PAGES[:1]):
+        wanted = overrides.resolve([word.replace("PATH", "/data") for word in words])
+        if not wanted.dry and Path(words[0]).suffix != ".yaml":
+            assert folders.setdefault(wanted.run, wanted.config) == wanted.config, words
 
 
 def test_the_pages_grid_is_one(tmp_path):

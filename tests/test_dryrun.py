@@ -179,6 +179,6 @@ def test_pictures_stand_in_for_a_folder_not_given():
 def test_memory_of_the_state_is_exact():
     plan = dryrun.make_plan(small(), lambda line: None)
     config = plan.config
-    state = first_state(config, 4, plan.optimizer)
+    state = first_state(config.method, plan.optimizer, jax.random.key(0))
     assert costs.tree_bytes(plan.state.method) == sum(x.nbytes for x in jax.tree.leaves(state.method))
     assert costs.tree_bytes(plan.state.opt_state) == sum(x.nbytes for x in jax.tree.leaves(state.opt_state))

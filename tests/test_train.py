@@ -101,17 +101,18 @@ def test_a_folder_of_another_config_is_refused(config, finished):
         train(other, finished[0])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, tmp_path, monkeypatch):
-    """The third step's loss is made NaN; the step after it may have begun, but nothing later is logged or saved."""
+@pytest.mark.parametrize(("name", "said"), [("loss", "loss"), ("update_norm", "update's norm")])
+def test_what_is_not_finite_stops_the_run_and_names_the_step(name, said, config, tmp_path, monkeypatch):
+    """It is made NaN in the third step; the step after it may have begun, but nothing later is logged or saved."""
     real, calls = training.compiled_step, []
 
     def broken(inputs, state):
         state, metrics = real(inputs, state)
         calls.append(1)
-        return state, metrics | ({"loss": jnp.float32(np.nan)} if len(calls) == 3 else {})
+        return state, metrics | ({name: jnp.float32(np.nan)} if len(calls) == 3 else {})
 
     monkeypatch.setattr(training, "compiled_step", broken)
-    with pytest.raises(UserError, match="loss of step 2 is nan"):
+    with pytest.raises(UserError, match=f"{said} of step 2 is nan"):
         train(config, tmp_path)
     assert len(calls) <= 4
     assert checkpoint.whole_steps(tmp_path / "checkpoints") == []
@@ -127,6 +128,12 @@ def test_a_warmup_longer_than_the_run_is_refused(config):
     long = replace(config, optim=replace(config.optim, warmup_epochs=40.0))
     with pytest.raises(UserError, match=r"optim.warmup_epochs=40.0 is 160 steps, but the run has 6"):
         training.make_optimizer(long, STEPS, 64)
+
+
+def test_a_batch_without_statistics_is_refused(config):
+    alone = replace(config, train=replace(config.train, batch_size=1))
+    with pytest.raises(UserError, match=r"train\.batch_size=1 leaves no statistics"):
+        training.check(alone, training.open_source(config.data, "train"))
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(config, tmp_path):

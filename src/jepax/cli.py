@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with plain_warnings():
             run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
-        stop("interrupted; the same command goes on from the newest checkpoint", 130)
+        stop("interrupted; the same command goes on from the newest checkpoint, if there is one", 130)
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -159,10 +159,8 @@ def train(arguments: list[str]) -> None:
         dry_run(config)
         return
     from jepax import train as training
-    from jepax.data import open_source
 
-    for split in ("validation", "test"):  # what evaluation will need is missed now, not after the last step
-        open_source(config.data, split)
+    training.check_splits(config.data)
     finish(config, training.train(config, folder), folder)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all")
 
@@ -205,6 +203,9 @@ def grid(arguments: list[str]) -> None:
     """`jepax grid NAME|GRID.yaml [--field.path value ...] [--run-dir DIR] [--seeds 0 1 2] [--part 1/2]`"""
     from jepax.grids import run as grids
 
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE, end="")
+        return
     wanted = grids.resolve(arguments)
     written = grids.run(wanted, say=lambda line: print(line, file=sys.stderr))
     print(written[0].read_text(), end="")

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from jepax import config as configs
 from jepax import costs, sharding
 from jepax import train as training
-from jepax.data import Source, open_source
+from jepax.data import Source
 from jepax.masking import block_sizes
 from jepax.methods import AbstractMethod
 from jepax.methods.ijepa import IJEPA
@@ -70,7 +70,6 @@ def dry_run(config: training.Config, say: Say = print) -> None:
 
 def make_plan(config: training.Config, say: Say) -> Plan:
     """Opens the data, or generated pictures in place of a folder that is not given, and shapes the state."""
-    sharding.check_batch(config.train.batch_size)
     if config.data.source == "image_folder" and config.data.root is None:
         say(
             f"data.root is not given: generated pictures stand in, on the same canvas and as many as ImageNet-1k has"
@@ -78,12 +77,10 @@ def make_plan(config: training.Config, say: Say) -> Plan:
         )
         generated = dataclasses.replace(config.data, source="synthetic", synthetic_images=STAND_IN)
         config = dataclasses.replace(config, data=generated)
-    source = open_source(config.data, "train")
-    training.check(config, source)
-    steps = training.total_steps(config, len(source))
-    optimizer = training.make_optimizer(config, steps, len(source))
-    say(f"{len(source):,} training pictures, {steps:,} steps of {config.train.batch_size}")
-    return Plan(config, source, optimizer, eqx.filter_eval_shape(training.first_state, config, steps, optimizer))
+    source, optimizer = training.prepare(config)
+    say(f"{len(source):,} training pictures, {optimizer.total_steps:,} steps of {config.train.batch_size}")
+    state = eqx.filter_eval_shape(training.first_state, config.method, optimizer, jr.key(config.seed))
+    return Plan(config, source, optimizer, state)
 
 
 def say_parameters(plan: Plan, say: Say) -> None:
@@ -291,9 +288,9 @@ def run_step(plan: Plan, batch: int) -> str:
     """Takes the first step of the run on its first `batch` pictures, as `train` would, and says how it went."""
     start = time.perf_counter()
     config = dataclasses.replace(plan.config, train=dataclasses.replace(plan.config.train, batch_size=batch))
-    mesh, steps = sharding.make_mesh(), plan.optimizer.total_steps
+    mesh = sharding.make_mesh()
     images = sharding.shard_batch(next(training.read(config, plan.source, 1, 0)), mesh)
-    state = sharding.replicate(training.first_state(config, steps, plan.optimizer), mesh)
+    state = sharding.replicate(training.first_state(config.method, plan.optimizer, jr.key(config.seed)), mesh)
     root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), mesh)
     state, metrics = training.compiled_step((plan.optimizer, images, root, training.compute_dtype(config)), state)
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])

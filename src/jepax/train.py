@@ -80,6 +80,10 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Probes."""
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} must not be negative")
+
 
 class TrainState(eqx.Module):
     """All that a step changes, and all that a checkpoint holds."""
@@ -120,9 +124,9 @@ def build_method(config: MethodConfig, steps: int, key: PRNGKeyArray) -> Abstrac
 
 
 @eqx.filter_jit
-def first_state(config: Config, steps: int, optimizer: Optimizer) -> TrainState:
-    """The state that the config's seed begins with."""
-    return init_state(build_method(config.method, steps, jr.key(config.seed)), optimizer)
+def first_state(config: MethodConfig, optimizer: Optimizer, key: PRNGKeyArray) -> TrainState:
+    """The state before step 0 of the method of this key; one program for every seed."""
+    return init_state(build_method(config, optimizer.total_steps, key), optimizer)
 
 
 def train_step(
@@ -211,7 +215,11 @@ def claim(run: Path, config: Config) -> None:
 
 
 def check(config: Config, source: Source) -> None:
-    """Raises `UserError` where method and data do not fit each other, before anything is built."""
+    """Raises `UserError` where method, batch and data do not fit each other, before anything is built."""
+    if config.train.batch_size < 2:
+        raise UserError(
+            "train.batch_size=1 leaves no statistics over the batch, which losses and diagnostics read; try 2"
+        )
     method, has = config.method, source.canvas_shape[2]
     mean = "views.global_crop.mean" if hasattr(method, "views") else "crop.mean"
     for name, channels in (("encoder.channels", method.encoder.channels), (mean, len(method.crop.mean))):
@@ -223,17 +231,32 @@ def check(config: Config, source: Source) -> None:
             )
 
 
+def prepare(config: Config) -> tuple[Source, Optimizer]:
+    """The training split, and the optimiser of the whole run. Raises `UserError` for what cannot be trained."""
+    sharding.check_batch(config.train.batch_size)
+    source = open_source(config.data, "train")
+    check(config, source)
+    return source, make_optimizer(config, total_steps(config, len(source)), len(source))
+
+
+def check_splits(data: DataConfig) -> None:
+    """Raises `UserError` where evaluation will lack a split: now, and not after the last step."""
+    for split in ("validation", "test"):
+        open_source(data, split)
+
+
 class Diverged(UserError):
-    """The loss is not finite any more."""
+    """The loss, or the update, is not finite any more."""
 
 
-def refuse_not_finite(step: int, loss: Array) -> None:
+def refuse_not_finite(step: int, metrics: Metrics) -> None:
     """Raises `Diverged` naming the step. The state after it is lost, so nothing of it is saved."""
-    if not np.isfinite(loss):
-        raise Diverged(
-            f"the loss of step {step} is {float(loss)}: training stopped, nothing was saved after it;\n"
-            "try a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.clip=1.0"
-        )
+    for name, what in (("loss", "loss"), ("update_norm", "update's norm")):
+        if not np.isfinite(metrics[name]):
+            raise Diverged(
+                f"the {what} of step {step} is {float(metrics[name])}: training stopped, nothing was saved after it;\n"
+                "try a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.clip=1.0"
+            )
 
 
 def log_values(metrics: Metrics, seconds_per_step: float, batch_size: int) -> Values:
@@ -246,16 +269,12 @@ def log_values(metrics: Metrics, seconds_per_step: float, batch_size: int) -> Va
 def train(config: Config, run: Path) -> TrainState:
     """Trains in the folder `run`, or continues there: restore -> for batch: step -> log -> save.
 
-    Raises `UserError` where the folder holds a run of another config, and where the loss stops being finite.
+    Raises `UserError` where the folder holds a run of another config, and where the loss or an update stops being finite.
     """
-    sharding.check_batch(config.train.batch_size)
-    source = open_source(config.data, "train")
-    check(config, source)
-    steps = total_steps(config, len(source))
-    optimizer = make_optimizer(config, steps, len(source))
-    mesh, compute = sharding.make_mesh(), compute_dtype(config)
+    source, optimizer = prepare(config)
+    mesh, compute, steps = sharding.make_mesh(), compute_dtype(config), optimizer.total_steps
     root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), mesh)
-    state = sharding.replicate(first_state(config, steps, optimizer), mesh)
+    state = sharding.replicate(first_state(config.method, optimizer, jr.key(config.seed)), mesh)
     claim(run, config)
 
     saved = checkpoint.whole_steps(run / "checkpoints")
@@ -268,7 +287,7 @@ def train(config: Config, run: Path) -> TrainState:
             state, metrics = compiled_step((optimizer, sharding.shard_batch(images, mesh), root, compute), state)
             if previous is not None:  # the step before: the device never waits for this check
                 refuse_not_finite(*previous)
-            previous = step, metrics["loss"]
+            previous = step, metrics
             if step == start:
                 log.compiled(metrics["loss"])
             if step == start or (step + 1) % every.log_every == 0 or step + 1 == steps:
@@ -304,11 +323,9 @@ def restored(config: Config, run: Path) -> TrainState:
             f"{run} holds no whole checkpoint; train it first: jepax train {run / 'config.yaml'} --run-dir {run}"
         )
     examples = len(open_source(config.data, "train"))
-    steps = total_steps(config, examples)
-    state = sharding.replicate(
-        first_state(config, steps, make_optimizer(config, steps, examples)), sharding.make_mesh()
-    )
-    return checkpoint.restore(run / "checkpoints", saved[-1], state)
+    optimizer = make_optimizer(config, total_steps(config, examples), examples)
+    state = first_state(config.method, optimizer, jr.key(config.seed))
+    return checkpoint.restore(run / "checkpoints", saved[-1], sharding.replicate(state, sharding.make_mesh()))
 
 
 def evaluate(

@@ -31,6 +31,9 @@ def test_every_row_of_a_shipped_grid_is_a_run_and_no_two_are_the_same(name):
     assert len({job.folder for job in wanted.jobs}) == len({job.config for job in wanted.jobs}) == len(wanted.jobs)
     assert len({job.config.train for job in wanted.jobs}) == 1  # equal lengths and batches
     assert len({job.config.method.encoder for job in wanted.jobs}) == 1
+    assert len({(job.config.data, job.config.eval) for job in wanted.jobs}) == 1
+    if name == "family_fashion_mnist":
+        assert len({job.config.optim for job in wanted.jobs}) == 1
 
 
 def test_the_family_holds_every_cell():
@@ -44,7 +47,7 @@ def test_parts_share_out_the_runs():
     whole = run.resolve([name]).jobs
     parts = [run.resolve([name, "--part", f"{i}/3"]).jobs for i in (1, 2, 3)]
     assert [job.folder for job in parts[1]] == [job.folder for job in whole[1::3]]
-    assert {job.folder for part in parts for job in part} == {job.folder for job in whole}
+    assert sorted(job.folder for part in parts for job in part) == sorted(job.folder for job in whole)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +59,10 @@ def test_parts_share_out_the_runs():
         (["family_fashion_mnist", "--seeds", "1", "1"], ["seeds=[1, 1]", "twice"]),
         (["family_fashion_mnist", "--part", "3/2"], ["--part 3/2"]),
         (["family_fashion_mnist", "--part", "2"], ["''", "--part 1/2"]),
+        (["family_fashion_mnist", "--part", "1/2", "3"], ["'2 3'", "--part 1/2"]),
+        (["family_fashion_mnist", "--part", "1/--2"], ["'--2'", "--part 1/2"]),
+        (["family_fashion_mnist", "--seeds", "-1"], ["'-1'", "--seeds 0 1 2"]),
+        (["family_fashion_mnist", "--sedes", "1"], ["did you mean --seeds?"]),
         (["family_fashion_mnist", "--run-dir"], ["--run-dir takes one folder"]),
         (["family_fashion_mnist", "--optim.peek-lr", "1"], ["row masked+ema", "did you mean --optim.peak-lr?"]),
         (["family_fashion_mnist", "--seed", "3"], ["--seeds 0 1 2"]),
@@ -79,6 +86,7 @@ def test_bad_arguments_are_refused(arguments, words):
         (lambda: Grid("../g", "", (Row("a", "x"),)), "grid name='../g'"),
         (lambda: Grid("g", "", ()), "must not be empty"),
         (lambda: Grid("g", "", (Row("a", "x"), Row("a", "y"))), "twice"),
+        (lambda: Grid("g", "", (Row("a", "x"),), seeds=(-1,)), "must not be negative"),
     ],
 )
 def test_bad_grids_are_refused(make, words):
@@ -86,23 +94,64 @@ def test_bad_grids_are_refused(make, words):
         make()
 
 
+@pytest.mark.parametrize(
+    ("shared", "own", "words"),
+    [
+        (("--seed", "3"), (), "--seeds 0 1 2"),
+        ((), ("--seed", "3"), "--seeds 0 1 2"),
+        ((), ("--run-dir", "x"), "--run-dir belongs to the command line"),
+        ((), ("--method.encoder.heads", "5"), "row a: --method.encoder.heads"),
+    ],
+)
+def test_overrides_that_would_be_ignored_or_fail_are_refused(shared, own, words, tmp_path):
+    configs.dump(Grid("g", "", (Row("a", "ijepa_fashion_mnist", own),), shared=shared), tmp_path / "g.yaml")
+    with pytest.raises(UserError, match=words):
+        run.resolve([str(tmp_path / "g.yaml")])
+
+
+def test_what_cannot_be_trained_is_refused_before_the_first_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.training, "train", lambda *given: pytest.fail("trained"))
+    rows = (Row("fits", "ijepa_fashion_mnist"), Row("long", "ijepa_fashion_mnist", ("--optim.warmup-epochs", "99")))
+    configs.dump(Grid("g", "", rows), tmp_path / "g.yaml")
+    tiny = [word for pair in zip(TINY[::2], TINY[1::2], strict=True) for word in pair if "warmup" not in pair[0]]
+    wanted = run.resolve([str(tmp_path / "g.yaml"), *tiny, "--run-dir", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=r"row long: optim\.warmup_epochs=99"):
+        run.run(wanted, say=lambda line: None)
+
+
+def test_runs_of_another_config_are_not_put_into_one_table(tmp_path, monkeypatch):
+    """Other seeds of the folder, and other parts, count too."""
+    monkeypatch.setattr(run.training, "train", lambda *given: pytest.fail("trained"))
+    words = ["family_fashion_mnist", *TINY, "--run-dir", str(tmp_path)]
+    before = run.resolve([*words, "--seeds", "0", "--eval.knn.neighbours", "3"]).jobs[0]
+    run.training.claim(before.folder, before.config)
+    with pytest.raises(UserError, match=r"(?s)row masked\+ema: .*another config.*neighbours"):
+        run.run(run.resolve([*words, "--seeds", "1"]), say=lambda line: None)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A grid of a file with two rows and two seeds, run from the command line in two parts."""
+    """A grid of a file with two rows and two seeds, run from the command line in two parts; no run draws figures."""
     folder = tmp_path_factory.mktemp("grid")
     rows = (Row("masked", "ijepa_fashion_mnist"), Row("views", "byol_fashion_mnist"))
     configs.dump(Grid("mine", "two rows", rows, seeds=(0, 1)), folder / "mine.yaml")
     words = ["grid", str(folder / "mine.yaml"), *TINY, "--run-dir", str(folder / "out")]
-    for part in ("1/2", "2/2"):
-        cli.main([*words, "--part", part])
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.figures, "draw", lambda config, folder: drawn.append(folder))
+        patch.setattr(run, "forget_programs", lambda: None)
+        for part in ("1/2", "2/2"):
+            cli.main([*words, "--part", part])
+    assert [path.name for path in drawn] == ["masked-seed0", "masked-seed1", "views-seed0", "views-seed1"]
     return folder / "out", words
 
 
 def test_a_grid_ends_in_one_table_and_one_figure(finished):
     folder, _ = finished
     lines = (folder / "grid.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| masked", "| views"]
-    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    assert lines[:2] == ["two rows", ""]
+    assert [line.split(" | ")[0] for line in lines[4:]] == ["| masked", "| views"]
+    assert all(line.count("|") == lines[2].count("|") for line in lines[2:])
     assert (folder / "grid.png").read_bytes().startswith(b"\x89PNG")
     with (folder / "grid.csv").open() as file:
         found = list(csv.DictReader(file))
@@ -111,6 +160,8 @@ def test_a_grid_ends_in_one_table_and_one_figure(finished):
     for each in found:
         result = json.loads((folder / f"{each['row']}-seed{each['seed']}/evals/step_00000003.json").read_text())
         assert float(each["linear"]) == result["rows"]["trained"]["linear"]["top1"]
+        grid = result["rows"]["trained"]["grid"]
+        assert float(each["validation"]) == max(head["validation_top1"] for head in grid)
         assert float(each["untrained_knn"]) == result["rows"]["untrained"]["knn"]["top1"]
         assert float(each["minutes"]) > 0 and int(each["steps"]) == 3 and int(each["batch_size"]) == 16
 
@@ -150,8 +201,9 @@ def test_the_same_command_again_trains_nothing_and_another_config_is_refused(fin
     assert "optim.peak_lr" in capsys.readouterr().err
 
 
-def test_a_run_without_its_evaluation_is_continued(finished, capsys):
-    folder, words = finished
+def test_a_run_without_its_evaluation_is_continued(finished, capsys, tmp_path):
+    words = [*finished[1][:-1], str(tmp_path / "out")]
+    folder = shutil.copytree(finished[0], tmp_path / "out")
     lost = folder / "views-seed1" / "evals" / "step_00000003.json"
     before = json.loads(lost.read_text())["rows"]["trained"]
     lost.unlink()
@@ -169,14 +221,22 @@ def test_seconds_are_those_of_all_steps():
 def test_the_table_says_what_is_missing(finished, tmp_path):
     folder, words = finished
     grid = run.begin(words[1])
-    assert "missing" not in table.markdown(grid, folder)
+
+    def said(grid, folder):
+        return table.markdown(grid, folder, table.results(grid, folder)).splitlines()
+
+    assert not any("missing" in line for line in said(grid, folder))
     copy = tmp_path / "out"
     shutil.copytree(folder, copy)
     (copy / "views-seed1" / "evals" / "step_00000003.json").unlink()
-    assert table.markdown(grid, copy).splitlines()[-1] == "1 of 4 runs are missing"
+    assert said(grid, copy)[-1] == "1 of 4 runs are missing"
     one_seed = dataclasses.replace(grid, seeds=(0,))
     assert len(table.results(one_seed, copy)) == 3  # of whatever seeds: nothing that is done leaves the table
-    assert "missing" not in table.markdown(one_seed, copy)
+    assert not any("missing" in line for line in said(one_seed, copy))
+    (copy / "views-seed1" / table.DIVERGED).write_text("why\n")
+    assert said(one_seed, copy)[-1] == "views, seed 1: why"
+    (copy / "masked-seed0" / "evals" / "step_00000003.json").unlink()
+    assert said(one_seed, copy)[-2:] == ["views, seed 1: why", "1 of 2 runs are missing"]  # of the seeds asked for
 
 
 def test_an_evaluation_on_the_way_does_not_finish_a_run(finished, tmp_path):
@@ -190,16 +250,22 @@ def test_an_evaluation_on_the_way_does_not_finish_a_run(finished, tmp_path):
 
 
 def test_a_run_that_diverges_is_told_and_does_not_stop_the_others(tmp_path, capsys):
-    rows = (Row("lost", "ijepa_fashion_mnist", ("--optim.peak-lr", "1e38", "--method.loss", "l2")),)
-    configs.dump(Grid("mine", "", (*rows, Row("kept", "ijepa_fashion_mnist")), seeds=(0,)), tmp_path / "mine.yaml")
-    words = ["grid", str(tmp_path / "mine.yaml"), *TINY, "--optim.start-lr", "1e38", "--run-dir", str(tmp_path / "out")]
-    words[words.index("--optim.start-lr") + 1] = "1e-4"
+    row = Row("lost", "ijepa_fashion_mnist", ("--optim.peak-lr", "1e38", "--method.loss", "l2"))
+    configs.dump(Grid("mine", "", (row,), seeds=(0, 1)), tmp_path / "mine.yaml")
+    words = ["grid", str(tmp_path / "mine.yaml"), *TINY, "--run-dir", str(tmp_path / "out")]
     cli.main(words)
-    out = capsys.readouterr().out
-    assert "| kept |" in out and "| lost |" not in out
-    assert "lost, seed 0: the loss of step" in out and "missing" not in out
+    said = capsys.readouterr()
+    for number in (0, 1):
+        assert f"run {number + 1} of 2: lost, seed {number}" in said.err
+        assert f"\nlost, seed {number}: the " in said.out and "| lost |" not in said.out
+    assert "missing" not in said.out
     cli.main(words)
     assert "run 1 of 2" not in capsys.readouterr().err
+
+
+def test_help_is_the_usage(capsys):
+    cli.main(["grid", "family_fashion_mnist", "--help"])
+    assert "--part 1/2" in capsys.readouterr().out
 
 
 def test_floors_of_another_protocol_are_not_taken(finished, tmp_path, monkeypatch):

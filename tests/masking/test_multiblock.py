@@ -50,7 +50,7 @@ def test_targets_and_context_reach_every_row_and_column():
 def test_a_key_gives_the_same_mask_in_any_batch():
     sampler = MultiBlock(MultiBlockConfig(context=50), (14, 14))
     keys = jr.split(jr.key(3), 32)
-    together, alone = sampler(keys), sampler(keys[7:8])
+    together, alone = jax.jit(sampler)(keys), jax.jit(sampler)(keys[7:8])
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[7:8], b), together, alone)
 
 
@@ -59,7 +59,7 @@ def test_images_with_too_few_patches_draw_again():
     sampler = MultiBlock(MultiBlockConfig(context=23), (8, 8))
     first = np.asarray(sampler.context_sizes(jr.split(jr.key(1), 500)))
     assert 0.2 < np.mean(first < 23) < 0.8
-    masks = jax.tree.map(np.asarray, sampler(jr.split(jr.key(1), 500)))
+    masks = jax.tree.map(np.asarray, jax.jit(sampler)(jr.split(jr.key(1), 500)))
     for context, targets, valid in zip(masks.context, masks.targets, masks.target_valid, strict=True):
         assert len(set(context.tolist()) - set(targets[valid].tolist())) == 23
 

@@ -34,6 +34,12 @@ def test_byol_compares_each_view_with_the_others_teacher(groups):
     np.testing.assert_allclose(disagreement(groups[0], groups[0][::-1]), 0.0, atol=1e-5)
 
 
+def test_projections_of_zero_have_a_loss_and_a_gradient(groups):
+    """As a BatchNorm over one example leaves them."""
+    loss, grad = jax.value_and_grad(disagreement)(groups[0] * 0, groups[0])
+    assert loss == pytest.approx(2.0) and np.isfinite(grad).all()
+
+
 def test_byols_teacher_gets_no_gradient_and_follows(images):
     config = replace(CONFIG, momentum=MomentumConfig(start=0.5, final=0.5))
     method = config.build(total_steps=10, key=jr.key(0))
@@ -72,5 +78,8 @@ def test_the_loss_reads_every_view_and_no_label(images):
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(UserError, match=r"method\.predictor.width=256"):
         BYOLConfig(**SHARED)
+    with pytest.raises(UserError, match=r"projector\.rectified=True"):
+        replace(CONFIG, predictor=replace(CONFIG.predictor, rectified=True))
+    assert BYOLConfig().projector.width == 256  # the defaults fit each other
     with pytest.raises(UserError, match=r"method\.views.globals=1"):
         replace(CONFIG, views=MultiCropConfig(globals=1))

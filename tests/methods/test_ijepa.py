@@ -36,6 +36,27 @@ def loss_of(method, images, key):
     return method.loss(images, key=key)[0]
 
 
+@eqx.filter_jit
+def targets_of(method, view):
+    return method.targets(view)
+
+
+@eqx.filter_jit
+def pooled_context(encoder, view, masks):
+    return jnp.mean(encoder(view, masks.context), axis=1)  # one embedding per image
+
+
+@eqx.filter_jit
+def _drawn(config, sampler, images, key):
+    return config.views_and_masks(images, sampler, key=key)
+
+
+def drawn(images, seed):
+    """Views and masks, which no setting of these tests changes: compiled once."""
+    config = build().config
+    return _drawn(config, config.sampler(), images, jr.key(seed))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -73,8 +94,8 @@ def test_a_regulariser_adds_its_weighted_value_of_the_pooled_context(images):
     chosen = RegulariserConfig("vicreg", weight=0.5, variance=3.0, covariance=0.25)
     method = build(regulariser=chosen)
     loss, metrics = eqx.filter_jit(method.loss)(images, key=jr.key(0))
-    view, masks = method.config.views_and_masks(images, method.masks, key=jr.key(0))
-    pooled = jnp.mean(method.encoder(view, masks.context), axis=1)  # one embedding per image
+    view, masks = drawn(images, 0)
+    pooled = pooled_context(method.encoder, view, masks)
     np.testing.assert_allclose(metrics["variance_loss"], variance(pooled), rtol=1e-3)
     np.testing.assert_allclose(metrics["covariance_loss"], covariance(pooled), rtol=1e-3)
     weighted = 0.5 * (3.0 * metrics["variance_loss"] + 0.25 * metrics["covariance_loss"])
@@ -86,14 +107,11 @@ def test_a_regulariser_adds_its_weighted_value_of_the_pooled_context(images):
 
 
 def test_layers_are_those_blocks_outputs_and_their_losses_are_weighed(images):
-    view, single = None, {}
-    for layers in ((1,), (2,), (1, 2), (2, 1)):
-        method = build(layers=layers)
-        view = method.config.views_and_masks(images, method.masks, key=jr.key(0))[0] if view is None else view
-        single[layers] = method.targets(view)
+    view = drawn(images, 0)[0]
+    single = {layers: targets_of(build(layers=layers), view) for layers in ((1,), (2,), (1, 2), (2, 1))}
     np.testing.assert_allclose(single[1, 2], jnp.concatenate([single[1,], single[2,]]), atol=1e-5)
     np.testing.assert_allclose(single[2, 1], jnp.concatenate([single[2,], single[1,]]), atol=1e-5)
-    np.testing.assert_allclose(single[2,], build().targets(view), atol=1e-5)  # None: the last alone
+    np.testing.assert_allclose(single[2,], targets_of(build(), view), atol=1e-5)  # None: the last alone
     assert jnp.abs(single[1,] - single[2,]).max() > 0.01
 
     def loss_with(weights):
@@ -113,7 +131,7 @@ def test_what_is_read_for_collapse_is_the_deepest_layer_whatever_the_order(image
 
 def test_the_context_loss_is_that_of_its_equation(images):
     method = build(context_weight=0.5)
-    view, masks = method.config.views_and_masks(images, method.masks, key=jr.key(0))
+    view, masks = drawn(images, 0)
     loss, metrics = method.loss_of(view, masks, key=jr.key(0))
     targets, rows = np.asarray(method.targets(view)[0]), method.masks.grid[1]
     predictions = np.asarray(method.predictions(method.encoder(view, masks.context), masks)[1][0])
@@ -133,7 +151,7 @@ def test_the_context_loss_is_that_of_its_equation(images):
 @pytest.mark.parametrize("teacher", ["ema", "stopped", "shared"])
 def test_only_a_shared_encoder_learns_from_its_targets(images, teacher):
     method = build(teacher=teacher, regulariser=RegulariserConfig("sigreg", directions=8))
-    view, _ = method.config.views_and_masks(images, method.masks, key=jr.key(0))
+    view, _ = drawn(images, 0)
     grads = eqx.filter_grad(lambda m: jnp.sum(jnp.square(m.targets(view)[..., :3])))(method)
     reached = any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
     assert reached == (teacher == "shared")
@@ -145,7 +163,7 @@ def test_only_a_shared_encoder_learns_from_its_targets(images, teacher):
 def test_a_shared_encoders_targets_can_be_regularised_instead(images):
     chosen = {"teacher": "shared", "target_norm": "none", "regulariser": RegulariserConfig("vicreg")}
     method = build(**chosen, regularised="targets")
-    view, masks = method.config.views_and_masks(images, method.masks, key=jr.key(0))
+    view, masks = drawn(images, 0)
     _, metrics = method.loss_of(view, masks, key=jr.key(0))
     pooled = jnp.mean(method.encoder(view), axis=1)
     np.testing.assert_allclose(metrics["variance_loss"], variance(pooled), rtol=1e-4)
@@ -156,7 +174,7 @@ def test_a_shared_encoders_targets_can_be_regularised_instead(images):
 
 def test_directions_are_new_at_each_step_and_belong_to_the_batch(images):
     method = build(regulariser=RegulariserConfig("sigreg", directions=4))
-    view, masks = method.config.views_and_masks(images, method.masks, key=jr.key(0))
+    view, masks = drawn(images, 0)
     first, again, other = (method.loss_of(view, masks, key=jr.key(k))[1]["sigreg_loss"] for k in (0, 0, 1))
     assert first == again != other
 
@@ -175,26 +193,23 @@ def test_the_loss_reads_no_label(images):
 
 
 def test_an_example_keeps_its_view_and_mask_in_any_batch(images):
-    method = build()
-    view, masks = method.config.views_and_masks(images, method.masks, key=jr.key(3))
+    view, masks = drawn(images, 3)
     some = jax.tree.map(lambda x: x[jnp.array([5, 2])], images)
-    view_some, masks_some = method.config.views_and_masks(some, method.masks, key=jr.key(3))
+    view_some, masks_some = drawn(some, 3)
     np.testing.assert_allclose(view_some, view[jnp.array([5, 2])], atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[jnp.array([5, 2])], b), masks, masks_some)
 
 
 def test_the_same_picture_at_two_places_of_the_order_gets_two_views_and_two_masks(images):
-    method = build()
     alike = eqx.tree_at(lambda i: i.canvas, images, jnp.broadcast_to(images.canvas[:1], images.canvas.shape))
     alike = eqx.tree_at(lambda i: i.size, alike, jnp.broadcast_to(images.size[:1], images.size.shape))
-    view, masks = method.config.views_and_masks(alike, method.masks, key=jr.key(3))
+    view, masks = drawn(alike, 3)
     for part in (view, masks.context, masks.targets):
         assert len({np.asarray(row).tobytes() for row in part}) > len(part) // 2
 
 
 def test_new_keys_give_new_views(images):
-    method = build()
-    views = [method.config.views_and_masks(images, method.masks, key=jr.key(seed))[0] for seed in (0, 1)]
+    views = [drawn(images, seed)[0] for seed in (0, 1)]
     assert jnp.abs(views[0] - views[1]).max() > 0.1
 
 

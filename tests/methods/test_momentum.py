@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jepax.methods.momentum import MomentumConfig, follow, teacher_of
+from jepax.types import UserError
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,8 @@ def test_a_teacher_is_a_copy_that_moves_by_its_share():
     np.testing.assert_allclose(moved.average.bias - online.bias, 0.5, rtol=1e-5)
     np.testing.assert_array_equal(moved.average.weight, online.weight)
     np.testing.assert_allclose([metrics["momentum"], metrics["ema_step_norm"]], [0.75, 0.5 * np.sqrt(2)], rtol=1e-5)
+
+
+def test_what_would_freeze_the_teacher_is_refused():
+    with pytest.raises(UserError, match=r"method\.momentum\.horizon=0"):
+        MomentumConfig(horizon=0.0)

@@ -74,7 +74,7 @@ def test_lejepa_weighs_its_two_terms(groups):
     assert method.objective(groups, key=jr.key(3))[1]["sigreg"] != metrics["sigreg"]
 
 
-def test_vicreg_of_two_views_is_the_papers(groups):
+def test_vicreg_of_two_views_is_the_released_codes(groups):
     method = CONFIGS["vicreg"].build(total_steps=10, key=jr.key(0))
     first, second = groups[0]
     expected = (
@@ -144,6 +144,8 @@ def test_rectified_lpjepa_tells_the_share_of_nonzeros(groups, sigma):
         (lambda: replace(CONFIGS["lejepa"], views=MultiCropConfig(globals=1)), "method.views.globals=1"),
         (lambda: replace(CONFIGS["rectified_lpjepa"], p=0.0), "method.p=0.0"),
         (lambda: RectifiedLpJEPAConfig(**SHARED), "method.projector.rectified=False"),
+        (lambda: replace(CONFIGS["lejepa"], projector=ProjectorConfig(rectified=True)), "projector.rectified=True"),
+        (lambda: replace(CONFIGS["visreg"], projector=ProjectorConfig(rectified=True)), "projector.rectified=True"),
         (lambda: replace(CONFIGS["lejepa"], encoder=ViTConfig(patch_size=5)), "patch_size=5"),
     ],
 )

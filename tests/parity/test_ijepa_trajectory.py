@@ -80,7 +80,7 @@ def test_gradients_of_step_0(golden, method):
     patch = int(golden["config.patch_size"])
     params, rest = eqx.partition(method, trainable(method))
     view, masks = views_of(golden, 0), masks_of(golden, 0)
-    grads = jax.grad(lambda p: eqx.combine(p, rest).loss_of(view, masks, key=jr.key(0))[0])(params)
+    grads = jax.jit(jax.grad(lambda p: eqx.combine(p, rest).loss_of(view, masks, key=jr.key(0))[0]))(params)
     for kind in ("encoder", "predictor"):
         theirs, ours = group(golden, f"step0.grad.{kind}."), named_parameters(getattr(grads, kind), kind, patch)
         assert set(ours) == set(theirs)
@@ -105,18 +105,21 @@ def test_schedules(golden, method):
                 np.testing.assert_allclose(ours, golden[name][step], rtol=1e-12, err_msg=f"{name} of step {step}")
 
 
-def test_losses_and_final_parameters(golden, method, monkeypatch):
+def test_losses_and_final_parameters(golden, method):
     """`train_step` itself, with the recorded views and masks in place of random ones."""
     optimizer, patch = optimizer_of(golden), int(golden["config.patch_size"])
     state, losses = init_state(method, optimizer), []
     batch = golden["step0.images"].shape[0]
     images = Images(np.zeros((batch, 1, 1, 3), np.uint8), np.ones((batch, 2), np.int32), np.arange(batch))
+
+    @eqx.filter_jit
+    def recorded_step(state, view, masks):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(method), "loss", lambda self, images, *, key: self.loss_of(view, masks, key=key))
+            return train_step(optimizer, state, images, jr.key(0))
+
     for step in range(len(golden["loss"])):
-        view, masks = views_of(golden, step), masks_of(golden, step)
-        monkeypatch.setattr(
-            type(method), "loss", lambda self, images, *, key, v=view, m=masks: self.loss_of(v, m, key=key)
-        )
-        state, metrics = eqx.filter_jit(lambda s: train_step(optimizer, s, images, jr.key(0)))(state)
+        state, metrics = recorded_step(state, views_of(golden, step), masks_of(golden, step))
         losses.append(float(metrics["loss"]))
     np.testing.assert_allclose(losses, golden["loss"], rtol=1e-5)
     final = state.method

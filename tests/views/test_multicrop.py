@@ -1,5 +1,6 @@
 """Several views of each image: their sizes, their keys, and what is refused."""
 
+import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 
 from jepax.data import DataConfig, open_source, sweep
 from jepax.types import Images, UserError
-from jepax.views import CropConfig, MultiCropConfig, PhotometricConfig, multicrop
+from jepax.views import CropConfig, MultiCropConfig, PhotometricConfig
+from jepax.views import multicrop as eager_multicrop
 
+multicrop = eqx.filter_jit(eager_multicrop)
 TONE = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 CONFIG = MultiCropConfig(
     globals=2,

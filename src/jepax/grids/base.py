@@ -34,13 +34,13 @@ class Grid:
     name: str
     """Names the grid's folder."""
     about: str
-    """One line: what is compared, and what is held equal."""
+    """One line above the table: what is compared, and what is held equal."""
     rows: tuple[Row, ...]
     """In the table's order."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Every row is run with each."""
     shared: tuple[str, ...] = ()
-    """Overrides of every row; those of the command line come after them, a row's own last."""
+    """Overrides of every row; those of the command line come after them. None may be one that a row varies."""
 
     def __post_init__(self) -> None:
         refuse_odd_name("grid", self.name)
@@ -49,6 +49,8 @@ class Grid:
             raise UserError(f"grid {self.name}: rows={names} and seeds={list(self.seeds)} must not be empty")
         if len(set(names)) < len(names) or len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"grid {self.name}: rows={names} or seeds={list(self.seeds)} hold one twice")
+        if min(self.seeds) < 0:
+            raise UserError(f"grid {self.name}: seeds={list(self.seeds)} must not be negative")
 
 
 GRIDS: dict[str, Callable[[], Grid]] = {}

@@ -1,15 +1,19 @@
 """`jepax grid`: the runs of a grid one after the other, and its table and figure from whatever is finished."""
 
+import contextlib
 import dataclasses
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import equinox as eqx
+import jax
 
 from jepax import config as configs
 from jepax import overrides
 from jepax import train as training
-from jepax.data import open_source
 from jepax.grids import table
 from jepax.grids.base import GRIDS, Grid, Row
 from jepax.train import Config
@@ -18,6 +22,8 @@ from jepax.viz import figures
 from jepax.viz.grid import chart
 
 Say = Callable[[str], None]
+OWN = ("run_dir", "seeds", "part")
+"""The grid's own flags."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,9 @@ class Wanted:
     grid: Grid
     folder: Path
     jobs: list[Job]
+    """What this command runs."""
+    kept: list[Job]
+    """What lies in the folder of earlier commands: the table holds it too."""
 
 
 def resolve(arguments: list[str]) -> Wanted:
@@ -52,9 +61,15 @@ def resolve(arguments: list[str]) -> Wanted:
     if len(own.get("run_dir", [""])) != 1:
         raise UserError("--run-dir takes one folder: --run-dir runs/NAME")
     folder = Path(own["run_dir"][0]) if "run_dir" in own else Path("runs") / grid.name
-    shared = [*overrides.grouped(list(grid.shared)), *shared]
-    jobs = [job(row, seed, shared, folder) for seed in grid.seeds for row in grid.rows]
-    return Wanted(grid, folder, jobs[part_of(own["part"])] if "part" in own else jobs)
+    rows = [(row, config_of(row, [*plain_overrides(grid.shared), *shared])) for row in grid.rows]
+
+    def jobs_of(seeds: Iterable[int]) -> list[Job]:
+        runs = [(row, dataclasses.replace(config, seed=seed)) for seed in seeds for row, config in rows]
+        return [Job(row, config, table.folder_of(folder, row, config.seed)) for row, config in runs]
+
+    jobs = jobs_of(grid.seeds)
+    kept = [each for each in jobs_of(table.seeds_of(grid, folder)) if (each.folder / "config.yaml").exists()]
+    return Wanted(grid, folder, jobs[part_of(own["part"])] if "part" in own else jobs, kept)
 
 
 def sorted_out(groups: list[list[str]]) -> tuple[dict[str, list[str]], list[list[str]]]:
@@ -65,13 +80,23 @@ def sorted_out(groups: list[list[str]]) -> tuple[dict[str, list[str]], list[list
         if name in ("seed", "dry_run"):
             way = {"seed": "a grid takes --seeds 0 1 2", "dry_run": "a grid has no --dry-run: jepax train has"}
             raise UserError(way[name])
-        if name not in ("run_dir", "seeds", "part"):
+        if "." not in name and name not in OWN and (near := configs.closest(name, OWN)):
+            raise UserError(f"{flag} is no field; did you mean --{near.replace('_', '-')}?")
+        if name not in OWN:
             shared.append([flag, *words])
         elif name in own:
             raise UserError(f"{flag} stands there twice; remove one")
         else:
             own[name] = words
     return own, shared
+
+
+def plain_overrides(words: tuple[str, ...]) -> list[list[str]]:
+    """A grid's or a row's overrides. Raises `UserError` at what belongs to the command line."""
+    own, groups = sorted_out(overrides.grouped(list(words)))
+    if own:
+        raise UserError(f"--{min(own).replace('_', '-')} belongs to the command line: jepax grid NAME")
+    return groups
 
 
 def begin(name: str) -> Grid:
@@ -85,39 +110,45 @@ def begin(name: str) -> Grid:
 
 def whole(word: str, example: str) -> int:
     """Raises `UserError` where the word is no whole number."""
-    if not word.lstrip("-").isdecimal():
-        raise UserError(f"{word!r} is no whole number; write {example}")
+    if not word.isdecimal():
+        raise UserError(f"{word!r} is no number that is whole and not negative; write {example}")
     return int(word)
 
 
 def part_of(words: list[str]) -> slice:
     """`2/3` as every third run from the second on."""
-    number, _, count = "".join(words).partition("/")
+    number, _, count = " ".join(words).partition("/")
     first, every = (whole(word, "--part 1/2") for word in (number, count))
     if not 1 <= first <= every:
-        raise UserError(f"--part {''.join(words)} is no part of the runs; write --part 1/2 and --part 2/2")
+        raise UserError(f"--part {' '.join(words)} is no part of the runs; write --part 1/2 and --part 2/2")
     return slice(first - 1, None, every)
 
 
-def job(row: Row, seed: int, shared: list[list[str]], folder: Path) -> Job:
-    """The run of one row with one seed. Raises `UserError` where all rows are given what this one varies."""
-    varied = overrides.grouped(list(row.overrides))
+def config_of(row: Row, shared: list[list[str]]) -> Config:
+    """What a row's runs share. Raises `UserError` where all rows are given what this one varies."""
+    varied = plain_overrides(row.overrides)
     if both := {overrides.dotted(words[0]) for words in varied} & {overrides.dotted(words[0]) for words in shared}:
         raise UserError(f"row {row.name} varies {min(both)}, so it cannot be given to every row")
-    groups = [*shared, *varied, ["--seed", str(seed)]]
+    with blamed(row):
+        return overrides.override(overrides.begin(row.recipe), [*shared, *varied])
+
+
+@contextlib.contextmanager
+def blamed(row: Row) -> Iterator[None]:
+    """Within, a `UserError` names the row."""
     try:
-        config = overrides.override(overrides.begin(row.recipe), groups)
+        yield
     except UserError as error:
         raise UserError(f"row {row.name}: {error}") from error
-    return Job(row, config, table.folder_of(folder, row, seed))
 
 
 def run(wanted: Wanted, say: Say) -> list[Path]:
     """Trains and evaluates what is not finished yet, and writes table and figure after every run.
 
     Floors that are the same in several runs are measured once, and kept in the folder. A run that diverges is told in
-    the table and not tried again until its folder is removed.
+    the table and not tried again until its folder is removed. What cannot be trained is refused before the first run.
     """
+    check(wanted)
     for number, each in enumerate(wanted.jobs, 1):
         if settled(each):
             continue
@@ -126,25 +157,40 @@ def run(wanted: Wanted, say: Say) -> list[Path]:
             one(each, wanted.folder / "floors", say)
         except training.Diverged as error:
             say(f"{each.row.name}, seed {each.config.seed}: {error}")
-            (each.folder / table.DIVERGED).write_text(str(error).splitlines()[0] + "\n")
+            (each.folder / table.DIVERGED).write_text(str(error).splitlines()[0].rstrip(";") + "\n")
         write(wanted.grid, wanted.folder)
+        forget_programs()
     return write(wanted.grid, wanted.folder)
+
+
+def check(wanted: Wanted) -> None:
+    """Raises `UserError` naming the row that cannot be trained, or whose folder holds a run of another config."""
+    for each in wanted.kept:
+        with blamed(each.row):
+            training.claim(each.folder, each.config)
+    to_train = {each.row: each.config for each in wanted.jobs if not settled(each)}
+    for row, config in to_train.items():
+        with blamed(row):
+            training.check_splits(config.data)
+            _, optimizer = training.prepare(config)
+            eqx.filter_eval_shape(training.first_state, config.method, optimizer, jax.random.key(0))
+
+
+def forget_programs() -> None:
+    """Drops a run's programs: each holds maps of memory, of which a process may have 65,530; no other run needs it."""
+    jax.clear_caches()
+    gc.collect()
 
 
 def one(each: Job, floors: Path, say: Say) -> None:
     """Trains, draws and evaluates one run."""
-    for split in ("validation", "test"):  # what evaluation will need is missed now, not after the last step
-        open_source(each.config.data, split)
     state = training.train(each.config, each.folder)
     figures.draw(each.config, each.folder)
     training.evaluate(each.config, state, each.folder, say, floors=floors)
 
 
 def settled(each: Job) -> bool:
-    """Whether the run ended. Raises `UserError` where its folder holds a run of another config."""
-    if not (each.folder / "config.yaml").exists():
-        return False
-    training.claim(each.folder, each.config)
+    """Whether the run ended, with an evaluation or without."""
     return (each.folder / table.DIVERGED).exists() or table.evaluation(each.folder) is not None
 
 
@@ -153,7 +199,7 @@ def write(grid: Grid, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     found = table.results(grid, folder)
     written = []
-    for name, text in (("grid.md", table.markdown(grid, folder)), ("grid.csv", table.comma_separated(found))):
+    for name, text in (("grid.md", table.markdown(grid, folder, found)), ("grid.csv", table.comma_separated(found))):
         part = folder / f"{name}.{os.getpid()}.part"  # another process may write its own at the same time
         part.write_text(text)
         written.append(part.replace(folder / name))

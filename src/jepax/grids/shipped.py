@@ -65,7 +65,7 @@ def ablations_fashion_mnist() -> Grid:
     """Open questions about I-JEPA: EMA schedules, losses, placement of norms, clipping, layers."""
     return Grid(
         name="ablations_fashion_mnist",
-        about="two passes over 54,000 pictures; the other rows each change one thing of the first",
+        about="two passes over 54,000 pictures; the other rows each change the first in what their names say",
         shared=SHARED,
         rows=(
             masked("as_it_is"),

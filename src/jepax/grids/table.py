@@ -17,6 +17,7 @@ DIVERGED = "diverged.txt"
 """In the folder of a run whose loss stopped being finite: why."""
 HEAD = (
     "row",
+    "linear on validation",
     "linear",
     "kNN",
     "untrained: linear, kNN",
@@ -29,10 +30,12 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run: accuracies are top-1 on the test split, in percent."""
+    """One finished run: accuracies are top-1 in percent, on the test split but for `validation`."""
 
     row: str
     seed: int
+    validation: float
+    """Of the linear probe: what to choose by."""
     linear: float
     knn: float
     untrained_linear: float
@@ -95,6 +98,7 @@ def read(row: Row, seed: int, run: Path) -> Result:
     return Result(
         row.name,
         seed,
+        rows["trained"]["linear"]["chosen"]["validation_top1"],
         *both("trained"),
         *both("untrained"),
         *both("pixels"),
@@ -114,21 +118,23 @@ def seconds(lines: list[dict]) -> float:
     return sum((line["step"] - last) * line["seconds_per_step"] for line, last in zip(lines, before, strict=False))
 
 
-def markdown(grid: Grid, folder: Path) -> str:
+def markdown(grid: Grid, folder: Path, found: list[Result]) -> str:
     """The table of rows: means over seeds, the scores of each seed behind them, in the seeds' order.
 
-    Below it: the runs that diverged, and how many are missing.
+    Above it what is compared; below it the runs that diverged, and how many of the grid's are missing.
     """
-    found, seeds = results(grid, folder), seeds_of(grid, folder)
-    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+    lines = [grid.about, ""] if grid.about else []
+    lines += [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
     for row in grid.rows:
         runs = [result for result in found if result.row == row.name]
         if runs:
             lines.append(f"| {' | '.join(_cells(row.name, runs))} |")
-    all_runs = [(row, seed, folder_of(folder, row, seed) / DIVERGED) for row in grid.rows for seed in seeds]
-    lost = [f"{row.name}, seed {seed}: {note.read_text().strip()}" for row, seed, note in all_runs if note.exists()]
-    missing = len(grid.rows) * len(grid.seeds) - sum(run.seed in grid.seeds for run in found) - len(lost)
-    said = [f"{missing} of {len(grid.rows) * len(grid.seeds)} runs are missing"] if missing > 0 else []
+    ended = {(run.row, run.seed) for run in found}
+    others = [(row, seed) for row in grid.rows for seed in seeds_of(grid, folder) if (row.name, seed) not in ended]
+    notes = {(row.name, seed): folder_of(folder, row, seed) / DIVERGED for row, seed in others}
+    lost = [f"{row}, seed {seed}: {note.read_text().strip()}" for (row, seed), note in notes.items() if note.exists()]
+    missing = sum(seed in grid.seeds and not note.exists() for (_, seed), note in notes.items())
+    said = [f"{missing} of {len(grid.rows) * len(grid.seeds)} runs are missing"] if missing else []
     apart = [""] if lost or said else []  # else they would be rows
     return "\n".join([*lines, *apart, *lost, *said]) + "\n"
 
@@ -142,6 +148,7 @@ def _cells(name: str, runs: list[Result]) -> list[str]:
 
     return [
         name,
+        mean("validation"),
         each("linear"),
         each("knn"),
         f"{mean('untrained_linear')}, {mean('untrained_knn')}",

@@ -10,16 +10,21 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jepax.methods.base import MethodConfig
 from jepax.methods.momentum import MomentumConfig, follow, teacher_of
-from jepax.methods.multiview import MultiView, MultiViewConfig, Projections, embed, project
+from jepax.methods.multiview import MultiView, MultiViewConfig, Projections, embed, project, refuse_rectified
 from jepax.nn import Projector, ProjectorConfig, ViT
 from jepax.trees import EMA
 from jepax.types import Images, Metrics, UserError
+
+EPS = 1e-12
+"""Added to the squared length of a projection, which may be 0."""
 
 
 @dataclass(frozen=True)
 class BYOLConfig(MultiViewConfig, MethodConfig, name="byol"):
     """BYOL: no regulariser; a predictor and a slow teacher keep it from collapse."""
 
+    projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(hidden=(4096,), width=256))
+    """Head on the mean over patches."""
     predictor: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(hidden=(4096,), width=256))
     """Head on the projection, as wide at its end as the projector's."""
     momentum: MomentumConfig = field(default_factory=lambda: MomentumConfig(shape="cosine"))
@@ -27,6 +32,7 @@ class BYOLConfig(MultiViewConfig, MethodConfig, name="byol"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_rectified(self.projector, self.predictor)
         if self.predictor.width != self.projector.width:
             raise UserError(
                 f"method.predictor.width={self.predictor.width} must be method.projector.width={self.projector.width}"
@@ -40,7 +46,8 @@ class BYOL(MultiView):
     """loss = mean over pairs of a view v and another, global view w of 2 - 2 cos(q(z_v), z'_w).
 
     z = projector(mean over patches of encoder(view)); z' is that of the moving averages of both; q is the predictor.
-    Only the averages' global views are targets; a local view predicts those too, as in DINO's multi-crop.
+    Only the averages' global views are targets; a local view predicts those too, as in DINO's multi-crop. Differs from
+    the paper: a mean over the pairs, where that sums the two, and BatchNorm reads all views of a group together.
     """
 
     target: EMA[tuple[ViT, Projector]]
@@ -73,7 +80,7 @@ class BYOL(MultiView):
 
 def disagreement(predictions: Projections, targets: Projections) -> Float[Array, ""]:
     """mean over pairs v != w of 2 - 2 cos(predictions[v], targets[w]); view w of both is the same. From 0 to 4."""
-    predictions, targets = (x / jnp.linalg.norm(x, axis=2, keepdims=True) for x in (predictions, targets))
-    cosines = jnp.mean(jnp.einsum("vbd,wbd->vwb", predictions, targets), axis=2)
+    predictions, targets = (x * lax.rsqrt(jnp.sum(x * x, axis=2, keepdims=True) + EPS) for x in (predictions, targets))
+    cosines = jnp.mean(jnp.einsum("vbd,wbd->vwb", predictions, targets, precision=lax.Precision.HIGHEST), axis=2)
     other = ~jnp.eye(*cosines.shape, dtype=bool)
     return 2 - 2 * jnp.sum(jnp.where(other, cosines, 0)) / jnp.sum(other)

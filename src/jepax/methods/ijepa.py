@@ -41,7 +41,7 @@ class IJEPAConfig(MethodConfig, name="ijepa"):
     loss: Literal["smooth_l1", "l2"] = "smooth_l1"
     """Distance of predictions to targets: smooth L1 (the released code) or squared error (the paper)."""
     beta: float = 1.0
-    """Smooth L1 only: the distance at which its square becomes linear."""
+    """Read by loss=smooth_l1 alone: the distance at which its square becomes linear."""
     layers: tuple[int, ...] | None = None
     """Blocks of the target encoder whose outputs are predicted, counted from 1; None (as published): the last."""
     layer_weights: tuple[float, ...] | None = None
@@ -55,7 +55,7 @@ class IJEPAConfig(MethodConfig, name="ijepa"):
     teacher: Literal["ema", "stopped", "shared"] = "ema"
     """Who embeds the targets: a moving average (as published), or the encoder itself, gradient stopped or not."""
     momentum: MomentumConfig = field(default_factory=MomentumConfig)
-    """Schedule of the moving average's momentum."""
+    """Schedule of the moving average's momentum; read by teacher=ema alone."""
     regulariser: RegulariserConfig = field(default_factory=RegulariserConfig)
     """Beside the teacher or in its place; none as published."""
     regularised: Literal["context", "targets"] = "context"

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jepax.methods.base import MethodConfig
-from jepax.methods.multiview import JointEmbedding, MultiViewConfig, Projections, invariance, refuse_below_one
+from jepax.methods.multiview import (
+    JointEmbedding,
+    MultiViewConfig,
+    Projections,
+    invariance,
+    refuse_below_one,
+    refuse_rectified,
+)
 from jepax.objectives.directions import unit_directions
 from jepax.objectives.sigreg import sigreg
 from jepax.types import Metrics, UserError
@@ -25,6 +32,7 @@ class LeJEPAConfig(MultiViewConfig, MethodConfig, name="lejepa"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_rectified(self.projector)
         if not 0 <= self.weight <= 1:
             raise UserError(f"method.weight={self.weight} is not in [0, 1]")
         refuse_below_one(self, "directions")

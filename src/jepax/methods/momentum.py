@@ -32,6 +32,8 @@ class MomentumConfig:
         for name in ("start", "final"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UserError(f"method.momentum.{name}={getattr(self, name)} is not in [0, 1]")
+        if self.horizon <= 0:
+            raise UserError(f"method.momentum.horizon={self.horizon} must be above 0; 1.0 is the run's length")
 
     def at(self, step: Int[Array, ""] | int, total_steps: int) -> Float[Array, ""]:
         """Momentum applied after the update of `step`, counted from 0, in a run of `total_steps`."""

@@ -127,6 +127,12 @@ def refuse_below_one(config: object, *names: str) -> None:
             raise UserError(f"method.{name}={getattr(config, name)} must be at least 1")
 
 
+def refuse_rectified(*heads: ProjectorConfig) -> None:
+    """Raises `UserError` where a ReLU ends a head whose output is to lie on both sides of 0."""
+    if any(head.rectified for head in heads):
+        raise UserError("projector.rectified=True leaves no projection below 0, but the loss wants some; set it False")
+
+
 def refuse_negative(config: object, *names: str) -> None:
     """Raises `UserError` at the first weight below 0."""
     for name in names:

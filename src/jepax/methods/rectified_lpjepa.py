@@ -57,7 +57,10 @@ class RectifiedLpJEPAConfig(MultiViewConfig, MethodConfig, name="rectified_lpjep
 
 
 class RectifiedLpJEPA(JointEmbedding):
-    """loss = lambda s(Z, Z') + nu mean over views of RDMReg(Z, Y), Y fresh samples of the target each step."""
+    """loss = lambda s(Z, Z') + nu mean over views of RDMReg(Z, Y), Y fresh samples of the target each step.
+
+    Differs from the released code: the views share Y, which that draws for each, and a BatchNorm.
+    """
 
     config: RectifiedLpJEPAConfig = eqx.field(static=True)
 

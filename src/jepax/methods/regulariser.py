@@ -24,7 +24,10 @@ READ = {
 
 @dataclass(frozen=True)
 class RegulariserConfig:
-    """One regulariser and its weights; a field that names another kind is not read, and says so where it was set."""
+    """One regulariser and its weights; a field that names another kind is not read, and says so where it was set.
+
+    Only the weight may stay where kind is none, so that a recipe's regulariser is switched off by its kind alone.
+    """
 
     kind: Literal["none", "sigreg", "rdmreg", "vicreg", "visreg"] = "none"
     """None, or the regulariser's name."""
@@ -33,9 +36,9 @@ class RegulariserConfig:
     directions: int = 256
     """sigreg, rdmreg, visreg: directions of projection, drawn anew at each step."""
     variance: float = 25.0
-    """vicreg: weight of the variance term within the regulariser, as in the paper."""
+    """vicreg: weight of the variance term within the regulariser, as in the paper's equation."""
     covariance: float = 1.0
-    """vicreg: weight of the covariance term within the regulariser, as in the paper."""
+    """vicreg: weight of the covariance term within the regulariser, as in the paper's equation."""
     scale: float = 1.0
     """visreg: weight of the scale term within the regulariser."""
     centre: float = 1.0
@@ -67,7 +70,8 @@ def regularise(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The weighted regulariser of the global batch, and its unweighted terms. Scale: as each objective says.
 
-    RDMReg asks for features that are not negative, so it reads max(0, embeddings).
+    RDMReg asks for features that are not negative, so it reads max(0, embeddings). Where a dimension is below 0 on the
+    whole batch its gradient is zero: RDMReg charges for such a dimension, but does not bring it back.
     """
     match config.kind:
         case "none":

@@ -15,12 +15,12 @@ from jepax.types import Metrics
 
 @dataclass(frozen=True)
 class VICRegConfig(MultiViewConfig, MethodConfig, name="vicreg"):
-    """VICReg, with the weights of the paper."""
+    """VICReg, with the weights of the paper, on terms as its released code takes them."""
 
     invariance: float = 25.0
     """Weight of the mean squared distance between two views of an image."""
     variance: float = 25.0
-    """Weight of the variance term, mean over views."""
+    """Weight of the variance term, mean over views (the paper sums it over the two: there 12.5 is this 25)."""
     covariance: float = 1.0
     """Weight of the covariance term, summed over two views (mean over views, times 2)."""
 
@@ -35,7 +35,9 @@ class VICRegConfig(MultiViewConfig, MethodConfig, name="vicreg"):
 class VICReg(JointEmbedding):
     """loss = lambda s(Z, Z') + mu mean over views of v(Z) + 2 nu mean over views of c(Z).
 
-    Of more than two views every pair counts alike. Differs from the released code: BatchNorm reads all views together.
+    As in the released code (facebookresearch/vicreg, main_vicreg.py) v is halved over two views and s is a mean over
+    dimensions, where the paper's equation 6 sums both. Of more than two views every pair counts alike. Differs from the
+    code: BatchNorm reads all views together. Needs a global batch of two images at least.
     """
 
     config: VICRegConfig = eqx.field(static=True)

@@ -15,6 +15,7 @@ from jepax.methods.multiview import (
     invariance,
     refuse_below_one,
     refuse_negative,
+    refuse_rectified,
 )
 from jepax.objectives import visreg
 from jepax.objectives.directions import unit_directions
@@ -38,6 +39,7 @@ class VISRegConfig(MultiViewConfig, MethodConfig, name="visreg"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_rectified(self.projector)
         if not 0 <= self.weight <= 1:
             raise UserError(f"method.weight={self.weight} is not in [0, 1]")
         refuse_negative(self, "scale", "centre", "shape")

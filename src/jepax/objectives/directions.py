@@ -35,6 +35,7 @@ def mean_over_directions(
         return jnp.mean(statistic(directions))
     dim, count = directions.shape
     pieces = -(-count // chunk)
+    chunk = -(-count // pieces)  # alike in size, so that little is padded
     padded = jnp.pad(directions, ((0, 0), (0, pieces * chunk - count))).reshape(dim, pieces, chunk)
     real = (jnp.arange(pieces * chunk) < count).reshape(pieces, chunk)
 

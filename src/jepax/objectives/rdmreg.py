@@ -33,9 +33,13 @@ def rdmreg(
 
 
 def generalised_gaussian(key: PRNGKeyArray, p: float, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
-    """g = +-(p G)^(1/p), G of the Gamma distribution of shape 1/p: Laplace at p = 1, standard normal at p = 2."""
+    """g = +-(p G)^(1/p), G of the Gamma distribution of shape 1/p: Laplace at p = 1, standard normal at p = 2.
+
+    By logarithms: at a great p most of G is below float32's least number, while its root is near 1.
+    """
     key_size, key_sign = jr.split(key)
-    return jr.rademacher(key_sign, shape) * (p * jr.gamma(key_size, 1 / p, shape)) ** (1 / p)
+    size = jnp.exp((np.log(p) + jr.loggamma(key_size, 1 / p, shape)) / p)
+    return jr.rademacher(key_sign, shape) * size
 
 
 def rectified(

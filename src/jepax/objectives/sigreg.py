@@ -27,7 +27,7 @@ def epps_pulley(
     weights = jnp.full(knots, 2 * step).at[jnp.array([0, -1])].set(step) * normal
     angles = projections[..., None] * points
     real, imaginary = jnp.mean(jnp.cos(angles), axis=0), jnp.mean(jnp.sin(angles), axis=0)
-    return projections.shape[0] * ((jnp.square(real - normal) + jnp.square(imaginary)) @ weights)
+    return projections.shape[0] * jnp.sum((jnp.square(real - normal) + jnp.square(imaginary)) * weights, axis=-1)
 
 
 def sigreg(

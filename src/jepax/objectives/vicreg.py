@@ -12,7 +12,8 @@ EPS = 1e-4
 def variance(embeddings: Float[Array, "batch dim"], floor: float = 1.0) -> Float[Array, ""]:
     """mean over dimensions j of max(0, floor - sqrt(var(z_j) + eps)): 0 where every deviation reaches `floor`.
 
-    Scale: from 0 to `floor`, whatever the width and the batch. Source: Bardes et al. 2022, equation 1.
+    Scale: from 0 to `floor`, whatever the width and the batch. Source: Bardes et al. 2022, equation 1. Not a
+    number at a single embedding, which has no variance.
     """
     return jnp.mean(jax.nn.relu(floor - jnp.sqrt(jnp.var(embeddings, axis=0, ddof=1) + EPS)))
 
@@ -21,7 +22,7 @@ def covariance(embeddings: Float[Array, "batch dim"]) -> Float[Array, ""]:
     """(1 / dim) sum over i != j of C_ij^2, with C the covariance over the global batch.
 
     Scale: grows with the fourth power of the embeddings' own, and with the share of dimensions that agree; not with
-    the batch, but for the noise of C. Source: Bardes et al. 2022, equations 3 and 4.
+    the batch, but for the noise of C. Source: Bardes et al. 2022, equations 3 and 4. Not a number at one.
     """
     count, dim = embeddings.shape
     centred = embeddings - jnp.mean(embeddings, axis=0)

@@ -1,7 +1,8 @@
 """BYOL (Grill et al. 2020, arXiv:2006.07733): on Fashion-MNIST for two CPU cores, and on ImageNet-100.
 
 On ImageNet-100: projector and predictor 4096-256, momentum 0.996 -> 1 on a cosine (paper, section 3.2); encoder, views
-and optimiser are those of `vicreg_vits16_in100`, where the paper trains a ResNet-50 with LARS at batch 4096.
+and optimiser are those of `vicreg_vits16_in100`, as what is ours in them; the paper trains a ResNet-50 with LARS at
+batch 4096.
 """
 
 from dataclasses import replace

@@ -25,7 +25,10 @@ from jepax.views import LEJEPA, CropConfig, MultiCropConfig, PhotometricConfig
 
 @recipe
 def lejepa_fashion_mnist() -> Config:
-    """LeJEPA on Fashion-MNIST, seven minutes of training on one CPU core: the demo's encoder, two views."""
+    """LeJEPA on Fashion-MNIST, seven minutes of training on one CPU core: the demo's encoder, two views.
+
+    Test top-1: linear 86.8, kNN 81.9, means of three seeds (untrained 82.5, 75.4; raw pixels 84.6, 85.3).
+    """
     crop = CropConfig(
         size=(28, 28),
         scale=(0.4, 1.0),
@@ -89,7 +92,9 @@ def lejepa_vits8_imagenette() -> Config:
 def lejepa_vitl14_in1k() -> Config:
     """LeJEPA ViT-L/14 on ImageNet-1k, 100 epochs, 2 global and 6 local views; reported: only on transfer tasks.
 
-    The batch (512) and the projector's widths are ours; SIGReg's weight belongs to the batch.
+    Ours: the batch (512; SIGReg's weight belongs to it), the projector's widths, the 10 epochs of warm-up from a
+    hundredth of the peak, fixed positions that a local view counts from its own corner, no weight decay on biases and
+    norms.
     """
     base = lejepa_vits8_imagenette()
     crop = CropConfig(size=(224, 224), scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5)

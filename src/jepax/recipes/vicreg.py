@@ -1,9 +1,11 @@
 """VICReg (Bardes et al. 2022, arXiv:2105.04906): on Fashion-MNIST for two CPU cores, and on ImageNet-100.
 
 The ImageNet-100 settings are those of the baseline with a ViT in the public configs of Rectified LpJEPA (Kuang et al.
-2026): ViT-S/16, two views of 224 px (0.2-1) with jitter 0.8, grey 0.2, blur 0.5, solarise 0.1, flip 0.5; projector
-2048-2048-2048; weights 25, 25, 1; AdamW 5e-4, weight decay 1e-4, batch 128, 1000 epochs. Its warm-up (10 epochs) is
-that code's default. VICReg's own paper trains a ResNet-50 with LARS, which this library does not have.
+2026): ViT-S/16, two views of 224 px (0.2-1, bicubic) with jitter 0.8, grey 0.2, blur 0.5, solarise 0.1, flip 0.5;
+projector 2048-2048-2048; weights 25, 25, 1, the variance term summed over the two views, which is 50 here; AdamW 5e-4,
+weight decay 1e-4, batch 128, 1000 epochs. Its warm-up (10 epochs) is that code's default. Ours: the mean over patches
+as the embedding (there a class token), fixed positions (there learned), no weight decay on biases and norms, BatchNorm
+over both views together. VICReg's own paper trains a ResNet-50 with LARS, which this library does not have.
 """
 
 from dataclasses import replace
@@ -20,7 +22,7 @@ from jepax.views import CropConfig, MultiCropConfig, PhotometricConfig
 
 @recipe
 def vicreg_fashion_mnist() -> Config:
-    """VICReg on Fashion-MNIST, as `lejepa_fashion_mnist` but for the loss."""
+    """VICReg on Fashion-MNIST, as `lejepa_fashion_mnist` but for the loss. Linear 87.5, kNN 82.5 (floors there)."""
     base = lejepa_fashion_mnist()
     shared = {"encoder": base.method.encoder, "projector": base.method.projector, "views": base.method.views}
     return replace(base, recipe="vicreg_fashion_mnist", method=VICRegConfig(**shared))
@@ -34,7 +36,7 @@ def vicreg_vits16_in100() -> Config:
     """
     views = MultiCropConfig(
         globals=2,
-        global_crop=CropConfig(size=(224, 224), scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5),
+        global_crop=CropConfig(size=(224, 224), scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, filter="bicubic"),
         photometric=PhotometricConfig(jitter=0.8, grey=0.2, blur=0.5, solarise=0.1),
     )
     return Config(
@@ -43,6 +45,7 @@ def vicreg_vits16_in100() -> Config:
             encoder=ViTConfig(patch_size=16, **SIZES["small"]),
             projector=ProjectorConfig(hidden=(2048, 2048), width=2048),
             views=views,
+            variance=50.0,
         ),
         data=DataConfig(source="image_folder", canvas=512, validation=0.05, threads=16),
         optim=OptimConfig(

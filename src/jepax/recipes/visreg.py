@@ -1,10 +1,12 @@
 """VISReg (Wu et al. 2026, arXiv:2606.02572): on Fashion-MNIST for two CPU cores, and as published.
 
 The ImageNet settings are those of the public code's default config: ViT-B/16; 4 global views of 224 px (0.3-1) and 6
-local ones of 96 px (0.05-0.3); flip 0.5, jitter 0.8 (0.4, 0.4, 0.2, 0.05), grey 0.2, blur 0.5, solarise 0.2; a
-projection of 256; share of the regulariser 0.9, its terms 1 each, 4096 directions; AdamW 9e-4, weight decay 5e-2, 5
-epochs of warm-up, cosine to a thousandth; gradients clipped at 1; 100 epochs. Ours: the batch of 128, the projector's
-hidden widths, ReLU instead of GELU in it, and the mean over patches as the embedding.
+local ones of 96 px (0.05-0.3), bicubic; flip 0.5, jitter 0.8 (0.4, 0.4, 0.2, 0.1), grey 0.2, blur 0.5, solarise 0.2;
+projector 2048-2048-256; share of the regulariser 0.9, its terms 1 each, 4096 directions; AdamW 9e-4, weight decay 5e-2,
+5 epochs of warm-up from a thousandth, cosine to a thousandth; gradients clipped at 1; 100 epochs. Ours: the batch of
+128, ReLU instead of GELU in the projector, the mean over patches as the embedding, no stochastic depth (there 0.1),
+fixed positions that a local view counts from its own corner (there learned and resampled), a blur of three deviations
+(there 9 taps), no weight decay on biases and norms.
 """
 
 from dataclasses import replace
@@ -19,7 +21,7 @@ from jepax.train import Config, TrainConfig
 
 @recipe
 def visreg_fashion_mnist() -> Config:
-    """VISReg on Fashion-MNIST, as `lejepa_fashion_mnist` but for the loss."""
+    """VISReg on Fashion-MNIST, as `lejepa_fashion_mnist` but for the loss. Linear 85.3, kNN 81.9 (floors there)."""
     base = lejepa_fashion_mnist()
     shared = {"encoder": base.method.encoder, "projector": base.method.projector, "views": base.method.views}
     return replace(base, recipe="visreg_fashion_mnist", method=VISRegConfig(**shared, directions=256))
@@ -36,8 +38,8 @@ def visreg_vitb16_in1k() -> Config:
     views = replace(
         given,
         globals=4,
-        local_crop=replace(given.local_crop, size=(96, 96)),
-        photometric=replace(given.photometric, hue=0.05),
+        global_crop=replace(given.global_crop, filter="bicubic"),
+        local_crop=replace(given.local_crop, size=(96, 96), filter="bicubic"),
     )
     return replace(
         base,
@@ -49,7 +51,7 @@ def visreg_vitb16_in1k() -> Config:
         ),
         optim=OptimConfig(
             peak_lr=9e-4,
-            start_lr=9e-6,
+            start_lr=9e-7,
             final_lr=9e-7,
             warmup_epochs=5.0,
             weight_decay=5e-2,

@@ -1,0 +1,34 @@
+"""What a benchmark's numbers depend on beside the code."""
+
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """Commit, versions of ours and of `packages`, processor, cores, device, and the load before the run."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return {
+        "commit": git.stdout.strip() or None,
+        "versions": {package: version(package) for package in ("jepax", "jax", "jaxlib", "equinox", "optax", *packages)}
+        | {"python": platform.python_version()},
+        "cpu": name[1] if name else platform.processor(),
+        "cores": cores(),
+        "device": str(jax.devices()[0]),
+        "load_average": os.getloadavg(),
+    }
