@@ -269,7 +269,7 @@ def log_values(metrics: Metrics, seconds_per_step: float, batch_size: int) -> Va
 def train(config: Config, run: Path) -> TrainState:
     """Trains in the folder `run`, or continues there: restore -> for batch: step -> log -> save.
 
-    Raises `UserError` where the folder holds a run of another config, and where the loss or an update stops being finite.
+    Raises `UserError` where the folder holds a run of another config, and where loss or update stop being finite.
     """
     source, optimizer = prepare(config)
     mesh, compute, steps = sharding.make_mesh(), compute_dtype(config), optimizer.total_steps

@@ -249,7 +249,8 @@ def test_an_evaluation_on_the_way_does_not_finish_a_run(finished, tmp_path):
     assert len(table.results(run.begin(words[1]), tmp_path)) == 0
 
 
-def test_a_run_that_diverges_is_told_and_does_not_stop_the_others(tmp_path, capsys):
+def test_a_run_that_diverges_is_told_and_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "forget_programs", lambda: None)
     row = Row("lost", "ijepa_fashion_mnist", ("--optim.peak-lr", "1e38", "--method.loss", "l2"))
     configs.dump(Grid("mine", "", (row,), seeds=(0, 1)), tmp_path / "mine.yaml")
     words = ["grid", str(tmp_path / "mine.yaml"), *TINY, "--run-dir", str(tmp_path / "out")]
