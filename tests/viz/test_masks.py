@@ -10,6 +10,7 @@ import pytest
 
 from jepax import train
 from jepax.methods.ijepa import IJEPA
+from jepax.optim import OptimConfig
 from jepax.types import Masks
 from jepax.views import CropConfig, denormalise
 from jepax.viz import figures
@@ -52,7 +53,8 @@ def test_the_loss_takes_its_randomness_from_the_same_function(images):
 
 def test_the_key_and_the_images_are_those_of_the_first_training_step(config, monkeypatch, tmp_path):
     steps = train.TrainConfig(batch_size=16, steps=300)
-    config = train.Config(seed=3, method=config.method, data=config.data, train=steps)
+    optim = OptimConfig(warmup_epochs=0.0)
+    config = train.Config(seed=3, method=config.method, data=config.data, optim=optim, train=steps)
     met, drawn = [], []
 
     def first_step(inputs, state):
@@ -60,7 +62,6 @@ def test_the_key_and_the_images_are_those_of_the_first_training_step(config, mon
         raise InterruptedError
 
     monkeypatch.setattr(train, "compiled_step", first_step)
-    monkeypatch.setattr(train, "make_optimizer", lambda *args: None)
     monkeypatch.setattr(train, "first_state", lambda *args: SimpleNamespace(step=0))
     with pytest.raises(InterruptedError):
         train.train(config, tmp_path)
