@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+import jepax
+
 
 def cores() -> int:
     """Cores that this process may use."""
@@ -25,8 +27,8 @@ def machine(*packages: str) -> dict[str, Any]:
     name = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
         "commit": git.stdout.strip() or None,
-        "versions": {package: version(package) for package in ("jepax", "jax", "jaxlib", "equinox", "optax", *packages)}
-        | {"python": platform.python_version()},
+        "versions": {package: version(package) for package in ("jax", "jaxlib", "equinox", "optax", *packages)}
+        | {"jepax": jepax.__version__, "python": platform.python_version()},
         "cpu": name[1] if name else platform.processor(),
         "cores": cores(),
         "device": str(jax.devices()[0]),
