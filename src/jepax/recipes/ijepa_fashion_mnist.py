@@ -73,7 +73,7 @@ def ijepa_fashion_mnist_long() -> Config:
 def ijepa_fashion_mnist_multilayer() -> Config:
     """Multi-layer I-JEPA: the demo, predicting every block of the target encoder, and a little of the context too.
 
-    Not trained at this length yet: no score is known.
+    Test top-1, one seed: linear 86.5, kNN 83.7 (the demo 86.6, 83.1; untrained 82.5, 74.7; raw pixels 84.6, 85.3).
     """
     config = ijepa_fashion_mnist()
     method = replace(config.method, layers=(1, 2, 3), layer_weights=(0.5, 0.5, 1.0), context_weight=0.1)
@@ -84,7 +84,7 @@ def ijepa_fashion_mnist_multilayer() -> Config:
 def ijepa_fashion_mnist_no_teacher() -> Config:
     """I-JEPA without a moving average: the encoder embeds its own targets, and RDMReg keeps embeddings apart.
 
-    Linear top-1 84.8 after two passes at rate 3e-3 (docs/results.md); not trained at this length yet.
+    Test top-1, one seed: linear 85.5, kNN 80.2 (floors as above); more is in docs/results.md.
     """
     config = ijepa_fashion_mnist()
     method = replace(
