@@ -1,30 +1,15 @@
-"""Frozen features: run an encoder over a split once, keep the result on the host, score what is predicted from it."""
+"""Frozen features: run an encoder over a split once, in a stream, and keep the result on the host."""
 
-import dataclasses
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
 
-from jepax.types import AnyArray, Array, Float, Images, Int, UserError
+from jepax.types import Array, Float, Images, Int, UserError
 
 Embed = Callable[[Images], Float[Array, "layers batch dim"]]
-"""An encoder for evaluation: mean-pooled patches of the last (up to four) layers, the very last one at the end."""
-
-
-MISS = np.iinfo(np.int32).max
-"""The rank of a class that was not named at all: no hit among any number of guesses."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Accuracy in percent of the examples."""
-
-    top1: float
-    top5: float
+"""Features of a batch from each of the last (up to four) layers, the very last one at the end."""
 
 
 @dataclass(frozen=True)
@@ -38,85 +23,57 @@ class Features:
     labels: Int[np.ndarray, "n"]
 
     def __post_init__(self):
-        if not all(np.isfinite(layer).all() for layer in self.layers):
+        if not all(np.isfinite(part).all() for layer in self.layers for part in np.array_split(layer, 16)):
             raise UserError(
                 "features are not finite: the encoder has diverged or its input holds NaN.\n"
                 "Look at the loss in metrics.jsonl and evaluate an earlier checkpoint."
             )
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     @property
     def last(self) -> Float[np.ndarray, "n dim"]:
         """The last layer."""
         return self.layers[-1]
 
-    @property
-    def concatenated(self) -> Float[np.ndarray, "n wide"]:
-        """The last four layers side by side, or as many as there are."""
-        return np.concatenate(self.layers[-4:], axis=1)
+    def only(self, rows: Int[np.ndarray, "chosen"]) -> "Features":
+        """Those of some rows."""
+        return Features(self.layers[:, rows], self.labels[rows])
 
 
 def extract(
-    embed: Embed, batches: Iterable[tuple[Images, int]], progress: Callable[[int, float], None] | None = None
+    embed: Embed,
+    batches: Iterable[tuple[Images, int]],
+    labels: Int[np.ndarray, "n"],
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Features:
-    """Embed every example of a sweep.
+    """Embed every example of a sweep into one array, allocated once: memory holds that and the batches under way.
 
     `embed` is compiled once, since batches share one shape. Give it as an Equinox module or `eqx.Partial`: the arrays
     of a plain closure would be compiled in as constants. It does not see the labels.
 
     - `batches`: pairs of a batch and the number of its valid examples; the rest, at the end of the batch, is padding.
-    - `progress`: called after each batch with the number of examples done and the seconds since the start.
+    - `labels`: of every example, in the order of the sweep.
+    - `progress`: called after each batch with the number of examples done.
 
-    **Raises** `UserError` if the sweep is empty or has no labels.
+    **Raises** `UserError` if the sweep is empty.
     """
-    run, start, done = eqx.filter_jit(embed), time.perf_counter(), 0
-    layers, labels, waiting = [], [], None
+    run, kept, waiting, done = eqx.filter_jit(embed), None, None, 0
     for images, valid in batches:
-        labels.append(_labels(images)[:valid])
-        ahead = (run(dataclasses.replace(images, label=None)), valid)
+        ahead = (run(replace(images, label=None)), slice(done, done + valid))
+        if kept is None:
+            layers, _, dim = ahead[0].shape
+            kept = np.empty((layers, len(labels), dim), np.float32)
         if waiting is not None:  # fetched one batch late, so that the device works while the host copies
-            layers.append(_fetch(*waiting))
+            _keep(kept, *waiting)
         waiting, done = ahead, done + valid
-        if progress is not None:
-            progress(done, time.perf_counter() - start)
+        progress(done)
     if waiting is None:
         raise UserError("no batches to extract features from: the split is empty; choose another split or source")
-    return Features(np.concatenate([*layers, _fetch(*waiting)], axis=1), np.concatenate(labels))
+    _keep(kept, *waiting)
+    return Features(kept[:, :done], np.asarray(labels, np.int32)[:done])
 
 
-def _fetch(output: Float[Array, "layers batch dim"], valid: int) -> Float[np.ndarray, "layers valid dim"]:
-    return np.asarray(output, dtype=np.float32)[:, :valid]
-
-
-def _labels(images: Images) -> Int[np.ndarray, "batch"]:
-    if images.label is None:
-        raise UserError("evaluation needs labels, and this source has none (label=None); choose a labelled source")
-    return np.asarray(images.label, dtype=np.int32)
-
-
-def check_labels(labels: Int[AnyArray, "n"], classes: int, split: str) -> None:
-    """**Raises** `UserError` unless the split has examples and every label lies in [0, classes)."""
-    if len(labels) == 0:
-        raise UserError(f"the {split} split has no examples; choose another split or source")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise UserError(
-            f"labels of the {split} split run from {low} to {high}, outside [0, classes={classes}); set classes to the "
-            "number of classes, and number them from 0"
-        )
-
-
-def rank_of_label(values: Float[AnyArray, "n classes"], labels: Int[AnyArray, "n"]) -> Int[Array, "n"]:
-    """How many classes come before the right one, by value and then by class number: 0 is a top-1 hit.
-
-    Where the right class's value is NaN the rank is `MISS`, so a diverged head never scores.
-    """
-    right = jnp.take_along_axis(values, labels[:, None], axis=1)
-    smaller_number = jnp.arange(values.shape[1]) < labels[:, None]
-    before = ~(values <= right) | ((values == right) & smaller_number)
-    return jnp.where(jnp.isnan(right[:, 0]), MISS, before.sum(1))
-
-
-def scores(ranks: Int[AnyArray, "n"]) -> Scores:
-    """Top-1 and top-5 in percent from the ranks of the right classes."""
-    ranks = np.asarray(ranks)
-    return Scores(*(100 * int((ranks < k).sum()) / len(ranks) for k in (1, 5)))
+def _keep(kept: Float[np.ndarray, "layers n dim"], output: Float[Array, "layers batch dim"], rows: slice) -> None:
+    kept[:, rows] = np.asarray(output, dtype=np.float32)[:, : rows.stop - rows.start]

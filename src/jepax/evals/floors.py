@@ -1,27 +1,31 @@
 """Floors that an encoder must beat: the pixels themselves, and always naming the most frequent classes."""
 
-from collections.abc import Callable
-
 import equinox as eqx
 import jax
 import numpy as np
 
-from jepax.evals.features import Scores, check_labels, scores
-from jepax.types import Array, Float, Images, Int
+from jepax.evals.frozen import Frozen, View
+from jepax.evals.scoring import check_labels
+from jepax.nn.vit import patchify
+from jepax.types import Array, Float, Int
+from jepax.views import CropConfig
 
 LARGEST_SIDE = 32
 """Pixels; larger views are scaled down, so that the floor's features stay about as wide as an encoder's."""
 
 
-class RawPixels(eqx.Module):
-    """The centre view's pixels as features, to be given to `extract` in an encoder's place."""
+class RawPixels(Frozen):
+    """The view's pixels as features: all of them as one vector, or each patch's as a token."""
 
-    view: Callable[[Images], Float[Array, "batch height width channels"]]
-    """The deterministic view that the encoders are evaluated on."""
+    crop: CropConfig = eqx.field(static=True)
+    patch_size: int = eqx.field(static=True)
 
-    def __call__(self, images: Images) -> Float[Array, "1 batch dim"]:
-        pixels = shrink(self.view(images))
+    def pooled(self, view: View) -> Float[Array, "1 batch dim"]:
+        pixels = shrink(view)
         return pixels.reshape(1, len(pixels), -1)
+
+    def tokens(self, view: View) -> Float[Array, "batch patches dim"]:
+        return patchify(view, self.patch_size)
 
 
 def shrink(pixels: Float[Array, "batch height width channels"]) -> Float[Array, "batch rows columns channels"]:
@@ -34,12 +38,10 @@ def shrink(pixels: Float[Array, "batch height width channels"]) -> Float[Array, 
     return jax.image.resize(pixels, shape, "linear", antialias=True)
 
 
-def majority_class(train: Int[np.ndarray, "n"], test: Int[np.ndarray, "m"], classes: int) -> Scores:
-    """Test accuracy, in percent, of always naming the classes most frequent in training; equals by class number.
+def majority_class(train: Int[np.ndarray, "n"], classes: int) -> Float[np.ndarray, "classes"]:
+    """How often each class stands in training: the most frequent ones are what it always guesses; equals by number.
 
-    **Raises** `UserError` if a split is empty or has a label out of range.
+    **Raises** `UserError` if the split is empty or has a label out of range.
     """
     check_labels(train, classes, "train")
-    check_labels(test, classes, "test")
-    by_frequency = np.argsort(-np.bincount(train, minlength=classes), kind="stable")
-    return scores(np.argsort(by_frequency)[test])
+    return np.bincount(train, minlength=classes).astype(np.float32)

@@ -46,5 +46,5 @@ class AbstractMethod(eqx.Module):
         """What gradients do not change, after the update of `step`: move the teacher, or `return self, {}`."""
 
     @abc.abstractmethod
-    def features(self, images: Images, layers: int) -> Float[Array, "layers batch dim"]:
-        """Frozen features for probes, of a centre view: mean over patches of each of the last `layers` layers."""
+    def encoders(self) -> dict[str, ViT]:
+        """What probes may read, by the names "target" and "context"; the first one where no other is asked for."""

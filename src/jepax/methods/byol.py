@@ -77,6 +77,9 @@ class BYOL(MultiView):
         moved, metrics = follow(self.target, (self.encoder, self.projector), momentum)
         return eqx.tree_at(lambda method: method.target, self, moved), metrics
 
+    def encoders(self) -> dict[str, ViT]:
+        return super().encoders() | {"target": self.target.average[0]}  # the paper probes the first
+
 
 def disagreement(predictions: Projections, targets: Projections) -> Float[Array, ""]:
     """mean over pairs v != w of 2 - 2 cos(predictions[v], targets[w]); view w of both is the same. From 0 to 4."""

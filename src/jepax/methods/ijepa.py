@@ -20,7 +20,7 @@ from jepax.nn.blocks import LayerNorm, normalise
 from jepax.objectives import masked_mean, smooth_l1, squared_error
 from jepax.trees import EMA
 from jepax.types import Images, Masks, Metrics, UserError
-from jepax.views import CropConfig, centre_crop, random_resized_crop
+from jepax.views import CropConfig, random_resized_crop
 
 NO_EXAMPLE = 2**32 - 1
 """Folded into a step's key for what belongs to the batch: an index that no example has."""
@@ -177,7 +177,7 @@ class IJEPA(AbstractMethod):
 
     @property
     def teacher(self) -> ViT:
-        """Who embeds the targets, and who is probed."""
+        """Who embeds the targets."""
         return self.encoder if self.target_encoder is None else self.target_encoder.average
 
     def targets(self, view: Float[Array, "batch height width channels"]) -> Float[Array, "layers batch patches dim"]:
@@ -236,9 +236,9 @@ class IJEPA(AbstractMethod):
         moved, metrics = follow(self.target_encoder, self.encoder, self.momentum(step))
         return eqx.tree_at(lambda method: method.target_encoder, self, moved), metrics
 
-    def features(self, images: Images, layers: int) -> Float[Array, "layers batch dim"]:
-        view = centre_crop(images, self.config.crop)
-        return jnp.mean(self.teacher.layers(view, layers), axis=2).astype(jnp.float32)
+    def encoders(self) -> dict[str, ViT]:
+        moving = {} if self.target_encoder is None else {"target": self.target_encoder.average}
+        return moving | {"context": self.encoder}
 
 
 def gather(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jepax.methods.base import AbstractMethod
 from jepax.nn import Projector, ProjectorConfig, ViT, ViTConfig
 from jepax.types import Images, Metrics, UserError
-from jepax.views import CropConfig, Group, MultiCropConfig, centre_crop, multicrop
+from jepax.views import CropConfig, Group, MultiCropConfig, multicrop
 
 VIEWS, OBJECTIVE = 0, 1
 """Folded into a step's key for the views, and for what the objective draws."""
@@ -62,9 +62,8 @@ class MultiView(AbstractMethod):
     def after_update(self, step: Int[Array, ""]) -> tuple["MultiView", Metrics]:
         return self, {}  # no teacher
 
-    def features(self, images: Images, layers: int) -> Float[Array, "layers batch dim"]:
-        view = centre_crop(images, self.config.crop)
-        return jnp.mean(self.encoder.layers(view, layers), axis=2).astype(jnp.float32)
+    def encoders(self) -> dict[str, ViT]:
+        return {"context": self.encoder}  # there is but one, and it embeds the targets too
 
 
 class JointEmbedding(MultiView):

@@ -1,0 +1,51 @@
+"""What the rows of an evaluation are made of: something frozen that turns a view into tokens."""
+
+import abc
+from typing import Literal
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jepax.nn import ViT
+from jepax.types import Images
+from jepax.views import CropConfig, centre_crop
+
+LAYERS = 4
+"""Layers whose outputs the probes may read: the last four, as published."""
+Pool = Literal["mean", "sum"]
+View = Float[Array, "batch height width channels"]
+
+
+class Frozen(eqx.Module):
+    """A row of the evaluation. Nothing of it is trained, but by `finetune`, which trains a copy."""
+
+    crop: eqx.AbstractVar[CropConfig]
+    """How a picture becomes the view that is embedded."""
+
+    @abc.abstractmethod
+    def pooled(self, view: View) -> Float[Array, "layers batch dim"]:
+        """One vector per image from each of the last layers, the very last one at the end; in float32."""
+
+    @abc.abstractmethod
+    def tokens(self, view: View) -> Float[Array, "batch patches dim"]:
+        """The last layer's tokens, in float32."""
+
+    def __call__(self, images: Images) -> Float[Array, "layers batch dim"]:
+        """`pooled` of the centre view."""
+        return self.pooled(centre_crop(images, self.crop))
+
+
+class FrozenViT(Frozen):
+    """An encoder whose patches are pooled by their mean, as published, or by their sum."""
+
+    encoder: ViT
+    crop: CropConfig = eqx.field(static=True)
+    pool: Pool = eqx.field(static=True, default="mean")
+
+    def pooled(self, view: View) -> Float[Array, "layers batch dim"]:
+        pool = jnp.mean if self.pool == "mean" else jnp.sum
+        return pool(self.encoder.layers(view, LAYERS).astype(jnp.float32), axis=2)
+
+    def tokens(self, view: View) -> Float[Array, "batch patches dim"]:
+        return self.encoder(view).astype(jnp.float32)

@@ -1,0 +1,61 @@
+"""A split as a row of the evaluation sees it: its pictures, its features, and its labels, if they may be read."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from jepax.data import Source, batches, sweep
+from jepax.evals.features import Features, extract
+from jepax.evals.frozen import Frozen
+from jepax.types import Images, Int
+
+WITHHELD = -1
+"""Stands for every label that may not be read; no class has it."""
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Withheld(Source):
+    """A source whose labels are kept back: protocols are given the test split so, and cannot read what they may not."""
+
+    source: Source
+
+    def load(self, rows: Int[np.ndarray, "batch"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        canvas, size, labels = self.source.load(rows)
+        return canvas, size, np.full_like(labels, WITHHELD)
+
+
+def withheld(source: Source) -> Withheld:
+    """The same pictures without their labels."""
+    return Withheld(source.canvas_shape, source.class_names, np.full_like(source.labels, WITHHELD), source)
+
+
+class Split:
+    """One split of the data, before one row's encoder."""
+
+    def __init__(self, row: Frozen, source: Source, batch_size: int, progress: Progress = lambda done: None):
+        self.row, self.source, self.batch_size, self.progress = row, source, batch_size, progress
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def labels(self) -> Int[np.ndarray, "n"]:
+        """Every example's class, in the order of `features` and `pictures`."""
+        return self.source.labels
+
+    @cached_property
+    def features(self) -> Features:
+        """Of the centre views, embedded at the first use and kept."""
+        return extract(self.row, sweep(self.source, self.batch_size), self.labels, self.progress)
+
+    def pictures(self) -> Iterator[tuple[Images, int]]:
+        """Every example once, in order, with the number of valid rows of each batch."""
+        for images, valid in sweep(self.source, self.batch_size):
+            yield images, valid
+
+    def shuffled(self, batch_size: int, steps: int, seed: int) -> Iterator[Images]:
+        """Batches of `steps` steps in the order of `seed`, a new one each epoch."""
+        return batches(self.source, batch_size=batch_size, steps=steps, seed=seed)
