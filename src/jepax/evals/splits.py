@@ -1,6 +1,6 @@
 """A split as a row of the evaluation sees it: its pictures, its features, and its labels, if they may be read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,11 +9,11 @@ import numpy as np
 from jepax.data import Source, batches, sweep
 from jepax.evals.features import Features, extract
 from jepax.evals.frozen import Frozen
+from jepax.evals.say import SILENT, Say
 from jepax.types import Images, Int
 
 WITHHELD = -1
 """Stands for every label that may not be read; no class has it."""
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,8 @@ def withheld(source: Source) -> Withheld:
 class Split:
     """One split of the data, before one row's encoder."""
 
-    def __init__(self, row: Frozen, source: Source, batch_size: int, progress: Progress = lambda done: None):
-        self.row, self.source, self.batch_size, self.progress = row, source, batch_size, progress
+    def __init__(self, row: Frozen, source: Source, batch_size: int, *, name: str = "features", say: Say = SILENT):
+        self.row, self.source, self.batch_size, self.name, self.say = row, source, batch_size, name, say
 
     def __len__(self) -> int:
         return len(self.source)
@@ -49,12 +49,12 @@ class Split:
     @cached_property
     def features(self) -> Features:
         """Of the centre views, embedded at the first use and kept."""
-        return extract(self.row, sweep(self.source, self.batch_size), self.labels, self.progress)
+        with self.say.counting(self.name, len(self)) as done:
+            return extract(self.row, self.pictures(), self.labels, done)
 
     def pictures(self) -> Iterator[tuple[Images, int]]:
         """Every example once, in order, with the number of valid rows of each batch."""
-        for images, valid in sweep(self.source, self.batch_size):
-            yield images, valid
+        return sweep(self.source, self.batch_size)
 
     def shuffled(self, batch_size: int, steps: int, seed: int) -> Iterator[Images]:
         """Batches of `steps` steps in the order of `seed`, a new one each epoch."""
