@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jepax.allocator import keep_freed_memory
 
 if TYPE_CHECKING:  # jax and what stands on it take seconds to import: only where a command needs them
+    from jepax.evaluation import Subject
     from jepax.train import Config, TrainState
 
 USAGE = """usage: jepax COMMAND
@@ -24,7 +25,12 @@ USAGE = """usage: jepax COMMAND
       --run-dir DIR             folder of the run (runs/RECIPE); the same command again continues it
       --dry-run                 prints settings, sizes, arithmetic and memory, and takes one step; writes nothing
   jepax train RECIPE --help     lists every field with its type, default and meaning
-  jepax evaluate RUN            evaluates the newest checkpoint of a run's folder
+  jepax evaluate RUN|WEIGHTS    evaluates the newest checkpoint of a run's folder, or exported weights
+      --protocols NAME ...      linear, linear_published, knn, logistic, low_shot, attentive, finetune
+      --step N                  another checkpoint
+      --encoder target|context  another encoder than the method's default;  --pool mean|sum
+      --data.FIELD VALUE        other data, such as --data.source image_folder --data.root DIR
+      --eval.FIELD.PATH VALUE   any setting of a protocol;  --run-dir DIR: where evals/ is written
   jepax grid NAME               trains and evaluates the rows of a grid, or of a grid's YAML file: one table, one figure
       --FIELD.PATH VALUE ...    overrides a field of every row
       --run-dir DIR             folder of the grid (runs/NAME); the same command again continues it
@@ -167,36 +173,39 @@ def train(arguments: list[str]) -> None:
 
 def finish(config: "Config", state: "TrainState", folder: Path) -> None:
     """Evaluates, draws, prints the table and where everything lies."""
-    from rich.console import Console
-
-    from jepax import train as training
-    from jepax.evals import report
+    from jepax import evaluation
     from jepax.viz import figures
 
-    results = training.evaluate(config, state, folder, say=lambda line: print(line, file=sys.stderr))
-    drawn = figures.draw(config, folder)
-    console = Console()
-    console = console if console.is_terminal else Console(width=140)
-    console.print(report.table(results))
-    for path in (folder / "evals" / f"step_{results['step']:08d}.json", *drawn):
+    written = show(evaluation.of_run(config, state, folder))
+    for path in (written, *figures.draw(config, folder)):
         print(path)
 
 
-def evaluate(arguments: list[str]) -> None:
-    """`jepax evaluate RUN`"""
-    from jepax import config as configs
-    from jepax import train as training
-    from jepax.types import UserError
+def show(subject: "Subject") -> Path:
+    """Evaluates, prints the tables, and returns the file that holds the results."""
+    from rich.console import Console
 
-    if len(arguments) != 1:
-        raise UserError("give one run's folder: jepax evaluate runs/NAME")
-    folder = Path(arguments[0])
-    if not (folder / "config.yaml").is_file():
-        near = sorted(str(path.parent) for path in folder.parent.glob("*/config.yaml"))
-        way = configs.nearest(str(folder), near) if near else f"no run lies in {folder.parent}"
-        raise UserError(f"{folder} is no run's folder: it holds no config.yaml; {way}")
-    config = configs.load(training.Config, folder / "config.yaml")
-    finish(config, training.restored(config, folder), folder)
+    from jepax import evaluation
+    from jepax.evals import report
+    from jepax.evals.say import Say
+
+    results, written = evaluation.evaluate(subject, Say())
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
+    for table in (report.table(results), report.beside(results)):
+        if table is not None:
+            console.print(table)
+    return written
+
+
+def evaluate(arguments: list[str]) -> None:
+    """`jepax evaluate RUN|WEIGHTS [--step N] [--protocols ...] [--encoder ...] [--pool ...] [--data.… ] [--eval.… ]`"""
+    from jepax import evaluation
+
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE, end="")
+        return
+    print(show(evaluation.resolve(arguments)))
 
 
 def grid(arguments: list[str]) -> None:

@@ -1,10 +1,10 @@
 """The training loop, from a `Config` to a trained and evaluated state: read this first."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -17,21 +17,15 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from jepax import checkpoint, sharding
 from jepax import config as configs
-from jepax.data import DataConfig, Source, batches, open_source, sweep
-from jepax.evals import report
+from jepax.data import DataConfig, Source, batches, open_source
 from jepax.evals.collapse import effective_rank, feature_std
-from jepax.evals.floors import RawPixels
-from jepax.evals.report import EvalConfig
+from jepax.evals.protocols import EvalConfig
 from jepax.logs import Log, Values, plain
 from jepax.methods import AbstractMethod, MethodConfig
 from jepax.methods.ijepa import IJEPAConfig
 from jepax.optim import OptimConfig, Optimizer
 from jepax.trees import cast, norm, norms_by_layer, trainable
 from jepax.types import Images, Metrics, UserError
-from jepax.views import centre_crop
-
-PROBE_LAYERS = 4
-"""Layers whose outputs the probes may read: the last four, as published."""
 
 
 @dataclass(frozen=True)
@@ -313,46 +307,3 @@ def read(config: Config, source: Source, steps: int, start: int) -> Iterator[Ima
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-
-
-def restored(config: Config, run: Path) -> TrainState:
-    """The newest whole checkpoint of a run. Raises `UserError` where there is none."""
-    saved = checkpoint.whole_steps(run / "checkpoints")
-    if not saved:
-        raise UserError(
-            f"{run} holds no whole checkpoint; train it first: jepax train {run / 'config.yaml'} --run-dir {run}"
-        )
-    examples = len(open_source(config.data, "train"))
-    optimizer = make_optimizer(config, total_steps(config, examples), examples)
-    state = first_state(config.method, optimizer, jr.key(config.seed))
-    return checkpoint.restore(run / "checkpoints", saved[-1], sharding.replicate(state, sharding.make_mesh()))
-
-
-def evaluate(
-    config: Config,
-    state: TrainState,
-    run: Path,
-    say: Callable[[str], None] = print,
-    floors: Path | None = None,
-) -> dict[str, Any]:
-    """Probes the target encoder, beside its own untrained self, raw pixels and the majority class; writes evals/.
-
-    `floors`: see `report.evaluate_all`.
-    """
-    sources = {split: open_source(config.data, split) for split in ("train", "validation", "test")}
-    sweeps = {split: partial(sweep, source, config.eval.batch_size) for split, source in sources.items()}
-    untrained = build_method(config.method, total_steps(config, len(sources["train"])), jr.key(config.seed))
-    results = report.evaluate_all(
-        eqx.Partial(state.method.features, layers=PROBE_LAYERS),  # a closure's arrays would be compiled in
-        eqx.Partial(untrained.features, layers=PROBE_LAYERS),
-        RawPixels(lambda images: centre_crop(images, config.method.crop)),
-        report.Splits(**sweeps),
-        sources["train"].classes,
-        config.eval,
-        step=int(state.step),
-        key=jr.key(config.seed),
-        say=say,
-        floors=floors,
-    )
-    report.write(results, run, f"step_{int(state.step):08d}")
-    return results

@@ -2,19 +2,27 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from jepax.evals.features import Features
-from jepax.evals.probe import Heads, ProbeConfig, frame, head_logits, linear_probe, standardise, train_heads
+from jepax.data.sources import ArraySource
+from jepax.evals.frozen import FrozenViT
+from jepax.evals.probe import PUBLISHED, ProbeConfig, Sweep, linear_probe
+from jepax.evals.scoring import scores, top1
+from jepax.evals.splits import Split, withheld
+from jepax.evals.sweep import cached_pass
+from jepax.nn import ViT, ViTConfig
 from jepax.types import UserError
+from jepax.views import CropConfig
+from tests.evals.made import Made
 
 CLASSES = 4
-CONFIG = ProbeConfig(epochs=4, batch_size=100, learning_rates=(1e-3, 1e-2), weight_decays=(0.0, 0.1))
+CONFIG = ProbeConfig(epochs=4, batch_size=100, learning_rates=(1e-3, 1e-2), weight_decays=(0.0, 0.1), controls=False)
+LARS = dataclasses.replace(
+    PUBLISHED, epochs=16, batch_size=100, learning_rates=(0.05, 0.5), views="centre", controls=False
+)
 
 
 def made(n, layers=2, dim=12, spread=2.0, seed=0):
@@ -24,36 +32,70 @@ def made(n, layers=2, dim=12, spread=2.0, seed=0):
     labels = rng.integers(0, CLASSES, n).astype(np.int32)
     noise = spread * rng.normal(size=(layers, n, dim)) * np.linspace(2, 1, layers)[:, None, None]
     scale = np.linspace(0.2, 2, dim)
-    return Features(((centres[labels] + noise) * scale + 1).astype(np.float32), labels)
+    return Made((centres[labels] + noise) * scale + 1, labels)
 
 
-def trained(features, standardised, rates, decays):
-    basis = frame(features.last, np.float32(standardised))
-    z = standardise(basis, features.last)
-    arrays = (z, features.labels, basis, np.float32(rates), np.float32(decays))
-    return train_heads(*arrays, classes=CLASSES, config=CONFIG, key=jr.key(3))
+def trained(split, config):
+    sweep = Sweep(split, CLASSES, config, jr.key(3))
+    for epoch in range(config.epochs):
+        sweep.train_pass(epoch)
+    return sweep
 
 
-def test_heads_trained_together_equal_heads_trained_alone():
-    features = made(1050)
-    flags, rates, decays = [1, 1, 0, 0], [1e-3, 2e-2, 1e-3, 2e-2], [0.1, 0.0, 0.0, 0.1]
-    together = trained(features, flags, rates, decays)
-    for head in range(4):
-        one = slice(head, head + 1)
-        alone = trained(features, flags[one], rates[one], decays[one])
-        np.testing.assert_allclose(together.weight[:, head], alone.weight[:, 0], atol=1e-4)
-        np.testing.assert_allclose(together.bias[head], alone.bias[0], atol=1e-4)
+@pytest.mark.parametrize("config", [CONFIG, LARS], ids=["adamw", "lars"])
+def test_heads_trained_together_equal_heads_trained_alone(config):
+    split = made(1050)
+    together = trained(split, config)
+    for number, setting in enumerate(together.grid):
+        only = {"learning_rates": (setting["learning_rate"],), "weight_decays": (setting["weight_decay"],)}
+        alone = trained(split, dataclasses.replace(config, **only))
+        place = 0 if setting["standardised"] else 1
+        for name in ("last", "last four"):
+            for ours, its in zip(together.state[name][0], alone.state[name][0], strict=True):
+                assert np.abs(np.asarray(its[place])).max() > 0.01
+                np.testing.assert_allclose(ours[number], its[place], atol=1e-4)
 
 
-def test_one_standardised_matrix_serves_both_kinds_of_head():
-    x = made(50).last
-    basis = frame(x, np.float32([1, 0]))
-    weight = jr.normal(jr.key(0), (12, 2, CLASSES))
-    bias = jr.normal(jr.key(1), (2, CLASSES))
-    logits = head_logits(Heads(weight, bias), basis, standardise(basis, x))
-    scaled = (x - x.mean(0)) / x.std(0)
-    np.testing.assert_allclose(logits[:, 0], scaled @ weight[:, 0] + bias[0], atol=1e-4)
-    np.testing.assert_allclose(logits[:, 1], x @ weight[:, 1] + bias[1], atol=1e-4)
+def test_the_candidates_are_the_same_with_controls_beside_them():
+    split = made(1050)
+    for name, (heads, _) in trained(split, CONFIG).state.items():
+        beside = trained(split, dataclasses.replace(CONFIG, controls=True)).state[name][0]
+        np.testing.assert_allclose(heads.weight, beside.weight, atol=1e-5)
+
+
+def plain_lars(x, y, lr, wd, weight, batches, total):
+    """LARS and momentum 0.9 in float64, term by term; the bias is neither decayed nor scaled."""
+    bias, moved_w, moved_b = np.zeros(CLASSES), 0.0, 0.0
+    for count, batch in enumerate(batches):
+        rate = lr * 0.1 ** (count * 16 // total // 15)
+        z = x[batch] @ weight + bias
+        p = np.exp(z - z.max(1, keepdims=True))
+        error = (p / p.sum(1, keepdims=True) - np.eye(CLASSES)[y[batch]]) / len(batch)
+        grad = x[batch].T @ error + wd * weight
+        trust = 1e-3 * np.linalg.norm(weight) / np.linalg.norm(grad)
+        moved_w = 0.9 * moved_w + rate * trust * grad
+        moved_b = 0.9 * moved_b + rate * error.sum(0)
+        weight, bias = weight - moved_w, bias - moved_b
+    return weight, bias
+
+
+def test_lars_is_its_definition_in_float64():
+    split = made(1050)
+    sweep = Sweep(split, CLASSES, LARS, jr.key(3))
+    first = np.asarray(sweep.state["last"][0].weight[0], np.float64)
+    assert 0.005 < first.std() < 0.02
+    orders = [
+        np.asarray(jr.permutation(jr.fold_in(sweep.key_order, e), 1050))[:1000].reshape(10, 100) for e in range(16)
+    ]
+    for epoch in range(16):
+        sweep.train_pass(epoch)
+    number = sweep.grid.index({"standardised": True, "learning_rate": 0.5, "weight_decay": 5e-4})
+    x = split.features.last.astype(np.float64)
+    x = (x - x.mean(0)) / x.std(0)
+    weight, bias = plain_lars(x, split.labels, 0.5 * 100 / 256, 5e-4, first, np.concatenate(orders), 160)
+    heads = sweep.state["last"][0]
+    np.testing.assert_allclose(heads.weight[number], weight, atol=1e-4)
+    np.testing.assert_allclose(heads.bias[number], bias, atol=1e-4)
 
 
 def test_accuracy_is_that_of_converged_logistic_regression():
@@ -61,62 +103,70 @@ def test_accuracy_is_that_of_converged_logistic_regression():
         made(n, layers=1, spread=1.2, seed=seed) for n, seed in ((4000, 0), (2000, 1), (4000, 2))
     )
     config = ProbeConfig(epochs=30, learning_rates=(1e-3, 5e-3, 2e-2))  # rates that suit 4,000 examples
-    result = linear_probe(train, validation, test, CLASSES, config, key=jr.key(0))
-    peer = LogisticRegression(max_iter=1000).fit(train.last, train.labels)
-    expected = 100 * peer.score(test.last, test.labels)
+    (answer,) = linear_probe(train, validation, CLASSES, config, key=jr.key(0))
+    result = scores(answer.guess(test.without_labels()), test.labels)
+    peer = LogisticRegression(max_iter=1000).fit(train.features.last, train.labels)
+    expected = 100 * peer.score(test.features.last, test.labels)
     assert 50 < expected < 90
-    assert abs(result.test.top1 - expected) < 0.3
-    assert result.test.top5 == 100.0
+    assert abs(result.top1 - expected) < 0.3
+    assert result.top5 == 100.0
 
 
 @pytest.fixture(scope="module")
-def splits():
-    return made(500, seed=0), made(200, seed=1), made(300, seed=2)
-
-
-def test_the_choice_does_not_see_the_test_labels(splits):
-    train, validation, test = splits
-    honest = linear_probe(train, validation, test, CLASSES, CONFIG, key=jr.key(0))
-    permuted = np.random.default_rng(0).permutation(test.labels)
-    planted = linear_probe(
-        train, validation, dataclasses.replace(test, labels=permuted), CLASSES, CONFIG, key=jr.key(0)
+def answers():
+    return linear_probe(
+        made(500, seed=0), made(200, seed=1), CLASSES, dataclasses.replace(CONFIG, controls=True), key=jr.key(0)
     )
-    assert planted.chosen == honest.chosen
-    assert planted.grid == honest.grid
-    assert planted.test.top1 < honest.test.top1
 
 
-def test_the_best_of_the_whole_grid_on_validation_is_chosen(splits):
-    result = linear_probe(*splits, CLASSES, CONFIG, key=jr.key(0))
-    assert len(result.grid) == 2 * 2 * 2 * 2
-    assert len(set(result.grid)) == len({dataclasses.replace(v, validation_top1=0.0) for v in result.grid}) == 16
-    assert result.chosen in result.grid
-    assert result.chosen.validation_top1 == max(variant.validation_top1 for variant in result.grid)
+def test_every_input_is_answered_and_controls_are_never_chosen(answers):
+    names = ["last", "last four", "last four, projected", "last, expanded", "last, expanded and rectified"]
+    assert [answer.name for answer in answers] == ["chosen", *names]
+    chosen, *alone = answers
+    assert len(chosen.tried) == 2 * 2 * 2 * 2 and {setting["layers"] for setting in chosen.tried} == set(names[:2])
+    assert all({setting["layers"] for setting in answer.tried} == {answer.name} for answer in alone)
+    for answer in answers:
+        best = max(setting["validation_top1"] for setting in answer.tried)
+        assert answer.settings["validation_top1"] == best
+        assert answer.settings == next(setting for setting in answer.tried if setting["validation_top1"] == best)
 
 
-def test_the_reported_head_is_the_chosen_one(splits):
-    train, validation, _ = splits
-    result = linear_probe(train, validation, validation, CLASSES, CONFIG, key=jr.key(0))
-    assert result.test.top1 == pytest.approx(result.chosen.validation_top1)
+def test_the_reported_head_is_the_chosen_one(answers):
+    validation = made(200, seed=1)
+    for answer in answers:
+        guesses = answer.guess(validation.without_labels())
+        assert top1(guesses, validation.labels) == pytest.approx(answer.settings["validation_top1"])
 
 
-def test_a_single_layer_is_not_swept_twice():
+def test_a_random_projection_of_four_layers_cannot_beat_them_and_expansion_adds_nothing_linear():
+    """Four noisy views of the same centres: concatenation averages the noise away, and only it can."""
+    train, validation, test = (made(n, layers=4, dim=24, seed=s) for n, s in ((4000, 0), (2000, 1), (4000, 2)))
+    config = ProbeConfig(epochs=20, learning_rates=(5e-3,), weight_decays=(0.0,))
+    answers = linear_probe(train, validation, CLASSES, config, key=jr.key(0))
+    found = {answer.name: top1(answer.guess(test.without_labels()), test.labels) for answer in answers}
+    assert found["last four"] > found["last"] + 2
+    assert found["last four"] > found["last four, projected"] + 2
+    assert abs(found["last, expanded"] - found["last"]) < 1
+
+
+def test_a_single_layer_has_one_answer():
     one = made(500, layers=1)
-    result = linear_probe(one, one, one, CLASSES, CONFIG, key=jr.key(0))
-    assert {variant.layers for variant in result.grid} == {"last"}
+    (answer,) = linear_probe(one, one, CLASSES, dataclasses.replace(CONFIG, controls=True), key=jr.key(0))
+    assert answer.name == "chosen" and {setting["layers"] for setting in answer.tried} == {"last"}
 
 
 def test_constant_features_give_finite_heads():
-    constant = Features(np.full((1, 500, 12), 3.0, np.float32), made(500).labels)
-    result = linear_probe(constant, constant, constant, CLASSES, CONFIG, key=jr.key(0))
-    assert 0 < result.test.top1 < 50
+    constant = Made(np.full((1, 500, 12), 3.0), made(500).labels)
+    (answer,) = linear_probe(constant, constant, CLASSES, CONFIG, key=jr.key(0))
+    assert 0 < answer.settings["validation_top1"] < 50
 
 
-def test_the_sweep_compiles_once_for_a_shape(splits):
+def test_the_sweep_compiles_once_for_a_shape():
+    splits = made(500, seed=0), made(200, seed=1)
     linear_probe(*splits, CLASSES, CONFIG, key=jr.key(0))
-    before = train_heads._cache_size()
+    before = cached_pass._cache_size()
     linear_probe(*splits, CLASSES, CONFIG, key=jr.key(1))
-    assert train_heads._cache_size() == before
+    assert cached_pass._cache_size() == before > 0
 
 
 @pytest.mark.parametrize(
@@ -128,8 +178,63 @@ def test_impossible_settings_are_refused(change):
         ProbeConfig(**change)
 
 
+@pytest.mark.parametrize("empty", [0, 1])
+def test_bad_splits_are_refused(empty):
+    splits = [made(50), made(50)]
+    splits[empty] = Made(np.zeros((2, 50, 12)), np.full(50, -1))
+    with pytest.raises(UserError, match=("train", "validation")[empty]):
+        linear_probe(*splits, CLASSES, CONFIG, key=jr.key(0))
+
+
 def test_a_batch_larger_than_the_split_is_the_whole_split():
     few = made(20, layers=1)
-    result = linear_probe(few, few, few, CLASSES, dataclasses.replace(CONFIG, batch_size=256), key=jr.key(0))
-    assert np.isfinite(result.test.top1)
-    assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.isfinite(x)), [v.validation_top1 for v in result.grid]))
+    (answer,) = linear_probe(few, few, CLASSES, dataclasses.replace(CONFIG, batch_size=256), key=jr.key(0))
+    assert answer.settings["validation_top1"] > 25
+
+
+# With pictures.
+
+CROP = CropConfig(size=(8, 8), scale=(0.5, 1.0), mean=(0.5,), std=(0.25,), centre_resize=1.0)
+
+
+def pictures(n, seed):
+    """Class c is of the c-th brightness, which every crop shows."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, n).astype(np.int32)
+    canvas = rng.integers(0, 100, (n, 8, 8, 1)) + 45 * labels[:, None, None, None]
+    return ArraySource((8, 8, 1), tuple("abcd"), labels, canvas.astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def row():
+    return FrozenViT(ViT(ViTConfig(patch_size=4, channels=1, width=16, depth=2, heads=2), key=jr.key(0)), CROP)
+
+
+AUGMENTED = dataclasses.replace(
+    PUBLISHED, epochs=8, batch_size=64, learning_rates=(100.0,), views="augmented", scale=(0.5, 1.0), flip=0.0
+)
+
+
+def test_augmented_crops_are_drawn_anew_in_each_pass(row):
+    split = Split(row, pictures(200, 0), 64)
+    sweep = Sweep(split, CLASSES, AUGMENTED, jr.key(0))
+    first, again, second = ([layers for layers, _ in sweep._crops(epoch)] for epoch in (0, 0, 1))
+    assert len(first) == 3
+    np.testing.assert_array_equal(first[0], again[0])
+    assert not np.isclose(np.sort(np.concatenate(first, axis=1)), np.sort(np.concatenate(second, axis=1))).all()
+    assert "features" not in vars(split), "augmented training must not embed the centre crops"
+
+
+def test_the_published_probe_learns_from_augmented_crops_and_reads_no_test_label(row):
+    train, validation = Split(row, pictures(600, 0), 64), Split(row, pictures(200, 1), 64)
+    source = pictures(200, 2)
+    answers = linear_probe(train, validation, CLASSES, AUGMENTED, key=jr.key(0))
+    found = top1(answers[0].guess(Split(row, withheld(source), 64)), source.labels)
+    assert found > 60
+
+
+def test_the_statistics_of_augmented_crops_are_those_of_a_whole_pass(row):
+    sweep = Sweep(Split(row, pictures(200, 0), 64), CLASSES, AUGMENTED, jr.key(0))
+    seen = np.concatenate([layers for layers, _ in sweep._crops(0)], axis=1)[-1].astype(np.float64)
+    np.testing.assert_allclose(sweep.basis.moments["last"].mean, seen.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sweep.basis.moments["last"].std, seen.std(0), rtol=1e-4)

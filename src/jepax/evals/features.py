@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import equinox as eqx
+import jax
 import numpy as np
 
 from jepax.types import Array, Float, Images, Int, UserError
@@ -37,6 +39,11 @@ class Features:
         """The last layer."""
         return self.layers[-1]
 
+    @cached_property
+    def on_device(self) -> Float[Array, "layers n dim"]:
+        """The layers as the device reads them: the same memory on a CPU, a copy elsewhere."""
+        return jax.device_put(self.layers, may_alias=True)
+
     def only(self, rows: Int[np.ndarray, "chosen"]) -> "Features":
         """Those of some rows."""
         return Features(self.layers[:, rows], self.labels[rows])
@@ -64,7 +71,7 @@ def extract(
         ahead = (run(replace(images, label=None)), slice(done, done + valid))
         if kept is None:
             layers, _, dim = ahead[0].shape
-            kept = np.empty((layers, len(labels), dim), np.float32)
+            kept = aligned((layers, len(labels), dim))
         if waiting is not None:  # fetched one batch late, so that the device works while the host copies
             _keep(kept, *waiting)
         waiting, done = ahead, done + valid
@@ -73,6 +80,14 @@ def extract(
         raise UserError("no batches to extract features from: the split is empty; choose another split or source")
     _keep(kept, *waiting)
     return Features(kept[:, :done], np.asarray(labels, np.int32)[:done])
+
+
+def aligned(shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+    """An empty float32 array that begins at a multiple of 64 bytes: a CPU device can then read it without a copy."""
+    size = 4 * int(np.prod(shape))
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(np.float32).reshape(shape)
 
 
 def _keep(kept: Float[np.ndarray, "layers n dim"], output: Float[Array, "layers batch dim"], rows: slice) -> None:

@@ -7,13 +7,15 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jepax.methods import AbstractMethod
 from jepax.nn import ViT
-from jepax.types import Images
+from jepax.types import Images, UserError
 from jepax.views import CropConfig, centre_crop
 
 LAYERS = 4
 """Layers whose outputs the probes may read: the last four, as published."""
 Pool = Literal["mean", "sum"]
+Choice = Literal["default", "target", "context"]
 View = Float[Array, "batch height width channels"]
 
 
@@ -49,3 +51,13 @@ class FrozenViT(Frozen):
 
     def tokens(self, view: View) -> Float[Array, "batch patches dim"]:
         return self.encoder(view).astype(jnp.float32)
+
+
+def encoder_of(method: AbstractMethod, choice: Choice) -> ViT:
+    """The method's encoder of that name, or its default. Raises `UserError` where there is none."""
+    encoders = method.encoders()
+    if choice == "default":
+        return next(iter(encoders.values()))
+    if choice not in encoders:
+        raise UserError(f"eval.encoder={choice}: this method has no such encoder; it has {' and '.join(encoders)}")
+    return encoders[choice]

@@ -1,229 +1,244 @@
-"""Linear probe of frozen features: every learning rate and weight decay is trained at once, and validation chooses."""
+"""Linear probe of a frozen encoder: every setting is trained at once, and validation chooses."""
 
 import itertools
-import time
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from jax import lax
+from jaxtyping import Array, Int, PRNGKeyArray
 
-from jepax.evals.features import Features, Scores, check_labels, rank_of_label, scores
-from jepax.types import AnyArray, Array, Float, Int, PRNGKeyArray, UserError
+from jepax.evals.features import Features
+from jepax.evals.frozen import Frozen
+from jepax.evals.heads import (
+    BASE_BATCH,
+    CANDIDATES,
+    Heads,
+    Inputs,
+    Layers,
+    Moments,
+    Rule,
+    Settings,
+    first_heads,
+    first_states,
+    no_moments,
+)
+from jepax.evals.say import SILENT, Say
+from jepax.evals.scoring import Fitted, Guesses, best_guesses, check_labels
+from jepax.evals.splits import Split
+from jepax.evals.streaming import augmented
+from jepax.evals.sweep import CHUNK, Basis, Course, add_moments, cached_pass, chunks, count_hits, head_values, one_step
+from jepax.types import Images, UserError
+from jepax.views import CropConfig
 
-CHUNK = 2048
-"""Examples classified at once when heads are scored; bounds memory, changes no number."""
+CHOSEN = "chosen"
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """The sweep: every learning rate with every weight decay, with and without standardisation."""
+    """The sweep: every learning rate with every weight decay, with and without standardisation, on every input.
 
+    The defaults reach logistic regression's accuracy in few passes over cached features; `PUBLISHED` is I-JEPA's.
+    """
+
+    rule: Rule = "adamw"
+    """Rule of the updates."""
+    layers: tuple[Literal["last", "last four"], ...] = CANDIDATES
+    """What the heads read: the last layer, or the last four side by side."""
+    standardised: tuple[bool, ...] = (True, False)
+    """Whether they read it standardised over the training split, as a BatchNorm without parameters gives it."""
     epochs: int = 30
-    """Passes over the training features; a small split wants more, since the rate falls by the number of updates."""
+    """Passes over the training split; a small split wants more, since the rate falls by the number of updates."""
     batch_size: int = 256
     """Examples per update, at most the number of training examples."""
     learning_rates: tuple[float, ...] = (2e-3, 1e-2, 5e-2)
-    """Peak learning rates of AdamW, each falling to zero by a cosine."""
+    """First learning rates. adamw: as they are; lars: for 256 examples, and growing with the batch."""
     weight_decays: tuple[float, ...] = (0.0, 0.1)
-    """Decoupled weight decay (multiplied by the learning rate), on weights and not on biases."""
+    """Weight decay, on weights and not on biases. adamw: decoupled, times the rate; lars: added to the gradient."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """The rate falls to zero by a cosine, or is divided by 10 after every 15 passes."""
+    views: Literal["centre", "augmented"] = "centre"
+    """Training views: cached centre crops, or crops drawn anew in each pass, which runs the encoder in each pass."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """views=augmented: smallest and largest share of the picture's area."""
+    flip: float = 0.5
+    """views=augmented: chance of a horizontal flip."""
+    controls: bool = True
+    """Whether the concatenation at one layer's width, and one layer at the concatenation's, are probed beside."""
 
     def __post_init__(self):
         if self.epochs < 1 or self.batch_size < 1:
             raise UserError(f"epochs={self.epochs} and batch_size={self.batch_size} must be at least 1")
+        for name in ("layers", "standardised"):
+            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise UserError(f"{name}={getattr(self, name)} must hold at least one choice, and none twice")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise UserError(f"learning_rates={self.learning_rates} must hold at least one number, all above 0")
         if not self.weight_decays or min(self.weight_decays) < 0:
             raise UserError(f"weight_decays={self.weight_decays} must hold at least one number, none below 0")
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One head of the sweep and the validation top-1, in percent, that it reached."""
+PUBLISHED = ProbeConfig(
+    rule="lars",
+    epochs=50,
+    batch_size=16384,
+    learning_rates=(0.01, 0.05, 0.001),
+    weight_decays=(5e-4, 0.0),
+    schedule="step",
+    views="augmented",
+)
+"""I-JEPA's linear probe (Assran et al. 2023, appendix A).
 
-    layers: str
-    """`last` or `last four`."""
-    standardised: bool
-    learning_rate: float
-    weight_decay: float
-    validation_top1: float
-
-    def __str__(self) -> str:
-        scaling = "standardised" if self.standardised else "as they are"
-        return f"{self.layers}, {scaling}, lr {self.learning_rate:g}, wd {self.weight_decay:g}"
-
-
-@dataclass(frozen=True)
-class ProbeResult:
-    """What validation chose, and what that one head scores on the test split."""
-
-    chosen: Variant
-    test: Scores
-    grid: tuple[Variant, ...]
-    """Every head that was trained."""
-    seconds: float
-    """Wall time of training and scoring, compilation included."""
-
-
-class Frame(eqx.Module):
-    """What the heads read: the training features' statistics, and which heads see features standardised by them."""
-
-    mean: Float[Array, "dim"]
-    std: Float[Array, "dim"]
-    standardised: Float[Array, "heads"]
-    """1 where the head reads standardised features, 0 where it reads them as they are."""
-
-
-class Heads(eqx.Module):
-    """Linear classifiers side by side, zero at first: the loss is convex, so no random start is needed."""
-
-    weight: Float[Array, "dim heads classes"]
-    bias: Float[Array, "heads classes"]
-
-
-def frame(train: Float[AnyArray, "n dim"], standardised: Float[AnyArray, "heads"]) -> Frame:
-    """The mean and sqrt(var + 1e-6) of every training feature."""
-    train = jnp.asarray(train)
-    return Frame(train.mean(0), jnp.sqrt(train.var(0) + 1e-6), jnp.asarray(standardised))
-
-
-def standardise(frame: Frame, features: Float[AnyArray, "*n dim"]) -> Float[Array, "*n dim"]:
-    """(x - mean) / sqrt(var + 1e-6): BatchNorm without parameters on frozen features, in the limit of the full batch.
-
-    *Differs from the reference:* BatchNorm takes the batch's statistics in training, running averages in testing.
-    """
-    return (features - frame.mean) / frame.std
-
-
-def head_logits(heads: Heads, frame: Frame, z: Float[Array, "batch dim"]) -> Float[Array, "batch heads classes"]:
-    """Logits of all heads from one product of the standardised features z.
-
-    A head on the features as they are reads x = std * z + mean, and W.x = (std * W).z + W.mean: one z serves both.
-    """
-    plain = 1 - frame.standardised[:, None]
-    scale = 1 + plain * (frame.std - 1)[:, None, None]
-    product = jnp.dot(z, (scale * heads.weight).reshape(z.shape[1], -1), precision=lax.Precision.HIGHEST)
-    shift = jnp.einsum("d,dhc->hc", frame.mean, heads.weight, precision=lax.Precision.HIGHEST)
-    return product.reshape(len(z), *heads.bias.shape) + plain * shift + heads.bias
-
-
-@partial(jax.jit, static_argnames=("classes", "config"))
-def train_heads(
-    z: Float[Array, "n dim"],
-    labels: Int[AnyArray, "n"],
-    frame: Frame,
-    learning_rate: Float[AnyArray, "heads"],
-    weight_decay: Float[AnyArray, "heads"],
-    *,
-    classes: int,
-    config: ProbeConfig,
-    key: PRNGKeyArray,
-) -> Heads:
-    """Train every head on the same minibatches: AdamW, softmax cross entropy, the rate falling to zero by a cosine.
-
-    No term of the summed loss holds two heads, so each is trained as if alone. `z` is standardised. Every epoch has its
-    own order and leaves out the examples of its last, incomplete batch.
-
-    *Differs from the reference:* AdamW, which reaches logistic regression's accuracy in few epochs; I-JEPA's probe used
-    LARS with batches of 16384 and 50 epochs.
-    """
-    size = min(config.batch_size, len(z))
-    per_epoch = len(z) // size
-    adam = optax.scale_by_adam()
-    rate = optax.cosine_decay_schedule(1.0, config.epochs * per_epoch)
-
-    def loss(heads, batch):
-        logits = head_logits(heads, frame, z[batch])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch][:, None])
-        return losses.mean(0).sum()
-
-    def step(carry, batch):
-        heads, state, done = carry
-        update, state = adam.update(jax.grad(loss)(heads, batch), state)
-        lr = (rate(done) * learning_rate)[:, None]
-        weight = heads.weight - lr * (update.weight + weight_decay[:, None] * heads.weight)
-        return (Heads(weight, heads.bias - lr * update.bias), state, done + 1), None
-
-    def epoch(carry, key):
-        order = jr.permutation(key, len(z))[: per_epoch * size]
-        return lax.scan(step, carry, order.reshape(per_epoch, size))
-
-    count = len(learning_rate)
-    zero = Heads(jnp.zeros((z.shape[1], count, classes)), jnp.zeros((count, classes)))
-    start = (zero, adam.init(zero), jnp.zeros((), jnp.int32))
-    (heads, _, _), _ = lax.scan(epoch, start, jr.split(key, config.epochs))
-    return heads
-
-
-@jax.jit
-def head_ranks(
-    heads: Heads, frame: Frame, features: Float[AnyArray, "n dim"], labels: Int[AnyArray, "n"]
-) -> Int[Array, "n heads"]:
-    """For every example and head, how many classes come before the right one."""
-
-    def ranks(example):
-        features, label = example
-        logits = head_logits(heads, frame, standardise(frame, features)[None])[0]
-        return rank_of_label(logits, jnp.full(len(logits), label))
-
-    return lax.map(ranks, (jnp.asarray(features), jnp.asarray(labels)), batch_size=CHUNK)
+Read into it, where the paper is silent: rates are for 256 images and grow with the batch, and crops take 8% of the area
+at least, both as in VISSL, whose protocol it names. *Differs:* BatchNorm's statistics are those of the whole training
+split and not running averages.
+"""
 
 
 def linear_probe(
-    train: Features,
-    validation: Features,
-    test: Features,
+    train: Split,
+    validation: Split,
     classes: int,
-    config: ProbeConfig | None = None,
+    config: ProbeConfig,
     *,
     key: PRNGKeyArray,
-) -> ProbeResult:
-    """Train every head on `train`, choose one by validation top-1 (the first of equals), and read `test` once.
+    say: Say = SILENT,
+) -> list[Fitted]:
+    """Train every head, and choose by validation top-1 (the first of equals) over all, and for each input alone.
 
-    The heads are {last layer, last four side by side} x {standardised, as they are} x learning rates x weight decays.
-    After the choice nothing is trained again on both splits.
+    The heads are inputs x {standardised, as they are} x learning rates x weight decays. The overall choice, which comes
+    first, is among {last layer, last four side by side}. The other inputs are controls that tell whether four layers
+    win by their width alone: the four brought to one layer's width by a random map, and the last layer brought to the
+    width of four. After the choice nothing is trained again on both splits.
 
     **Raises** `UserError` if a split is empty or has a label out of range.
     """
-    config = ProbeConfig() if config is None else config
-    for name, split in (("train", train), ("validation", validation), ("test", test)):
-        check_labels(split.labels, classes, name)
-    start = time.perf_counter()
-    names = ("last", "last four") if len(train.layers) > 1 else ("last",)
-    sweeps = [
-        _sweep(name, train, validation, classes, config, name_key)
-        for name, name_key in zip(names, jr.split(key, len(names)), strict=True)
-    ]
-    grid = [(variant, head) for sweep in sweeps for variant, head in sweep]
-    chosen, (heads, frame) = max(grid, key=lambda entry: entry[0].validation_top1)
-    ranks = head_ranks(heads, frame, _select(test, chosen.layers), test.labels)
-    return ProbeResult(chosen, scores(ranks[:, 0]), tuple(variant for variant, _ in grid), time.perf_counter() - start)
+    check_labels(train.labels, classes, "train")
+    check_labels(validation.labels, classes, "validation")
+    sweep = Sweep(train, classes, config, key)
+    with say.counting("linear probe: passes", config.epochs) as done:
+        for epoch in range(config.epochs):
+            sweep.train_pass(epoch)
+            done(epoch + 1)
+    return sweep.fitted(validation)
 
 
-def _select(split: Features, name: str) -> Float[np.ndarray, "n _"]:
-    return split.last if name == "last" else split.concatenated
+class Sweep:
+    """All heads of one encoder, and what trains them pass by pass."""
+
+    def __init__(self, train: Split, classes: int, config: ProbeConfig, key: PRNGKeyArray):
+        self.train, self.config = train, config
+        key_maps, key_heads, self.key_order = jr.split(key, 3)
+        size = min(config.batch_size, len(train))
+        self.course = Course(config.rule, config.schedule, config.epochs, len(train) // size, size)
+        self.grid = [
+            {"standardised": flag, "learning_rate": rate, "weight_decay": decay}
+            for flag, rate, decay in itertools.product(config.standardised, config.learning_rates, config.weight_decays)
+        ]
+        layers, _, dim = self._shape()
+        self.inputs = Inputs(layers, dim, config.layers, config.controls)
+        self.basis = Basis(self._settings(), self._moments(maps := self.inputs.maps(key_maps)), maps)
+        self.state = {
+            name: self._first(len(moments.mean), classes, jr.fold_in(key_heads, place))
+            for place, (name, moments) in enumerate(self.basis.moments.items())
+        }
+
+    def _shape(self) -> tuple[int, int, int]:
+        if self.config.views == "centre":
+            return self.train.features.layers.shape
+        images, _ = next(iter(self.train.pictures()))
+        return eqx.filter_eval_shape(self.train.row, replace(images, label=None)).shape
+
+    def _settings(self) -> Settings:
+        columns = zip(*(setting.values() for setting in self.grid), strict=True)
+        standardised, rates, decays = (np.asarray(column, np.float32) for column in columns)
+        grown = self.course.batch_size / BASE_BATCH if self.config.rule == "lars" else 1.0
+        return Settings(standardised, np.float32(grown) * rates, decays)
+
+    def _first(self, dim: int, classes: int, key: PRNGKeyArray) -> tuple[Heads, optax.OptState]:
+        heads = first_heads(self.config.rule, len(self.grid), dim, classes, key)
+        return heads, first_states(self.config.rule, heads, self.basis.settings)
+
+    def _moments(self, maps: dict[str, Array]) -> dict[str, Moments]:
+        """Of every input over the training split: of the cached features, or of crops as the first pass draws them."""
+        moments = {name: no_moments(self.inputs.width(name)) for name in self.inputs.names}
+        if self.config.views == "centre":
+            parts = ((part, np.arange(part.shape[1]) < valid) for part, valid in chunks(self.train.features.layers))
+        else:
+            parts = ((layers, np.ones(layers.shape[1], bool)) for layers, _ in self._crops(0))
+        for layers, valid in parts:
+            moments = add_moments(moments, layers, valid, maps)
+        return moments
+
+    def _crops(self, epoch: int) -> Iterator[tuple[Layers, Int[np.ndarray, "batch"]]]:
+        """Features and labels of one pass's batches, in an order and of crops of its own."""
+        key_order, key_crops = jr.split(jr.fold_in(self.key_order, epoch))
+        seed = int(jr.randint(key_order, (), 0, 2**31 - 1))
+        crop = replace(self.train.row.crop, scale=self.config.scale, flip=self.config.flip)
+        for images in self.train.shuffled(self.course.batch_size, self.course.steps, seed):
+            yield embed_augmented(self.train.row, replace(images, label=None), crop, key_crops), images.label
+
+    def train_pass(self, epoch: int) -> None:
+        """Every head sees every example once, but for the last, incomplete batch; each pass has an order of its own."""
+        if self.config.views == "centre":
+            features, key = self.train.features, jr.fold_in(self.key_order, epoch)
+            arrays = (features.on_device, features.labels, key)
+            self.state = cached_pass(self.state, *arrays, self.basis, course=self.course)
+            return
+        for layers, labels in self._crops(epoch):
+            self.state = one_step(self.state, layers, labels, self.basis, course=self.course)
+
+    def fitted(self, validation: Split) -> list[Fitted]:
+        """The best head of all candidates, and the best of each input."""
+        tried = self._tried(validation.features)
+        every = [setting for name in self.inputs.candidates for setting in tried[name]]
+        answers = [self._answer(CHOSEN, every)]
+        return [*answers, *(self._answer(name, tried[name]) for name in tried)] if len(tried) > 1 else answers
+
+    def _tried(self, features: Features) -> dict[str, list[dict[str, Any]]]:
+        """Every head's setting and validation top-1, by input."""
+        right = {name: np.zeros(len(self.grid), int) for name in self.state}
+        for start, (part, valid) in zip(itertools.count(0, CHUNK), chunks(features.layers), strict=False):
+            labels = np.full(part.shape[1], -1, np.int32)
+            labels[:valid] = features.labels[start : start + valid]
+            found = count_hits(self.state, part, labels, self.basis)
+            right = {name: right[name] + np.asarray(found[name]) for name in right}
+        share = {name: 100 * hits / len(features) for name, hits in right.items()}
+        return {
+            name: [
+                {"layers": name, "head": head, **setting, "validation_top1": float(share[name][head])}
+                for head, setting in enumerate(self.grid)
+            ]
+            for name in share
+        }
+
+    def _answer(self, name: str, tried: list[dict[str, Any]]) -> Fitted:
+        chosen = max(tried, key=lambda setting: setting["validation_top1"])  # the first of equals
+        layers, one = chosen["layers"], slice(chosen["head"], chosen["head"] + 1)
+        heads, settings = (
+            jax.tree.map(lambda leaf: leaf[one], tree) for tree in (self.state[layers][0], self.basis.settings)
+        )
+
+        def guess(split: Split) -> Guesses:
+            values = (
+                head_values(part, heads, settings, self.basis, name=layers)[:valid]
+                for part, valid in chunks(split.features.layers)
+            )
+            return np.concatenate([best_guesses(part) for part in values])
+
+        return Fitted(name, guess, chosen, in_words(chosen), tried)
 
 
-def _sweep(
-    name: str, train: Features, validation: Features, classes: int, config: ProbeConfig, key: PRNGKeyArray
-) -> list[tuple[Variant, tuple[Heads, Frame]]]:
-    """Train all heads on one choice of layers; each comes back by itself, beside its validation top-1."""
-    combinations = list(itertools.product((True, False), config.learning_rates, config.weight_decays))
-    standardised, rates, decays = np.asarray(combinations, np.float32).T
-    features = jnp.asarray(_select(train, name))
-    basis = frame(features, standardised)
-    z = standardise(basis, features)
-    heads = train_heads(z, train.labels, basis, rates, decays, classes=classes, config=config, key=key)
-    ranks = np.asarray(head_ranks(heads, basis, _select(validation, name), validation.labels))
-    variants = [Variant(name, *made, scores(rank).top1) for made, rank in zip(combinations, ranks.T, strict=True)]
-    return [(variant, _alone(heads, basis, head)) for head, variant in enumerate(variants)]
+def in_words(setting: dict[str, Any]) -> str:
+    scaling = "standardised" if setting["standardised"] else "as they are"
+    return f"{setting['layers']}, {scaling}, lr {setting['learning_rate']:g}, wd {setting['weight_decay']:g}"
 
 
-def _alone(heads: Heads, frame: Frame, head: int) -> tuple[Heads, Frame]:
-    one = slice(head, head + 1)
-    return Heads(heads.weight[:, one], heads.bias[one]), Frame(frame.mean, frame.std, frame.standardised[one])
+@eqx.filter_jit
+def embed_augmented(row: Frozen, images: Images, crop: CropConfig, key: PRNGKeyArray) -> Layers:
+    """Pooled features of random crops."""
+    return row.pooled(augmented(images, key, crop))

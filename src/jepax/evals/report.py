@@ -1,33 +1,29 @@
-"""The evaluation at the end of a run: every row of the table by one protocol, written as JSON and shown as text."""
+"""The evaluation: every row of the table by the same protocols, written as JSON and shown as text."""
 
 import dataclasses
 import hashlib
 import json
 import os
 import platform
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.random as jr
 import numpy as np
 from rich.table import Table
 
 import jepax
-from jepax.evals.collapse import effective_rank, feature_std
-from jepax.evals.features import Embed, Features, extract
+from jepax.data import Source
 from jepax.evals.floors import majority_class
-from jepax.evals.knn import KnnConfig, knn
-from jepax.evals.probe import ProbeConfig, linear_probe
-from jepax.types import Images, PRNGKeyArray, UserError
-
-Sweep = Callable[[], Iterable[tuple[Images, int]]]
-"""Starts one pass over a split: batches of one shape, each with the number of its valid examples."""
+from jepax.evals.frozen import Frozen
+from jepax.evals.health import diagnosis
+from jepax.evals.protocols import PROTOCOLS, EvalConfig, applies
+from jepax.evals.say import SILENT, Say
+from jepax.evals.scoring import Fitted, best_guesses, check_labels, scores
+from jepax.evals.splits import Split, shared_pictures, withheld
+from jepax.types import PRNGKeyArray, UserError
 
 ROWS = {
     "trained": "trained encoder",
@@ -36,138 +32,126 @@ ROWS = {
     "majority": "majority class",
 }
 """Keys of the results and their names in the table, in the table's order."""
-
-COLLAPSE_EXAMPLES = 4096
-"""At most so many validation examples measure the effective rank."""
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """The protocol of the evaluation."""
-
-    batch_size: int = 256
-    """Images per batch when features are extracted; whoever makes the sweeps reads it."""
-    probe: ProbeConfig = field(default_factory=ProbeConfig)
-    """The linear probe's sweep."""
-    knn: KnnConfig = field(default_factory=KnnConfig)
-    """How the nearest neighbours vote."""
-
-    def __post_init__(self):
-        if self.batch_size < 1:
-            raise UserError(f"batch_size={self.batch_size} must be at least 1")
+SPLITS = ("train", "validation", "test")
+FLOORS = ("untrained", "pixels")
 
 
 @dataclass(frozen=True)
-class Splits:
-    """How to pass over each split; `validation` must share no example with the other two."""
+class Evaluation:
+    """What the rows of one evaluation share."""
 
-    train: Sweep
-    validation: Sweep
-    test: Sweep
+    sources: dict[str, Source]
+    """By split; `validation` must share no picture with the other two, and `test` none with any."""
+    config: EvalConfig
+    key: PRNGKeyArray
+    say: Say = SILENT
+
+    @property
+    def classes(self) -> int:
+        return self.sources["train"].classes
+
+    def row(self, name: str, frozen: Frozen) -> dict[str, Any]:
+        """Every protocol on one row. Protocols get the test split without its labels, which are read here alone."""
+        splits = {
+            split: Split(
+                frozen,
+                withheld(source) if split == "test" else source,
+                self.config.batch_size,
+                name=f"{ROWS[name]}: features of {split}",
+                say=self.say,
+            )
+            for split, source in self.sources.items()
+        }
+        row = {}
+        for protocol in self.config.protocols:
+            if not applies(protocol, frozen):
+                continue
+            self.say.line(f"{ROWS[name]}: {protocol.replace('_', ' ')}")
+            settings = getattr(self.config, protocol)
+            arguments = (splits["train"], splits["validation"], self.classes, settings)
+            fitted = PROTOCOLS[protocol](*arguments, key=self.key, say=self.say)
+            row[protocol] = self._scored(fitted, splits["test"])
+        for pair, count in (shared := shared_pictures(splits)).items():
+            if count:
+                self.say.line(f"warning: {count} pictures of {pair.replace('/', ' and ')} are the same")
+        return {**row, **diagnosis(splits["validation"].features.last), "shared_pictures": shared}
+
+    def _scored(self, fitted: list[Fitted], test: Split) -> dict[str, Any]:
+        """The first answer, and the others beside it; answers of one name by their mean and standard deviation."""
+        labels = self.sources["test"].labels
+        by_name: dict[str, list[dict[str, Any]]] = {}
+        for answer in fitted:
+            scored = asdict(scores(answer.guess(test), labels))
+            told = {**scored, "variant": answer.variant, "chosen": answer.settings, "tried": answer.tried}
+            by_name.setdefault(answer.name, []).append(told)
+        first, *others = ((name, repeated(runs)) for name, runs in by_name.items())
+        return {"name": first[0], **first[1], "beside": dict(others)}
+
+
+def repeated(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One run as it is; several as their means, with the standard deviation of top-1 over them."""
+    if len(runs) == 1:
+        return runs[0]
+    means = {name: float(np.mean([run[name] for run in runs])) for name in ("top1", "top5")}
+    return {**means, "deviation": float(np.std([run["top1"] for run in runs], ddof=1)), "runs": runs}
 
 
 def evaluate_all(
-    trained: Embed,
-    untrained: Embed | None,
-    pixels: Embed,
-    splits: Splits,
-    classes: int,
+    rows: dict[str, Frozen],
+    sources: dict[str, Source],
     config: EvalConfig | None = None,
     *,
     step: int,
     key: PRNGKeyArray,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = SILENT,
     floors: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluate the encoder of `step`, the same encoder before training, and the floors; plain values, ready for JSON.
+    """Evaluate the rows, the majority class beside them; plain values, ready for JSON.
 
-    Every row is trained from the same key, and passes over each split once, the test split included. Accuracies are in
-    percent, times in seconds.
+    Every row is judged from the same key by the same protocols. Accuracies are in percent.
 
-    - `untrained`: None leaves its row out.
-    - `pixels`: `floors.RawPixels` of the view that the encoders see.
-    - `say`: receives a line when something begins.
-    - `floors`: a folder to keep the rows of `untrained` and `pixels` in, and to take them from where another run with
-      the same protocol, key, data and features left them. None measures them here.
+    - `rows`: by the names of `ROWS`; "trained" is the encoder of `step`.
+    - `floors`: a folder to keep the rows of `FLOORS` in, and to take them from where another evaluation with the same
+      protocols, key, data and features left them. None measures them here.
 
     **Raises** `UserError` for a split without examples or labels, and for features that are not finite.
     """
     config = EvalConfig() if config is None else config
-    row = partial(_row, splits=splits, classes=classes, config=config, key=key, say=say)
-    rows = {}
-    rows["trained"], labels = row(ROWS["trained"], trained)
-    counts = {split: len(values) for split, values in labels.items()}
-    for name, embed in (("untrained", untrained), ("pixels", pixels)):
-        if embed is not None:
-            decides = [asdict(config), classes, versions(), jr.key_data(key).tolist(), name]
-            rows[name] = _floor(name, embed, row, splits, json.dumps(decides), labels, floors)
-    rows["majority"] = asdict(majority_class(labels["train"], labels["test"], classes))
-    protocol = {**asdict(config), "classes": classes, "examples": counts, "key": jr.key_data(key).tolist()}
-    return _plain({"step": step, "rows": rows, "protocol": protocol, "versions": versions()})
-
-
-def _row(
-    name: str,
-    embed: Embed,
-    splits: Splits,
-    classes: int,
-    config: EvalConfig,
-    key: PRNGKeyArray,
-    say: Callable[[str], None],
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """One row of the results, and the labels of the three splits."""
-    say(f"{name}: features")
-    start = time.perf_counter()
-    features = {split: extract(embed, getattr(splits, split)()) for split in ("train", "validation", "test")}
-    extracted = time.perf_counter()
-    say(f"{name}: linear probe")
-    linear = linear_probe(*features.values(), classes, config.probe, key=key)
-    say(f"{name}: nearest neighbours")
-    probed = time.perf_counter()
-    neighbours = knn(features["train"], features["test"], classes, config.knn)
-    seconds = {"features": extracted - start, "linear": linear.seconds, "knn": time.perf_counter() - probed}
-    row = {
-        "linear": {**asdict(linear.test), "chosen": asdict(linear.chosen), "variant": str(linear.chosen)},
-        "grid": [asdict(variant) for variant in linear.grid],
-        "knn": asdict(neighbours),
-        **_collapse(features["validation"]),
-        "seconds": seconds,
+    shared = Evaluation(sources, config, key, say)
+    for split in SPLITS:
+        check_labels(sources[split].labels, shared.classes, split)
+    measured = {
+        name: _kept(name, frozen, shared, floors) if name in FLOORS and floors else shared.row(name, frozen)
+        for name, frozen in rows.items()
     }
-    return row, {split: values.labels for split, values in features.items()}
+    frequent = majority_class(sources["train"].labels, shared.classes)
+    guesses = np.tile(best_guesses(frequent[None]), (len(sources["test"]), 1))
+    measured["majority"] = asdict(scores(guesses, sources["test"].labels))
+    protocol = {
+        **asdict(config),
+        "classes": shared.classes,
+        "examples": {split: len(source) for split, source in sources.items()},
+        "key": jax.random.key_data(key).tolist(),
+    }
+    return _plain({"step": step, "rows": measured, "protocol": protocol, "versions": versions()})
 
 
-def _floor(
-    name: str,
-    embed: Embed,
-    row: Callable[[str, Embed], tuple[dict[str, Any], Any]],
-    splits: Splits,
-    decides: str,
-    labels: dict[str, np.ndarray],
-    kept: Path | None,
-) -> dict[str, Any]:
-    """A floor's row, from the folder `kept` where it lies there.
+def _kept(name: str, frozen: Frozen, shared: Evaluation, folder: Path) -> dict[str, Any]:
+    """A floor's row, from the folder where it lies there.
 
-    Its file is named by what decides it: protocol, versions, key, every label, and the features of each split's first
+    Its file is named by what decides it: protocols, versions, key, every label, and the features of each split's first
     batch, which stand for the others.
     """
-    if kept is None:
-        return row(ROWS[name], embed)[0]
-    firsts = [next(iter(getattr(splits, split)()))[0] for split in ("train", "validation", "test")]
-    digest = hashlib.sha256(decides.encode())
-    for images, of_split in zip(firsts, labels.values(), strict=True):
-        digest.update(np.asarray(eqx.filter_jit(embed)(dataclasses.replace(images, label=None))).tobytes())
-        digest.update(of_split.tobytes())
-    path = kept / f"{name}-{digest.hexdigest()[:16]}.json"
+    decides = [asdict(shared.config), versions(), jax.random.key_data(shared.key).tolist(), name]
+    digest = hashlib.sha256(json.dumps(decides).encode())
+    for source in shared.sources.values():
+        images, _ = next(iter(Split(frozen, source, shared.config.batch_size).pictures()))
+        digest.update(np.asarray(eqx.filter_jit(frozen)(dataclasses.replace(images, label=None))).tobytes())
+        digest.update(source.labels.tobytes())
+    path = folder / f"{name}-{digest.hexdigest()[:16]}.json"
     if not path.exists():
-        _write_whole(row(ROWS[name], embed)[0], path)
+        _write_whole(shared.row(name, frozen), path)
     return json.loads(path.read_text())
-
-
-def _collapse(features: Features) -> dict[str, float]:
-    """Effective rank and feature std of the last layer, on examples spread evenly over the split."""
-    stride = -(-len(features.last) // COLLAPSE_EXAMPLES)
-    some = features.last[::stride]
-    return {"effective_rank": float(effective_rank(some)), "feature_std": float(feature_std(some))}
 
 
 def _plain(value: Any) -> Any:
@@ -209,20 +193,51 @@ def _write_whole(values: dict[str, Any], path: Path) -> Path:
 
 
 def table(results: dict[str, Any]) -> Table:
-    """The results as a table: accuracies on the test split, in percent."""
-    out = Table(title=f"step {results['step']}: test accuracy, %")
+    """The results as a table: test accuracies in percent, top-1 with its interval or its deviation."""
+    protocols = results["protocol"]["protocols"]
+    out = Table(title=f"step {results['step']}: test top-1, %, and its 95% interval (±: deviation over seeds)")
     out.add_column("features")
-    for title in ("linear top-1", "linear top-5", "kNN top-1", "kNN top-5"):
-        out.add_column(title, justify="right")
+    for protocol in protocols:
+        out.add_column(protocol.replace("_", " "), justify="right")
     out.add_column("chosen on validation")
     for name, title in ROWS.items():
         if name in results["rows"]:
-            out.add_row(title, *_cells(results["rows"][name]))
+            out.add_row(title, *_cells(results["rows"][name], protocols))
     return out
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    if "linear" not in row:  # the majority class: one pair of numbers, whatever classifies
-        return [f"{row[k]:.2f}" for k in ("top1", "top5")] * 2 + [""]
-    accuracies = [f"{row[kind][k]:.2f}" for kind in ("linear", "knn") for k in ("top1", "top5")]
-    return [*accuracies, row["linear"]["variant"]]
+def _cells(row: dict[str, Any], protocols: list[str]) -> list[str]:
+    if "top1" in row:  # the majority class: one number, whatever classifies
+        return [f"{row['top1']:.2f}"] * len(protocols) + [""]
+    variants = [row[protocol].get("variant", "") for protocol in protocols if protocol in row]
+    shown = [top1_in_words(row[protocol]) if protocol in row else "" for protocol in protocols]
+    return [*shown, "; ".join(filter(None, variants))]
+
+
+def top1_in_words(score: dict[str, Any]) -> str:
+    """`86.58 (85.90-87.24)`, or `61.20 ± 0.85` over several seeds."""
+    if "deviation" in score:
+        return f"{score['top1']:.2f} ± {score['deviation']:.2f}"
+    low, high = score["interval"]
+    return f"{score['top1']:.2f} ({low:.1f}-{high:.1f})"
+
+
+def beside(results: dict[str, Any]) -> Table | None:
+    """What stands beside the scores: controls of the linear probe's width, every shot; None where there is nothing."""
+    rows = {name: row for name, row in results["rows"].items() if name in ROWS and "top1" not in row}
+    found = [
+        (protocol, name)
+        for protocol in results["protocol"]["protocols"]
+        for name in next(iter(rows.values())).get(protocol, {}).get("beside", {})
+    ]
+    if not found:
+        return None
+    out = Table(title="beside: test top-1, %")
+    out.add_column("protocol")
+    for name in rows:
+        out.add_column(ROWS[name], justify="right")
+    for protocol, name in found:
+        scored = [row.get(protocol, {}).get("beside", {}).get(name) for row in rows.values()]
+        label = f"{protocol.replace('_', ' ')}: {name}"
+        out.add_row(label, *(top1_in_words(score) if score else "" for score in scored))
+    return out

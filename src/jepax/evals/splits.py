@@ -1,10 +1,13 @@
 """A split as a row of the evaluation sees it: its pictures, its features, and its labels, if they may be read."""
 
+import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from jaxtyping import UInt64
 
 from jepax.data import Source, batches, sweep
 from jepax.evals.features import Features, extract
@@ -12,6 +15,8 @@ from jepax.evals.frozen import Frozen
 from jepax.evals.say import SILENT, Say
 from jepax.types import Images, Int
 
+DIGEST_SIDE = 64
+"""Rows and columns, about, of what is digested of a large picture."""
 WITHHELD = -1
 """Stands for every label that may not be read; no class has it."""
 
@@ -37,6 +42,8 @@ class Split:
 
     def __init__(self, row: Frozen, source: Source, batch_size: int, *, name: str = "features", say: Say = SILENT):
         self.row, self.source, self.batch_size, self.name, self.say = row, source, batch_size, name, say
+        self.digests: UInt64[np.ndarray, "seen"] = np.empty(0, np.uint64)
+        """Of the pictures, once they were embedded: they tell what stands in two splits."""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -50,7 +57,15 @@ class Split:
     def features(self) -> Features:
         """Of the centre views, embedded at the first use and kept."""
         with self.say.counting(self.name, len(self)) as done:
-            return extract(self.row, self.pictures(), self.labels, done)
+            return extract(self.row, self._noted(), self.labels, done)
+
+    def _noted(self) -> Iterator[tuple[Images, int]]:
+        """`pictures`, whose digests are kept."""
+        found = []
+        for images, valid in self.pictures():
+            found.append(digest(images)[:valid])
+            yield images, valid
+        self.digests = np.concatenate(found) if found else self.digests
 
     def pictures(self) -> Iterator[tuple[Images, int]]:
         """Every example once, in order, with the number of valid rows of each batch."""
@@ -59,3 +74,24 @@ class Split:
     def shuffled(self, batch_size: int, steps: int, seed: int) -> Iterator[Images]:
         """Batches of `steps` steps in the order of `seed`, a new one each epoch."""
         return batches(self.source, batch_size=batch_size, steps=steps, seed=seed)
+
+
+def shared_pictures(splits: dict[str, Split]) -> dict[str, int]:
+    """How many pictures of the later split of each pair are in the earlier one too: `{"train/test": 0, ...}`.
+
+    Of splits that were embedded; the others are left out.
+    """
+    digests = {name: split.digests for name, split in splits.items() if len(split.digests)}
+    pairs = itertools.combinations(digests, 2)
+    return {f"{one}/{two}": int(np.isin(digests[two], digests[one]).sum()) for one, two in pairs}
+
+
+def digest(images: Images) -> UInt64[np.ndarray, "batch"]:
+    """64 bits of each picture's size and of its pixels, of which every few stand for a large picture."""
+    stride = max(1, max(images.canvas.shape[1:3]) // DIGEST_SIDE)
+    thin = np.ascontiguousarray(images.canvas[:, ::stride, ::stride])
+    sums = [
+        hashlib.blake2b(p.tobytes() + s.tobytes(), digest_size=8).digest()
+        for p, s in zip(thin, images.size, strict=True)
+    ]
+    return np.frombuffer(b"".join(sums), np.uint64)

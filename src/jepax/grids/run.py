@@ -186,7 +186,7 @@ def one(each: Job, floors: Path, say: Say) -> None:
     """Trains, draws and evaluates one run."""
     state = training.train(each.config, each.folder)
     figures.draw(each.config, each.folder)
-    training.evaluate(each.config, state, each.folder, say, floors=floors)
+    evaluation.evaluate(evaluation.of_run(each.config, state, each.folder), Say(say), floors)
 
 
 def settled(each: Job) -> bool:

@@ -57,6 +57,21 @@ class ArraySource(Source):
         return self.pictures[rows], size, self.labels[rows]
 
 
+@dataclass(frozen=True, eq=False)
+class Subset(Source):
+    """Some rows of another source."""
+
+    source: Source
+    rows: Int[np.ndarray, " examples"]
+
+    def load(
+        self, rows: Int[np.ndarray, " batch"]
+    ) -> tuple[
+        UInt8[np.ndarray, "batch rows columns channels"], Int32[np.ndarray, "batch 2"], Int32[np.ndarray, " batch"]
+    ]:
+        return self.source.load(self.rows[rows])
+
+
 def held_out(labels: Int32[np.ndarray, " examples"], share: float) -> np.ndarray:
     """Marks `share` of each class (rounded) at random, the same ones at every call: Bool[examples].
 
@@ -88,4 +103,4 @@ def rows_of(split: Split, labels: Int32[np.ndarray, " examples"], share: float) 
     return rows
 
 
-__all__ = ["ArraySource", "Source", "Split", "held_out", "rows_of"]
+__all__ = ["ArraySource", "Source", "Split", "Subset", "held_out", "rows_of"]

@@ -1,0 +1,64 @@
+"""Evaluation during training: a probe and nearest neighbours on a few held-out pictures, beside the loss."""
+
+from dataclasses import dataclass
+
+import jax.random as jr
+import numpy as np
+
+from jepax.data import Source
+from jepax.data.sources import Subset
+from jepax.evals.frozen import Frozen
+from jepax.evals.knn import KnnConfig, knn
+from jepax.evals.logistic import LogisticConfig, logistic_regression
+from jepax.evals.splits import Split
+from jepax.types import Int, UserError
+
+KNN = KnnConfig(neighbours=(20,), temperatures=(0.07,))
+LOGISTIC = LogisticConfig(strengths=(1e-3,), layers=("last",))
+"""Nothing is chosen: the scores of one run may be compared from step to step."""
+SEED = 20261123
+"""Of the pictures, which never depend on a run's seed: two runs may be compared."""
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """When, and on how many pictures. The test split is never opened."""
+
+    every: int = 500
+    """Steps between evaluations; 0: none."""
+    train_images: int = 2048
+    """Pictures of the training split that the probe is fitted on and that neighbours are looked for among."""
+    validation_images: int = 1024
+    """Pictures of the validation split that are scored."""
+
+    def __post_init__(self):
+        if self.every < 0:
+            raise UserError(f"online.every={self.every} must not be negative; 0 evaluates at the end alone")
+        for name in ("train_images", "validation_images"):
+            if getattr(self, name) < 1:
+                raise UserError(f"online.{name}={getattr(self, name)} must be at least 1")
+
+
+class Online:
+    """The pictures of a run's evaluations, read once more at each."""
+
+    def __init__(self, config: OnlineConfig, train: Source, validation: Source, batch_size: int):
+        self.train = some(train, config.train_images)
+        self.validation = some(validation, config.validation_images)
+        self.batch_size = batch_size
+
+    def __call__(self, row: Frozen) -> dict[str, float]:
+        """`probe_top1` (logistic regression) and `knn_top1` (k 20, cosine) of the last layer on validation, percent."""
+        train, validation = (Split(row, source, self.batch_size) for source in (self.train, self.validation))
+        splits, key = (train, validation, self.train.classes), jr.key(0)  # which draws nothing here
+        (probe,) = logistic_regression(*splits, LOGISTIC, key=key)
+        (neighbours,) = knn(*splits, KNN, key=key)
+        tops = {"probe_top1": probe, "knn_top1": neighbours}
+        return {name: fitted.settings["validation_top1"] for name, fitted in tops.items()}
+
+
+def some(source: Source, count: int) -> Source:
+    """`count` pictures drawn at random, or all of them, in the source's order."""
+    order = np.argsort(np.random.Philox(SEED).random_raw(len(source)), kind="stable")
+    rows: Int[np.ndarray, "rows"] = np.sort(order[:count])
+    return Subset(source.canvas_shape, source.class_names, source.labels[rows], source, rows)

@@ -1,0 +1,69 @@
+"""The protocols by name, and the settings of an evaluation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jepax.evals.attentive import AttentiveConfig, attentive_probe
+from jepax.evals.finetune import FinetuneConfig, finetune
+from jepax.evals.frozen import Choice, Frozen, FrozenViT, Pool
+from jepax.evals.knn import KnnConfig, knn
+from jepax.evals.logistic import LogisticConfig, logistic_regression
+from jepax.evals.low_shot import LowShotConfig, low_shot
+from jepax.evals.online import OnlineConfig
+from jepax.evals.probe import PUBLISHED, ProbeConfig, linear_probe
+from jepax.evals.scoring import Fitted
+from jepax.types import UserError
+
+Name = Literal["linear", "linear_published", "knn", "logistic", "low_shot", "attentive", "finetune"]
+PROTOCOLS: dict[str, Callable[..., list[Fitted]]] = {
+    "linear": linear_probe,
+    "linear_published": linear_probe,
+    "knn": knn,
+    "logistic": logistic_regression,
+    "low_shot": low_shot,
+    "attentive": attentive_probe,
+    "finetune": finetune,
+}
+"""Each is called with the training and validation splits, the number of classes and its settings."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is evaluated, and by which protocols. Each protocol's settings stand under its own name."""
+
+    protocols: tuple[Name, ...] = ("linear", "knn")
+    """Protocols, in the table's order."""
+    encoder: Choice = "default"
+    """Encoder that is evaluated; default: the one that the method's paper evaluates."""
+    pool: Pool = "mean"
+    """How an image's patches become one vector."""
+    batch_size: int = 256
+    """Images per batch when features are extracted."""
+    linear: ProbeConfig = field(default_factory=ProbeConfig)
+    """Linear probe that is quick."""
+    linear_published: ProbeConfig = PUBLISHED
+    """Linear probe as in I-JEPA's paper."""
+    knn: KnnConfig = field(default_factory=KnnConfig)
+    """Nearest neighbours."""
+    logistic: LogisticConfig = field(default_factory=LogisticConfig)
+    """Logistic regression to convergence, for small data."""
+    low_shot: LowShotConfig = field(default_factory=LowShotConfig)
+    """Logistic regression on few labels."""
+    attentive: AttentiveConfig = field(default_factory=AttentiveConfig)
+    """Attentive probe."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """Fine-tuning."""
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    """Evaluation during training."""
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise UserError(f"batch_size={self.batch_size} must be at least 1")
+        if not self.protocols or len(set(self.protocols)) < len(self.protocols):
+            raise UserError(f"protocols={self.protocols} must name at least one protocol, and none twice")
+
+
+def applies(protocol: str, frozen: Frozen) -> bool:
+    """Pixels cannot be fine-tuned."""
+    return protocol != "finetune" or isinstance(frozen, FrozenViT)

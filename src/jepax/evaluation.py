@@ -1,0 +1,166 @@
+"""What is evaluated: a run's state or weights that left their run, beside the floors that belong to them."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax.random as jr
+
+from jepax import checkpoint, sharding
+from jepax import config as configs
+from jepax.data import open_source
+from jepax.evals import report
+from jepax.evals.floors import RawPixels
+from jepax.evals.frozen import Frozen, FrozenViT, encoder_of
+from jepax.evals.report import SPLITS
+from jepax.evals.say import SILENT, Say
+from jepax.nn import ViT
+from jepax.optim import Optimizer
+from jepax.overrides import dotted, grouped, override
+from jepax.train import Config, TrainState, build_method, first_state
+from jepax.types import UserError
+from jepax.views import CropConfig
+from jepax.weights import load_encoder
+
+SHORT = {"protocols": "eval.protocols", "encoder": "eval.encoder", "pool": "eval.pool"}
+"""Flags of `jepax evaluate` and the fields that they stand for."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, by a config's `eval` on its `data`."""
+
+    trained: ViT
+    untrained: ViT
+    crop: CropConfig
+    step: int
+    """0 for weights that left their run."""
+    config: Config
+    folder: Path
+    """Where evals/ is written."""
+    name: str
+    """Of the file, without its suffix."""
+
+
+def of_run(config: Config, state: TrainState, run: Path, settings: Config | None = None) -> Subject:
+    """A run's state. `settings`: the config whose data and protocols are used; None: the run's own.
+
+    Raises `UserError` where the method lacks the encoder that is asked for.
+    """
+    settings = config if settings is None else settings
+    untrained = build_method(config.method, 1, jr.key(config.seed))
+    trained, untrained = (encoder_of(method, settings.eval.encoder) for method in (state.method, untrained))
+    step = int(state.step)
+    return Subject(
+        trained, untrained, config.method.crop, step, settings, run, f"step_{step:08d}{tag(config, settings)}"
+    )
+
+
+def of_weights(folder: Path, settings: Config) -> Subject:
+    """Exported weights, of this project or of others in the same format; its floor is an encoder of the same sizes."""
+    encoder, crop = load_encoder(folder)
+    untrained = ViT(encoder.config, key=jr.key(settings.seed))
+    name = f"weights{tag(Config(), settings) or '-default'}"
+    return Subject(encoder, untrained, crop, 0, settings, folder, name)
+
+
+def restored(config: Config, run: Path, step: int | None = None) -> TrainState:
+    """A checkpoint of the run, its newest or that of `step`, to be looked at: its schedules know no length.
+
+    Raises `UserError` where it is not there, and where another config wrote it. The run's data is not read.
+    """
+    saved = checkpoint.whole_steps(run / "checkpoints")
+    if not saved:
+        raise UserError(
+            f"{run} holds no whole checkpoint; train it first: jepax train {run / 'config.yaml'} --run-dir {run}"
+        )
+    if step is not None and step not in saved:
+        raise UserError(f"{run} holds no whole checkpoint of step {step}; there are {', '.join(map(str, saved))}")
+    state = first_state(config.method, Optimizer(config.optim, 1, 0), jr.key(config.seed))
+    state = sharding.replicate(state, sharding.make_mesh())
+    return checkpoint.restore(run / "checkpoints", saved[-1] if step is None else step, state)
+
+
+def tag(own: Config, settings: Config) -> str:
+    """What tells an evaluation by other settings from the run's own: its protocols, and a digest of the difference."""
+    changed = configs.differences((own.eval, own.data), (settings.eval, settings.data)) if own is not settings else []
+    if not changed:
+        return ""
+    digest = hashlib.sha256(json.dumps([asdict(settings.eval), asdict(settings.data)]).encode()).hexdigest()[:8]
+    return f"-{'+'.join(settings.eval.protocols)}-{digest}"
+
+
+def evaluate(subject: Subject, say: Say = SILENT, floors: Path | None = None) -> tuple[dict[str, Any], Path]:
+    """Every protocol on the subject, beside its own untrained self, raw pixels and the majority class.
+
+    Returns the results and the file in evals/ that holds them. `floors`: see `report.evaluate_all`.
+    """
+    config = subject.config
+    sources = {split: open_source(config.data, split) for split in SPLITS}
+    check_channels(subject, sources["train"].canvas_shape[2])
+    results = report.evaluate_all(
+        rows_of(subject), sources, config.eval, step=subject.step, key=jr.key(config.seed), say=say, floors=floors
+    )
+    results["data"] = configs.to_dict(config.data)
+    return results, report.write(results, subject.folder, subject.name)
+
+
+def rows_of(subject: Subject) -> dict[str, Frozen]:
+    """The rows that are measured."""
+    crop, pool = subject.crop, subject.config.eval.pool
+    return {
+        "trained": FrozenViT(subject.trained, crop, pool),
+        "untrained": FrozenViT(subject.untrained, crop, pool),
+        "pixels": RawPixels(crop, subject.trained.config.patch_size),
+    }
+
+
+def check_channels(subject: Subject, has: int) -> None:
+    """Raises `UserError` where the pictures have another number of channels than the encoder reads."""
+    wants = subject.trained.config.channels
+    if wants != has:
+        raise UserError(
+            f"the encoder reads {wants} channels, but the pictures of data.source={subject.config.data.source} have"
+            f" {has};\nset --data.channels {wants}"
+        )
+
+
+def resolve(arguments: list[str]) -> Subject:
+    """Reads the arguments of `jepax evaluate`, and what they name.
+
+    Raises `UserError` naming the folder, the flag or the field, and the way out.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("give a run's folder, or one of exported weights, first: jepax evaluate runs/NAME")
+    folder = Path(arguments[0])
+    groups = [[f"--{SHORT.get(dotted(flag), dotted(flag))}", *words] for flag, *words in grouped(arguments[1:])]
+    own = {flag.removeprefix("--"): words for flag, *words in groups if flag in ("--step", "--run_dir")}
+    for flag, *_ in groups:
+        if flag.removeprefix("--") not in own and not flag.startswith(("--eval.", "--data.", "--seed")):
+            known = ", ".join(f"--{name}" for name in ("step", *SHORT, "run-dir", "data.…", "eval.…"))
+            raise UserError(f"{flag} is nothing that an evaluation can change; there are {known}")
+    changes = [[flag, *words] for flag, *words in groups if flag.removeprefix("--") not in own]
+    if (folder / "config.yaml").is_file():
+        config = configs.load(Config, folder / "config.yaml")
+        settings = override(config, changes) if changes else config
+        subject = of_run(config, restored(config, folder, step_of(own)), folder, settings)
+    elif (folder / "model.safetensors").is_file():
+        if "step" in own:
+            raise UserError(f"--step is for runs, and {folder} holds exported weights")
+        subject = of_weights(folder, override(Config(), changes))
+    else:
+        near = sorted(str(path.parent) for path in folder.parent.glob("*/config.yaml"))
+        way = configs.nearest(str(folder), near) if near else f"no run lies in {folder.parent}"
+        raise UserError(f"{folder} is no run's folder: it holds neither config.yaml nor model.safetensors; {way}")
+    return replace(subject, folder=Path(own["run_dir"][0])) if "run_dir" in own else subject
+
+
+def step_of(own: dict[str, list[str]]) -> int | None:
+    """Of the checkpoint that is asked for."""
+    if "step" not in own:
+        return None
+    if len(own["step"]) != 1 or not own["step"][0].isdecimal():
+        raise UserError("--step takes one checkpoint's number: --step 2000")
+    return int(own["step"][0])
