@@ -1,4 +1,4 @@
-"""The command line: `jepax recipes`, `train`, `evaluate`, `grid`. Errors of the user end in plain lines, code 2."""
+"""The command line: `jepax train` and the other words of USAGE. Errors of the user end in plain lines, code 2."""
 
 import contextlib
 import logging
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jepax.allocator import keep_freed_memory
 
 if TYPE_CHECKING:  # jax and what stands on it take seconds to import: only where a command needs them
+    from jepax.methods import AbstractMethod
+    from jepax.nn import ViT
     from jepax.train import Config, TrainState
 
 USAGE = """usage: jepax COMMAND
@@ -25,6 +27,9 @@ USAGE = """usage: jepax COMMAND
       --dry-run                 prints settings, sizes, arithmetic and memory, and takes one step; writes nothing
   jepax train RECIPE --help     lists every field with its type, default and meaning
   jepax evaluate RUN            evaluates the newest checkpoint of a run's folder
+  jepax export RUN FOLDER       writes the newest checkpoint's encoder as a Hugging Face I-JEPA folder, for transformers
+      --step N                  the checkpoint of another step
+      --encoder NAME            target or context; by default the teacher, where the method has one
   jepax grid NAME               trains and evaluates the rows of a grid, or of a grid's YAML file: one table, one figure
       --FIELD.PATH VALUE ...    overrides a field of every row
       --run-dir DIR             folder of the grid (runs/NAME); the same command again continues it
@@ -184,19 +189,64 @@ def finish(config: "Config", state: "TrainState", folder: Path) -> None:
 
 def evaluate(arguments: list[str]) -> None:
     """`jepax evaluate RUN`"""
-    from jepax import config as configs
     from jepax import train as training
     from jepax.types import UserError
 
     if len(arguments) != 1:
         raise UserError("give one run's folder: jepax evaluate runs/NAME")
     folder = Path(arguments[0])
+    config = config_of(folder)
+    finish(config, training.restored(config, folder), folder)
+
+
+def config_of(folder: Path) -> "Config":
+    """The config of a run's folder. Raises `UserError` naming the nearest one."""
+    from jepax import config as configs
+    from jepax import train as training
+    from jepax.types import UserError
+
     if not (folder / "config.yaml").is_file():
         near = sorted(str(path.parent) for path in folder.parent.glob("*/config.yaml"))
         way = configs.nearest(str(folder), near) if near else f"no run lies in {folder.parent}"
         raise UserError(f"{folder} is no run's folder: it holds no config.yaml; {way}")
-    config = configs.load(training.Config, folder / "config.yaml")
-    finish(config, training.restored(config, folder), folder)
+    return configs.load(training.Config, folder / "config.yaml")
+
+
+def export(arguments: list[str]) -> None:
+    """`jepax export RUN FOLDER [--step N] [--encoder target|context]`"""
+    from jepax import overrides, weights
+    from jepax import train as training
+    from jepax.types import UserError
+
+    if len(arguments) < 2 or any(word.startswith("-") for word in arguments[:2]):
+        raise UserError("give a run's folder and a new one: jepax export runs/NAME FOLDER")
+    run, folder = map(Path, arguments[:2])
+    given: dict[str, str] = {}
+    for flag, *words in overrides.grouped(arguments[2:]):
+        if flag not in ("--step", "--encoder") or flag in given or len(words) != 1:
+            said = " ".join([flag, *words])
+            raise UserError(f"{said} is not understood; jepax export takes --step N and --encoder NAME, each once")
+        given[flag] = words[0]
+    if not given.get("--step", "0").isdecimal():
+        raise UserError(f"--step {given['--step']} is no number of a step; try --step 1000, or leave it out")
+    config = config_of(run)
+    state = training.restored(config, run, int(given["--step"]) if "--step" in given else None)
+    encoders = encoders_of(state.method)
+    name = given.get("--encoder", next(iter(encoders)))
+    if name not in encoders:
+        raise UserError(f"--encoder {name}: {config.method.name} has no such encoder; it has {', '.join(encoders)}")
+    crop, step = config.method.crop, int(state.step)
+    weights.export(folder, encoders[name], crop, recipe=config.recipe, step=step, name=name)
+    print(f"{folder}: the {name} encoder after step {step}")
+
+
+def encoders_of(method: "AbstractMethod") -> dict[str, "ViT"]:
+    """The method's encoders by name; the first is the default."""
+    for teacher in (getattr(method, "target_encoder", None), getattr(method, "target", None)):
+        if teacher is not None:
+            average = teacher.average
+            return {"target": average[0] if isinstance(average, tuple) else average, "context": method.encoder}
+    return {"context": method.encoder}
 
 
 def grid(arguments: list[str]) -> None:
@@ -217,6 +267,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "recipes": recipes,
     "train": train,
     "evaluate": evaluate,
+    "export": export,
     "grid": grid,
     "--version": version,
 }

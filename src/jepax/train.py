@@ -315,17 +315,20 @@ def read(config: Config, source: Source, steps: int, start: int) -> Iterator[Ima
     )
 
 
-def restored(config: Config, run: Path) -> TrainState:
-    """The newest whole checkpoint of a run. Raises `UserError` where there is none."""
+def restored(config: Config, run: Path, step: int | None = None) -> TrainState:
+    """The whole checkpoint of a run's step, by default its newest. Raises `UserError` where there is none."""
     saved = checkpoint.whole_steps(run / "checkpoints")
     if not saved:
         raise UserError(
             f"{run} holds no whole checkpoint; train it first: jepax train {run / 'config.yaml'} --run-dir {run}"
         )
+    if step is not None and step not in saved:
+        raise UserError(f"{run} holds no whole checkpoint of step {step}; there are {', '.join(map(str, saved))}")
     examples = len(open_source(config.data, "train"))
     optimizer = make_optimizer(config, total_steps(config, examples), examples)
     state = first_state(config.method, optimizer, jr.key(config.seed))
-    return checkpoint.restore(run / "checkpoints", saved[-1], sharding.replicate(state, sharding.make_mesh()))
+    step = saved[-1] if step is None else step
+    return checkpoint.restore(run / "checkpoints", step, sharding.replicate(state, sharding.make_mesh()))
 
 
 def evaluate(
