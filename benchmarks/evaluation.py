@@ -55,7 +55,7 @@ def sweep(config: Config, rounds: int) -> dict[str, Any]:
     train, validation = (Split(row, open_source(config.data, split), 256) for split in ("train", "validation"))
     row(next(train.pictures())[0])  # compiles what the extraction needs beside the encoder's program
     start = time.perf_counter()
-    train.features, validation.features
+    sizes = [len(split.features) for split in (train, validation)]
     features = time.perf_counter() - start
     settings = {
         "sweep": ProbeConfig(controls=False),
@@ -71,7 +71,7 @@ def sweep(config: Config, rounds: int) -> dict[str, Any]:
     seconds = {name: statistics.median(values) for name, values in times.items()}
     whole = {name: features + value for name, value in seconds.items()}
     return {
-        "examples": len(train),
+        "examples": sizes,
         "width": config.method.encoder.width,
         "features_s": features,
         "sweep_s": seconds["sweep"],
@@ -114,11 +114,10 @@ def peak_of(count: int, depth: int) -> dict[str, float]:
     probe = ProbeConfig(epochs=1, batch_size=1024, controls=False)
     linear_probe(few, few, split.source.classes, probe, key=jr.key(0))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    split.features
+    cached = split.features.layers.nbytes
     features = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     linear_probe(split, few, split.source.classes, probe, key=jr.key(0))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    cached = split.features.layers.nbytes
     values = {"images": len(split), "cached_mb": cached, "extraction_mb": features - before, "probe_mb": after - before}
     return {name: value / 1e6 if name.endswith("_mb") else value for name, value in values.items()}
 

@@ -1,4 +1,4 @@
-"""The command line: `jepax recipes`, `train`, `evaluate`, `grid`. Errors of the user end in plain lines, code 2."""
+"""The command line: `jepax train` and the other words of USAGE. Errors of the user end in plain lines, code 2."""
 
 import contextlib
 import logging
@@ -31,6 +31,9 @@ USAGE = """usage: jepax COMMAND
       --encoder target|context  another encoder than the method's default;  --pool mean|sum
       --data.FIELD VALUE        other data, such as --data.source image_folder --data.root DIR
       --eval.FIELD.PATH VALUE   any setting of a protocol;  --run-dir DIR: where evals/ is written
+  jepax export RUN FOLDER       writes the newest checkpoint's encoder as a Hugging Face I-JEPA folder, for transformers
+      --step N                  the checkpoint of another step
+      --encoder NAME            target or context; by default the one that evaluations read
   jepax grid NAME               trains and evaluates the rows of a grid, or of a grid's YAML file: one table, one figure
       --FIELD.PATH VALUE ...    overrides a field of every row
       --run-dir DIR             folder of the grid (runs/NAME); the same command again continues it
@@ -208,6 +211,33 @@ def evaluate(arguments: list[str]) -> None:
     print(show(evaluation.resolve(arguments)))
 
 
+def export(arguments: list[str]) -> None:
+    """`jepax export RUN FOLDER [--step N] [--encoder target|context]`"""
+    from jepax import evaluation, overrides, weights
+    from jepax.types import UserError
+
+    if len(arguments) < 2 or any(word.startswith("-") for word in arguments[:2]):
+        raise UserError("give a run's folder and a new one: jepax export runs/NAME FOLDER")
+    run, folder = map(Path, arguments[:2])
+    given: dict[str, str] = {}
+    for flag, *words in overrides.grouped(arguments[2:]):
+        if flag not in ("--step", "--encoder") or flag in given or len(words) != 1:
+            said = " ".join([flag, *words])
+            raise UserError(f"{said} is not understood; jepax export takes --step N and --encoder NAME, each once")
+        given[flag] = words[0]
+    if not given.get("--step", "0").isdecimal():
+        raise UserError(f"--step {given['--step']} is no number of a step; try --step 1000, or leave it out")
+    config = evaluation.config_of(run)
+    state = evaluation.restored(config, run, int(given["--step"]) if "--step" in given else None)
+    encoders = state.method.encoders()
+    name = given.get("--encoder", next(iter(encoders)))
+    if name not in encoders:
+        raise UserError(f"--encoder {name}: {config.method.name} has no such encoder; it has {', '.join(encoders)}")
+    crop, step = config.method.crop, int(state.step)
+    weights.export(folder, encoders[name], crop, recipe=config.recipe, step=step, name=name)
+    print(f"{folder}: the {name} encoder after step {step}")
+
+
 def grid(arguments: list[str]) -> None:
     """`jepax grid NAME|GRID.yaml [--field.path value ...] [--run-dir DIR] [--seeds 0 1 2] [--part 1/2]`"""
     from jepax.grids import run as grids
@@ -226,6 +256,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "recipes": recipes,
     "train": train,
     "evaluate": evaluate,
+    "export": export,
     "grid": grid,
     "--version": version,
 }

@@ -22,7 +22,7 @@ from jepax.overrides import dotted, grouped, override
 from jepax.train import Config, TrainState, build_method, first_state
 from jepax.types import UserError
 from jepax.views import CropConfig
-from jepax.weights import load_encoder
+from jepax.weights import MODEL, load_encoder
 
 SHORT = {"protocols": "eval.protocols", "encoder": "eval.encoder", "pool": "eval.pool"}
 """Flags of `jepax evaluate` and the fields that they stand for."""
@@ -142,19 +142,24 @@ def resolve(arguments: list[str]) -> Subject:
             known = ", ".join(f"--{name}" for name in ("step", *SHORT, "run-dir", "data.…", "eval.…"))
             raise UserError(f"{flag} is nothing that an evaluation can change; there are {known}")
     changes = [[flag, *words] for flag, *words in groups if flag.removeprefix("--") not in own]
-    if (folder / "config.yaml").is_file():
-        config = configs.load(Config, folder / "config.yaml")
-        settings = override(config, changes) if changes else config
-        subject = of_run(config, restored(config, folder, step_of(own)), folder, settings)
-    elif (folder / "model.safetensors").is_file():
+    if (folder / MODEL).is_file():
         if "step" in own:
             raise UserError(f"--step is for runs, and {folder} holds exported weights")
         subject = of_weights(folder, override(Config(), changes))
     else:
-        near = sorted(str(path.parent) for path in folder.parent.glob("*/config.yaml"))
-        way = configs.nearest(str(folder), near) if near else f"no run lies in {folder.parent}"
-        raise UserError(f"{folder} is no run's folder: it holds neither config.yaml nor model.safetensors; {way}")
+        config = config_of(folder)
+        settings = override(config, changes) if changes else config
+        subject = of_run(config, restored(config, folder, step_of(own)), folder, settings)
     return replace(subject, folder=Path(own["run_dir"][0])) if "run_dir" in own else subject
+
+
+def config_of(run: Path) -> Config:
+    """Of a run's folder. Raises `UserError` naming the nearest one."""
+    if not (run / "config.yaml").is_file():
+        near = sorted(str(path.parent) for path in run.parent.glob("*/config.yaml"))
+        way = configs.nearest(str(run), near) if near else f"no run lies in {run.parent}"
+        raise UserError(f"{run} is no run's folder: it holds no config.yaml; {way}")
+    return configs.load(Config, run / "config.yaml")
 
 
 def step_of(own: dict[str, list[str]]) -> int | None:

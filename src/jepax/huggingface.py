@@ -1,0 +1,179 @@
+"""The words of a Hugging Face I-JEPA folder, config.json and preprocessor_config.json, to our configs and back.
+
+Source of the keys: transformers, models/ijepa/configuration_ijepa.py and models/bit/image_processing_bit.py. The
+latter's processor does what our `centre_crop` does; the one that transformers names for I-JEPA squeezes the picture.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jepax
+from jepax import config as configs
+from jepax.nn import ViTConfig
+from jepax.nn.blocks import EPSILON, Remat
+from jepax.nn.position import sincos_2d
+from jepax.types import UserError
+from jepax.views import CropConfig
+
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+SIZES = ("patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+FIXED = {"model_type": "ijepa", "hidden_act": "gelu", "qkv_bias": True, "layer_norm_eps": EPSILON}
+"""What our `ViT` is, and other folders must be."""
+PIXELS = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+RESAMPLE = {"bilinear": 2, "bicubic": 3}
+"""Pillow's numbers of our filters."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What our config.json says under "jepax": where the encoder is from, and what transformers has no words for."""
+
+    recipe: str
+    step: int
+    encoder: str
+    """Its name in the method: target or context."""
+    crop: CropConfig
+    init_std: float | None
+    scan: bool
+    remat: Remat
+    version: str = jepax.__version__
+
+
+def write(folder: Path, encoder: ViTConfig, crop: CropConfig, *, recipe: str, step: int, name: str) -> None:
+    """Both files, of an encoder that its method calls `name`. Raises `UserError` where the view is not square."""
+    if crop.size[0] != crop.size[1]:
+        raise UserError(f"crop.size={crop.size} is not square, as a Hugging Face I-JEPA folder wants its views")
+    hidden = round(encoder.width * encoder.mlp_ratio)
+    sides = (encoder.patch_size, encoder.channels, encoder.width, encoder.depth, encoder.heads, hidden)
+    sizes = {"image_size": crop.size[0], **dict(zip(SIZES, sides, strict=True))}
+    origin = Origin(recipe, step, name, crop, encoder.init_std, encoder.scan, encoder.remat)
+    config = {"architectures": ["IJepaModel"], **FIXED, **sizes, "jepax": configs.to_dict(origin)}
+    _write_json(folder / CONFIG, config)
+    _write_json(folder / PREPROCESSOR, _preprocessor(crop))
+
+
+def _preprocessor(crop: CropConfig) -> dict[str, Any]:
+    """`centre_crop` in transformers' words: resized so that the shorter side is `shortest_edge`, the centre cut."""
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": len(crop.mean) == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": round(crop.size[0] * crop.centre_resize)},
+        "resample": RESAMPLE[crop.filter],
+        "do_center_crop": True,
+        "crop_size": {"height": crop.size[0], "width": crop.size[1]},
+        **PIXELS,
+        "image_mean": list(crop.mean),
+        "image_std": list(crop.std),
+    }
+
+
+def read(folder: Path) -> tuple[ViTConfig, CropConfig]:
+    """The encoder's config and its views' crop: our own word where config.json holds it, else `_crop`'s.
+
+    Raises `UserError` naming file, key and value of what is missing, and of what is not our `ViT`.
+    """
+    path = folder / CONFIG
+    values = _read_json(path)
+    _require(path, values, FIXED)
+    patch, channels, width, depth, heads, hidden = (_side(path, values, key) for key in SIZES)
+    side, execution = _side(path, values, "image_size"), {}
+    with _naming(path):
+        if "jepax" in values:
+            own = configs.from_dict(Origin, values["jepax"], f"{path}: jepax")
+            crop, execution = own.crop, {"init_std": own.init_std, "scan": own.scan, "remat": own.remat}
+        else:
+            crop = _crop(folder / PREPROCESSOR, side)
+        config = ViTConfig(patch, channels, width, depth, heads, hidden / width, **execution)
+        sincos_2d(config.grid(crop.size), config.width)  # refuses sizes that have no such positions
+    if crop.size != (side, side):
+        raise UserError(f"{path}: image_size={side}, but jepax.crop.size={crop.size}; make them equal")
+    if len(crop.mean) != channels:
+        raise UserError(
+            f"{path}: num_channels={channels}, but the pixels' mean is {crop.mean};\n"
+            f"give image_mean and image_std of {channels} in {folder / PREPROCESSOR}"
+        )
+    return config, crop
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file before the message of a `UserError` that names no such file."""
+    try:
+        yield
+    except UserError as error:
+        if path.name in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from error
+
+
+def _crop(path: Path, side: int) -> CropConfig:
+    """`CropConfig`'s defaults at this size, with the mean, std and filter of a preprocessor_config.json, if it exists.
+
+    The public folders' is not what their encoders were trained with: it says 0.5 throughout, transformers' default,
+    where I-JEPA's src/transforms.py says ImageNet's. It is taken at its word, with a warning.
+    """
+    crop = CropConfig(size=(side, side))
+    if not path.exists():
+        return crop
+    values = _read_json(path)
+    _require(path, PIXELS | values, PIXELS)
+    filters = {number: name for name, number in RESAMPLE.items()}
+    if (number := values.get("resample", RESAMPLE[crop.filter])) not in filters:
+        raise UserError(f"{path}: resample={number!r} is neither 2 (bilinear) nor 3 (bicubic)")
+    told = {ours: values[f"image_{ours}"] for ours in ("mean", "std") if f"image_{ours}" in values}
+    told = {key: configs.convert(tuple[float, ...], told[key], f"image_{key}", str(path)) for key in told}
+    if len(told.get("mean", ())) == 3 and (told["mean"] != crop.mean or told.get("std", crop.std) != crop.std):
+        warnings.warn(
+            f"{path}: image_mean={told['mean']} is taken, and not ImageNet's mean, which the public I-JEPA was trained"
+            " with though its folders say 0.5; remove the file to take ImageNet's",
+            stacklevel=4,
+        )
+    with _naming(path):
+        return dataclasses.replace(crop, filter=filters[number], **told)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # no JSON, or no text
+        raise UserError(f"{path} is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {type(values).__name__} and no keys; fetch or export it again")
+    return values
+
+
+def _require(path: Path, values: dict[str, Any], fixed: dict[str, Any]) -> None:
+    """Raises `UserError` at the first key that has not the value of `fixed`, numbers to a millionth of it."""
+    for key, needed in fixed.items():
+        value = values.get(key, "absent")
+        near = isinstance(needed, float) and isinstance(value, float) and math.isclose(value, needed, rel_tol=1e-6)
+        if not near and (value != needed or type(value) is not type(needed)):
+            raise UserError(f"{path}: {key}={value} is not supported; jepax reads encoders with {key}={needed} alone")
+
+
+def _side(path: Path, values: dict[str, Any], key: str) -> int:
+    """A size of at least 1; a square one may be written as two equal sides."""
+    value = values.get(key)
+    if isinstance(value, list) and len(value) == 2:
+        if value[0] != value[1]:
+            raise UserError(f"{path}: {key}={value} is not square; jepax reads square ones alone")
+        value = value[0]
+    if value is None:
+        raise UserError(f"{path}: {key} is missing; fetch or export it again")
+    if configs.convert(int, value, key, str(path)) < 1:
+        raise UserError(f"{path}: {key}={value} must be at least 1")
+    return value

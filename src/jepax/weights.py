@@ -1,0 +1,149 @@
+"""Encoders that leave a run, or come from elsewhere: folders in the layout of transformers' `IJepaModel`.
+
+Source of names and layouts: transformers, models/ijepa/modeling_ijepa.py, as `save_pretrained` writes them.
+"""
+
+import shutil
+from collections.abc import Iterator
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jepax import huggingface
+from jepax.nn import ViT
+from jepax.nn.position import sincos_2d
+from jepax.types import UserError
+from jepax.views import CropConfig
+
+MODEL = "model.safetensors"
+POSITIONS, PATCHES = "embeddings.position_embeddings", "embeddings.patch_embeddings.projection"
+WHOLE = {"embed": PATCHES, "norm": "layernorm"}
+LAYER = {
+    "norm1": ["layernorm_before"],
+    "attention.qkv": [f"attention.attention.{name}" for name in ("query", "key", "value")],
+    "attention.project": ["attention.output.dense"],
+    "norm2": ["layernorm_after"],
+    "mlp.expand": ["intermediate.dense"],
+    "mlp.contract": ["output.dense"],
+}
+"""Our modules, and theirs whose outputs ours hold side by side."""
+TOLERANCE = 1e-4
+"""Largest difference of a file's positions to our table, beside the rounding of their type."""
+
+
+def export(folder: Path, encoder: ViT, crop: CropConfig, *, recipe: str, step: int, name: str) -> None:
+    """Writes the encoder, which its method calls `name`, as a new folder, whole or not at all.
+
+    Raises `UserError` where the folder exists and is not empty, or where the view is not square.
+    """
+    target = folder.resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{folder} exists already; name another folder, or remove it")
+    part = target.with_name(target.name + ".part")
+    if part.exists():
+        shutil.rmtree(part)
+    part.mkdir(parents=True)
+    try:
+        huggingface.write(part, encoder.config, crop, recipe=recipe, step=step, name=name)
+        tensors = {key: np.ascontiguousarray(value) for key, value in named_tensors(encoder, crop.size).items()}
+        save_file(tensors, part / MODEL, metadata={"format": "pt"})
+        shutil.copymode(part / huggingface.CONFIG, part / MODEL)  # safetensors lets none but the owner read it
+        part.replace(target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def load_encoder(folder: Path) -> tuple[ViT, CropConfig]:
+    """The encoder of a folder that `export` or somebody else wrote, in float32, and the crop that makes its views.
+
+    Our config.json tells the crop. Other folders tell its size, and in preprocessor_config.json, if they have one, its
+    mean, std and filter; the rest is `CropConfig`'s default. Raises `UserError` where tensors are missing, surplus, of
+    another shape or not finite, and where the model is not our `ViT`, with its fixed sine-cosine positions.
+    """
+    config, crop = huggingface.read(folder)
+    shapes = eqx.filter_eval_shape(ViT, config, key=jr.key(0))
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)  # takes no memory
+    return _filled(shapes, _read_tensors(folder / MODEL, named_tensors(zeros, crop.size))), crop
+
+
+def _places(depth: int) -> Iterator[tuple[str, list[list[str]]]]:
+    """Each array of ours by its path; and layer by layer the tensors whose outputs it holds side by side."""
+    for kind in ("weight", "bias"):
+        for ours, theirs in WHOLE.items():
+            yield f"{ours}.{kind}", [[f"{theirs}.{kind}"]]
+        for ours, parts in LAYER.items():
+            layers = [[f"encoder.layer.{i}.{part}.{kind}" for part in parts] for i in range(depth)]
+            yield f"stack.blocks.{ours}.{kind}", layers
+
+
+def named_tensors(encoder: ViT, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """The parameters under transformers' names and in its layouts, and the positions of views of `size`.
+
+    A linear weight is (outputs, inputs) there; the patches' embedding is a convolution's (dim, channels, row, column).
+    """
+    config = encoder.config
+    found = {POSITIONS: sincos_2d(config.grid(size), config.width)[None]}
+    for path, layers in _places(config.depth):
+        array = np.asarray(attrgetter(path)(encoder))
+        for layer, names in zip(array if path.startswith("stack.") else array[None], layers, strict=True):
+            found |= zip(names, np.split(layer.T, len(names)), strict=True)
+    kernel = found[f"{PATCHES}.weight"].reshape(config.width, config.patch_size, config.patch_size, config.channels)
+    return found | {f"{PATCHES}.weight": kernel.transpose(0, 3, 1, 2)}
+
+
+def _filled(encoder: ViT, tensors: dict[str, np.ndarray]) -> ViT:
+    """The encoder with these parameters: the inverse of `named_tensors`."""
+    kernel = tensors[f"{PATCHES}.weight"].transpose(0, 2, 3, 1)
+    tensors = tensors | {f"{PATCHES}.weight": kernel.reshape(len(kernel), -1)}
+    for path, layers in _places(encoder.config.depth):
+        arrays = [np.concatenate([tensors[name] for name in names]).T for names in layers]
+        array = np.stack(arrays) if path.startswith("stack.") else arrays[0]
+        encoder = eqx.tree_at(attrgetter(path), encoder, jnp.asarray(array))
+    return encoder
+
+
+def _read_tensors(path: Path, wanted: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The file's tensors in float32; their names and shapes, and the values of the positions, must be `wanted`'s."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            _refuse_others(path, {name: file.get_slice(name) for name in file.keys()}, wanted)
+            found = {name: file.get_tensor(name) for name in wanted}
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; weights are read from one safetensors file of this name") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no whole safetensors file: {error}; fetch or export it again") from error
+    rounding = float(jnp.finfo(found[POSITIONS].dtype).eps) / 2
+    found = {name: value.astype(np.float32, copy=False) for name, value in found.items()}
+    for name, value in found.items():
+        if not np.isfinite(value).all():
+            raise UserError(f"{path}: {name} holds values that are not finite; fetch or export it again")
+    error = float(np.max(np.abs(found[POSITIONS] - wanted[POSITIONS])))
+    if error > TOLERANCE + rounding:
+        raise UserError(
+            f"{path}: {POSITIONS} differ by {error:.2g} from our ViT's fixed sine-cosine table;\n"
+            "take a model whose positions were neither trained nor interpolated"
+        )
+    return found
+
+
+def _refuse_others(path: Path, tensors: dict[str, Any], wanted: dict[str, np.ndarray]) -> None:
+    """Raises `UserError` at the first tensor that is missing, surplus, of another shape, or of no float type."""
+    for name in sorted(tensors | wanted):
+        is_there = tensors[name].get_shape() if name in tensors else "absent"
+        should_be = list(wanted[name].shape) if name in wanted else "absent"
+        if is_there != should_be:
+            raise UserError(
+                f"{path}: {name} is {is_there}, and by config.json should be {should_be};\n"
+                "give the config.json of these weights, of an IJepaModel without classifier or pooler"
+            )
+        if tensors[name].get_dtype() not in ("F32", "F16", "BF16"):
+            raise UserError(f"{path}: {name} is {tensors[name].get_dtype()}; save it as float32, float16 or bfloat16")
