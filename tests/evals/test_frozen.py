@@ -37,7 +37,7 @@ def test_a_methods_encoders_by_name_the_default_first(recipe, names):
 
 
 def test_an_encoder_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match="eval.encoder=target: this method has no such encoder; it has context"):
+    with pytest.raises(UserError, match=r"eval\.encoder=target: .*; it has context"):
         encoder_of(method_of("vicreg_fashion_mnist"), "target")
 
 

@@ -1,112 +1,192 @@
-"""The whole evaluation on made images: rows, the number of passes over each split, and the file that is written."""
+"""The whole evaluation on made pictures: rows, what may read the test split's labels, and the file that is written."""
 
+import dataclasses
 import json
 
-import equinox as eqx
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
 from rich.console import Console
 
+from jepax.data.sources import ArraySource
+from jepax.evals import report
 from jepax.evals.floors import RawPixels
+from jepax.evals.frozen import FrozenViT
 from jepax.evals.knn import KnnConfig
 from jepax.evals.probe import ProbeConfig
-from jepax.evals.report import EvalConfig, Splits, evaluate_all, table, write
-from jepax.types import Images, UserError
+from jepax.evals.protocols import PROTOCOLS, EvalConfig
+from jepax.evals.report import beside, evaluate_all, repeated, table, write
+from jepax.evals.say import Say
+from jepax.evals.scoring import Fitted
+from jepax.nn import ViT, ViTConfig
+from jepax.types import UserError
+from jepax.views import CropConfig
 
+CLASSES = 3
+CROP = CropConfig(size=(8, 8), mean=(0.5,), std=(0.25,), centre_resize=1.0)
+ENCODER = ViTConfig(patch_size=4, channels=1, width=16, depth=2, heads=2, init_std=None)
 CONFIG = EvalConfig(
     batch_size=32,
-    probe=ProbeConfig(epochs=3, batch_size=32, learning_rates=(1e-2,), weight_decays=(0.0,)),
-    knn=KnnConfig(neighbours=3, chunk=32),
+    linear=ProbeConfig(epochs=3, batch_size=32, learning_rates=(1e-2,), weight_decays=(0.0,)),
+    knn=KnnConfig(neighbours=(3,), temperatures=(0.1,), chunk=32),
 )
 
 
-def view(images):
-    return jnp.asarray(images.canvas, jnp.float32) / 255
-
-
-class Encoder(eqx.Module):
-    """Two layers of random projections."""
-
-    weight: jnp.ndarray
-
-    def __call__(self, images):
-        flat = view(images).reshape(len(images.canvas), -1)
-        return jnp.einsum("bd,lde->lbe", flat, self.weight)
-
-
-class Split:
-    """A made split, and how often it was read: class c is brighter in row c."""
-
-    def __init__(self, count, seed):
-        rng = np.random.default_rng(seed)
-        self.label = rng.integers(0, 3, count).astype(np.int32)
-        self.canvas = rng.integers(0, 150, (count, 4, 4, 1)).astype(np.uint8)
-        self.canvas[np.arange(count), self.label] += 60
-        self.passes = 0
-
-    def __call__(self):
-        self.passes += 1
-        for start in range(0, len(self.label), 32):
-            index = np.arange(start, start + 32) % len(self.label)
-            images = Images(
-                self.canvas[index], np.full((32, 2), 4, np.int32), index.astype(np.int32), self.label[index]
-            )
-            yield images, min(32, len(self.label) - start)
+def source(count, seed):
+    """Class c is of the c-th brightness."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, count).astype(np.int32)
+    canvas = rng.integers(0, 130, (count, 8, 8, 1)) + 40 * labels[:, None, None, None]
+    return ArraySource((8, 8, 1), tuple("abc"), labels, canvas.astype(np.uint8))
 
 
 @pytest.fixture(scope="module")
-def evaluation():
-    splits = Splits(Split(150, 0), Split(60, 1), Split(70, 2))
-    encoders = [Encoder(jr.normal(jr.key(seed), (2, 16, 8))) for seed in (0, 1)]
+def sources():
+    return {"train": source(150, 0), "validation": source(60, 1), "test": source(70, 2)}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    trained, untrained = (FrozenViT(ViT(ENCODER, key=jr.key(seed)), CROP) for seed in (1, 0))
+    return {"trained": trained, "untrained": untrained, "pixels": RawPixels(CROP, 4)}
+
+
+@pytest.fixture(scope="module")
+def evaluation(rows, sources):
     lines = []
-    results = evaluate_all(*encoders, RawPixels(view), splits, 3, CONFIG, step=12, key=jr.key(0), say=lines.append)
-    return results, splits, lines
+    return evaluate_all(rows, sources, CONFIG, step=12, key=jr.key(0), say=Say(lines.append)), lines
 
 
 def test_every_row_has_its_accuracies(evaluation):
-    results, _, lines = evaluation
+    results, lines = evaluation
     assert list(results["rows"]) == ["trained", "untrained", "pixels", "majority"]
     assert results["rows"]["pixels"]["linear"]["top1"] > results["rows"]["majority"]["top1"] + 10
     assert results["protocol"]["examples"] == {"train": 150, "validation": 60, "test": 70}
-    assert len(lines) == 9
+    assert [line for line in lines if "warning" in line] == []
+    for row in ("trained", "untrained", "pixels"):
+        for protocol in ("linear", "knn"):
+            found = results["rows"][row][protocol]
+            assert found["interval"][0] <= found["top1"] <= found["interval"][1]
+    assert set(results["rows"]["trained"]["linear"]["beside"]) > {"last", "last four, projected", "last, expanded"}
+    assert results["rows"]["pixels"]["linear"]["beside"] == {}
 
 
-def test_each_row_passes_over_the_test_split_once(evaluation):
-    _, splits, _ = evaluation
-    assert (splits.train.passes, splits.validation.passes, splits.test.passes) == (3, 3, 3)
+def test_test_labels_change_no_choice_and_reach_no_protocol(rows, sources, evaluation):
+    """Other labels of the test split: every setting that was tried and chosen stays, and only the scores change."""
+    planted = dataclasses.replace(sources["test"], labels=np.roll(sources["test"].labels, 1))
+    found = evaluate_all(rows, sources | {"test": planted}, CONFIG, step=12, key=jr.key(0))
+    for row in rows:
+        for protocol in CONFIG.protocols:
+            honest, other = evaluation[0]["rows"][row][protocol], found["rows"][row][protocol]
+            assert (honest["chosen"], honest["tried"]) == (other["chosen"], other["tried"])
+            assert honest["top1"] != other["top1"]
+
+
+def test_a_protocol_that_looks_for_the_test_labels_finds_none(rows, sources, monkeypatch):
+    """A leak is planted: a protocol whose guesses are the labels that it was handed."""
+    seen = []
+
+    def leaky(train, validation, classes, config, *, key, say):
+        def guess(split):
+            seen.extend([split.labels, split.source.labels, split.features.labels])
+            seen.extend(images.label[:valid] for images, valid in split.pictures())
+            return split.labels[:, None]
+
+        return [Fitted("leaky", guess, {})]
+
+    monkeypatch.setitem(PROTOCOLS, "knn", leaky)
+    config = dataclasses.replace(CONFIG, protocols=("knn",))
+    found = evaluate_all({"trained": rows["trained"]}, sources, config, step=0, key=jr.key(0))
+    assert found["rows"]["trained"]["knn"]["top1"] == 0.0
+    assert seen and all((labels == -1).all() for labels in seen)
+
+
+def test_test_pictures_planted_in_training_are_told(rows, sources):
+    train = dataclasses.replace(
+        sources["train"], pictures=np.concatenate([sources["train"].pictures[:140], sources["test"].pictures[:10]])
+    )
+    lines = []
+    found = evaluate_all(
+        {"trained": rows["trained"]}, sources | {"train": train}, CONFIG, step=0, key=jr.key(0), say=Say(lines.append)
+    )
+    assert found["rows"]["trained"]["shared_pictures"]["train/test"] == 10
+    assert [line for line in lines if "warning" in line] == ["warning: 10 pictures of train and test are the same"]
+
+
+def test_pixels_are_not_fine_tuned(rows, sources, monkeypatch):
+    called = []
+
+    def tuned(train, *_, **__):
+        called.append(type(train.row).__name__)
+        return [Fitted("finetune", lambda split: np.zeros((len(split), 1), np.int32), {})]
+
+    monkeypatch.setitem(PROTOCOLS, "finetune", tuned)
+    config = dataclasses.replace(CONFIG, protocols=("finetune",))
+    found = evaluate_all(rows, sources, config, step=0, key=jr.key(0))
+    assert called == ["FrozenViT", "FrozenViT"]
+    assert "finetune" not in found["rows"]["pixels"]
+    assert table(found).row_count == 4
+
+
+def test_repeats_are_told_by_mean_and_deviation():
+    runs = [{"top1": top1, "top5": 90.0, "interval": (0.0, 1.0)} for top1 in (60.0, 62.0, 67.0)]
+    found = repeated(runs)
+    assert found["top1"] == pytest.approx(63) and found["deviation"] == pytest.approx(np.std([60, 62, 67], ddof=1))
+    assert found["runs"] == runs and repeated(runs[:1]) == runs[0]
+
+
+def test_floors_are_kept_and_found_again(rows, sources, evaluation, tmp_path, monkeypatch):
+    first = evaluate_all(rows, sources, CONFIG, step=12, key=jr.key(0), floors=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    measured = []
+    row = report.Evaluation.row
+    monkeypatch.setattr(report.Evaluation, "row", lambda self, name, frozen: measured.append(name) or row(self, name, frozen))
+    again = evaluate_all(rows, sources, CONFIG, step=12, key=jr.key(0), floors=tmp_path)
+    assert measured == ["trained"] and again["rows"] == first["rows"] == evaluation[0]["rows"]
+    other = dataclasses.replace(CONFIG, knn=KnnConfig(neighbours=(5,), temperatures=(0.1,)))
+    evaluate_all(rows, sources, other, step=12, key=jr.key(0), floors=tmp_path)
+    assert measured == ["trained", "trained", "untrained", "pixels"]
 
 
 def test_the_file_holds_exactly_the_results(evaluation, tmp_path):
-    results, _, _ = evaluation
-    path = write(results, tmp_path, "final")
+    path = write(evaluation[0], tmp_path, "final")
     assert path == tmp_path / "evals" / "final.json"
-    assert json.loads(path.read_text()) == results
+    assert json.loads(path.read_text()) == evaluation[0]
     assert [entry.name for entry in path.parent.iterdir()] == ["final.json"]
 
 
-def test_the_table_shows_every_row(evaluation):
-    results, _, _ = evaluation
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))
+def shown(*tables):
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
     with console.file:
-        console.print(table(results))
-    text = console.export_text()
+        for each in tables:
+            console.print(each)
+    return console.export_text()
+
+
+def test_the_tables_show_every_row_and_what_stands_beside(evaluation):
+    results = evaluation[0]
+    text = shown(table(results), beside(results))
     for name in ("trained encoder", "untrained encoder", "raw pixels", "majority class", "step 12"):
         assert name in text
-    assert f"{results['rows']['trained']['knn']['top5']:.2f}" in text
-    assert results["rows"]["trained"]["linear"]["variant"] in text
+    found = results["rows"]["trained"]
+    low, high = found["knn"]["interval"]
+    assert f"{found['knn']['top1']:.2f} ({low:.1f}-{high:.1f})" in text
+    assert found["linear"]["variant"] in text
+    assert f"{found['linear']['beside']['last, expanded']['top1']:.2f}" in text
 
 
-def test_the_untrained_row_can_be_left_out():
-    splits = Splits(Split(150, 0), Split(60, 1), Split(70, 2))  # the shapes of `evaluation`, already compiled
-    results = evaluate_all(
-        Encoder(jr.normal(jr.key(0), (2, 16, 8))), None, RawPixels(view), splits, 3, CONFIG, step=0, key=jr.key(0)
-    )
-    assert "untrained" not in results["rows"]
-    assert table(results).row_count == 3
+def test_bad_labels_are_refused_before_anything_is_embedded(rows, sources):
+    bad = dataclasses.replace(sources["test"], labels=np.full(70, 7, np.int32))
+    with pytest.raises(UserError, match="labels of the test split"):
+        evaluate_all(rows, sources | {"test": bad}, CONFIG, step=0, key=jr.key(0))
 
 
 def test_names_that_are_paths_are_refused(evaluation, tmp_path):
     with pytest.raises(UserError, match="name"):
         write(evaluation[0], tmp_path, "../final")
+
+
+@pytest.mark.parametrize("change", [{"protocols": ()}, {"protocols": ("knn", "knn")}, {"batch_size": 0}])
+def test_impossible_settings_are_refused(change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        EvalConfig(**change)

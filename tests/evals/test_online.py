@@ -1,0 +1,57 @@
+"""Evaluation during training: few held-out pictures, the same ones every time, and never the test split."""
+
+import jax.random as jr
+import numpy as np
+import pytest
+
+from jepax.data.sources import ArraySource
+from jepax.evals.frozen import FrozenViT
+from jepax.evals.online import Online, OnlineConfig, some
+from jepax.nn import ViT, ViTConfig
+from jepax.types import UserError
+from jepax.views import CropConfig
+
+CROP = CropConfig(size=(8, 8), mean=(0.5,), std=(0.25,), centre_resize=1.0)
+
+
+def source(count, seed, learnable=True):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, count).astype(np.int32)
+    canvas = rng.integers(0, 130, (count, 8, 8, 1)) + 40 * labels[:, None, None, None] * learnable
+    return ArraySource((8, 8, 1), tuple("abc"), labels, canvas.astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def row():
+    return FrozenViT(ViT(ViTConfig(patch_size=4, channels=1, width=16, depth=2, heads=2), key=jr.key(0)), CROP)
+
+
+def test_scores_are_those_of_held_out_pictures(row):
+    config = OnlineConfig(train_images=200, validation_images=100)
+    found = Online(config, source(300, 0), source(150, 1), 32)(row)
+    assert set(found) == {"probe_top1", "knn_top1"}
+    assert all(60 < value <= 100 for value in found.values())
+    noise = Online(config, source(300, 0, learnable=False), source(150, 1, learnable=False), 32)(row)
+    assert all(20 < value < 50 for value in noise.values())
+
+
+def test_the_same_encoder_reads_the_same_every_time(row):
+    online = Online(OnlineConfig(train_images=100, validation_images=50), source(300, 0), source(150, 1), 32)
+    assert online(row) == online(row)
+
+
+def test_some_pictures_are_drawn_over_the_whole_source():
+    whole = source(300, 0)
+    few = some(whole, 50)
+    assert len(few) == 50 and np.array_equal(few.rows, np.unique(few.rows)) and few.rows.max() > 200
+    canvas, _, labels = few.load(np.array([3, 0]))
+    np.testing.assert_array_equal(canvas, whole.pictures[few.rows[[3, 0]]])
+    np.testing.assert_array_equal(labels, whole.labels[few.rows[[3, 0]]])
+    np.testing.assert_array_equal(some(whole, 50).rows, few.rows)
+    assert len(some(whole, 1000)) == 300
+
+
+@pytest.mark.parametrize("change", [{"every": -1}, {"train_images": 0}, {"validation_images": 0}])
+def test_impossible_settings_are_refused(change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        OnlineConfig(**change)
