@@ -11,8 +11,8 @@ from jepax.train import Config
 TINY = """
     --data.source synthetic --data.canvas 28 --data.channels 1 --data.synthetic-images 80 --data.validation 0.2
     --method.encoder.width 24 --method.encoder.depth 1 --method.predictor.width 12 --method.predictor.depth 1
-    --train.batch-size 16 --train.steps 3 --optim.warmup-epochs 0.2 --eval.batch-size 40 --eval.probe.epochs 2
-    --eval.probe.learning-rates 1e-2 --eval.probe.weight_decays 0.0
+    --train.batch-size 16 --train.steps 3 --optim.warmup-epochs 0.2 --eval.batch-size 40 --eval.linear.epochs 2
+    --eval.linear.learning-rates 1e-2 --eval.linear.weight_decays 0.0
 """.split()
 
 
@@ -74,7 +74,7 @@ def test_an_error_of_the_user_is_a_few_lines(argv, words, capsys, tmp_path, monk
         ("--optim.warmup-epochs 100", ["optim.warmup_epochs=100.0", "3"]),
         ("--method.encoder.heads 5", ["--method.encoder.heads: heads=5", "width"]),
         ("--seed -1", ["seed=-1"]),
-        ("--eval.probe.epochs 0 --seed 3", ["--eval.probe.epochs: epochs=0", "at least 1"]),
+        ("--eval.linear.epochs 0 --seed 3", ["--eval.linear.epochs: epochs=0", "at least 1"]),
         ("--data.validation 0", ["data.validation=0.0", "validation split"]),
     ],
 )
@@ -141,9 +141,8 @@ def test_a_run_trains_evaluates_continues_and_is_trained_again(capsys, tmp_path,
 
     finished = []
     monkeypatch.setattr(cli, "finish", lambda *given: finished.append(given))  # its work is seen above
-    cli.main(["evaluate", str(run)])
     cli.main(["train", "ijepa_fashion_mnist", *TINY, "--run-dir", str(run)])
-    assert [(given[0], int(given[1].step), given[2]) for given in finished] == [(config, 3, run)] * 2
+    assert [(given[0], int(given[1].step), given[2]) for given in finished] == [(config, 3, run)]
     assert "compiling" not in capsys.readouterr().err  # it was done already
 
     cli.main(["train", str(run / "config.yaml"), "--run-dir", str(again)])

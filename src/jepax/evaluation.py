@@ -85,8 +85,7 @@ def restored(config: Config, run: Path, step: int | None = None) -> TrainState:
 
 def tag(own: Config, settings: Config) -> str:
     """What tells an evaluation by other settings from the run's own: its protocols, and a digest of the difference."""
-    changed = configs.differences((own.eval, own.data), (settings.eval, settings.data)) if own is not settings else []
-    if not changed:
+    if (own.eval, own.data) == (settings.eval, settings.data):
         return ""
     digest = hashlib.sha256(json.dumps([asdict(settings.eval), asdict(settings.data)]).encode()).hexdigest()[:8]
     return f"-{'+'.join(settings.eval.protocols)}-{digest}"

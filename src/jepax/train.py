@@ -18,7 +18,7 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 from jepax import checkpoint, sharding
 from jepax import config as configs
 from jepax.data import DataConfig, Source, batches, open_source
-from jepax.evals.collapse import effective_rank, feature_std
+from jepax.evals.health import effective_rank, feature_std
 from jepax.evals.protocols import EvalConfig
 from jepax.logs import Log, Values, plain
 from jepax.methods import AbstractMethod, MethodConfig

@@ -140,7 +140,9 @@ def test_floors_are_kept_and_found_again(rows, sources, evaluation, tmp_path, mo
     assert len(list(tmp_path.iterdir())) == 2
     measured = []
     row = report.Evaluation.row
-    monkeypatch.setattr(report.Evaluation, "row", lambda self, name, frozen: measured.append(name) or row(self, name, frozen))
+    monkeypatch.setattr(
+        report.Evaluation, "row", lambda self, name, frozen: measured.append(name) or row(self, name, frozen)
+    )
     again = evaluate_all(rows, sources, CONFIG, step=12, key=jr.key(0), floors=tmp_path)
     assert measured == ["trained"] and again["rows"] == first["rows"] == evaluation[0]["rows"]
     other = dataclasses.replace(CONFIG, knn=KnnConfig(neighbours=(5,), temperatures=(0.1,)))

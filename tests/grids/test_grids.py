@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from jepax import cli
+from jepax import cli, evaluation
 from jepax import config as configs
 from jepax.evals import report
 from jepax.evals.knn import KnnConfig
@@ -17,7 +17,7 @@ from jepax.types import UserError
 TINY = """
     --data.source synthetic --data.canvas 28 --data.channels 1 --data.synthetic-images 80 --data.validation 0.2
     --method.encoder.width 24 --method.encoder.depth 1 --train.batch-size 16 --train.steps 3 --optim.warmup-epochs 0.2
-    --eval.batch-size 40 --eval.probe.epochs 2 --eval.probe.learning-rates 1e-2 --eval.probe.weight_decays 0.0
+    --eval.batch-size 40 --eval.linear.epochs 2 --eval.linear.learning-rates 1e-2 --eval.linear.weight_decays 0.0
 """.split()
 
 
@@ -182,9 +182,9 @@ def test_a_floor_kept_is_the_floor_measured(finished, monkeypatch):
     """Evaluated again without the kept ones, every floor is the same."""
     _, words = finished
     job = run.resolve(words[1:]).jobs[0]
-    state = run.training.restored(job.config, job.folder)
+    state = evaluation.restored(job.config, job.folder)
     monkeypatch.setattr(report, "write", lambda *given: None)
-    fresh = run.training.evaluate(job.config, state, job.folder, say=lambda line: None)["rows"]
+    fresh = evaluation.evaluate(evaluation.of_run(job.config, state, job.folder))[0]["rows"]
     kept = json.loads(table.evaluation(job.folder).read_text())["rows"]
     for name in ("untrained", "pixels", "trained"):
         assert fresh[name]["linear"]["top1"] == kept[name]["linear"]["top1"]
@@ -273,16 +273,16 @@ def test_floors_of_another_protocol_are_not_taken(finished, tmp_path, monkeypatc
     """A floor is named by what decides it: other versions, other neighbours, other floors."""
     folder, words = finished
     job = run.resolve(words[1:]).jobs[0]
-    state = run.training.restored(job.config, job.folder)
+    state = evaluation.restored(job.config, job.folder)
     monkeypatch.setattr(report, "write", lambda *given: None)
 
     def kept(**changes):
         config = dataclasses.replace(job.config, eval=dataclasses.replace(job.config.eval, **changes))
-        run.training.evaluate(config, state, job.folder, say=lambda line: None, floors=tmp_path)
+        evaluation.evaluate(evaluation.of_run(config, state, job.folder), floors=tmp_path)
         return {path.name for path in tmp_path.iterdir()}
 
     first = kept()
     assert len(first) == 2 and first <= {path.name for path in (folder / "floors").iterdir()}
-    assert len(kept(knn=KnnConfig(neighbours=3))) == 4
+    assert len(kept(knn=KnnConfig(neighbours=(3,)))) == 4
     monkeypatch.setattr(report, "versions", lambda: {"jepax": "another"})
     assert len(kept()) == 6

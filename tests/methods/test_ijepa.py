@@ -157,7 +157,7 @@ def test_only_a_shared_encoder_learns_from_its_targets(images, teacher):
     assert reached == (teacher == "shared")
     moved, metrics = method.after_update(jnp.int32(0))
     assert ("momentum" in metrics) == (moved.target_encoder is not None) == (teacher == "ema")
-    assert method.features(images, 1).shape == (1, 8, 32)
+    assert list(method.encoders()) == (["target", "context"] if teacher == "ema" else ["context"])
 
 
 def test_a_shared_encoders_targets_can_be_regularised_instead(images):
@@ -222,14 +222,10 @@ def test_the_teacher_moves_after_the_update():
     np.testing.assert_allclose(metrics["ema_step_norm"], 0.5 * np.sqrt(32), rtol=1e-5)
 
 
-def test_features_are_the_target_encoders(images):
+def test_the_target_encoder_is_evaluated_by_default():
     method = build()
-    features = method.features(images, 4)
-    assert features.shape == (2, 8, 32)
-    other = eqx.tree_at(
-        lambda m: m.encoder, method, jax.tree.map(jnp.zeros_like, eqx.filter(method.encoder, eqx.is_array))
-    )
-    np.testing.assert_array_equal(features, eqx.combine(other, method).features(images, 4))
+    assert next(iter(method.encoders().values())) is method.target_encoder.average
+    assert method.encoders()["context"] is method.encoder
 
 
 def test_bad_settings_are_refused():

@@ -9,7 +9,7 @@ from jepax.data import Source
 from jepax.data.sources import Subset
 from jepax.evals.frozen import Frozen
 from jepax.evals.knn import KnnConfig, knn
-from jepax.evals.logistic import LogisticConfig, logistic_regression
+from jepax.evals.logistic import LogisticConfig, logistic
 from jepax.evals.splits import Split
 from jepax.types import Int, UserError
 
@@ -51,7 +51,7 @@ class Online:
         """`probe_top1` (logistic regression) and `knn_top1` (k 20, cosine) of the last layer on validation, percent."""
         train, validation = (Split(row, source, self.batch_size) for source in (self.train, self.validation))
         splits, key = (train, validation, self.train.classes), jr.key(0)  # which draws nothing here
-        (probe,) = logistic_regression(*splits, LOGISTIC, key=key)
+        (probe,) = logistic(*splits, LOGISTIC, key=key)
         (neighbours,) = knn(*splits, KNN, key=key)
         tops = {"probe_top1": probe, "knn_top1": neighbours}
         return {name: fitted.settings["validation_top1"] for name, fitted in tops.items()}

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jepax.evals.attentive import AttentiveConfig, attentive_probe
+from jepax.evals.attentive import AttentiveConfig, attentive
 from jepax.evals.finetune import FinetuneConfig, finetune
 from jepax.evals.frozen import Choice, Frozen, FrozenViT, Pool
 from jepax.evals.knn import KnnConfig, knn
-from jepax.evals.logistic import LogisticConfig, logistic_regression
+from jepax.evals.logistic import LogisticConfig, logistic
 from jepax.evals.low_shot import LowShotConfig, low_shot
 from jepax.evals.online import OnlineConfig
 from jepax.evals.probe import PUBLISHED, ProbeConfig, linear_probe
@@ -20,9 +20,9 @@ PROTOCOLS: dict[str, Callable[..., list[Fitted]]] = {
     "linear": linear_probe,
     "linear_published": linear_probe,
     "knn": knn,
-    "logistic": logistic_regression,
+    "logistic": logistic,
     "low_shot": low_shot,
-    "attentive": attentive_probe,
+    "attentive": attentive,
     "finetune": finetune,
 }
 """Each is called with the training and validation splits, the number of classes and its settings."""

@@ -12,8 +12,9 @@ import equinox as eqx
 import jax
 
 from jepax import config as configs
-from jepax import overrides
+from jepax import evaluation, overrides
 from jepax import train as training
+from jepax.evals.say import Say as Teller
 from jepax.grids import table
 from jepax.grids.base import GRIDS, Grid, Row
 from jepax.train import Config
@@ -171,6 +172,10 @@ def check(wanted: Wanted) -> None:
     to_train = {each.row: each.config for each in wanted.jobs if not settled(each)}
     for row, config in to_train.items():
         with blamed(row):
+            if not {"linear", "knn"} <= set(config.eval.protocols):
+                raise UserError(
+                    f"eval.protocols={config.eval.protocols} must hold linear and knn: the table shows both"
+                )
             training.check_splits(config.data)
             _, optimizer = training.prepare(config)
             eqx.filter_eval_shape(training.first_state, config.method, optimizer, jax.random.key(0))
@@ -186,7 +191,7 @@ def one(each: Job, floors: Path, say: Say) -> None:
     """Trains, draws and evaluates one run."""
     state = training.train(each.config, each.folder)
     figures.draw(each.config, each.folder)
-    evaluation.evaluate(evaluation.of_run(each.config, state, each.folder), Say(say), floors)
+    evaluation.evaluate(evaluation.of_run(each.config, state, each.folder), Teller(say), floors)
 
 
 def settled(each: Job) -> bool:

@@ -1,0 +1,174 @@
+"""`jepax evaluate`: any checkpoint of any run, any exported weights, any data, by any protocol."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.random as jr
+import numpy as np
+import pytest
+
+from jepax import cli, evaluation, weights
+from jepax import config as configs
+from jepax import train as training
+from jepax.train import build_method
+from jepax.types import UserError
+from tests.contracts.shrink import shrunk
+
+QUICK = "--eval.batch-size 40 --eval.linear.epochs 2 --eval.linear.learning-rates 1e-2 --eval.linear.weight-decays 0"
+KNN = "--protocols knn --eval.knn.neighbours 3 --eval.knn.temperatures 0.1".split()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    config = shrunk("ijepa_fashion_mnist")
+    config = replace(config, eval=replace(config.eval, linear=replace(config.eval.linear, epochs=2)))
+    return run, config, training.train(config, run)
+
+
+def told(capsys, *words):
+    cli.main(["evaluate", *map(str, words)])
+    out = capsys.readouterr().out
+    return json.loads(Path(out.strip().splitlines()[-1]).read_text()), out
+
+
+def test_the_runs_own_evaluation(finished, capsys):
+    run, _, _ = finished
+    found, out = told(capsys, run)
+    assert out.strip().endswith("evals/step_00000006.json")
+    assert set(found["rows"]) == {"trained", "untrained", "pixels", "majority"}
+    assert found["step"] == 6 and found["data"]["source"] == "synthetic"
+    for word in ("trained encoder", "linear: last, expanded", "95% interval"):
+        assert word in out
+
+
+def test_another_step_encoder_and_data_by_another_protocol(finished, capsys, tmp_path):
+    run, _, _ = finished
+    words = [
+        *KNN,
+        "--step",
+        4,
+        "--encoder",
+        "context",
+        "--pool",
+        "sum",
+        "--data.synthetic-seed",
+        5,
+        "--run-dir",
+        tmp_path,
+    ]
+    found, out = told(capsys, run, *words)
+    (written,) = (tmp_path / "evals").iterdir()
+    assert written.name.startswith("step_00000004-knn-") and str(written) in out
+    assert found["step"] == 4 and found["data"]["synthetic_seed"] == 5
+    assert "knn" in found["rows"]["trained"] and "linear" not in found["rows"]["trained"]
+    again, _ = told(capsys, run, *words[:-4], "--data.synthetic-seed", 6, "--run-dir", tmp_path)
+    assert len(list((tmp_path / "evals").iterdir())) == 2 and again["rows"] != found["rows"]
+
+
+def test_what_is_evaluated_is_what_the_checkpoint_holds(finished):
+    run, config, state = finished
+    subject = evaluation.of_run(config, evaluation.restored(config, run), run)
+    for ours, its in zip(
+        jax.tree.leaves(subject.trained), jax.tree.leaves(state.method.target_encoder.average), strict=True
+    ):
+        np.testing.assert_array_equal(ours, its)
+    first = build_method(config.method, 9, jr.key(config.seed)).target_encoder.average
+    for ours, its in zip(jax.tree.leaves(subject.untrained), jax.tree.leaves(first), strict=True):
+        np.testing.assert_array_equal(ours, its)
+
+
+def test_the_runs_own_training_pictures_are_not_needed(finished, tmp_path):
+    run, config, _ = finished
+    elsewhere = replace(config, data=replace(config.data, source="image_folder", root="/nowhere"))
+    assert int(evaluation.restored(elsewhere, run).step) == 6
+
+
+def test_exported_weights_score_as_their_run_does(finished, capsys, tmp_path):
+    run, config, state = finished
+    weights.export(
+        tmp_path / "out", state.method.target_encoder.average, config.method.crop, recipe="r", step=6, name="target"
+    )
+    pictures = (
+        "--data.source synthetic --data.canvas 24 --data.channels 1 --data.synthetic-images 80 --data.validation 0.2"
+    )
+    found, out = told(capsys, tmp_path / "out", *pictures.split(), *KNN)
+    assert "out/evals/weights-knn-" in out
+    own, _ = told(capsys, run, *KNN)
+    assert found["rows"]["trained"] == own["rows"]["trained"] and found["rows"]["pixels"] == own["rows"]["pixels"]
+
+
+def test_every_protocol_runs(finished, capsys):
+    run, _, _ = finished
+    small = """--eval.linear-published.epochs 1 --eval.attentive.epochs 1 --eval.finetune.epochs 1
+        --eval.low-shot.shares 0.5 --eval.low-shot.per-class 2 --eval.low-shot.seeds 2"""
+    protocols = list(evaluation.report.PROTOCOLS)
+    found, out = told(capsys, run, "--protocols", *protocols, *QUICK.split(), *small.split())
+    for row in ("trained", "untrained", "pixels"):
+        for protocol in protocols:
+            if (row, protocol) != ("pixels", "finetune"):
+                assert 0 <= found["rows"][row][protocol]["top1"] <= 100
+    assert "low shot: 2 per class" in out and "±" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--step 5", ["no whole checkpoint of step 5", "4, 6"]),
+        ("--step x", ["--step takes"]),
+        ("--encoder teacher", ["eval.encoder", "default, target, context"]),
+        ("--protocols knn psychic", ["--eval.protocols", "psychic"]),
+        ("--optim.peak-lr 1", ["--optim.peak_lr is nothing that an evaluation can change"]),
+        ("--data.source fashion_mnist --data.channels 3 --data.root /nowhere", ["data.root=/nowhere"]),
+        ("--data.channels 3", ["reads 1 channels", "have 3", "--data.channels 1"]),
+    ],
+)
+def test_errors_name_the_way_out(finished, capsys, words, said):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["evaluate", str(finished[0]), *words.split()])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and len(error.splitlines()) <= 5
+    assert all(word in error for word in said), error
+
+
+def test_training_never_opens_the_test_split(finished, tmp_path, monkeypatch):
+    _, config, _ = finished
+    opened, real = [], training.open_source
+
+    def noted(data, split):
+        opened.append(split)
+        return real(data, split)
+
+    monkeypatch.setattr(training, "open_source", noted)
+    online = replace(config.eval.online, every=2, train_images=20, validation_images=10)
+    training.train(replace(config, eval=replace(config.eval, online=online)), tmp_path)
+    assert "train" in opened and "validation" in opened and "test" not in opened
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "probe_top1" in line] == [1, 3, 5]
+
+
+def test_online_evaluation_changes_nothing_of_training(finished, tmp_path):
+    _, config, state = finished
+    online = replace(config.eval.online, every=2, train_images=20, validation_images=10)
+    beside = training.train(replace(config, eval=replace(config.eval, online=online)), tmp_path)
+    for ours, its in zip(jax.tree.leaves(state), jax.tree.leaves(beside), strict=True):
+        np.testing.assert_array_equal(ours, its)
+
+
+def test_a_folder_that_holds_no_config_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no config\.yaml"):
+        evaluation.resolve([str(tmp_path)])
+
+
+def test_settings_are_named_by_what_differs(finished):
+    _, config, _ = finished
+    same = replace(config, eval=replace(config.eval))
+    assert evaluation.tag(config, same) == ""
+    other = replace(config, eval=replace(config.eval, pool="sum"))
+    assert evaluation.tag(config, other).startswith("-linear+knn-")
+    assert evaluation.tag(config, other) != evaluation.tag(
+        config, replace(other, data=replace(other.data, synthetic_seed=9))
+    )
+    assert configs.differences(config, same) == []
