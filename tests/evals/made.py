@@ -1,28 +1,37 @@
-"""Splits of made features, for protocols that read nothing else."""
+"""A split made of features, for tests of protocols that read no pictures."""
 
 import numpy as np
 
 from jepax.evals.features import Features
-from jepax.evals.splits import Split
+from jepax.evals.splits import WITHHELD, Split
 
 
 class Made(Split):
-    """A split whose features are given; it has no pictures."""
+    """Features and labels as they are given, with neither an encoder nor pictures."""
 
-    def __init__(self, layers, labels):
-        self._features = Features(np.asarray(layers, np.float32), np.asarray(labels, np.int32))
-        self.row, self.batch_size = None, 64
+    labels = None  # in place of the property, which reads them from a source
+
+    def __init__(self, features, labels):
+        layers = np.asarray(features, np.float32)
+        self.row, self.source = None, None
+        self.labels = np.asarray(labels, np.int32)
+        self.features = Features(layers if layers.ndim == 3 else layers[None], self.labels)
 
     def __len__(self):
-        return len(self._features)
+        return len(self.labels)
 
-    @property
-    def labels(self):
-        return self._features.labels
+    def withheld(self):
+        """The same without its labels, as a protocol is given the test split."""
+        return Made(self.features.layers, np.full_like(self.labels, WITHHELD))
 
-    @property
-    def features(self):
-        return self._features
 
-    def without_labels(self):
-        return Made(self._features.layers, np.full(len(self), -1))
+def clusters(seed=0, sizes=(1003, 211, 301), layers=1, dim=16, classes=7, noise=1.5, offset=0.0):
+    """Overlapping clusters as training, validation and test split."""
+    rng = np.random.default_rng(seed)
+    centres, shift = rng.normal(size=(layers, classes, dim)), offset * rng.normal(size=dim)
+
+    def split(n):
+        labels = rng.integers(0, classes, n)
+        return Made(centres[:, labels] + noise * rng.normal(size=(layers, n, dim)) + shift, labels)
+
+    return [split(n) for n in sizes]

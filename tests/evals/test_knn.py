@@ -1,61 +1,145 @@
-"""Nearest neighbours equal scikit-learn's, and ties are broken the same way every time."""
+"""Nearest neighbours equal scikit-learn's, validation chooses k and temperature, and ties are always broken alike."""
 
+import itertools
+
+import jax.random as jr
 import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from jepax.evals.features import Features
-from jepax.evals.knn import KnnConfig, knn, knn_votes
+import jepax.evals.knn as module
+from jepax.evals.knn import KnnConfig, knn, place, search, votes
+from jepax.evals.scoring import NONE, best_guesses
 from jepax.types import UserError
+from tests.evals.made import Made, clusters
+
+KEY = jr.key(0)
 
 
-def made(seed=0, train=1003, test=301, dim=16, classes=7):
-    """Overlapping clusters, so that neighbours disagree."""
-    rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(classes, dim))
-
-    def split(n):
-        labels = rng.integers(0, classes, n).astype(np.int32)
-        return Features((centres[labels] + 1.5 * rng.normal(size=(n, dim))).astype(np.float32)[None], labels)
-
-    return split(train), split(test)
+def peer(train, neighbours, temperature):
+    """scikit-learn's in float64."""
+    model = KNeighborsClassifier(neighbours, metric="cosine", weights=lambda d: np.exp((1 - d) / temperature))
+    return model.fit(train.features.last.astype(np.float64), train.labels)
 
 
+@pytest.mark.parametrize("temperature", [0.03, 0.2])
 @pytest.mark.parametrize("neighbours", [1, 5, 20])
 @pytest.mark.parametrize("chunk", [64, 1000])
-def test_votes_and_score_equal_scikit_learns(neighbours, chunk):
-    train, test = made()
-    config = KnnConfig(neighbours=neighbours, chunk=chunk)
-    peer = KNeighborsClassifier(neighbours, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
-    peer.fit(train.last.astype(np.float64), train.labels)
-    votes = np.asarray(knn_votes(train.last, train.labels, test.last, classes=7, config=config))
-    share = votes / votes.sum(1, keepdims=True)
-    np.testing.assert_allclose(share, peer.predict_proba(test.last.astype(np.float64)), atol=2e-5)
-    result = knn(train, test, 7, config)
-    assert result.top1 == pytest.approx(100 * peer.score(test.last.astype(np.float64), test.labels))
+def test_votes_and_guesses_equal_scikit_learns(neighbours, temperature, chunk):
+    train, validation, test = clusters()
+    other, queries = peer(train, neighbours, temperature), test.features.last.astype(np.float64)
+    keys = place(train.features.last, train.labels)
+    found = [part for _, part in search(keys, test.features.last, 20, chunk)]
+    sums = np.concatenate([votes(part, 7, neighbours, temperature) for part in found])
+    sums = np.where(np.isfinite(sums), sums, 0)
+    np.testing.assert_allclose(sums / sums.sum(1, keepdims=True), other.predict_proba(queries), atol=2e-5)
+    (fitted,) = knn(train, validation, 7, KnnConfig((neighbours,), (temperature,), chunk), key=KEY)
+    np.testing.assert_array_equal(fitted.guess(test.withheld())[:, 0], other.predict(queries))
 
 
-def test_equally_near_neighbours_go_by_index():
-    train = Features(np.ones((1, 200, 3), np.float32), np.repeat(np.array([2, 1, 0], np.int32), [3, 2, 195]))
-    votes = knn_votes(train.last, train.labels, train.last, classes=3, config=KnnConfig(neighbours=4))
-    assert (votes[:, 2] > votes[:, 1]).all() and (votes[:, 0] == 0).all()
+def test_validation_chooses_the_first_of_the_best():
+    train, validation, test = clusters(noise=3.0)
+    config = KnnConfig((1, 5, 50, 5000), (0.03, 0.2))
+    (fitted,) = knn(train, validation, 7, config, key=KEY)
+    queries = validation.features.last.astype(np.float64)
+    pairs = list(itertools.product((1, 5, 50), (0.03, 0.2)))
+    expected = [100 * peer(train, *pair).score(queries, validation.labels) for pair in pairs]
+    assert [(one["neighbours"], one["temperature"]) for one in fitted.tried] == pairs
+    np.testing.assert_allclose([one["validation_top1"] for one in fitted.tried], expected)
+    assert len(set(expected)) > 2 and fitted.settings == fitted.tried[int(np.argmax(expected))]
+    chosen = fitted.settings["neighbours"], fitted.settings["temperature"]
+    assert fitted.variant == f"k {chosen[0]}, temperature {chosen[1]:g}"
+    reached = peer(train, *chosen).predict(test.features.last.astype(np.float64))
+    np.testing.assert_array_equal(fitted.guess(test)[:, 0], reached)
 
 
-def test_a_class_without_votes_is_never_a_hit():
-    train = Features(np.eye(3, dtype=np.float32)[None], np.array([1, 1, 1], np.int32))
-    test = Features(np.eye(3, dtype=np.float32)[None], np.array([0, 1, 2], np.int32))
-    result = knn(train, test, 3, KnnConfig(neighbours=2))
-    assert result.top1 == result.top5 == pytest.approx(100 / 3)
+def test_among_equals_the_first_is_chosen():
+    train, validation, _ = clusters(noise=0.01)
+    (fitted,) = knn(train, validation, 7, KnnConfig((5, 1), (0.2, 0.03)), key=KEY)
+    assert {one["validation_top1"] for one in fitted.tried} == {100.0}
+    assert (fitted.settings["neighbours"], fitted.settings["temperature"]) == (5, 0.2)
 
 
-def test_rows_of_zeros_are_allowed():
-    train = Features(np.zeros((1, 4, 3), np.float32), np.array([0, 0, 1, 1], np.int32))
-    assert knn(train, train, 2, KnnConfig(neighbours=4)).top1 == 50.0
+def test_one_search_per_query_serves_every_setting(monkeypatch):
+    calls, nearest = [], module._nearest
+    monkeypatch.setattr(module, "_nearest", lambda *given: calls.append(given) or nearest(*given))
+    train, validation, _ = clusters()
+    knn(train, validation, 7, KnnConfig((1, 5, 20), chunk=64), key=KEY)
+    assert len(calls) == 4 and {(id(c[0]), c[2].shape, c[3]) for c in calls} == {(id(calls[0][0]), (64, 16), 20)}
 
 
-def test_more_neighbours_than_examples_are_refused():
-    train, test = made(train=10)
-    with pytest.raises(UserError, match="neighbours=20"):
-        knn(train, test, 7)
-    with pytest.raises(UserError, match="positive"):
-        KnnConfig(temperature=0.0)
+def test_equally_near_neighbours_go_by_number():
+    train = Made(np.ones((200, 3)), np.repeat([2, 1, 0], [3, 2, 195]))
+    found = next(search(place(train.features.last, train.labels), train.features.last, 4, 256))[1]
+    sums = votes(found, 3, 4, 0.07)
+    assert (sums[:, 2] > sums[:, 1]).all() and (sums[:, 0] == -np.inf).all()
+
+
+def test_equal_votes_go_to_the_lower_class():
+    train = Made(np.ones((2, 3)), [1, 0])
+    (fitted,) = knn(train, train, 3, KnnConfig((2,)), key=KEY)
+    assert fitted.guess(train).tolist() == [[0, 1, NONE]] * 2
+
+
+def test_a_class_without_votes_is_not_named():
+    train, test = Made(np.eye(3), [1, 1, 1]), Made(np.eye(3), [0, 1, 2])
+    (fitted,) = knn(train, test, 3, KnnConfig((2,)), key=KEY)
+    assert fitted.guess(test).tolist() == [[1, NONE, NONE]] * 3
+    assert fitted.settings["validation_top1"] == pytest.approx(100 / 3)
+
+
+def test_rows_of_zeros_are_allowed_and_small_temperatures_do_not_overflow():
+    train = Made(np.zeros((4, 3)), [0, 0, 1, 1])
+    (fitted,) = knn(train, train, 2, KnnConfig((4,), (1e-4,)), key=KEY)
+    assert fitted.settings["validation_top1"] == 50.0
+    train = Made(np.eye(3), [0, 1, 2])
+    (fitted,) = knn(train, train, 3, KnnConfig((3,), (1e-4,)), key=KEY)
+    assert fitted.settings["validation_top1"] == 100.0
+
+
+def test_the_length_of_a_feature_does_not_matter():
+    train, validation, test = clusters()
+    scale = np.random.default_rng(0).uniform(0.1, 10, (1003, 1))
+    (one,) = knn(train, validation, 7, KnnConfig((20,)), key=KEY)
+    (other,) = knn(Made(train.features.last * scale, train.labels), validation, 7, KnnConfig((20,)), key=KEY)
+    np.testing.assert_array_equal(one.guess(test), other.guess(test))
+
+
+def test_only_the_last_layer_is_read():
+    train, validation, test = clusters(layers=2)
+    (fitted,) = knn(train, validation, 7, KnnConfig((5,), (0.07,)), key=KEY)
+    expected = peer(train, 5, 0.07).predict(test.features.last.astype(np.float64))
+    np.testing.assert_array_equal(fitted.guess(test)[:, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"neighbours": ()}, r"neighbours=\(\)"),
+        ({"neighbours": (0, 5)}, r"neighbours=\(0, 5\)"),
+        ({"temperatures": ()}, r"temperatures=\(\)"),
+        ({"temperatures": (0.07, 0.0)}, r"temperatures=\(0.07, 0.0\)"),
+        ({"temperatures": (float("nan"),)}, r"temperatures=\(nan,\)"),
+        ({"chunk": 0}, "chunk=0"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        KnnConfig(**settings)
+
+
+def test_more_neighbours_than_examples_and_bad_labels_are_refused():
+    train, validation, _ = clusters(sizes=(10, 20, 5))
+    with pytest.raises(UserError, match=r"neighbours=\(20, 50\) are all more than the 10"):
+        knn(train, validation, 7, KnnConfig((20, 50)), key=KEY)
+    with pytest.raises(UserError, match="train split"):
+        knn(train.withheld(), validation, 7, KnnConfig((5,)), key=KEY)
+    with pytest.raises(UserError, match="validation split"):
+        knn(train, validation.withheld(), 7, KnnConfig((5,)), key=KEY)
+
+
+def test_best_guesses_are_ordered_by_vote():
+    train, validation, test = clusters()
+    (fitted,) = knn(train, validation, 7, KnnConfig((20,), (0.07,)), key=KEY)
+    found = next(search(place(train.features.last, train.labels), test.features.last, 20, 301))[1]
+    np.testing.assert_array_equal(fitted.guess(test), best_guesses(votes(found, 7, 20, 0.07)))

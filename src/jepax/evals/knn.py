@@ -139,7 +139,8 @@ def _nearest(
     Equally near ones go by number.
     """
     product = jnp.einsum("qd,kd->qk", queries, features, precision=lax.Precision.HIGHEST)
-    return tuple(lax.top_k(product / _length(queries)[:, None] / length, neighbours))
+    values, index = lax.top_k(product / _length(queries)[:, None] / length, neighbours)
+    return values, index
 
 
 @jax.jit

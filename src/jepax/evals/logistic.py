@@ -26,7 +26,7 @@ Layers = Literal["last", "last four"]
 TOLERANCE = 2e-5
 """Of the largest slope in the descent's own coordinates, where the curvature is about 1: the objective is then within
 about 1e-8 of its least value. Smaller ones are lost in the rounding of float32."""
-SLACK = 5
+SLACK = 10
 """A descent that float32 stopped early has converged too if its slope is within so many tolerances."""
 ITERATIONS = 1000
 MEMORY = 20

@@ -44,9 +44,9 @@ def low_shot(
 ) -> list[Fitted]:
     """One answer per shot and seed, named by its shot. A classifier sees only the labels that its seed drew.
 
-    The budget is of labels: the strength is chosen on validation examples drawn by the same seed, of every class at most
-    as many as are labelled for training. A larger validation split would hold more labels than the task allows (Oliver
-    et al. 2018, arXiv:1804.09170, section 4.6). Features are standardised by all training features: that needs no label.
+    The budget is of labels: the strength is chosen on validation examples that the same seed drew, of every class at
+    most as many as are labelled for training. A larger validation split would hold more labels than the task allows
+    (Oliver et al. 2018, arXiv:1804.09170, section 4.6). All training features standardise: that needs no label.
 
     The draw is fixed by the seed alone, so that every encoder is given the same examples, and those of a smaller shot
     are among those of a larger one. `key` is not used.
