@@ -1,0 +1,163 @@
+"""What protocols share that keep no features: crops drawn on the device, steps over a stream, guesses by batches."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Real
+
+from jepax import schedules
+from jepax.evals.frozen import View
+from jepax.evals.scoring import NONE, best_guesses
+from jepax.evals.splits import Split
+from jepax.optim import decayed
+from jepax.types import Images, UserError
+from jepax.views import CropConfig, centre_crop, random_resized_crop
+
+Views = Literal["centre", "augmented"]
+State = TypeVar("State")
+ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+
+
+@runtime_checkable
+class Training(Protocol):
+    """The fields that every streamed protocol's config has; `check_training` says what they may hold."""
+
+    epochs: int
+    batch_size: int
+    learning_rates: tuple[float, ...]
+    warmup: float
+    scale: tuple[float, float]
+    flip: float
+
+
+def require(protocol: str, config: Any, field: str, holds: bool, need: str) -> None:
+    """**Raises** `UserError` with the field and its value unless it `holds`."""
+    if not holds:
+        raise UserError(f"{protocol}.{field}={getattr(config, field)!r} does not work: it needs {need}")
+
+
+def check_training(protocol: str, config: Training) -> None:
+    """**Raises** `UserError` at the first field of `Training` whose value cannot work."""
+    ok, rates, scale = partial(require, protocol, config), config.learning_rates, config.scale
+    ok("epochs", config.epochs >= 1, "at least 1 pass over the training split")
+    ok("batch_size", config.batch_size >= 1, "at least 1 example")
+    ok("learning_rates", len(rates) > 0 and min(rates) > 0, "at least one number, all above 0")
+    ok("warmup", 0 <= config.warmup < 1, "a share of the steps in [0, 1); try 0.1")
+    ok("scale", len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, "0 < low <= high <= 1; try (0.3, 1.0)")
+    ok("flip", 0 <= config.flip <= 1, "a chance between 0 and 1; try 0.5")
+
+
+def lengths(config: Training, examples: int) -> tuple[int, int]:
+    """Examples per batch, at most those there are, and steps: the passes laid end to end, less an incomplete batch."""
+    size = min(config.batch_size, examples)
+    return size, config.epochs * examples // size
+
+
+def loader_seed(key: PRNGKeyArray) -> int:
+    """The order of examples that belongs to a key."""
+    return int(jr.randint(key, (), 0, 2**31 - 1))
+
+
+def augmented(images: Images, key: PRNGKeyArray, crop: CropConfig) -> View:
+    """Random resized crops, perhaps flipped; example i draws from `fold_in(key, images.index[i])`.
+
+    An index is a place in the whole run's order, so the same picture is cut in another way at each pass.
+    """
+    keys = jax.vmap(lambda index: jr.fold_in(key, index))(images.index)
+    return random_resized_crop(images, keys, crop)
+
+
+def training_view(views: Views, images: Images, key: PRNGKeyArray, crop: CropConfig, config: Training) -> View:
+    """What a training step embeds: the centre view of evaluation, or a crop by the config's `scale` and `flip`."""
+    if views == "centre":
+        return centre_crop(images, crop)
+    return augmented(images, key, replace(crop, scale=config.scale, flip=config.flip))
+
+
+def without_labels(images: Images) -> Images:
+    """The batch as an encoder may see it."""
+    return replace(images, label=None)
+
+
+def rate(config: Training, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
+    """Share of the peak learning rate at a step counted from 0: a linear rise, then a cosine that ends near 0."""
+    warmup = round(config.warmup * steps)
+    return schedules.warmup_cosine(step + 1, start=0.0, peak=1.0, final=0.0, warmup=warmup, total=steps + 1)
+
+
+def adamw(
+    grads: PyTree, moments: optax.OptState, params: PyTree, rates: PyTree, weight_decay: Real[Array, ""] | float
+) -> tuple[PyTree, optax.OptState]:
+    """The parameters after p <- p - rate (adam(g) + weight_decay p), where biases and norms are not decayed.
+
+    `rates`: a number or an array for each array of `params`, which it broadcasts to.
+    """
+    directions, moments = ADAM.update(grads, moments)
+
+    def moved(param: Array, direction: Array, rate: Array | float, is_decayed: bool) -> Array:
+        return param - rate * (direction + weight_decay * param if is_decayed else direction)
+
+    return jax.tree.map(moved, params, directions, rates, decayed(params)), moments
+
+
+def run_steps(
+    step: Callable[[State, Images], tuple[State, Array]],
+    state: State,
+    batches: Iterable[Images],
+    done: Callable[[int], None],
+) -> State:
+    """The state after one step for each batch. The host is never more than one step ahead of the device."""
+    previous = None
+    for count, images in enumerate(batches, 1):
+        state, loss = step(state, images)
+        if previous is not None:
+            jax.block_until_ready(previous)
+        previous = loss
+        done(count)
+    return state
+
+
+@partial(jax.jit, static_argnames=("rest",))
+def _answers(arrays: PyTree, images: Images, *, rest: PyTree) -> Float[Array, "*_ batch classes"]:
+    return eqx.combine(arrays, rest)(images)
+
+
+def guesses_of(function: Callable[[Images], Float[Array, "*_ batch classes"]], split: Split) -> np.ndarray:
+    """The guesses of every example of a split, in order; leading axes, such as one of heads, stay: `*_ n guesses`.
+
+    `function` gives each class's value for the pictures of a batch and does not see the labels. It is compiled once for
+    all splits; give it as an Equinox module or `eqx.Partial`: the arrays of a plain closure would be compiled in.
+
+    **Raises** `UserError` if the split is empty.
+    """
+    arrays, rest = eqx.partition(function, eqx.is_array)
+    parts, waiting = [], None
+    for images, valid in split.pictures():
+        ahead = _answers(arrays, without_labels(images), rest=rest), valid
+        if waiting is not None:  # fetched one batch late, so that the device works while the host sorts
+            parts.append(_best(*waiting))
+        waiting = ahead
+    if waiting is None:
+        raise UserError("no batches to classify: the split is empty; choose another split or source")
+    return np.concatenate([*parts, _best(*waiting)], axis=-2)
+
+
+def _best(values: Float[Array, "*_ batch classes"], valid: int) -> np.ndarray:
+    values = np.asarray(values, np.float32)[..., :valid, :]
+    return best_guesses(values.reshape(-1, values.shape[-1])).reshape(*values.shape[:-1], -1)
+
+
+def refuse_nothing(guesses: np.ndarray, protocol: str) -> None:
+    """**Raises** `UserError` where no class was named for any example: accuracies of that would be meaningless."""
+    if np.all(guesses == NONE):
+        raise UserError(
+            f"{protocol}: no value of any class is finite; the encoder has diverged, its input holds NaN,\n"
+            f"or every one of {protocol}.learning_rates is too high. Look at the loss in metrics.jsonl."
+        )
