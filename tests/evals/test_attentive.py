@@ -1,0 +1,194 @@
+"""The attentive head is the published one, and a sweep of heads trains each as if it were alone."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from scipy.special import erf, softmax
+
+from jepax.evals.attentive import (
+    AttentiveConfig,
+    AttentiveHead,
+    attention_heads,
+    attentive,
+    first_sweep,
+    sweep_step,
+    train_heads,
+)
+from jepax.evals.floors import RawPixels
+from jepax.evals.scoring import top1
+from jepax.evals.splits import Split, withheld
+from jepax.evals.streaming import loader_seed, without_labels
+from jepax.types import UserError
+from tests.evals.textures import BATCH, CLASSES, CROP, arrays, majority, row, source, split
+
+CONFIG = AttentiveConfig(epochs=8, batch_size=BATCH, learning_rates=(1e-5, 3e-3), weight_decays=(0.0, 0.1))
+SHORT = replace(CONFIG, epochs=1)
+SETTINGS = np.array([(1e-3, 0.0), (3e-3, 0.1), (1e-2, 0.0)], np.float32)
+
+
+def splits(frozen):
+    return split(frozen, 200, 0), split(frozen, 57, 1)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    before = arrays(row())
+    (answer,) = attentive(*splits(row()), CLASSES, CONFIG, key=jr.key(0))
+    return answer, before
+
+
+def numpy_logits(head, tokens):
+    """The published definition in float64: keys and values of every token, one query."""
+    head = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), head)
+
+    def norm(layer, x):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * layer.weight + layer.bias
+
+    def linear(layer, x):
+        return x @ layer.weight + (0 if layer.bias is None else layer.bias)
+
+    x = norm(head.norm1, np.asarray(tokens, np.float64))
+    query, keys, values = linear(head.ask, head.query), linear(head.keys, x), linear(head.values, x)
+    query, keys, values = (part.reshape(*part.shape[:-1], head.heads, -1) for part in (query, keys, values))
+    scores = np.einsum("hc,bphc->bhp", query, keys) / np.sqrt(query.shape[-1])
+    mixed = np.einsum("bhp,bphc->bhc", softmax(scores, axis=2), values).reshape(len(x), -1)
+    read = head.query + linear(head.project, mixed)
+    hidden = linear(head.mlp.expand, norm(head.norm2, read))
+    gelu = hidden * 0.5 * (1 + erf(hidden / np.sqrt(2)))
+    return linear(head.classify, read + linear(head.mlp.contract, gelu))
+
+
+def test_logits_equal_the_definition():
+    head = AttentiveHead(128, 5, key=jr.key(0))
+    leaves, tree = jax.tree.flatten(head)
+    keys = jr.split(jr.key(1), len(leaves))
+    drawn = [leaf + 0.3 * jr.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    head = jax.tree.unflatten(tree, drawn)  # biases and norms are not what they begin as
+    tokens = 2 * jr.normal(jr.key(2), (3, 7, 128)) + 1
+    assert head.heads == 2
+    expected = numpy_logits(head, tokens)
+    np.testing.assert_allclose(
+        jax.jit(lambda h, t: h(t))(head, tokens), expected, rtol=1e-4, atol=1e-4 * expected.std()
+    )
+
+
+@pytest.mark.parametrize(
+    ("dim", "heads"), [(192, 3), (768, 12), (1280, 20), (32, 1), (49, 1), (147, 3), (96, 2), (1, 1), (131, 1)]
+)
+def test_attention_heads_are_about_64_wide(dim, heads):
+    assert attention_heads(dim) == heads
+
+
+def test_together_is_alone():
+    train, _ = splits(row())
+    together = train_heads(train, SETTINGS, CLASSES, SHORT, key=jr.key(0))
+    for number in range(len(SETTINGS)):
+        alone = train_heads(train, SETTINGS[number : number + 1], CLASSES, SHORT, key=jr.key(0))
+        for one, all_of_them in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+            np.testing.assert_allclose(one[0], all_of_them[number], atol=1e-4)
+    spread = np.abs(np.asarray(together.classify.weight[1:] - together.classify.weight[:1]))
+    assert spread.max(axis=(1, 2)).min() > 3e-3  # the settings matter
+
+
+def inputs_of_a_step(settings):
+    train, _ = splits(row())
+    images = next(iter(train.shuffled(BATCH, 1, loader_seed(jr.key(0)))))
+    sweep = first_sweep(len(settings), 32, CLASSES, key=jr.key(1))
+    return sweep, row(), without_labels(images), images.label, jr.key(2), np.asarray(settings, np.float32)
+
+
+@pytest.fixture(scope="module")
+def stepped():
+    """Two heads, the second with weight decay, before and after one step at learning rate 1e-2, and their losses."""
+    sweep, *inputs = inputs_of_a_step([(1e-2, 0.0), (1e-2, 0.5)])
+    start = jax.tree.map(np.array, sweep.heads)
+    after, losses = sweep_step(sweep, *inputs, config=replace(CONFIG, warmup=0.1), steps=10)
+    assert int(after.step) == 1
+    return start, jax.tree.map(np.array, after.heads), losses
+
+
+def test_weights_decay_and_nothing_else(stepped):
+    decayed = {"ask", "keys", "values", "project", "mlp", "classify"}
+
+    def check(path, begin, end):
+        names = [entry.name for entry in path]
+        expected = -1e-2 * 0.5 * begin[1] if names[0] in decayed and names[-1] == "weight" else 0 * begin[1]
+        np.testing.assert_allclose(end[1] - end[0], expected, atol=1e-6)
+
+    jax.tree_util.tree_map_with_path(check, *stepped[:2])
+
+
+def test_heads_begin_alike_and_every_array_of_theirs_is_trained(stepped):
+    start, after, losses = stepped
+    np.testing.assert_array_equal(losses[0], losses[1])
+    jax.tree.map(lambda begin: np.testing.assert_array_equal(begin[0], begin[1]), start)
+    moved = jax.tree.map(lambda begin, end: np.abs(end[0] - begin[0]).max(), start, after)
+    assert min(jax.tree.leaves(moved)) > 1e-3
+
+
+@pytest.mark.parametrize("views", ["centre", "augmented"])
+def test_only_augmented_views_draw_random_numbers(views):
+    inputs = inputs_of_a_step([(1e-3, 0.0)])
+    program = jax.make_jaxpr(lambda *inputs: sweep_step(*inputs, config=replace(CONFIG, views=views), steps=10))(
+        *inputs
+    )
+    assert ("random_bits" in str(program)) == (views == "augmented")
+
+
+def test_it_learns_and_validation_chooses(fitted):
+    answer, before = fitted
+    tops = [tried["validation_top1"] for tried in answer.tried]
+    assert len(tops) == 4 and answer.settings["validation_top1"] == max(tops)
+    assert answer.settings is answer.tried[int(np.argmax(tops))]
+    assert answer.settings["learning_rate"] == 3e-3 and "lr 0.003" in answer.variant
+    test = split(row(), 70, 2)
+    assert top1(answer.guess(test), test.labels) > majority(test.labels) + 30
+    _, validation = splits(row())
+    assert top1(answer.guess(validation), validation.labels) == max(tops)
+    for old, new in zip(before, arrays(row()), strict=True):
+        np.testing.assert_array_equal(old, new)  # the encoder
+
+
+def test_labels_of_the_test_split_are_not_read(fitted):
+    answer, _ = fitted
+    pictures = source(70, 2)
+    np.testing.assert_array_equal(
+        answer.guess(Split(row(), pictures, BATCH)), answer.guess(Split(row(), withheld(pictures), BATCH))
+    )
+
+
+def test_one_program_for_all_rows_of_one_shape():
+    train, other = (split(row(seed), 200, 0) for seed in (0, 1))
+    first = train_heads(train, SETTINGS, CLASSES, SHORT, key=jr.key(0))
+    before = sweep_step._cache_size()
+    second = train_heads(other, SETTINGS, CLASSES, SHORT, key=jr.key(0))
+    assert sweep_step._cache_size() == before
+    assert np.abs(np.asarray(first.classify.weight - second.classify.weight)).max() > 1e-3
+    again = train_heads(train, SETTINGS, CLASSES, SHORT, key=jr.key(0))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+def test_pixels_have_tokens_too():
+    pixels = RawPixels(CROP, 4)
+    config = replace(CONFIG, views="centre", learning_rates=(3e-3,), weight_decays=(0.0,))
+    train, validation = splits(pixels)
+    (answer,) = attentive(train, validation, CLASSES, config, key=jr.key(0))
+    assert answer.settings["validation_top1"] > majority(validation.labels) + 30
+
+
+def test_a_split_smaller_than_a_batch_and_what_is_refused():
+    train, validation = split(row(), 9, 0), split(row(), 9, 1)
+    config = AttentiveConfig(epochs=2, learning_rates=(1e-3,), weight_decays=(0.0,))
+    assert len(attentive(train, validation, CLASSES, config, key=jr.key(0))) == 1
+    with pytest.raises(UserError, match="validation"):
+        attentive(train, split(row(), 0, 0), CLASSES, config, key=jr.key(0))
+    with pytest.raises(UserError, match="train"):
+        attentive(train, validation, CLASSES - 1, config, key=jr.key(0))
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, row())
+    with pytest.raises(UserError, match="diverged"):
+        attentive(split(broken, 9, 0), split(broken, 9, 1), CLASSES, config, key=jr.key(0))

@@ -1,0 +1,159 @@
+"""Fine-tuning trains a copy of the whole encoder, lower layers more slowly, and leaves the row as it was."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from jepax.evals.finetune import FinetuneConfig, finetune, first_run, layer_rates, run_step, train_once
+from jepax.evals.floors import RawPixels
+from jepax.evals.scoring import top1
+from jepax.evals.splits import Split, withheld
+from jepax.evals.streaming import augmented, without_labels
+from jepax.types import UserError
+from tests.evals.textures import BATCH, CLASSES, CROP, arrays, majority, row, source, split
+
+CONFIG = FinetuneConfig(epochs=8, batch_size=BATCH, learning_rates=(1e-6, 3e-3, 1e-7))
+SHORT = replace(CONFIG, epochs=1, learning_rates=(1e-9, 2e-9))
+
+
+def splits(frozen):
+    return split(frozen, 200, 0), split(frozen, 57, 1)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    before = arrays(row())
+    (answer,) = finetune(*splits(row()), CLASSES, CONFIG, key=jr.key(0))
+    return answer, before
+
+
+def one_step(**changes):
+    """The classifier before and after one step at learning rate 1e-2, and the step's batch and loss."""
+    config = replace(CONFIG, warmup=0.1, **changes)  # with ten steps the first is at the peak
+    train, _ = splits(row())
+    images = next(iter(train.shuffled(BATCH, 1, 0)))
+    run = first_run(row(), CLASSES, key=jr.key(1))
+    start = jax.tree.map(np.array, run.classifier)
+    inputs = without_labels(images), images.label, jr.key(2), jnp.float32(1e-2)
+    after, loss = run_step(run, *inputs, config=config, steps=10)
+    assert int(after.step) == 1
+    return start, jax.tree.map(np.array, after.classifier), images, loss
+
+
+def changes(**settings):
+    start, after, *_ = one_step(**settings)
+    return jax.tree.map(lambda begin, end: end - begin, start, after)
+
+
+def test_each_layer_has_its_share_of_the_learning_rate():
+    decay = 0.5
+    full, less = changes(layer_decay=1.0, weight_decay=0.0), changes(layer_decay=decay, weight_decay=0.0)
+
+    def check(path, whole, part):
+        names = [entry.name for entry in path]
+        assert np.abs(whole).max() > 1e-4, names
+        if "blocks" in names:
+            share = (decay ** np.array([2.0, 1.0])).reshape(-1, *(whole.ndim - 1) * (1,))
+        else:
+            share = decay**3 if "embed" in names else 1.0
+        np.testing.assert_allclose(part, share * whole, atol=2e-6, err_msg=str(names))
+
+    jax.tree_util.tree_map_with_path(check, full, less)
+
+
+def test_shares_of_a_deeper_stack_by_the_formula():
+    shares = layer_rates(first_run(row(), CLASSES, key=jr.key(0)).classifier, 0.75)
+    assert shares.head.weight == 1 and shares.encoder.norm.bias == 1
+    assert shares.encoder.embed.weight == pytest.approx(0.75**3)
+    np.testing.assert_allclose(shares.encoder.stack.blocks.mlp.expand.weight.ravel(), [0.75**2, 0.75])
+
+
+def test_with_a_tiny_decay_only_the_top_moves():
+    moved = changes(layer_decay=1e-4, weight_decay=0.0)
+    blocks = moved.encoder.stack.blocks.mlp.expand.weight
+    assert np.abs(moved.encoder.embed.weight).max() < 1e-10
+    assert np.abs(blocks[0]).max() < 1e-9 < 1e-7 < np.abs(blocks[1]).max() < 1e-5
+    assert np.abs(moved.head.weight).max() > 1e-3
+
+
+def test_weights_decay_by_their_own_rate_and_nothing_else_does():
+    start = first_run(row(), CLASSES, key=jr.key(1)).classifier
+    kept, less = changes(weight_decay=0.0, layer_decay=0.5), changes(weight_decay=0.5, layer_decay=0.5)
+    shares = layer_rates(start, 0.5)
+
+    def check(path, begin, share, without, with_decay):
+        names = [entry.name for entry in path]
+        is_decayed = names[-1] == "weight" and not any("norm" in name for name in names)
+        expected = -1e-2 * share * 0.5 * begin if is_decayed else 0 * begin
+        np.testing.assert_allclose(with_decay - without, expected, atol=1e-6, err_msg=str(names))
+
+    jax.tree_util.tree_map_with_path(check, start, shares, kept, less)
+
+
+def test_the_loss_is_cross_entropy_to_smoothed_labels_of_crops():
+    smoothing = 0.3
+    start, _, images, loss = one_step(label_smoothing=smoothing)
+    start = jax.tree.map(jnp.asarray, start)
+    crop = replace(CROP, scale=CONFIG.scale, flip=CONFIG.flip)
+    embed = jax.jit(lambda encoder, images, key: encoder(augmented(images, key, crop)))
+    tokens = np.asarray(embed(start.encoder, without_labels(images), jr.key(2)), np.float64)
+    logits = tokens.mean(axis=1) @ np.asarray(start.head.weight, np.float64)
+    logged = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    target = (1 - smoothing) * np.eye(CLASSES)[images.label] + smoothing / CLASSES
+    np.testing.assert_allclose(loss, -(target * logged).sum(axis=1).mean(), rtol=1e-6)
+
+
+def test_it_learns_and_validation_chooses(fitted):
+    answer, before = fitted
+    tops = [tried["validation_top1"] for tried in answer.tried]
+    assert [tried["learning_rate"] for tried in answer.tried] == [1e-6, 3e-3, 1e-7]
+    assert (
+        answer.settings is answer.tried[1]
+        and tops[1] == max(tops) > max(tops[0], tops[2])
+        and answer.variant == "lr 0.003"
+    )
+    test = split(row(), 70, 2)
+    assert top1(answer.guess(test), test.labels) > majority(test.labels) + 30
+    _, validation = splits(row())
+    assert top1(answer.guess(validation), validation.labels) == tops[1]
+    for old, new in zip(before, arrays(row()), strict=True):
+        np.testing.assert_array_equal(old, new)  # the row's own encoder, and its arrays still live
+
+
+def test_of_equals_the_first_is_chosen():
+    (answer,) = finetune(*splits(row()), CLASSES, SHORT, key=jr.key(0))
+    assert answer.tried[0]["validation_top1"] == answer.tried[1]["validation_top1"]
+    assert answer.settings is answer.tried[0]
+
+
+def test_labels_of_the_test_split_are_not_read(fitted):
+    answer, _ = fitted
+    pictures = source(70, 2)
+    np.testing.assert_array_equal(
+        answer.guess(Split(row(), pictures, BATCH)), answer.guess(Split(row(), withheld(pictures), BATCH))
+    )
+
+
+def test_one_program_for_every_learning_rate_and_every_row():
+    first = train_once(splits(row())[0], 1e-3, CLASSES, SHORT, key=jr.key(0))
+    before = run_step._cache_size()
+    second = train_once(splits(row(1))[0], 2e-3, CLASSES, SHORT, key=jr.key(0))
+    assert run_step._cache_size() == before
+    assert np.abs(np.asarray(first.encoder.embed.weight - second.encoder.embed.weight)).max() > 1e-3
+    again = train_once(splits(row())[0], 1e-3, CLASSES, SHORT, key=jr.key(0))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+def test_what_cannot_be_trained_is_refused():
+    pixels = RawPixels(CROP, 4)
+    with pytest.raises(UserError, match="RawPixels"):
+        finetune(*splits(pixels), CLASSES, CONFIG, key=jr.key(0))
+    with pytest.raises(UserError, match="train"):
+        finetune(*splits(row()), CLASSES - 1, CONFIG, key=jr.key(0))
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, row())
+    with pytest.raises(UserError, match="diverged"):
+        finetune(split(broken, 9, 0), split(broken, 9, 1), CLASSES, SHORT, key=jr.key(0))
