@@ -19,9 +19,9 @@ import numpy as np
 from rich.table import Table
 
 import jepax
-from jepax.evals.collapse import effective_rank, feature_std
 from jepax.evals.features import Embed, Features, extract
 from jepax.evals.floors import majority_class
+from jepax.evals.health import effective_rank, feature_std
 from jepax.evals.knn import KnnConfig, knn
 from jepax.evals.probe import ProbeConfig, linear_probe
 from jepax.types import Images, PRNGKeyArray, UserError
