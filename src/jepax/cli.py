@@ -168,10 +168,11 @@ def train(arguments: list[str]) -> None:
         dry_run(config)
         return
     from jepax import train as training
+    from jepax.evals import alarms
 
     training.check_splits(config.data)
     finish(config, training.train(config, folder), folder)
-    print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all")
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all; {alarms.summary(folder)}")
 
 
 def finish(config: "Config", state: "TrainState", folder: Path) -> None:

@@ -25,7 +25,8 @@ def plain(value: object) -> float | list[float]:
 class Log:
     """Appends to `metrics.jsonl` and shows progress; use as a context manager.
 
-    A resumed run drops the lines of steps that it is about to take again, and a last line torn by a crash.
+    A resumed run drops the lines of steps that it is about to take again, and a last line torn by a crash; `kept` are
+    the others.
     """
 
     def __init__(self, path: Path, *, steps: int, start: int):
@@ -42,10 +43,10 @@ class Log:
         self._last_line = 0.0
 
     def __enter__(self) -> "Log":
-        kept = [line for line in read(self.path) if line["step"] < self.start]
+        self.kept = [line for line in read(self.path) if line["step"] < self.start]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        part.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
         part.replace(self.path)
         self._file = self.path.open("a", buffering=1)
         self.progress.start()
@@ -89,16 +90,17 @@ class Log:
         """Moves the bar: `step` is done."""
         self.progress.update(self._task, completed=step + 1)
 
-    def write(self, step: int, values: Values) -> None:
-        """One line of metrics. Values that are not finite are written as null, which strict JSON can hold."""
-        line = {"step": step, **values}
-        self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+    def write(self, step: int, values: Values) -> dict:
+        """One line of metrics, as `read` will give it: what is not finite is null, which strict JSON can hold."""
+        line = _finite({"step": step, **values})
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         speed = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
         self.progress.update(self._task, speed=speed)
         if self.progress.disable and (time.monotonic() - self._last_line > LINE_EVERY or step + 1 == self.steps):
             self._last_line = time.monotonic()
             left = (self.steps - step - 1) * values["seconds_per_step"]
             self.say(f"step {step + 1}/{self.steps}  {speed}  {clock(left)} left")
+        return line
 
 
 def clock(seconds: float | int) -> str:

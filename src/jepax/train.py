@@ -1,6 +1,7 @@
 """The training loop, from a `Config` to a trained and evaluated state: read this first."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,21 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 from jepax import checkpoint, sharding
 from jepax import config as configs
 from jepax.data import DataConfig, Source, batches, open_source
-from jepax.evals.health import effective_rank, feature_std
+from jepax.evals import alarms
+from jepax.evals.frozen import FrozenViT, encoder_of
+from jepax.evals.health import diagnose
+from jepax.evals.online import Online
 from jepax.evals.protocols import EvalConfig
+from jepax.evals.watchdog import Watchdog
 from jepax.logs import Log, Values, plain
 from jepax.methods import AbstractMethod, MethodConfig
 from jepax.methods.ijepa import IJEPAConfig
 from jepax.optim import OptimConfig, Optimizer
 from jepax.trees import cast, norm, norms_by_layer, trainable
 from jepax.types import Images, Metrics, UserError
+
+ROWS = {"embeddings": "embedding", "projections": "projection"}
+"""Metrics with one row per image, diagnosed on the host at logged steps, and what their diagnostics begin with."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +155,7 @@ def train_step(
         "weight_decay": optimizer.weight_decay(state.step),
         "grad_norm": norm(grads),
         "grad_norm_encoder_by_block": norms_by_layer(grads.encoder.stack.blocks),
-        "grad_norm_predictor": norm(getattr(grads, "predictor", None)),
+        **predictor_norms(getattr(grads, "predictor", None)),
         "update_norm": norm(updates),
     }
     return TrainState(method=method, opt_state=opt_state, step=state.step + 1), metrics
@@ -175,10 +183,15 @@ def compiled_step(
     return eqx.combine(arrays, rest), metrics
 
 
-def diagnose(embeddings: Array) -> Values:
-    """What tells collapse, of one embedding per image of this host's share of the batch; only for logged steps."""
-    local = np.concatenate([shard.data for shard in embeddings.addressable_shards if shard.replica_id == 0])
-    return {"embedding_std": feature_std(local), "embedding_rank": effective_rank(local)}
+def predictor_norms(grads: PyTree) -> Metrics:
+    """Gradient norms of a predictor, and of its blocks where it is made of blocks; 0 where there is no predictor."""
+    blocks = {"grad_norm_predictor_by_block": norms_by_layer(grads.stack.blocks)} if hasattr(grads, "stack") else {}
+    return {"grad_norm_predictor": norm(grads)} | blocks
+
+
+def local_rows(array: Array) -> np.ndarray:
+    """This host's share of an array over the batch."""
+    return np.concatenate([shard.data for shard in array.addressable_shards if shard.replica_id == 0])
 
 
 def compute_dtype(config: Config) -> DTypeLike:
@@ -240,7 +253,11 @@ def check_splits(data: DataConfig) -> None:
 
 
 class Diverged(UserError):
-    """The loss, or the update, is not finite any more."""
+    """The loss, or the update, of a step is not finite any more."""
+
+    def __init__(self, step: int, message: str):
+        super().__init__(message)
+        self.step = step
 
 
 def refuse_not_finite(step: int, metrics: Metrics) -> None:
@@ -248,15 +265,56 @@ def refuse_not_finite(step: int, metrics: Metrics) -> None:
     for name, what in (("loss", "loss"), ("update_norm", "update's norm")):
         if not np.isfinite(metrics[name]):
             raise Diverged(
+                step,
                 f"the {what} of step {step} is {float(metrics[name])}: training stopped, nothing was saved after it;\n"
-                "try a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.clip=1.0"
+                "try a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.clip=1.0",
             )
+
+
+class Peaks:
+    """The largest loss and gradient norm of any step since the last line of the log, so that no step is overlooked."""
+
+    def __init__(self) -> None:
+        self.largest: dict[str, float] = {}
+
+    def add(self, metrics: Metrics) -> None:
+        for name in ("loss", "grad_norm"):
+            value = float(metrics[name])
+            self.largest[f"{name}_max"] = max(value, self.largest.get(f"{name}_max", value))
+
+    def take(self) -> Values:
+        """What was seen; from here on anew."""
+        seen, self.largest = self.largest, {}
+        return seen
+
+
+@contextmanager
+def guarded(run: Path, dog: Watchdog, peaks: Peaks) -> Iterator[None]:
+    """Within, `run`/health.json holds what the watchdog has said; if training diverges, that and its prelude too."""
+    alarms.write(run, dog.alarms)
+    try:
+        yield
+    except Diverged as error:
+        dog.see({"step": error.step, **peaks.take()})
+        alarms.write(run, dog.alarms, ended=str(error).splitlines()[0])
+        raise
+
+
+def warn(log: Log, run: Path, dog: Watchdog, line: dict) -> None:
+    """Lets the watchdog see a line; what it says goes to the terminal and into `run`/health.json."""
+    new = dog.see(line)
+    for alarm in new:
+        log.say(f"warning: {alarm}; try {alarm.advice}")
+    if new:
+        alarms.write(run, dog.alarms)
 
 
 def log_values(metrics: Metrics, seconds_per_step: float, batch_size: int) -> Values:
     """A step's metrics as they are logged."""
-    shown = {name: value for name, value in metrics.items() if name != "embeddings"}
-    values = {name: plain(value) for name, value in shown.items()} | diagnose(metrics["embeddings"])
+    values = {name: plain(value) for name, value in metrics.items() if name not in ROWS}
+    for name, prefix in ROWS.items():
+        if name in metrics:
+            values |= diagnose(local_rows(metrics[name]), prefix)
     return values | {"seconds_per_step": seconds_per_step, "images_per_second": batch_size / seconds_per_step}
 
 
@@ -276,22 +334,41 @@ def train(config: Config, run: Path) -> TrainState:
     start, every = int(state.step), config.train
     with Log(run / "metrics.jsonl", steps=steps, start=start) as log:
         log.begin(run, every.batch_size)
-        previous = None
-        for step, images in enumerate(read(config, source, steps, start), start):
-            state, metrics = compiled_step((optimizer, sharding.shard_batch(images, mesh), root, compute), state)
-            if previous is not None:  # the step before: the device never waits for this check
-                refuse_not_finite(*previous)
-            previous = step, metrics
-            if step == start:
-                log.compiled(metrics["loss"])
-            if step == start or (step + 1) % every.log_every == 0 or step + 1 == steps:
-                refuse_not_finite(*previous)
-                log.write(step, log_values(metrics, log.seconds_per_step(step), every.batch_size))
-            if (step + 1) % every.save_every == 0 or step + 1 == steps:
-                refuse_not_finite(*previous)
-                checkpoint.save(run / "checkpoints", step + 1, state, keep=every.keep)
-            log.advance(step)
+        dog, peaks, previous, online = Watchdog(log.kept), Peaks(), None, online_of(config, source, steps)
+        with guarded(run, dog, peaks):
+            for step, images in enumerate(read(config, source, steps, start), start):
+                state, metrics = compiled_step((optimizer, sharding.shard_batch(images, mesh), root, compute), state)
+                if previous is not None:  # the step before: the device never waits for this check
+                    refuse_not_finite(*previous)
+                    peaks.add(previous[1])
+                previous = step, metrics
+                if step == start:
+                    log.compiled(metrics["loss"])
+                last, save = step + 1 == steps, (step + 1) % every.save_every == 0
+                due = online is not None and (step + 1) % config.eval.online.every == 0
+                if step == 0 or (step + 1) % every.log_every == 0 or save or last or due:
+                    refuse_not_finite(*previous)
+                    peaks.add(metrics)
+                    previous = None
+                    values = log_values(metrics, log.seconds_per_step(step), every.batch_size) | peaks.take()
+                    values |= online(evaluated(config, state.method)) if due else {}
+                    warn(log, run, dog, log.write(step, values))
+                if save or last:  # after its line, so that a run which goes on from here lacks none
+                    checkpoint.save(run / "checkpoints", step + 1, state, keep=every.keep)
+                log.advance(step)
     return state
+
+
+def online_of(config: Config, train: Source, steps: int) -> Online | None:
+    """What evaluates during training, if it ever does. The test split is not opened."""
+    if not 0 < config.eval.online.every <= steps:
+        return None
+    return Online(config.eval.online, train, open_source(config.data, "validation"), config.eval.batch_size)
+
+
+def evaluated(config: Config, method: AbstractMethod) -> FrozenViT:
+    """The encoder that the run's evaluations read."""
+    return FrozenViT(encoder_of(method, config.eval.encoder), config.method.crop, config.eval.pool)
 
 
 def read(config: Config, source: Source, steps: int, start: int) -> Iterator[Images]:

@@ -17,17 +17,25 @@ class EMA(eqx.Module, Generic[T]):
     average: T
 
     def towards(self, online: T, momentum: Float[Array, ""] | float) -> "EMA[T]":
-        """average <- momentum * average + (1 - momentum) * online, in the average's own precision (float32).
+        """average <- momentum * average + (1 - momentum) * online, kept in the average's own precision (float32).
 
-        Differs from the reference: none. In bfloat16 this would stall, since 1 - 0.996 is about its epsilon.
+        Differs from the reference: none. In bfloat16 it stalls, since 1 - 0.996 is about its epsilon.
         """
 
         def move(average: object, new: object) -> object:
             if not eqx.is_inexact_array(average):
                 return average
-            return momentum * average + (1.0 - momentum) * jax.lax.stop_gradient(new)
+            return as_stored(momentum * average + (1.0 - momentum) * jax.lax.stop_gradient(new), average.dtype)
 
         return EMA(jax.tree.map(move, self.average, online))
+
+
+def as_stored(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
+    """x rounded to `dtype`. A cast alone does not bind: XLA may go on with the unrounded value in the same program."""
+    kept = jnp.finfo(dtype)
+    if kept.bits < jnp.finfo(x.dtype).bits:
+        x = jax.lax.reduce_precision(x, exponent_bits=kept.nexp, mantissa_bits=kept.nmant)
+    return x.astype(dtype)
 
 
 def _is_ema(node: object) -> bool:

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from jepax import huggingface
 from jepax.nn import ViT
 from jepax.nn.position import sincos_2d
+from jepax.trees import cast
 from jepax.types import UserError
 from jepax.views import CropConfig
 
@@ -53,7 +54,10 @@ def export(folder: Path, encoder: ViT, crop: CropConfig, *, recipe: str, step: i
     part.mkdir(parents=True)
     try:
         huggingface.write(part, encoder.config, crop, recipe=recipe, step=step, name=name)
-        tensors = {key: np.ascontiguousarray(value) for key, value in named_tensors(encoder, crop.size).items()}
+        tensors = {
+            key: np.ascontiguousarray(value)
+            for key, value in named_tensors(cast(encoder, jnp.float32), crop.size).items()
+        }
         save_file(tensors, part / MODEL, metadata={"format": "pt"})
         shutil.copymode(part / huggingface.CONFIG, part / MODEL)  # safetensors lets none but the owner read it
         part.replace(target)

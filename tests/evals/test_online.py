@@ -6,7 +6,8 @@ import pytest
 
 from jepax.data.sources import ArraySource
 from jepax.evals.frozen import FrozenViT
-from jepax.evals.online import Online, OnlineConfig, some
+from jepax.evals.online import Online, OnlineConfig
+from jepax.evals.splits import some
 from jepax.nn import ViT, ViTConfig
 from jepax.types import UserError
 from jepax.views import CropConfig

@@ -9,8 +9,9 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax.methods.byol import BYOLConfig, disagreement
+from jepax.methods.byol import BYOLConfig, disagreement, disagreement_of_the_mean
 from jepax.methods.momentum import MomentumConfig
+from jepax.methods.multiview import embed, project
 from jepax.nn import ProjectorConfig
 from jepax.types import UserError
 from jepax.views import MultiCropConfig
@@ -32,6 +33,28 @@ def test_byol_compares_each_view_with_the_others_teacher(groups):
     expected = 2 - 2 * np.mean(cosines)
     np.testing.assert_allclose(disagreement(jnp.concatenate(groups), groups[0] + 0.1), expected, rtol=1e-5)
     np.testing.assert_allclose(disagreement(groups[0], groups[0][::-1]), 0.0, atol=1e-5)
+
+
+def test_the_mean_explains_what_one_prediction_for_all_images_can(groups):
+    targets = np.asarray(groups[0] + 0.1, np.float64)
+    units = targets / np.linalg.norm(targets, axis=2, keepdims=True)
+    mean = units.mean((0, 1)) / np.linalg.norm(units.mean((0, 1)))
+    expected = 2 - 2 * np.mean(units @ mean)
+    np.testing.assert_allclose(disagreement_of_the_mean(groups[0] + 0.1), expected, rtol=1e-5)
+    everywhere = jnp.broadcast_to(jnp.asarray(mean, jnp.float32), groups[0].shape)
+    np.testing.assert_allclose(disagreement(everywhere, groups[0] + 0.1), expected, rtol=1e-5)
+
+
+def test_what_byol_logs_of_its_loss(images):
+    method = CONFIG.build(total_steps=10, key=jr.key(0))
+    loss, metrics = loss_of(method, images, jr.key(1))
+    views = CONFIG.draw_views(images, key=jr.key(1))
+    targets = project(method.projector, embed(method.encoder, views[0]))  # the averages begin equal
+    lengths = np.linalg.norm(np.asarray(targets, np.float64), axis=2)
+    np.testing.assert_allclose(metrics["target_norm"], lengths.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["projections"], targets[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(metrics["loss_explained"], 1 - loss / disagreement_of_the_mean(targets), rtol=1e-4)
+    assert metrics["prediction_norm"] > 0
 
 
 def test_projections_of_zero_have_a_loss_and_a_gradient(groups):

@@ -129,6 +129,33 @@ def test_what_is_read_for_collapse_is_the_deepest_layer_whatever_the_order(image
     np.testing.assert_allclose(*ranks, atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{"layers": (2, 1), "layer_weights": (3.0, 1.0)}, {"target_norm": "none"}])
+def test_norms_of_tokens_and_the_share_explained_are_those_of_their_equations(settings, images):
+    """Token by token in float64; the mean of the batch is taken per position, and the norms at the deepest layer."""
+    method = build(**settings)
+    view, masks = drawn(images, 0)
+    metrics = method.loss_of(view, masks, key=jr.key(0))[1]
+    targets = np.asarray(method.targets(view), np.float64)
+    predictions = np.asarray(method.predictions(method.encoder(view, masks.context), masks)[0], np.float64)
+
+    def smooth_l1(error):
+        return np.mean(np.where(error < 1, 0.5 * error**2, error - 0.5))
+
+    places = [tuple(place) for place in np.argwhere(np.asarray(masks.target_valid))]
+    losses, of_means, norms = np.zeros(len(targets)), np.zeros(len(targets)), []
+    for image, block, place in places:
+        patch = int(masks.targets[image, block, place])
+        for layer in range(len(targets)):
+            target, prediction = targets[layer, image, patch], predictions[layer, image, block, place]
+            losses[layer] += smooth_l1(np.abs(prediction - target))
+            of_means[layer] += smooth_l1(np.abs(targets[layer, :, patch].mean(0) - target))
+        norms.append([np.linalg.norm(x) for x in (targets[0, image, patch], predictions[0, image, block, place])])
+    weights = np.array(settings.get("layer_weights", (1.0,)))
+    np.testing.assert_allclose(metrics["loss_explained"], 1 - losses @ weights / (of_means @ weights), rtol=1e-5)
+    expected = np.mean(norms, axis=0)
+    np.testing.assert_allclose([metrics["target_norm"], metrics["prediction_norm"]], expected, rtol=1e-5)
+
+
 def test_the_context_loss_is_that_of_its_equation(images):
     method = build(context_weight=0.5)
     view, masks = drawn(images, 0)

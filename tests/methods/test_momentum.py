@@ -1,6 +1,7 @@
 """The schedule and the move of a teacher."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -33,6 +34,37 @@ def test_a_teacher_is_a_copy_that_moves_by_its_share():
     np.testing.assert_allclose(moved.average.bias - online.bias, 0.5, rtol=1e-5)
     np.testing.assert_array_equal(moved.average.weight, online.weight)
     np.testing.assert_allclose([metrics["momentum"], metrics["ema_step_norm"]], [0.75, 0.5 * np.sqrt(2)], rtol=1e-5)
+
+
+def perturbed(tree, scale, seed):
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jr.split(jr.key(seed), len(leaves))
+    return structure.unflatten([x + scale * jr.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+def flat(tree):
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_is_logged_of_a_move_is_what_happened(precision):
+    """In one program, where XLA would gladly go on with what it has not rounded yet."""
+    start = eqx.nn.MLP(8, 4, 32, 1, activation=jnp.tanh, key=jr.key(0))
+    online, teacher = perturbed(eqx.filter(start, eqx.is_array), 0.1, 1), teacher_of(start, precision)
+    teacher = eqx.filter(teacher, eqx.is_array)
+    moved, metrics = jax.jit(follow)(teacher, online, jnp.float32(0.999))
+    assert {leaf.dtype for leaf in jax.tree.leaves(moved)} == {jnp.dtype(precision)}
+    new, before, after = flat(online), flat(teacher), flat(moved)
+    distance = np.linalg.norm(new - before)
+    expected = {
+        "teacher_distance": distance / np.linalg.norm(new),
+        "ema_step_norm": np.linalg.norm(after - before),
+        "ema_step_expected": (1 - np.float64(np.float32(0.999))) * distance,
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+    apart = abs(float(metrics["ema_step_norm"] / metrics["ema_step_expected"]) - 1)
+    assert apart < 1e-3 if precision == "float32" else apart > 0.05
 
 
 def test_what_would_freeze_the_teacher_is_refused():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jepax.methods.lejepa import LeJEPAConfig
-from jepax.methods.multiview import invariance, merged, split, spread
+from jepax.methods.multiview import agreement_explained, invariance, merged, split, spread
 from jepax.methods.rectified_lpjepa import RectifiedLpJEPAConfig
 from jepax.methods.vicreg import VICRegConfig
 from jepax.methods.visreg import VISRegConfig
@@ -55,6 +55,22 @@ def test_of_the_same_views_only_directions_and_targets_are_drawn_anew(name, imag
     first, again, next_step = (loss(method, jr.key(seed)) for seed in (1, 1, 2))
     assert first == again
     assert (first == next_step) == (name == "vicreg")  # which draws nothing
+
+
+def test_the_share_of_variance_that_is_not_disagreement(groups):
+    views = np.concatenate([np.asarray(group, np.float64) for group in groups]) + 3.0
+    pairs = [np.mean((views[v] - views[w]) ** 2) for v in range(5) for w in range(5) if v != w]
+    strangers = 2 * np.mean((views - views.mean((0, 1))) ** 2)
+    shifted = tuple(group + 3.0 for group in groups)
+    np.testing.assert_allclose(agreement_explained(shifted), 1 - np.mean(pairs) / strangers, rtol=1e-4)
+    alike = jnp.broadcast_to(groups[0][:1], groups[0].shape)
+    assert agreement_explained((alike,)) == 1 and agreement_explained((jnp.ones((2, 4, 3)),)) == 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_projections_and_their_agreement_are_logged(name, images):
+    metrics = loss_of(CONFIGS[name].build(total_steps=10, key=jr.key(0)), images, jr.key(1))[1]
+    assert metrics["projections"].shape == (8, 8) and metrics["loss_explained"] < 1
 
 
 def test_invariance_and_spread(groups):

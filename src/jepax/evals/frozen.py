@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from jepax.methods import AbstractMethod
 from jepax.nn import ViT
+from jepax.trees import cast
 from jepax.types import Images, UserError
 from jepax.views import CropConfig, centre_crop
 
@@ -47,10 +48,10 @@ class FrozenViT(Frozen):
 
     def pooled(self, view: View) -> Float[Array, "layers batch dim"]:
         pool = jnp.mean if self.pool == "mean" else jnp.sum
-        return pool(self.encoder.layers(view, LAYERS).astype(jnp.float32), axis=2)
+        return pool(cast(self.encoder, jnp.float32).layers(view, LAYERS), axis=2)
 
     def tokens(self, view: View) -> Float[Array, "batch patches dim"]:
-        return self.encoder(view).astype(jnp.float32)
+        return cast(self.encoder, jnp.float32)(view)
 
 
 def encoder_of(method: AbstractMethod, choice: Choice) -> ViT:

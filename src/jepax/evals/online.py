@@ -3,21 +3,17 @@
 from dataclasses import dataclass
 
 import jax.random as jr
-import numpy as np
 
 from jepax.data import Source
-from jepax.data.sources import Subset
 from jepax.evals.frozen import Frozen
 from jepax.evals.knn import KnnConfig, knn
 from jepax.evals.logistic import LogisticConfig, logistic
-from jepax.evals.splits import Split
-from jepax.types import Int, UserError
+from jepax.evals.splits import Split, some
+from jepax.types import UserError
 
 KNN = KnnConfig(neighbours=(20,), temperatures=(0.07,))
 LOGISTIC = LogisticConfig(strengths=(1e-3,), layers=("last",))
 """Nothing is chosen: the scores of one run may be compared from step to step."""
-SEED = 20261123
-"""Of the pictures, which never depend on a run's seed: two runs may be compared."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +51,3 @@ class Online:
         (neighbours,) = knn(*splits, KNN, key=key)
         tops = {"probe_top1": probe, "knn_top1": neighbours}
         return {name: fitted.settings["validation_top1"] for name, fitted in tops.items()}
-
-
-def some(source: Source, count: int) -> Source:
-    """`count` pictures drawn at random, or all of them, in the source's order."""
-    order = np.argsort(np.random.Philox(SEED).random_raw(len(source)), kind="stable")
-    rows: Int[np.ndarray, "rows"] = np.sort(order[:count])
-    return Subset(source.canvas_shape, source.class_names, source.labels[rows], source, rows)

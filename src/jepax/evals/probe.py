@@ -13,7 +13,6 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from jepax.evals.features import Features
-from jepax.evals.frozen import Frozen
 from jepax.evals.heads import (
     BASE_BATCH,
     CANDIDATES,
@@ -30,10 +29,9 @@ from jepax.evals.heads import (
 from jepax.evals.say import SILENT, Say
 from jepax.evals.scoring import Fitted, Guesses, best_guesses, check_labels
 from jepax.evals.splits import Split
-from jepax.evals.streaming import augmented
+from jepax.evals.streaming import embed_augmented, loader_seed, without_labels
 from jepax.evals.sweep import CHUNK, Basis, Course, add_moments, cached_pass, chunks, count_hits, head_values, one_step
-from jepax.types import Images, UserError
-from jepax.views import CropConfig
+from jepax.types import UserError
 
 CHOSEN = "chosen"
 
@@ -151,7 +149,7 @@ class Sweep:
         if self.config.views == "centre":
             return self.train.features.layers.shape
         images, _ = next(iter(self.train.pictures()))
-        return eqx.filter_eval_shape(self.train.row, replace(images, label=None)).shape
+        return eqx.filter_eval_shape(self.train.row, without_labels(images)).shape
 
     def _settings(self) -> Settings:
         columns = zip(*(setting.values() for setting in self.grid), strict=True)
@@ -177,10 +175,9 @@ class Sweep:
     def _crops(self, epoch: int) -> Iterator[tuple[Layers, Int[np.ndarray, "batch"]]]:
         """Features and labels of one pass's batches, in an order and of crops of its own."""
         key_order, key_crops = jr.split(jr.fold_in(self.key_order, epoch))
-        seed = int(jr.randint(key_order, (), 0, 2**31 - 1))
         crop = replace(self.train.row.crop, scale=self.config.scale, flip=self.config.flip)
-        for images in self.train.shuffled(self.course.batch_size, self.course.steps, seed):
-            yield embed_augmented(self.train.row, replace(images, label=None), crop, key_crops), images.label
+        for images in self.train.shuffled(self.course.batch_size, self.course.steps, loader_seed(key_order)):
+            yield embed_augmented(self.train.row, without_labels(images), crop, key_crops), images.label
 
     def train_pass(self, epoch: int) -> None:
         """Every head sees every example once, but for the last, incomplete batch; each pass has an order of its own."""
@@ -236,9 +233,3 @@ class Sweep:
 def in_words(setting: dict[str, Any]) -> str:
     scaling = "standardised" if setting["standardised"] else "as they are"
     return f"{setting['layers']}, {scaling}, lr {setting['learning_rate']:g}, wd {setting['weight_decay']:g}"
-
-
-@eqx.filter_jit
-def embed_augmented(row: Frozen, images: Images, crop: CropConfig, key: PRNGKeyArray) -> Layers:
-    """Pooled features of random crops."""
-    return row.pooled(augmented(images, key, crop))

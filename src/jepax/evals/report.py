@@ -17,12 +17,13 @@ from rich.table import Table
 import jepax
 from jepax.data import Source
 from jepax.evals.floors import majority_class
-from jepax.evals.frozen import Frozen
-from jepax.evals.health import diagnosis
+from jepax.evals.frozen import Frozen, FrozenViT
+from jepax.evals.health import diagnose, effective_rank, feature_std, lidar
 from jepax.evals.protocols import PROTOCOLS, EvalConfig, applies
 from jepax.evals.say import SILENT, Say
 from jepax.evals.scoring import Fitted, best_guesses, check_labels, scores
 from jepax.evals.splits import Split, shared_pictures, withheld
+from jepax.evals.streaming import crops_of
 from jepax.types import PRNGKeyArray, UserError
 
 ROWS = {
@@ -34,6 +35,10 @@ ROWS = {
 """Keys of the results and their names in the table, in the table's order."""
 SPLITS = ("train", "validation", "test")
 FLOORS = ("untrained", "pixels")
+HEALTH_EXAMPLES = 4096
+"""At most so many validation examples, spread evenly, are read for signs of collapse."""
+LIDAR = 512, 8
+"""Pictures, and random crops of each."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Evaluation:
         for pair, count in (shared := shared_pictures(splits)).items():
             if count:
                 self.say.line(f"warning: {count} pictures of {pair.replace('/', ' and ')} are the same")
-        return {**row, **diagnosis(splits["validation"].features.last), "shared_pictures": shared}
+        return {**row, **health(splits["validation"], self.key), "shared_pictures": shared}
 
     def _scored(self, fitted: list[Fitted], test: Split) -> dict[str, Any]:
         """The first answer, and the others beside it; answers of one name by their mean and standard deviation."""
@@ -86,6 +91,22 @@ class Evaluation:
             by_name.setdefault(answer.name, []).append(told)
         first, *others = ((name, repeated(runs)) for name, runs in by_name.items())
         return {"name": first[0], **first[1], "beside": dict(others)}
+
+
+def health(split: Split, key: PRNGKeyArray) -> dict[str, Any]:
+    """Signs of collapse in the last layer's features, which need no label. LiDAR is for encoders alone.
+
+    LiDAR from 512 pictures of 8 random crops each, where its paper takes more of both.
+    """
+    last = split.features.last[:: -(-len(split) // HEALTH_EXAMPLES)]
+    found = {
+        "effective_rank": effective_rank(last),
+        "feature_std": feature_std(last),
+        "health": diagnose(last, "feature"),
+    }
+    if isinstance(split.row, FrozenViT):
+        found["health"]["feature_lidar"] = lidar(crops_of(split, *LIDAR, key))
+    return found
 
 
 def repeated(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import UInt64
 
 from jepax.data import Source, batches, sweep
+from jepax.data.sources import Subset
 from jepax.evals.features import Features, extract
 from jepax.evals.frozen import Frozen
 from jepax.evals.say import SILENT, Say
@@ -17,6 +18,8 @@ from jepax.types import Images, Int
 
 DIGEST_SIDE = 64
 """Rows and columns, about, of what is digested of a large picture."""
+SOME_SEED = 20261123
+"""Of `some` pictures, which never depend on a run's seed: two runs may be compared."""
 WITHHELD = -1
 """Stands for every label that may not be read; no class has it."""
 
@@ -74,6 +77,13 @@ class Split:
     def shuffled(self, batch_size: int, steps: int, seed: int) -> Iterator[Images]:
         """Batches of `steps` steps in the order of `seed`, a new one each epoch."""
         return batches(self.source, batch_size=batch_size, steps=steps, seed=seed)
+
+
+def some(source: Source, count: int) -> Source:
+    """`count` pictures drawn at random, or all of them, in the source's order."""
+    order = np.argsort(np.random.Philox(SOME_SEED).random_raw(len(source)), kind="stable")
+    rows: Int[np.ndarray, "rows"] = np.sort(order[:count])
+    return Subset(source.canvas_shape, source.class_names, source.labels[rows], source, rows)
 
 
 def shared_pictures(splits: dict[str, Split]) -> dict[str, int]:

@@ -13,9 +13,9 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Real
 
 from jepax import schedules
-from jepax.evals.frozen import View
+from jepax.evals.frozen import Frozen, View
 from jepax.evals.scoring import NONE, best_guesses
-from jepax.evals.splits import Split
+from jepax.evals.splits import Split, some
 from jepax.optim import decayed
 from jepax.types import Images, UserError
 from jepax.views import CropConfig, centre_crop, random_resized_crop
@@ -152,6 +152,24 @@ def guesses_of(function: Callable[[Images], Float[Array, "*_ batch classes"]], s
 def _best(values: Float[Array, "*_ batch classes"], valid: int) -> np.ndarray:
     values = np.asarray(values, np.float32)[..., :valid, :]
     return best_guesses(values.reshape(-1, values.shape[-1])).reshape(*values.shape[:-1], -1)
+
+
+@eqx.filter_jit
+def embed_augmented(
+    row: Frozen, images: Images, crop: CropConfig, key: PRNGKeyArray
+) -> Float[Array, "layers batch dim"]:
+    """Pooled features of random crops."""
+    return row.pooled(augmented(images, key, crop))
+
+
+def crops_of(split: Split, pictures: int, crops: int, key: PRNGKeyArray) -> Float[np.ndarray, "pictures crops dim"]:
+    """The last layer's features of several random crops of some pictures, or of all there are, by the row's own crop."""
+    few = Split(split.row, some(split.source, pictures), split.batch_size)
+    drawn = []
+    for images, valid in few.pictures():
+        layers = [embed_augmented(few.row, without_labels(images), few.row.crop, k) for k in jr.split(key, crops)]
+        drawn.append(np.stack([np.asarray(each[-1])[:valid] for each in layers], axis=1))
+    return np.concatenate(drawn)
 
 
 def refuse_nothing(guesses: np.ndarray, protocol: str) -> None:

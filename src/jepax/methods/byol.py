@@ -12,6 +12,7 @@ from jepax.methods.base import MethodConfig
 from jepax.methods.momentum import MomentumConfig, follow, teacher_of
 from jepax.methods.multiview import MultiView, MultiViewConfig, Projections, embed, project, refuse_rectified
 from jepax.nn import Projector, ProjectorConfig, ViT
+from jepax.objectives import share_explained
 from jepax.trees import EMA
 from jepax.types import Images, Metrics, UserError
 
@@ -57,7 +58,7 @@ class BYOL(MultiView):
 
     def __init__(self, config: BYOLConfig, *, total_steps: int, key: PRNGKeyArray):
         super().__init__(config, key=key)
-        self.target = teacher_of((self.encoder, self.projector))
+        self.target = teacher_of((self.encoder, self.projector), config.momentum.precision)
         key_predictor = jr.split(key, 3)[2]  # the first two are the encoder's and the projector's
         self.predictor = Projector(config.predictor, config.projector.width, key=key_predictor)
         self.total_steps = total_steps
@@ -70,7 +71,12 @@ class BYOL(MultiView):
         encoder, projector = self.target.average
         targets = lax.stop_gradient(project(projector, embed(encoder, groups[0])))
         loss = disagreement(predictions, targets)
-        return loss, {"embeddings": pooled[0][0], "projection_std": jnp.mean(jnp.std(projections[0], axis=1))}
+        rows = {"embeddings": pooled[0][0], "projections": projections[0][0]}
+        return loss, rows | {
+            "target_norm": jnp.mean(jnp.linalg.norm(targets, axis=2)),
+            "prediction_norm": lax.stop_gradient(jnp.mean(jnp.linalg.norm(predictions, axis=2))),
+            "loss_explained": share_explained(loss, disagreement_of_the_mean(targets)),
+        }
 
     def after_update(self, step: Int[Array, ""]) -> tuple["BYOL", Metrics]:
         momentum = self.config.momentum.at(step, self.total_steps)
@@ -83,7 +89,18 @@ class BYOL(MultiView):
 
 def disagreement(predictions: Projections, targets: Projections) -> Float[Array, ""]:
     """mean over pairs v != w of 2 - 2 cos(predictions[v], targets[w]); view w of both is the same. From 0 to 4."""
-    predictions, targets = (x * lax.rsqrt(jnp.sum(x * x, axis=2, keepdims=True) + EPS) for x in (predictions, targets))
+    predictions, targets = unit(predictions), unit(targets)
     cosines = jnp.mean(jnp.einsum("vbd,wbd->vwb", predictions, targets, precision=lax.Precision.HIGHEST), axis=2)
     other = ~jnp.eye(*cosines.shape, dtype=bool)
     return 2 - 2 * jnp.sum(jnp.where(other, cosines, 0)) / jnp.sum(other)
+
+
+def disagreement_of_the_mean(targets: Projections) -> Float[Array, ""]:
+    """`disagreement` of one prediction for all images: the direction of the mean over the batch of all unit targets."""
+    units = unit(targets)
+    return 2 - 2 * jnp.mean(jnp.sum(units * unit(jnp.mean(units, axis=(0, 1), keepdims=True)), axis=2))
+
+
+def unit(x: Projections) -> Projections:
+    """Each projection at length 1."""
+    return x * lax.rsqrt(jnp.sum(x * x, axis=2, keepdims=True) + EPS)

@@ -17,7 +17,7 @@ from jepax.methods.momentum import MomentumConfig, follow, teacher_of
 from jepax.methods.regulariser import RegulariserConfig, regularise
 from jepax.nn import Predictor, PredictorConfig, ViT, ViTConfig
 from jepax.nn.blocks import LayerNorm, normalise
-from jepax.objectives import masked_mean, smooth_l1, squared_error
+from jepax.objectives import masked_mean, share_explained, smooth_l1, squared_error
 from jepax.trees import EMA
 from jepax.types import Images, Masks, Metrics, UserError
 from jepax.views import CropConfig, random_resized_crop
@@ -149,7 +149,7 @@ class IJEPA(AbstractMethod):
         key_encoder, key_predictor = jr.split(key)
         width = config.encoder.width
         self.encoder = ViT(config.encoder, key=key_encoder)
-        self.target_encoder = teacher_of(self.encoder) if config.teacher == "ema" else None
+        self.target_encoder = teacher_of(self.encoder, config.momentum.precision) if config.teacher == "ema" else None
         self.predictor = Predictor(config.predictor, width, outputs=len(config.predicted), key=key_predictor)
         self.prediction_norm = LayerNorm(width) if config.prediction_norm in ("trainable", "both") else None
         self.masks = config.sampler()
@@ -167,6 +167,7 @@ class IJEPA(AbstractMethod):
         predictions, on_context = self.predictions(context, masks)
         loss = self._prediction_loss(predictions, gather(embedded, masks.targets), masks)
         metrics = {"embeddings": jnp.mean(embedded[self.config.deepest], axis=1), "prediction_loss": loss}
+        metrics |= self._health(loss, predictions, embedded, masks)
         if self.config.context_weight:
             dense = self._context_loss(on_context, gather(embedded, masks.context), masks)
             loss, metrics["context_loss"] = loss + self.config.context_weight * dense, dense
@@ -208,6 +209,20 @@ class IJEPA(AbstractMethod):
     def _prediction_loss(self, predictions: Array, targets: Array, masks: Masks) -> Float[Array, ""]:
         pairs = zip(predictions, targets, strict=True)
         return self._over_layers([masked_mean(self._distance(*pair), masks.target_valid) for pair in pairs])
+
+    def _health(self, loss: Array, predictions: Array, embedded: Array, masks: Masks) -> Metrics:
+        """Mean L2 norms of a target's and a prediction's token at the deepest predicted layer, and the share of the
+        loss that is explained beyond predicting, at each position, the mean over the batch of its target."""
+        targets = gather(embedded, masks.targets)
+        mean = jnp.broadcast_to(jnp.mean(embedded, axis=1, keepdims=True), embedded.shape)
+        of_the_mean = self._prediction_loss(gather(mean, masks.targets), targets, masks)
+
+        def length(tokens: Array) -> Float[Array, ""]:
+            norms = jnp.linalg.norm(tokens[self.config.deepest], axis=-1, keepdims=True)
+            return masked_mean(norms, masks.target_valid)
+
+        metrics = {"target_norm": length(targets), "prediction_norm": length(predictions)}
+        return lax.stop_gradient(metrics | {"loss_explained": share_explained(loss, of_the_mean)})
 
     def _context_loss(self, predictions: Array, targets: Array, masks: Masks) -> Float[Array, ""]:
         """mean over context tokens i and blocks M of D_i / sqrt(d(i, M)), d in patches to the nearest of the block."""

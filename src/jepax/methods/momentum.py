@@ -1,7 +1,7 @@
 """The schedule of a teacher's momentum, and its move."""
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import equinox as eqx
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jepax import schedules
-from jepax.trees import EMA, norm
+from jepax.trees import EMA, cast, norm
 from jepax.types import Metrics, UserError
 
 T = TypeVar("T")
@@ -27,6 +27,8 @@ class MomentumConfig:
     """Path from start to final; constant stays at start."""
     horizon: float = 1.0
     """Steps that the path takes, over the run's steps."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type that the teacher is kept in. In bfloat16 it stalls, since its moves are below that type's epsilon."""
 
     def __post_init__(self) -> None:
         for name in ("start", "final"):
@@ -41,13 +43,27 @@ class MomentumConfig:
         return schedules.ramp(self.shape, step, start=self.start, final=self.final, total=total)
 
 
-def teacher_of(online: T) -> EMA[T]:
+def teacher_of(online: T, precision: str = "float32") -> EMA[T]:
     """A teacher that starts equal; a copy, since buffers are donated to the step, and one cannot be donated twice."""
-    return EMA(jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, online))
+    return EMA(cast(jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, online), precision))
 
 
 def follow(teacher: EMA[T], online: T, momentum: Float[Array, ""]) -> tuple[EMA[T], Metrics]:
-    """The teacher moved towards the online module, and what is logged of the move."""
+    """The teacher moved towards the online module, and what is logged of the move.
+
+    - teacher_distance: |online - teacher| / |online| over all parameters, before the move;
+    - ema_step_norm: |moved - teacher|, which should be ema_step_expected = (1 - momentum) |online - teacher|.
+    """
     moved = teacher.towards(online, momentum)
-    change = jax.tree.map(jnp.subtract, *(eqx.filter(t, eqx.is_inexact_array) for t in (moved, teacher)))
-    return moved, {"momentum": momentum, "ema_step_norm": norm(change)}
+    distance = norm(_difference(online, teacher.average))
+    return moved, {
+        "momentum": momentum,
+        "teacher_distance": distance / norm(online),
+        "ema_step_norm": norm(_difference(moved.average, teacher.average)),
+        "ema_step_expected": (1 - momentum) * distance,
+    }
+
+
+def _difference(a: T, b: T) -> T:
+    """a - b over floating-point arrays, in float32."""
+    return jax.tree.map(jnp.subtract, *(cast(eqx.filter(tree, eqx.is_inexact_array), jnp.float32) for tree in (a, b)))

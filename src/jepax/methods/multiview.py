@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jepax.methods.base import AbstractMethod
 from jepax.nn import Projector, ProjectorConfig, ViT, ViTConfig
+from jepax.objectives import share_explained
 from jepax.types import Images, Metrics, UserError
 from jepax.views import CropConfig, Group, MultiCropConfig, multicrop
 
@@ -77,7 +78,8 @@ class JointEmbedding(MultiView):
         pooled = [embed(self.encoder, group) for group in self.config.draw_views(images, key=key)]
         groups = tuple(project(self.projector, group) for group in pooled)
         loss, metrics = self.objective(groups, key=jr.fold_in(key, OBJECTIVE))
-        return loss, {"embeddings": pooled[0][0]} | metrics
+        rows = {"embeddings": pooled[0][0], "projections": groups[0][0]}
+        return loss, rows | {"loss_explained": agreement_explained(groups)} | metrics
 
 
 def embed(encoder: ViT, group: Group) -> Float[Array, "views batch dim"]:
@@ -117,6 +119,15 @@ def spread(views: Projections) -> Float[Array, ""]:
     Scale: per dimension; with two views the plain mean squared distance. Needs two views at least.
     """
     return 2 * jnp.mean(jnp.var(views, axis=0, ddof=1))
+
+
+def agreement_explained(groups: tuple[Projections, ...]) -> Float[Array, ""]:
+    """Share of the projections' variance that is not disagreement between the views of an image.
+
+    1 - `spread` / that of views of different images, which is twice the variance about the mean over the batch.
+    """
+    views = jnp.concatenate(groups)
+    return share_explained(spread(views), 2 * jnp.mean(jnp.square(views - jnp.mean(views, axis=(0, 1)))))
 
 
 def refuse_below_one(config: object, *names: str) -> None:

@@ -1,6 +1,7 @@
 """Distances between predicted and target embeddings."""
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 
@@ -25,3 +26,12 @@ def masked_mean(values: Float[Array, "*shape dim"], valid: Bool[Array, "*shape"]
     """Mean over every element of the valid tokens of the global batch."""
     weights = valid[..., None].astype(values.dtype)
     return jnp.sum(values * weights) / (jnp.sum(weights) * values.shape[-1])
+
+
+def share_explained(loss: Float[Array, ""], of_the_mean: Float[Array, ""]) -> Float[Array, ""]:
+    """1 - loss / the loss of predicting the mean over the batch: 1 is perfect, 0 no better than that mean.
+
+    0 as well where nothing is left to explain, as at total collapse. For the log alone: no gradient.
+    """
+    share = 1 - loss / jnp.where(of_the_mean > 0, of_the_mean, 1)
+    return lax.stop_gradient(jnp.where(of_the_mean > 0, share, 0))

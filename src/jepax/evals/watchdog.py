@@ -1,0 +1,253 @@
+"""The watchdog: reads the log's lines as they come, and names what goes wrong.
+
+Every rule is a function of one line and of the `Past`, with its thresholds beside it: where they come from, and how far
+healthy and failing runs lie from them. "Measured" is the set of short runs that docs/log.md lists. The same lines give
+the same alarms, so a run that was interrupted raises those of one that was not. What was not logged raises none.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from statistics import median
+
+from jepax.evals.alarms import Alarm, Numbers
+
+Line = dict
+"""A line of metrics.jsonl: numbers, lists of numbers, and None for what was not finite."""
+
+WINDOW_LINES, WINDOW_STEPS = 5, 50
+"""The recent lines: so many at least, and all of so many steps back."""
+HOLD_LINES, HOLD_STEPS = 2, 10
+"""A condition is said once it has held on that many lines in a row and for that many steps; a spike at once."""
+CALM_STEPS = 50
+"""An episode ends when its condition has not held for that long; only then is the same kind said again."""
+
+
+@dataclass
+class Past:
+    """What the rules remember of the lines before the one that they judge."""
+
+    recent: deque[Line] = field(default_factory=deque)
+    highest: Numbers = field(default_factory=dict)
+    lowest: Numbers = field(default_factory=dict)
+    first_loss: float = 0.0
+
+    def values(self, name: str) -> list[float]:
+        """The metric on the recent lines that hold it."""
+        return [value for line in self.recent if (value := number(line, name)) is not None]
+
+    def add(self, line: Line) -> None:
+        self.first_loss = self.first_loss or number(line, "loss") or 0.0
+        self.recent.append(line)
+        while len(self.recent) > WINDOW_LINES and line["step"] - self.recent[0]["step"] >= WINDOW_STEPS:
+            self.recent.popleft()
+        for name, value in (line | {"loss_level": self.level("loss")}).items():
+            value = largest(value)
+            if value is not None:
+                self.highest[name] = max(value, self.highest.get(name, value))
+                self.lowest[name] = min(value, self.lowest.get(name, value))
+
+    def level(self, name: str) -> float | None:
+        """Median over the recent lines, once there are `WINDOW_LINES` of them."""
+        values = self.values(name)
+        return median(values) if len(values) >= WINDOW_LINES else None
+
+
+def number(line: Line, name: str) -> float | None:
+    """A metric of a line; None where it was not logged, or not finite."""
+    return largest(line.get(name))
+
+
+def largest(value: float | int | list | None) -> float | int | None:
+    """Of a list: its largest, if all are finite."""
+    if isinstance(value, list):
+        return None if None in value or not value else max(value)
+    return value
+
+
+# Collapse ---------------------------------------------------------------------------------------------------------
+
+SHRUNK = 0.2
+"""Largest deviation of a feature over its highest so far."""
+ALIKE, CLOSER = 0.02, 0.2
+"""1 - mean cosine between images, and the same over its highest so far: an untrained ViT may begin near 0."""
+FLAT, ONCE = 1.5, 3.0
+"""Effective rank now, and its highest so far at least."""
+
+
+def collapse(line: Line, past: Past) -> Numbers | None:
+    """Embeddings, or the projections that the loss reads, are the same whatever the image, or lie on a line."""
+    for rows in ("embedding", "projection"):
+        std, cosine, rank = (number(line, f"{rows}_{name}") for name in ("std_quantiles", "cosine", "rank"))
+        found = []
+        if std is not None:
+            found.append(std < SHRUNK * past.highest.get(f"{rows}_std_quantiles", 0.0))
+        if cosine is not None:
+            apart = 1 - past.lowest.get(f"{rows}_cosine", 1.0)
+            found.append(1 - cosine < min(ALIKE, CLOSER * apart))
+        if rank is not None:
+            found.append(rank < FLAT and past.highest.get(f"{rows}_rank", 0.0) > ONCE)
+        if any(found):
+            numbers = {f"{rows} cosine": cosine, "rank": rank, "largest deviation": std}
+            return {name: value for name, value in numbers.items() if value is not None}
+    return None
+
+
+# Drift ------------------------------------------------------------------------------------------------------------
+
+NOTHING = 0.05
+"""A loss below this share of the first line's is as good as none: its ups and downs are no spike and no drift."""
+WORSE, EXPLAINED = 2.0, 0.6
+"""Median loss of the recent lines over its lowest so far, and that of the share explained over the highest so far.
+
+Both, because a loss may rise as its targets become richer, which the share explained does not hold against it.
+"""
+
+
+def drift(line: Line, past: Past) -> Numbers | None:
+    """The loss fell and then rises for good, and predictions explain less of the targets than they did."""
+    loss, lowest = past.level("loss"), past.lowest.get("loss_level")
+    share, highest = past.level("loss_explained"), past.highest.get("loss_explained")
+    if loss is None or not lowest or loss <= max(WORSE * lowest, NOTHING * past.first_loss):
+        return None
+    if share is not None and share >= EXPLAINED * highest:
+        return None
+    return {"loss": loss, "once": lowest} | {
+        shown: value
+        for shown, name in (("share explained", "loss_explained"), ("target norm", "target_norm"))
+        if (value := number(line, name)) is not None
+    }
+
+
+# Spike ------------------------------------------------------------------------------------------------------------
+
+LEAP, LEAP_EARLY = 2.5, 4.0
+"""Highest loss of a step since the last line over the highest of the recent lines; and while those are still few."""
+
+
+def spike(line: Line, past: Past) -> Numbers | None:
+    """One step's loss leaps out of what the recent lines held."""
+    now, before = number(line, "loss_max"), past.values("loss_max")
+    if now is None or not before or now <= NOTHING * past.first_loss:
+        return None
+    if now <= (LEAP if len(before) >= WINDOW_LINES else LEAP_EARLY) * max(before):
+        return None
+    numbers = {"loss": now, "before at most": max(before), "gradient norm": number(line, "grad_norm_max")}
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+# Stalled teacher --------------------------------------------------------------------------------------------------
+
+LOST = 0.75
+"""Length of the teacher's move over what it should have been; or the other way round."""
+ROUNDING = 1e-6
+"""A move below this share of the parameters is lost to float32 itself, as at the end of a schedule towards 1."""
+STILL_STEPS = 20
+"""Steps for which the momentum must have been 1: schedules end there."""
+
+
+def stalled_teacher(line: Line, past: Past) -> Numbers | None:
+    """The teacher does not move as its momentum says, or its momentum leaves it where it is."""
+    moved, wanted = number(line, "ema_step_norm"), number(line, "ema_step_expected")
+    momentum, distance = number(line, "momentum"), number(line, "teacher_distance")
+    if None in (moved, wanted, momentum, distance):
+        return None
+    numbers = {"moved": moved, "expected": wanted, "momentum": momentum, "distance": distance}
+    if momentum == 1:
+        still = [before["step"] for before in past.recent if before.get("momentum") == 1]
+        return numbers if still and line["step"] - min(still) >= STILL_STEPS else None
+    if (1 - momentum) * distance < ROUNDING:
+        return None
+    return None if LOST <= moved / wanted <= 1 / LOST else numbers
+
+
+# Dead features ----------------------------------------------------------------------------------------------------
+
+DEAD = 0.25
+"""Share of the features that do not vary over the batch."""
+
+
+def dead_features(line: Line, past: Past) -> Numbers | None:
+    """Features of the embeddings, or of the projections that the loss reads, are the same for every image."""
+    for rows in ("projection", "embedding"):
+        share = number(line, f"{rows}_dead")
+        if share is not None and share >= DEAD:
+            return {f"share of {rows}s' features": share}
+    return None
+
+
+# All of them ------------------------------------------------------------------------------------------------------
+
+RULES: dict[str, tuple[Callable[[Line, Past], Numbers | None], bool, str]] = {
+    "spike": (
+        spike,
+        True,
+        "a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.clip=1.0; with method.loss=l2, smooth_l1",
+    ),
+    "stalled teacher": (
+        stalled_teacher,
+        False,
+        "method.momentum.precision=float32; method.momentum.start below 1 and final reached only at the end",
+    ),
+    "dead features": (
+        dead_features,
+        False,
+        "a lower optim.peak_lr; where projections are rectified a higher method.mu; a regulariser of the variance",
+    ),
+    "collapse": (
+        collapse,
+        False,
+        "a teacher (method.teacher=ema), a higher weight of the regulariser (variance, covariance, weight), "
+        "a higher method.momentum.start",
+    ),
+    "drift": (
+        drift,
+        False,
+        "method.target_norm=layer, method.loss=smooth_l1, a higher method.momentum.start, a lower optim.peak_lr",
+    ),
+}
+"""Kind: its rule, whether it is said at once, and what to try. In the order in which alarms of one line are named."""
+
+
+@dataclass
+class Episode:
+    """Since when a condition has held, and whether it was said."""
+
+    first: int
+    last: int = 0
+    lines: int = 0
+    said: bool = False
+
+
+class Watchdog:
+    """Sees every line of a run in order; `alarms` is all that it has said."""
+
+    def __init__(self, lines: Iterable[Line] = ()):
+        self.past, self.episodes, self.alarms = Past(), {}, []
+        for line in lines:
+            self.see(line)
+
+    def see(self, line: Line) -> list[Alarm]:
+        """The alarms that this line raises."""
+        found = {kind: rule(line, self.past) for kind, (rule, _, _) in RULES.items()}
+        new = [
+            Alarm(kind, line["step"], found[kind], RULES[kind][2]) for kind in found if self._is_new(kind, found, line)
+        ]
+        self.past.add(line)
+        self.alarms += new
+        return new
+
+    def _is_new(self, kind: str, found: dict[str, Numbers | None], line: Line) -> bool:
+        """Whether the condition has held for long enough, and was not said in this episode."""
+        step, episode = line["step"], self.episodes.get(kind)
+        if found[kind] is None:
+            if episode and (not episode.said or step - episode.last >= CALM_STEPS):
+                del self.episodes[kind]
+            return False
+        episode = self.episodes.setdefault(kind, Episode(first=step))
+        episode.last, episode.lines = step, episode.lines + 1
+        held = episode.lines >= HOLD_LINES and step - episode.first >= HOLD_STEPS
+        if episode.said or not (held or RULES[kind][1]):
+            return False
+        episode.said = True
+        return True
