@@ -163,7 +163,7 @@ def embed_augmented(
 
 
 def crops_of(split: Split, pictures: int, crops: int, key: PRNGKeyArray) -> Float[np.ndarray, "pictures crops dim"]:
-    """The last layer's features of several random crops of some pictures, or of all there are, by the row's own crop."""
+    """The last layer's features of several random crops, by the row's own settings, of some pictures or of all."""
     few = Split(split.row, some(split.source, pictures), split.batch_size)
     drawn = []
     for images, valid in few.pictures():
