@@ -53,7 +53,7 @@ class AttentiveConfig:
     """Passes over the training split."""
     batch_size: int = 256
     """Examples per update, at most the number of training examples."""
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
     """Peak learning rates of AdamW."""
     weight_decays: tuple[float, ...] = (0.01, 0.1)
     """Decoupled weight decay (multiplied by the learning rate), on weight matrices only."""
