@@ -55,7 +55,7 @@ def test_the_optimum_is_scikit_learns(strength, layers):
 def test_the_slope_and_the_losses_are_the_float64_ones_padded_or_not(count):
     train, *_ = clusters(sizes=(count, 5, 5), offset=2)
     layers, labels = train.features.layers, train.labels
-    problem = module._problem(layers, labels, 7, standardiser(layers))
+    problem = module._problem(layers, labels, 7, None)
     assert len(problem.examples.share) == (256 if count == 256 else 512)
     z = np.concatenate([standardised(layers), np.ones((count, 1))], axis=1)
     theta = np.random.default_rng(0).normal(size=(17, 7)).astype(np.float32)
@@ -65,21 +65,25 @@ def test_the_slope_and_the_losses_are_the_float64_ones_padded_or_not(count):
     right = softmax(z @ theta, axis=1) - np.eye(7)[labels]
     np.testing.assert_allclose(slope, z.T @ right / count, atol=2e-6)
     np.testing.assert_allclose(problem.gram, z.T @ z / count, atol=1e-5)
+    alone = standardiser(layers)
+    np.testing.assert_allclose(alone.mean, problem.standard.mean, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(alone.deviation, layers.astype(np.float64).std(1), rtol=1e-5)
 
 
 def test_large_sets_are_not_padded(monkeypatch):
     monkeypatch.setattr(module, "PADDED", (16, 256))
     train, *_ = clusters(sizes=(257, 5, 5))
-    problem = module._problem(train.features.layers, train.labels, 7, standardiser(train.features.layers))
+    problem = module._problem(train.features.layers, train.labels, 7, None)
     assert problem.examples.z.shape == (257, 17)
 
 
 def test_sizes_share_programs():
     train, *_ = clusters(dim=11)
-    counted = module._cross_entropy._cache_size()
+    programs = (module._statistics, module._prepare, module._cross_entropy)
+    counted = [program._cache_size() for program in programs]
     for count in (30, 100, 256):
         fit(train.features.layers[:, :count], train.labels[:count], 7, 0.1)
-    assert module._cross_entropy._cache_size() == counted + 1
+    assert [program._cache_size() for program in programs] == [before + 1 for before in counted]
 
 
 def test_a_path_goes_from_the_strongest_and_ends_where_lone_fits_do():

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from scipy.linalg import cholesky, solve_triangular
 from scipy.optimize import minimize
+from threadpoolctl import ThreadpoolController
 
 from jepax.evals.say import SILENT, Say
 from jepax.evals.scoring import Fitted, Guesses, best_guesses, check_labels, top1
@@ -39,6 +40,10 @@ RIDGE = 1e-5
 """Added to the features' variances of 1 before they are inverted; it moves no optimum, only the way there."""
 PADDED = (256, 8192)
 """Sets within are padded to a power of two, smaller ones to the first, so that few programs serve many sizes."""
+BLAS = ThreadpoolController()
+ALONE = 1024
+"""Inputs up to which the host's share of a descent runs on one thread: on a busy machine OpenBLAS's threads wait for
+each other at every small product, and a fit was seen to take ten times as long."""
 CHUNK = 1024
 """Examples classified at once; bounds memory, changes no number."""
 
@@ -168,7 +173,7 @@ def fit(
     start: Linear | None = None,
 ) -> Linear:
     """The optimum for one strength, from zero or from `start`. For several strengths, `path` prepares only once."""
-    return _descend(_problem(features, labels, classes, standardiser(features)), strength, start)
+    return _descend(_problem(features, labels, classes, None), strength, start)
 
 
 def path(
@@ -182,39 +187,44 @@ def path(
 
     - `standard`: if not these features' own, as where they are few of many.
     """
-    problem = _problem(features, labels, classes, standardiser(features) if standard is None else standard)
+    problem = _problem(features, labels, classes, standard)
     model = None
     for strength in sorted(strengths, reverse=True):
         model = _descend(problem, strength, model)
         yield strength, model
 
 
-@jax.jit
 def standardiser(features: Float[AnyArray, "layers n dim"]) -> Standard:
-    """The mean and deviation of every feature.
+    """The mean and deviation of every feature."""
+    count = features.shape[1]
+    return _statistics(features, np.full(count, 1 / count, np.float32))
 
-    Measured from the first example, so that a constant feature's deviation is 0 exactly, and replaced by 1.
-    """
-    first = features[:, :1]
-    mean = first + jnp.mean(features - first, axis=1, keepdims=True)
-    deviation = jnp.sqrt(jnp.mean((features - mean) ** 2, axis=1))
+
+@jax.jit
+def _statistics(features: Float[AnyArray, "layers rows dim"], share: Float[AnyArray, "rows"]) -> Standard:
+    """Measured from the first example, so that a constant feature's deviation is 0 exactly, and replaced by 1."""
+    part, first = share[:, None], features[:, :1]
+    mean = first + jnp.sum(part * (features - first), axis=1, keepdims=True)
+    deviation = jnp.sqrt(jnp.sum(part * (features - mean) ** 2, axis=1))
     return Standard(mean[:, 0], jnp.where(deviation > 0, deviation, 1))
 
 
 def _problem(
-    features: Float[AnyArray, "layers n dim"], labels: Int[AnyArray, "n"], classes: int, standard: Standard
+    features: Float[AnyArray, "layers n dim"], labels: Int[AnyArray, "n"], classes: int, standard: Standard | None
 ) -> Problem:
+    """Places the features on the device, padded; standardised by their own statistics if by no others."""
     labels, count = np.asarray(labels), len(labels)
     least, most = PADDED
     spare = max(least, 1 << (count - 1).bit_length()) - count if count <= most else 0
     if spare:
         features = np.pad(features, ((0, 0), (0, spare), (0, 0)))
         labels = np.pad(labels, (0, spare), mode="edge")
-    share = np.where(np.arange(count + spare) < count, 1 / count, 0).astype(np.float32)
-    absent = np.where(np.bincount(labels, minlength=classes) > 0, 0, -np.inf).astype(np.float32)
-    z, gram = _prepare(features, standard, share)
-    examples = Examples(z, jnp.asarray(labels), jnp.asarray(share), jnp.asarray(absent))
-    return Problem(examples, standard, np.asarray(gram, np.float64) / count, count)
+    on_device, labels = jnp.asarray(features), jnp.asarray(labels)
+    share = jnp.asarray(np.where(np.arange(count + spare) < count, 1 / count, 0).astype(np.float32))
+    standard = _statistics(on_device, share) if standard is None else standard
+    absent = jnp.where(jnp.bincount(labels, length=classes) > 0, 0.0, -jnp.inf)
+    z, gram = _prepare(on_device, standard, share)
+    return Problem(Examples(z, labels, share, absent), standard, np.asarray(gram, np.float64) / count, count)
 
 
 def _descend(problem: Problem, strength: float, start: Linear | None) -> Linear:
@@ -244,10 +254,11 @@ def _descend(problem: Problem, strength: float, start: Linear | None) -> Linear:
 
     doubt = np.mean(1 - np.exp(-entropies(theta)[0]))  # what the right class's probability lacks
     curvature = max(2 * doubt / np.isfinite(absent).sum(), LEAST)
-    root = cholesky(curvature * (gram + RIDGE * np.eye(shape[0])) + np.diag(penalty[:, 0]), lower=True)
-    back = solve_triangular(root, np.eye(shape[0]), lower=True).T
     options = {"maxiter": ITERATIONS, "maxcor": MEMORY, "maxls": SEARCH, "gtol": TOLERANCE, "ftol": 0}
-    end = minimize(objective, (root.T @ theta).ravel(), jac=True, method="L-BFGS-B", options=options)
+    with BLAS.limit(limits=1 if shape[0] <= ALONE else None, user_api="blas"):
+        root = cholesky(curvature * (gram + RIDGE * np.eye(shape[0])) + np.diag(penalty[:, 0]), lower=True)
+        back = solve_triangular(root, np.eye(shape[0]), lower=True).T
+        end = minimize(objective, (root.T @ theta).ravel(), jac=True, method="L-BFGS-B", options=options)
     theta = (back @ end.x.reshape(shape)).astype(np.float32)
     converged = bool(np.abs(end.jac).max() <= SLACK * TOLERANCE)
     return Linear(theta[:-1], theta[-1] + absent, problem.standard, converged, int(end.nit))
