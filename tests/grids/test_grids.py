@@ -160,7 +160,7 @@ def test_a_grid_ends_in_one_table_and_one_figure(finished):
     for each in found:
         result = json.loads((folder / f"{each['row']}-seed{each['seed']}/evals/step_00000003.json").read_text())
         assert float(each["linear"]) == result["rows"]["trained"]["linear"]["top1"]
-        grid = result["rows"]["trained"]["grid"]
+        grid = result["rows"]["trained"]["linear"]["tried"]
         assert float(each["validation"]) == max(head["validation_top1"] for head in grid)
         assert float(each["untrained_knn"]) == result["rows"]["untrained"]["knn"]["top1"]
         assert float(each["minutes"]) > 0 and int(each["steps"]) == 3 and int(each["batch_size"]) == 16
@@ -183,7 +183,7 @@ def test_a_floor_kept_is_the_floor_measured(finished, monkeypatch):
     _, words = finished
     job = run.resolve(words[1:]).jobs[0]
     state = evaluation.restored(job.config, job.folder)
-    monkeypatch.setattr(report, "write", lambda *given: None)
+    monkeypatch.setattr(report, "write", lambda results, run, name: run / name)
     fresh = evaluation.evaluate(evaluation.of_run(job.config, state, job.folder))[0]["rows"]
     kept = json.loads(table.evaluation(job.folder).read_text())["rows"]
     for name in ("untrained", "pixels", "trained"):
@@ -274,7 +274,7 @@ def test_floors_of_another_protocol_are_not_taken(finished, tmp_path, monkeypatc
     folder, words = finished
     job = run.resolve(words[1:]).jobs[0]
     state = evaluation.restored(job.config, job.folder)
-    monkeypatch.setattr(report, "write", lambda *given: None)
+    monkeypatch.setattr(report, "write", lambda results, run, name: run / name)
 
     def kept(**changes):
         config = dataclasses.replace(job.config, eval=dataclasses.replace(job.config.eval, **changes))

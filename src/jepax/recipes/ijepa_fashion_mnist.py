@@ -19,6 +19,7 @@ from jepax.methods.momentum import MomentumConfig
 from jepax.methods.regulariser import RegulariserConfig
 from jepax.nn import PredictorConfig, ViTConfig
 from jepax.optim import OptimConfig
+from jepax.recipes.fashion_mnist import EVALUATION
 from jepax.recipes.registry import recipe
 from jepax.train import Config, TrainConfig
 from jepax.views import CropConfig
@@ -51,6 +52,7 @@ def ijepa_fashion_mnist() -> Config:
             beta2=0.95,
         ),
         train=TrainConfig(batch_size=128, epochs=4.0, log_every=20, save_every=1000),
+        eval=EVALUATION,
     )
 
 
@@ -66,6 +68,7 @@ def ijepa_fashion_mnist_long() -> Config:
         ),
         optim=replace(config.optim, peak_lr=3e-3, warmup_epochs=1.0),
         train=replace(config.train, epochs=25.0, log_every=50, save_every=2000),
+        eval=replace(config.eval, online=replace(config.eval.online, every=1000)),
     )
 
 

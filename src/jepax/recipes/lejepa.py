@@ -18,6 +18,7 @@ from jepax.data import DataConfig
 from jepax.methods.lejepa import LeJEPAConfig
 from jepax.nn import SIZES, ProjectorConfig, ViTConfig
 from jepax.optim import OptimConfig
+from jepax.recipes.fashion_mnist import EVALUATION
 from jepax.recipes.registry import recipe
 from jepax.train import Config, TrainConfig
 from jepax.views import LEJEPA, CropConfig, MultiCropConfig, PhotometricConfig
@@ -59,6 +60,7 @@ def lejepa_fashion_mnist() -> Config:
             beta2=0.95,
         ),
         train=TrainConfig(batch_size=128, epochs=2.0, log_every=20, save_every=1000),
+        eval=EVALUATION,
     )
 
 

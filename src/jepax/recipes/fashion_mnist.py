@@ -1,0 +1,10 @@
+"""What the recipes on Fashion-MNIST share: how they are evaluated."""
+
+from jepax.evals.attentive import AttentiveConfig
+from jepax.evals.online import OnlineConfig
+from jepax.evals.protocols import EvalConfig
+
+EVALUATION = EvalConfig(
+    attentive=AttentiveConfig(views="centre"),  # crops and flips cost these small pictures two points
+    online=OnlineConfig(every=200),
+)
