@@ -39,7 +39,7 @@ def test_votes_and_guesses_equal_scikit_learns(neighbours, temperature, chunk):
 
 def test_validation_chooses_the_first_of_the_best():
     train, validation, test = clusters(noise=3.0)
-    config = KnnConfig((1, 5, 50, 5000), (0.03, 0.2))
+    config = KnnConfig((1, 5, 50, 5000), (0.03, 0.2), chunk=64)
     (fitted,) = knn(train, validation, 7, config, key=KEY)
     queries = validation.features.last.astype(np.float64)
     pairs = list(itertools.product((1, 5, 50), (0.03, 0.2)))
@@ -91,7 +91,7 @@ def test_a_class_without_votes_is_not_named():
 def test_rows_of_zeros_are_allowed_and_small_temperatures_do_not_overflow():
     train = Made(np.zeros((4, 3)), [0, 0, 1, 1])
     (fitted,) = knn(train, train, 2, KnnConfig((4,), (1e-4,)), key=KEY)
-    assert fitted.settings["validation_top1"] == 50.0
+    assert fitted.settings["validation_top1"] == 50.0 and fitted.guess(train).tolist() == [[0, 1]] * 4
     train = Made(np.eye(3), [0, 1, 2])
     (fitted,) = knn(train, train, 3, KnnConfig((3,), (1e-4,)), key=KEY)
     assert fitted.settings["validation_top1"] == 100.0

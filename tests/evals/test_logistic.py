@@ -86,11 +86,14 @@ def test_sizes_share_programs():
     assert [program._cache_size() for program in programs] == [before + 1 for before in counted]
 
 
-def test_a_path_goes_from_the_strongest_and_ends_where_lone_fits_do():
+def test_a_path_goes_from_the_strongest_and_ends_where_lone_fits_do(monkeypatch):
+    starts, descend = [], module._descend
+    monkeypatch.setattr(module, "_descend", lambda *given: starts.append(given[2]) or descend(*given))
     train, *_ = clusters(noise=2.5)
     layers, labels = train.features.layers, train.labels
     fits = list(path(layers, labels, 7, (1e-3, 1e-1, 1e-2)))
     assert [strength for strength, _ in fits] == [1e-1, 1e-2, 1e-3]
+    assert starts[0] is None and starts[1] is fits[0][1] and starts[2] is fits[1][1]
     for strength, model in fits:
         assert model.converged
         np.testing.assert_allclose(model.weight, fit(layers, labels, 7, strength).weight, atol=1e-3)
@@ -141,6 +144,11 @@ def test_a_missing_class_is_never_named_and_the_others_are_fitted_without_it(mis
     layers, labels = train.features.layers[:, kept], train.labels[kept]
     model, other = fit(layers, labels, 7, 1e-2), peer(layers, labels, 1e-2)
     assert model.converged and model.bias[missing] == -np.inf
+    losses, slope = module._cross_entropy(
+        np.zeros((17, 7), np.float32), module._problem(layers, labels, 7, None).examples
+    )
+    np.testing.assert_allclose(losses, np.log(6), rtol=1e-6)
+    assert np.all(slope[:, missing] == 0)
     there = np.arange(7) != missing
     np.testing.assert_allclose(model.weight.T[there], other.coef_, atol=1e-3)
     guesses = best_guesses(model(test.features.layers))

@@ -116,13 +116,17 @@ def test_every_example_is_drawn_about_as_often():
     assert 18 < often[50:].min() and often[50:].max() < 65
 
 
-def test_a_share_is_of_every_class_and_at_least_one():
+def test_a_shot_is_of_every_class_that_has_examples():
     labels = np.repeat(np.arange(4), [1000, 149, 3, 0]).astype(np.int32)
     shots = dict(module.counts_of(labels, 4, LowShotConfig((0.01, 0.125), ()), Say(print)))
     assert {name: counts.tolist() for name, counts in shots.items()} == {
         "1%": [10, 1, 1, 0],
         "12.5%": [125, 19, 1, 0],
     }
+    lines = []
+    shots = dict(module.counts_of(labels, 4, LowShotConfig((), (3, 4)), Say(lines.append)))
+    assert {name: counts.tolist() for name, counts in shots.items()} == {"3 per class": [3, 3, 3, 0]}
+    assert len(lines) == 1
 
 
 def test_a_shot_that_asks_too_much_is_left_out_and_said():
