@@ -184,7 +184,9 @@ def compiled_step(
 
 
 def predictor_norms(grads: PyTree) -> Metrics:
-    """Gradient norms of a predictor, and of its blocks where it is made of blocks; 0 where there is no predictor."""
+    """Gradient norms of a predictor, where there is one, and of its blocks, where it is made of blocks."""
+    if grads is None:
+        return {}
     blocks = {"grad_norm_predictor_by_block": norms_by_layer(grads.stack.blocks)} if hasattr(grads, "stack") else {}
     return {"grad_norm_predictor": norm(grads)} | blocks
 

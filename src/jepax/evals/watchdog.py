@@ -15,7 +15,7 @@ from jepax.evals.alarms import Alarm, Numbers
 Line = dict
 """A line of metrics.jsonl: numbers, lists of numbers, and None for what was not finite."""
 
-WINDOW_LINES, WINDOW_STEPS = 5, 50
+WINDOW_LINES, WINDOW_STEPS = 4, 50
 """The recent lines: so many at least, and all of so many steps back."""
 HOLD_LINES, HOLD_STEPS = 2, 10
 """A condition is said once it has held on that many lines in a row and for that many steps; a spike at once."""
@@ -38,19 +38,20 @@ class Past:
 
     def add(self, line: Line) -> None:
         self.first_loss = self.first_loss or number(line, "loss") or 0.0
+        seen = line | {"loss_level": self.level(line, "loss")}
         self.recent.append(line)
         while len(self.recent) > WINDOW_LINES and line["step"] - self.recent[0]["step"] >= WINDOW_STEPS:
             self.recent.popleft()
-        for name, value in (line | {"loss_level": self.level("loss")}).items():
+        for name, value in seen.items():
             value = largest(value)
             if value is not None:
                 self.highest[name] = max(value, self.highest.get(name, value))
                 self.lowest[name] = min(value, self.lowest.get(name, value))
 
-    def level(self, name: str) -> float | None:
-        """Median over the recent lines, once there are `WINDOW_LINES` of them."""
-        values = self.values(name)
-        return median(values) if len(values) >= WINDOW_LINES else None
+    def level(self, line: Line, name: str) -> float | None:
+        """Median over a line and the recent ones before it, once those are `WINDOW_LINES`."""
+        values = [*self.values(name), *([line[name]] if number(line, name) is not None else [])]
+        return median(values) if len(values) > WINDOW_LINES else None
 
 
 def number(line: Line, name: str) -> float | None:
@@ -71,6 +72,8 @@ SHRUNK = 0.2
 """Largest deviation of a feature over its highest so far."""
 ALIKE, CLOSER = 0.02, 0.2
 """1 - mean cosine between images, and the same over its highest so far: an untrained ViT may begin near 0."""
+OPPOSITE = 0.5
+"""Below this cosine, embeddings with dead features are near zero, not alike: `dead_features` names them."""
 FLAT, ONCE = 1.5, 3.0
 """Effective rank now, and its highest so far at least."""
 
@@ -79,6 +82,8 @@ def collapse(line: Line, past: Past) -> Numbers | None:
     """Embeddings, or the projections that the loss reads, are the same whatever the image, or lie on a line."""
     for rows in ("embedding", "projection"):
         std, cosine, rank = (number(line, f"{rows}_{name}") for name in ("std_quantiles", "cosine", "rank"))
+        if (number(line, f"{rows}_dead") or 0) > 0 and (cosine or 0) < OPPOSITE:
+            continue
         found = []
         if std is not None:
             found.append(std < SHRUNK * past.highest.get(f"{rows}_std_quantiles", 0.0))
@@ -97,7 +102,7 @@ def collapse(line: Line, past: Past) -> Numbers | None:
 
 NOTHING = 0.05
 """A loss below this share of the first line's is as good as none: its ups and downs are no spike and no drift."""
-WORSE, EXPLAINED = 2.0, 0.6
+WORSE, EXPLAINED = 1.8, 0.6
 """Median loss of the recent lines over its lowest so far, and that of the share explained over the highest so far.
 
 Both, because a loss may rise as its targets become richer, which the share explained does not hold against it.
@@ -106,8 +111,8 @@ Both, because a loss may rise as its targets become richer, which the share expl
 
 def drift(line: Line, past: Past) -> Numbers | None:
     """The loss fell and then rises for good, and predictions explain less of the targets than they did."""
-    loss, lowest = past.level("loss"), past.lowest.get("loss_level")
-    share, highest = past.level("loss_explained"), past.highest.get("loss_explained")
+    loss, lowest = past.level(line, "loss"), past.lowest.get("loss_level")
+    share, highest = past.level(line, "loss_explained"), past.highest.get("loss_explained")
     if loss is None or not lowest or loss <= max(WORSE * lowest, NOTHING * past.first_loss):
         return None
     if share is not None and share >= EXPLAINED * highest:

@@ -1,5 +1,6 @@
 """A run's metrics over its steps, as `metrics.jsonl` holds them: one panel per quantity."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+
+from jepax.evals.alarms import Alarm
 
 INK, ORANGE, BLUE, RED = "#222222", "#E69F00", "#0072B2", "#D55E00"  # told apart by colour-blind people (Okabe, Ito)
 COLUMNS = 3
@@ -22,29 +25,73 @@ class Panel:
     """One quantity: its axis title with the unit, and the metrics that are drawn on it."""
 
     title: str
-    metrics: dict[str, tuple[str, str]]
-    """Metric: its name in the legend, and its colour. A metric with one value per block ignores the colour."""
+    metrics: dict[str, tuple[str | tuple[str, ...], str]]
+    """Metric: its name in the legend, and its colour. A metric with several values, one per block or one per name,
+    ignores the colour."""
     from_zero: bool = False
     """Whether a linear axis begins at 0."""
     may_log: bool = True
+    cut: float | None = None
+    """Where a linear axis ends below, if values reach further: one of them would hide the others."""
 
 
+QUANTILES = (("least", "10%", "median", "90%", "greatest"), "")
+"""Names of the lines of the features' deviations, in the order in which they are logged."""
 PANELS = (
-    Panel("loss", {"loss": ("loss", INK)}),
+    Panel("loss", {"loss_max": ("highest of a step", ORANGE), "loss": ("loss", INK)}),
+    Panel("share of loss explained", {"loss_explained": ("explained", INK)}, may_log=False, cut=-1.0),
     Panel(
         "gradient norm (L2)",
         {
             "grad_norm_encoder_by_block": ("encoder block", ""),
-            "grad_norm_predictor": ("predictor", ORANGE),
+            "grad_norm_max": ("highest of a step", ORANGE),
             "grad_norm": ("all parameters", INK),
         },
     ),
     Panel(
-        "change per step (L2 norm)",
-        {"update_norm": ("trained parameters", INK), "ema_step_norm": ("target encoder", BLUE)},
+        "gradient norm, predictor (L2)",
+        {"grad_norm_predictor_by_block": ("block", ""), "grad_norm_predictor": ("predictor", INK)},
     ),
-    Panel("effective rank (dimensions)", {"embedding_rank": ("effective rank", INK)}, True, False),
-    Panel("standard deviation of features", {"embedding_std": ("standard deviation", INK)}, True, False),
+    Panel(
+        "effective rank (dimensions)",
+        {"projection_rank": ("projections", ORANGE), "embedding_rank": ("embeddings", INK)},
+        True,
+        False,
+    ),
+    Panel(
+        "slope of the spectrum", {"projection_alpha": ("projections", ORANGE), "embedding_alpha": ("embeddings", INK)}
+    ),
+    Panel(
+        "cosine between images",
+        {"projection_cosine": ("projections", ORANGE), "embedding_cosine": ("embeddings", INK)},
+        False,
+        False,
+    ),
+    Panel("deviation of embeddings' features", {"embedding_std_quantiles": QUANTILES, "embedding_std": ("mean", INK)}),
+    Panel(
+        "deviation of projections' features", {"projection_std_quantiles": QUANTILES, "projection_std": ("mean", INK)}
+    ),
+    Panel(
+        "share of dead features",
+        {"projection_dead": ("projections", ORANGE), "embedding_dead": ("embeddings", INK)},
+        True,
+        False,
+    ),
+    Panel(
+        "norm of a token or projection (L2)",
+        {"target_norm": ("target", BLUE), "prediction_norm": ("prediction", ORANGE)},
+        True,
+        False,
+    ),
+    Panel("distance to the teacher (share)", {"teacher_distance": ("distance", INK)}, True, False),
+    Panel(
+        "change per step (L2 norm)",
+        {
+            "update_norm": ("trained parameters", INK),
+            "ema_step_expected": ("teacher, expected", ORANGE),
+            "ema_step_norm": ("teacher", BLUE),
+        },
+    ),
     Panel("images per second", {"images_per_second": ("speed", INK)}, True, False),
     Panel("learning rate", {"learning_rate": ("learning rate", INK)}, True, False),
     Panel("momentum", {"momentum": ("momentum", INK)}, False, False),
@@ -104,8 +151,11 @@ def running_median(values: Float[np.ndarray, "lines"], reach: int) -> Float[np.n
     return medians
 
 
-def curves(lines: list[dict], title: str) -> Figure:
-    """The figure of a run's log, `lines` as `logs.read` gives them; at least one is needed."""
+def curves(lines: list[dict], title: str, alarms: Sequence[Alarm] = ()) -> Figure:
+    """The figure of a run's log, `lines` as `logs.read` gives them; at least one is needed.
+
+    An alarm is a vertical line in every panel, named in that of the loss.
+    """
     panels = [(panel, kept) for panel in panels_of(lines) if (kept := _kept(panel, lines))]
     rows = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(13, 0.7 + 2.9 * rows), dpi=110, layout="constrained")
@@ -118,6 +168,7 @@ def curves(lines: list[dict], title: str) -> Figure:
         _draw_panel(cell, panel, kept, reach)
         _style(cell, panel, np.concatenate([series.values.reshape(-1) for series in kept.values()]))
         cell.set_xlim(lines[0]["step"], max(lines[-1]["step"], lines[0]["step"] + 1))
+        _mark(cell, alarms, named="loss" in kept)
     for cell in axes[len(panels) :]:
         cell.set_axis_off()
     smoothed = f"; light: as logged, dark: running median over {2 * reach + 1} lines" if reach else ""
@@ -156,6 +207,24 @@ def _draw_panel(axes: Axes, panel: Panel, kept: dict[str, Series], reach: int) -
         axes.legend(fontsize=8, frameon=False, loc="best")
 
 
+def _mark(axes: Axes, alarms: Sequence[Alarm], named: bool) -> None:
+    """Vertical lines at the alarms' steps; their names run along them, one below the other where steps are near."""
+    for place, alarm in enumerate(alarms):
+        axes.axvline(alarm.step, color=RED, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1.5)
+        if named:
+            axes.annotate(
+                alarm.kind,
+                (alarm.step, 1),
+                xycoords=axes.get_xaxis_transform(),
+                xytext=(3, -4 - 10 * place),
+                textcoords="offset points",
+                color=RED,
+                fontsize=8,
+                va="top",
+                zorder=6,
+            )
+
+
 def _draw_one(axes: Axes, series: Series, label: str, colour: str, reach: int) -> None:
     values = series.values[:, 0]
     if reach:
@@ -163,12 +232,13 @@ def _draw_one(axes: Axes, series: Series, label: str, colour: str, reach: int) -
     axes.plot(series.steps, running_median(values, reach), color=colour, linewidth=1.6, label=label)
 
 
-def _draw_layers(axes: Axes, series: Series, label: str, reach: int) -> None:
+def _draw_layers(axes: Axes, series: Series, label: str | tuple[str, ...], reach: int) -> None:
     """Thin smoothed lines from dark (the first block) to light; the legend names the first and the last."""
     layers = series.values.shape[1]
     for layer, values in enumerate(series.values.T):
         colour = colormaps["viridis"](0.9 * layer / max(layers - 1, 1))
-        name = f"{label} {layer + 1}" if layer in (0, layers - 1) else None
+        name = f"{label} {layer + 1}" if isinstance(label, str) else label[layer]
+        name = name if layer in (0, layers - 1) else None
         axes.plot(series.steps, running_median(values, reach), color=colour, linewidth=0.8, label=name)
 
 
@@ -180,6 +250,8 @@ def _style(axes: Axes, panel: Panel, values: Float[np.ndarray, "values"]) -> Non
         axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
         if panel.from_zero:
             axes.set_ylim(0, 1.08 * np.max(finite, initial=0) or 1)
+        if panel.cut is not None and np.min(finite, initial=panel.cut) < panel.cut:
+            axes.set_ylim(panel.cut, max(1.08 * np.max(finite), 0.0))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_ylabel(panel.title, fontsize=9)
     axes.tick_params(labelsize=8)

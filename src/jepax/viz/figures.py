@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from jepax import logs
 from jepax.data import DataConfig, batches, open_source
+from jepax.evals import alarms
 from jepax.types import Images
 from jepax.viz.curves import curves
 from jepax.viz.masks import Masked, seen, sheet
@@ -31,7 +32,7 @@ class Drawable(Protocol):
 def draw(config: Drawable, run: Path) -> list[Path]:
     """Draws what the run has into `run`/figures and returns the files, each written whole or not at all.
 
-    - curves.png: every metric over the steps, if `metrics.jsonl` has a line.
+    - curves.png: every metric over the steps and the watchdog's alarms, if `metrics.jsonl` has a line.
     - masks.png: the run's first images as its first step sees them, if the method masks.
     - views.png: all views of the run's first images in its first step, if the method compares views.
 
@@ -40,7 +41,7 @@ def draw(config: Drawable, run: Path) -> list[Path]:
     drawn = {}
     lines = logs.read(run / "metrics.jsonl")
     if lines:
-        drawn["curves.png"] = curves(lines, run.resolve().name)
+        drawn["curves.png"] = curves(lines, run.resolve().name, alarms.read(run))
     # The key of step 0, as `train.train` and `train.train_step` derive it from the seed.
     key = jr.fold_in(jr.fold_in(jr.key(config.seed), 1), 0)
     if isinstance(config.method, Masked):
