@@ -29,7 +29,8 @@ from jepax.evals.probe import PUBLISHED, ProbeConfig, Sweep, linear_probe
 from jepax.evals.splits import Split
 from jepax.nn import SIZES, ViT, ViTConfig
 from jepax.recipes import RECIPES
-from jepax.train import Config, compiled_step, prepare, read
+from jepax.settings import Config, prepare
+from jepax.train import compiled_step, read
 from jepax.train import first_state as state_before
 from jepax.views import CropConfig
 from machine import machine  # beside this file

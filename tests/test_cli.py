@@ -6,7 +6,7 @@ import pytest
 
 from jepax import cli
 from jepax import config as configs
-from jepax.train import Config
+from jepax.settings import Config
 
 TINY = """
     --data.source synthetic --data.canvas 28 --data.channels 1 --data.synthetic-images 80 --data.validation 0.2

@@ -7,7 +7,7 @@ import pytest
 
 from jepax import config as configs
 from jepax.recipes import RECIPES
-from jepax.train import Config
+from jepax.settings import Config
 from jepax.types import UserError
 
 

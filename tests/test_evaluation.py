@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax import cli, evaluation, weights
+from jepax import cli, evaluation, monitor, settings, weights
 from jepax import config as configs
 from jepax import train as training
 from jepax.train import build_method
@@ -135,13 +135,14 @@ def test_errors_name_the_way_out(finished, capsys, words, said):
 
 def test_training_never_opens_the_test_split(finished, tmp_path, monkeypatch):
     _, config, _ = finished
-    opened, real = [], training.open_source
+    opened, real = [], settings.open_source
 
     def noted(data, split):
         opened.append(split)
         return real(data, split)
 
-    monkeypatch.setattr(training, "open_source", noted)
+    for module in (settings, monitor):
+        monkeypatch.setattr(module, "open_source", noted)
     online = replace(config.eval.online, every=2, train_images=20, validation_images=10)
     training.train(replace(config, eval=replace(config.eval, online=online)), tmp_path)
     assert "train" in opened and "validation" in opened and "test" not in opened

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jepax import checkpoint, logs
+from jepax import checkpoint, logs, settings
 from jepax import config as configs
 from jepax import train as training
-from jepax.train import Config, train
+from jepax.settings import Config
+from jepax.train import train
 from jepax.types import UserError
 from tests.contracts.shrink import BATCH, shrunk
 
@@ -119,20 +120,20 @@ def test_what_is_not_finite_stops_the_run_and_names_the_step(name, said, config,
 
 def test_steps_follow_from_epochs_or_are_given(config):
     epochs = replace(config, train=replace(config.train, steps=None, epochs=2.5))
-    assert training.total_steps(epochs, 64) == round(2.5 * 64 / BATCH)
-    assert training.total_steps(config, 64) == STEPS
+    assert settings.total_steps(epochs, 64) == round(2.5 * 64 / BATCH)
+    assert settings.total_steps(config, 64) == STEPS
 
 
 def test_a_warmup_longer_than_the_run_is_refused(config):
     long = replace(config, optim=replace(config.optim, warmup_epochs=40.0))
     with pytest.raises(UserError, match=r"optim.warmup_epochs=40.0 is 160 steps, but the run has 6"):
-        training.make_optimizer(long, STEPS, 64)
+        settings.make_optimizer(long, STEPS, 64)
 
 
 def test_a_batch_without_statistics_is_refused(config):
     alone = replace(config, train=replace(config.train, batch_size=1))
     with pytest.raises(UserError, match=r"train\.batch_size=1 leaves no statistics"):
-        training.check(alone, training.open_source(config.data, "train"))
+        settings.check(alone, settings.open_source(config.data, "train"))
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(config, tmp_path):

@@ -14,7 +14,8 @@ from jepax.allocator import keep_freed_memory
 
 if TYPE_CHECKING:  # jax and what stands on it take seconds to import: only where a command needs them
     from jepax.evaluation import Subject
-    from jepax.train import Config, TrainState
+    from jepax.settings import Config
+    from jepax.train import TrainState
 
 USAGE = """usage: jepax COMMAND
 
@@ -167,10 +168,11 @@ def train(arguments: list[str]) -> None:
 
         dry_run(config)
         return
+    from jepax import settings
     from jepax import train as training
     from jepax.evals import alarms
 
-    training.check_splits(config.data)
+    settings.check_splits(config.data)
     finish(config, training.train(config, folder), folder)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all; {alarms.summary(folder)}")
 

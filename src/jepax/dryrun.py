@@ -23,6 +23,7 @@ from jepax.methods import AbstractMethod
 from jepax.methods.ijepa import IJEPA
 from jepax.methods.multiview import MultiView, embed
 from jepax.optim import Optimizer
+from jepax.settings import Config, compute_dtype, prepare
 from jepax.trees import EMA, cast, count_parameters, trainable
 from jepax.types import Images, Masks, UserError
 from jepax.views import CropConfig
@@ -38,7 +39,7 @@ STAND_IN = 1_281_167
 class Plan:
     """A run before it is one: the settings, the data, and the state as abstract shapes."""
 
-    config: training.Config
+    config: Config
     source: Source
     optimizer: Optimizer
     state: training.TrainState
@@ -56,7 +57,7 @@ class Plan:
         return jax.eval_shape(build)
 
 
-def dry_run(config: training.Config, say: Say = print) -> None:
+def dry_run(config: Config, say: Say = print) -> None:
     """Prints the resolved config, parameters, tokens, arithmetic and memory, and takes one step if it fits.
 
     Raises `UserError` for whatever `train` would refuse, but for a missing `data.root` of an image folder.
@@ -68,7 +69,7 @@ def dry_run(config: training.Config, say: Say = print) -> None:
     take_step(plan, *say_memory(plan, say), say)
 
 
-def make_plan(config: training.Config, say: Say) -> Plan:
+def make_plan(config: Config, say: Say) -> Plan:
     """Opens the data, or generated pictures in place of a folder that is not given, and shapes the state."""
     if config.data.source == "image_folder" and config.data.root is None:
         say(
@@ -77,7 +78,7 @@ def make_plan(config: training.Config, say: Say) -> Plan:
         )
         generated = dataclasses.replace(config.data, source="synthetic", synthetic_images=STAND_IN)
         config = dataclasses.replace(config, data=generated)
-    source, optimizer = training.prepare(config)
+    source, optimizer = prepare(config)
     say(f"{len(source):,} training pictures, {optimizer.total_steps:,} steps of {config.train.batch_size}")
     state = eqx.filter_eval_shape(training.first_state, config.method, optimizer, jr.key(config.seed))
     return Plan(config, source, optimizer, state)
@@ -232,7 +233,7 @@ def shaped(method: IJEPA, target: int) -> tuple[PyTree, Masks]:
 
 def say_memory(plan: Plan, say: Say) -> tuple[float, float]:
     """Bytes on a device whatever the batch, and bytes per image."""
-    method, compute = plan.state.method, training.compute_dtype(plan.config)
+    method, compute = plan.state.method, compute_dtype(plan.config)
     trained = costs.tree_bytes(split(method)[0])
     fixed = {
         "trained parameters": trained,
@@ -292,7 +293,7 @@ def run_step(plan: Plan, batch: int) -> str:
     images = sharding.shard_batch(next(training.read(config, plan.source, 1, 0)), mesh)
     state = sharding.replicate(training.first_state(config.method, plan.optimizer, jr.key(config.seed)), mesh)
     root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), mesh)
-    state, metrics = training.compiled_step((plan.optimizer, images, root, training.compute_dtype(config)), state)
+    state, metrics = training.compiled_step((plan.optimizer, images, root, compute_dtype(config)), state)
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if not (jnp.isfinite(loss) and jnp.isfinite(norm)):
         raise UserError(f"the first step's loss is {loss} and its gradient's norm {norm}; look at optim and method")

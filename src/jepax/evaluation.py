@@ -19,7 +19,8 @@ from jepax.evals.say import SILENT, Say
 from jepax.nn import ViT
 from jepax.optim import Optimizer
 from jepax.overrides import dotted, grouped, override
-from jepax.train import Config, TrainState, build_method, first_state
+from jepax.settings import Config
+from jepax.train import TrainState, build_method, first_state
 from jepax.types import UserError
 from jepax.views import CropConfig
 from jepax.weights import MODEL, load_encoder

@@ -12,7 +12,7 @@ import tyro
 
 from jepax import config as configs
 from jepax.recipes import RECIPES
-from jepax.train import Config
+from jepax.settings import Config
 from jepax.types import UserError
 
 OPTIONS = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)

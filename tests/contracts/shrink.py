@@ -6,7 +6,7 @@ from jepax import config as configs
 from jepax.data import DataConfig
 from jepax.nn import PredictorConfig
 from jepax.recipes import RECIPES
-from jepax.train import Config, TrainConfig
+from jepax.settings import Config, TrainConfig
 from jepax.views import CropConfig, MultiCropConfig, PhotometricConfig
 
 SIDE, PATCH, BATCH = 24, 4, 16

@@ -12,7 +12,8 @@ import pytest
 from jepax import checkpoint, sharding
 from jepax.data import open_source
 from jepax.recipes import RECIPES
-from jepax.train import compiled_step, first_state, make_optimizer, read, step_program
+from jepax.settings import make_optimizer
+from jepax.train import compiled_step, first_state, read, step_program
 from jepax.trees import EMA, trainable
 from jepax.types import Images
 from jepax.views import PhotometricConfig

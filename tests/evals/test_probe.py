@@ -104,7 +104,7 @@ def test_accuracy_is_that_of_converged_logistic_regression():
     )
     config = ProbeConfig(epochs=30, learning_rates=(1e-3, 5e-3, 2e-2))  # rates that suit 4,000 examples
     (answer,) = linear_probe(train, validation, CLASSES, config, key=jr.key(0))
-    result = scores(answer.guess(test.without_labels()), test.labels)
+    result = scores(answer.guess(test.withheld()), test.labels)
     peer = LogisticRegression(max_iter=1000).fit(train.features.last, train.labels)
     expected = 100 * peer.score(test.features.last, test.labels)
     assert 50 < expected < 90
@@ -134,7 +134,7 @@ def test_every_input_is_answered_and_controls_are_never_chosen(answers):
 def test_the_reported_head_is_the_chosen_one(answers):
     validation = made(200, seed=1)
     for answer in answers:
-        guesses = answer.guess(validation.without_labels())
+        guesses = answer.guess(validation.withheld())
         assert top1(guesses, validation.labels) == pytest.approx(answer.settings["validation_top1"])
 
 
@@ -143,7 +143,7 @@ def test_a_random_projection_of_four_layers_cannot_beat_them_and_expansion_adds_
     train, validation, test = (made(n, layers=4, dim=24, seed=s) for n, s in ((4000, 0), (2000, 1), (4000, 2)))
     config = ProbeConfig(epochs=20, learning_rates=(5e-3,), weight_decays=(0.0,))
     answers = linear_probe(train, validation, CLASSES, config, key=jr.key(0))
-    found = {answer.name: top1(answer.guess(test.without_labels()), test.labels) for answer in answers}
+    found = {answer.name: top1(answer.guess(test.withheld()), test.labels) for answer in answers}
     assert found["last four"] > found["last"] + 2
     assert found["last four"] > found["last four, projected"] + 2
     assert abs(found["last, expanded"] - found["last"]) < 1

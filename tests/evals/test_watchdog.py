@@ -15,7 +15,8 @@ from jepax.evals import alarms
 from jepax.evals.watchdog import RULES, Watchdog
 from jepax.methods.momentum import MomentumConfig
 from jepax.methods.regulariser import RegulariserConfig
-from jepax.train import Config, TrainConfig, train
+from jepax.settings import Config, TrainConfig
+from jepax.train import train
 from jepax.views import CropConfig, MultiCropConfig
 from tests.contracts.shrink import shrunk
 

@@ -12,12 +12,12 @@ import equinox as eqx
 import jax
 
 from jepax import config as configs
-from jepax import evaluation, overrides
+from jepax import evaluation, monitor, overrides, settings
 from jepax import train as training
 from jepax.evals.say import Say as Teller
 from jepax.grids import table
 from jepax.grids.base import GRIDS, Grid, Row
-from jepax.train import Config
+from jepax.settings import Config
 from jepax.types import UserError
 from jepax.viz import figures
 from jepax.viz.grid import chart
@@ -156,7 +156,7 @@ def run(wanted: Wanted, say: Say) -> list[Path]:
         say(f"run {number} of {len(wanted.jobs)}: {each.row.name}, seed {each.config.seed}")
         try:
             one(each, wanted.folder / "floors", say)
-        except training.Diverged as error:
+        except monitor.Diverged as error:
             say(f"{each.row.name}, seed {each.config.seed}: {error}")
             (each.folder / table.DIVERGED).write_text(str(error).splitlines()[0].rstrip(";") + "\n")
         write(wanted.grid, wanted.folder)
@@ -168,7 +168,7 @@ def check(wanted: Wanted) -> None:
     """Raises `UserError` naming the row that cannot be trained, or whose folder holds a run of another config."""
     for each in wanted.kept:
         with blamed(each.row):
-            training.claim(each.folder, each.config)
+            settings.claim(each.folder, each.config)
     to_train = {each.row: each.config for each in wanted.jobs if not settled(each)}
     for row, config in to_train.items():
         with blamed(row):
@@ -176,8 +176,8 @@ def check(wanted: Wanted) -> None:
                 raise UserError(
                     f"eval.protocols={config.eval.protocols} must hold linear and knn: the table shows both"
                 )
-            training.check_splits(config.data)
-            _, optimizer = training.prepare(config)
+            settings.check_splits(config.data)
+            _, optimizer = settings.prepare(config)
             eqx.filter_eval_shape(training.first_state, config.method, optimizer, jax.random.key(0))
 
 

@@ -11,7 +11,7 @@ from jepax import config as configs
 from jepax import logs
 from jepax.data import DataConfig, open_source
 from jepax.grids.base import Grid, Row
-from jepax.train import Config, total_steps
+from jepax.settings import Config, total_steps
 
 DIVERGED = "diverged.txt"
 """In the folder of a run whose loss stopped being finite: why."""

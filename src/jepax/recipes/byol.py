@@ -13,7 +13,7 @@ from jepax.nn import ProjectorConfig
 from jepax.recipes.lejepa import lejepa_fashion_mnist
 from jepax.recipes.registry import recipe
 from jepax.recipes.vicreg import vicreg_vits16_in100
-from jepax.train import Config
+from jepax.settings import Config
 
 
 @recipe

@@ -21,7 +21,7 @@ from jepax.nn import PredictorConfig, ViTConfig
 from jepax.optim import OptimConfig
 from jepax.recipes.fashion_mnist import EVALUATION
 from jepax.recipes.registry import recipe
-from jepax.train import Config, TrainConfig
+from jepax.settings import Config, TrainConfig
 from jepax.views import CropConfig
 
 

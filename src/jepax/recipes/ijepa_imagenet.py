@@ -22,7 +22,7 @@ from jepax.methods.ijepa import IJEPAConfig
 from jepax.nn import SIZES, PredictorConfig, ViTConfig
 from jepax.optim import OptimConfig
 from jepax.recipes.registry import recipe
-from jepax.train import Config, TrainConfig
+from jepax.settings import Config, TrainConfig
 from jepax.views import CropConfig
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from jepax.train import Config
+from jepax.settings import Config
 
 RECIPES: dict[str, Callable[[], Config]] = {}
 

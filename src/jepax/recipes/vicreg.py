@@ -16,7 +16,7 @@ from jepax.nn import SIZES, ProjectorConfig, ViTConfig
 from jepax.optim import OptimConfig
 from jepax.recipes.lejepa import lejepa_fashion_mnist
 from jepax.recipes.registry import recipe
-from jepax.train import Config, TrainConfig
+from jepax.settings import Config, TrainConfig
 from jepax.views import CropConfig, MultiCropConfig, PhotometricConfig
 
 
