@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jepax.evals.alarms import Alarm
 from jepax.viz.curves import PANELS, Series, curves, running_median
 
 
@@ -10,7 +11,12 @@ def log(steps: int, **changed: object) -> list[dict]:
     """Lines of a run of four encoder blocks."""
     fixed = {"momentum": 0.996, "weight_decay": 0.04, "embedding_rank": 20.0, "embedding_std": 0.5}
     fixed |= {"images_per_second": 9.0, "share_of_nonzeros": 0.4, "expected_share_of_nonzeros": 0.5}
-    falling = ("loss", "grad_norm", "grad_norm_predictor", "update_norm", "ema_step_norm", "learning_rate")
+    fixed |= {"embedding_alpha": 2.0, "embedding_cosine": 0.5, "embedding_dead": 0.1, "teacher_distance": 0.2}
+    fixed |= {"loss_explained": 0.4, "target_norm": 14.0, "prediction_norm": 10.0}
+    for rows in ("embedding", "projection"):
+        fixed[f"{rows}_std_quantiles"] = [0.1, 0.2, 0.3, 0.4, 0.5]
+    falling = ("loss", "loss_max", "grad_norm", "grad_norm_max", "grad_norm_predictor")
+    falling += ("update_norm", "ema_step_norm", "ema_step_expected", "learning_rate")
     return [
         {
             "step": 10 * i,
@@ -37,7 +43,25 @@ def test_every_metric_has_its_panel_and_norms_that_fall_far_a_log_scale():
     assert drawn["loss"].get_yscale() == drawn["gradient norm (L2)"].get_yscale() == "log"
     assert drawn["momentum"].get_yscale() == drawn["learning rate"].get_yscale() == "linear"
     assert drawn["effective rank (dimensions)"].get_ylim()[0] == 0
-    assert labels(drawn["gradient norm (L2)"]) == ["encoder block 1", "encoder block 4", "predictor", "all parameters"]
+    of_gradient = labels(drawn["gradient norm (L2)"])
+    assert of_gradient == ["encoder block 1", "encoder block 4", "highest of a step", "all parameters"]
+    assert labels(drawn["deviation of embeddings' features"]) == ["least", "greatest", "mean"]
+
+
+def test_alarms_are_lines_in_every_panel_and_named_once():
+    said = [Alarm("spike", 120, {}, ""), Alarm("collapse", 130, {}, "")]
+    drawn = panels(curves(log(60), "mine", said))
+    for axes in drawn.values():
+        upright = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+        assert upright == [120, 130]
+    assert [text.get_text() for text in drawn["loss"].texts] == ["spike", "collapse"]
+    assert not any(axes.texts for name, axes in drawn.items() if name != "loss")
+
+
+def test_one_value_far_below_does_not_hide_the_others():
+    lines = log(60)
+    lines[0]["loss_explained"] = -3000.0
+    assert panels(curves(lines, "mine"))["share of loss explained"].get_ylim()[0] == -1
 
 
 def test_a_metric_that_no_panel_holds_gets_its_own():
@@ -48,13 +72,13 @@ def test_a_metric_that_no_panel_holds_gets_its_own():
 
 
 def test_what_a_method_does_not_log_is_left_out():
-    lines = log(60, grad_norm_predictor=0.0)
+    lines = log(60)
     for line in lines:
-        del line["momentum"], line["ema_step_norm"]
+        del line["momentum"], line["ema_step_norm"], line["ema_step_expected"], line["grad_norm_predictor"]
     drawn = panels(curves(lines, "mine"))
     assert "momentum" not in drawn
     assert drawn["change per step (L2 norm)"].get_legend() is None
-    assert "predictor" not in labels(drawn["gradient norm (L2)"])
+    assert "gradient norm, predictor (L2)" not in drawn
 
 
 def test_values_that_were_not_finite_are_marked_at_their_steps():

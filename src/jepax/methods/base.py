@@ -38,7 +38,9 @@ class AbstractMethod(eqx.Module):
     def loss(self, images: Images, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
         """The objective over the global batch. What an example draws depends on `key` and `images.index[i]` alone.
 
-        `Metrics` holds scalars to log, and "embeddings" (batch, dim): one vector per image, read for collapse.
+        `Metrics` holds scalars to log, and "embeddings" (batch, dim): one vector per image, read for collapse; where
+        the loss reads a head's output, also "projections" (batch, dim) of one view. The watchdog knows
+        "loss_explained", "target_norm" and "prediction_norm" by their names.
         """
 
     @abc.abstractmethod
