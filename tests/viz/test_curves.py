@@ -12,7 +12,7 @@ def log(steps: int, **changed: object) -> list[dict]:
     fixed = {"momentum": 0.996, "weight_decay": 0.04, "embedding_rank": 20.0, "embedding_std": 0.5}
     fixed |= {"images_per_second": 9.0, "share_of_nonzeros": 0.4, "expected_share_of_nonzeros": 0.5}
     fixed |= {"embedding_alpha": 2.0, "embedding_cosine": 0.5, "embedding_dead": 0.1, "teacher_distance": 0.2}
-    fixed |= {"loss_explained": 0.4, "target_norm": 14.0, "prediction_norm": 10.0}
+    fixed |= {"probe_top1": 80.0, "knn_top1": 75.0, "loss_explained": 0.4, "target_norm": 14.0, "prediction_norm": 10.0}
     for rows in ("embedding", "projection"):
         fixed[f"{rows}_std_quantiles"] = [0.1, 0.2, 0.3, 0.4, 0.5]
     falling = ("loss", "loss_max", "grad_norm", "grad_norm_max", "grad_norm_predictor")
@@ -46,6 +46,17 @@ def test_every_metric_has_its_panel_and_norms_that_fall_far_a_log_scale():
     of_gradient = labels(drawn["gradient norm (L2)"])
     assert of_gradient == ["encoder block 1", "encoder block 4", "highest of a step", "all parameters"]
     assert labels(drawn["deviation of embeddings' features"]) == ["least", "greatest", "mean"]
+
+
+def test_scores_of_few_lines_are_points_as_they_were_logged():
+    lines = [line if line["step"] % 100 == 0 else line | {"probe_top1": None} for line in log(200)]
+    lines = [{name: value for name, value in line.items() if value is not None} for line in lines]
+    for place, line in enumerate(line for line in lines if "probe_top1" in line):
+        line["probe_top1"] = float(place % 2)
+    drawn = panels(curves(lines, "mine"))["validation top-1 during training (%)"]
+    probe = next(line for line in drawn.lines if line.get_label() == "linear probe")
+    np.testing.assert_array_equal(probe.get_xdata(), np.arange(0, 2000, 100))
+    np.testing.assert_array_equal(probe.get_ydata(), np.arange(20) % 2)
 
 
 def test_alarms_are_lines_in_every_panel_and_named_once():

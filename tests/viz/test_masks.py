@@ -8,7 +8,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax import train
+from jepax import settings, train
 from jepax.methods.ijepa import IJEPA
 from jepax.optim import OptimConfig
 from jepax.types import Masks
@@ -52,9 +52,9 @@ def test_the_loss_takes_its_randomness_from_the_same_function(images):
 
 
 def test_the_key_and_the_images_are_those_of_the_first_training_step(config, monkeypatch, tmp_path):
-    steps = train.TrainConfig(batch_size=16, steps=300)
+    steps = settings.TrainConfig(batch_size=16, steps=300)
     optim = OptimConfig(warmup_epochs=0.0)
-    config = train.Config(seed=3, method=config.method, data=config.data, optim=optim, train=steps)
+    config = settings.Config(seed=3, method=config.method, data=config.data, optim=optim, train=steps)
     met, drawn = [], []
 
     def first_step(inputs, state):

@@ -31,6 +31,8 @@ class Panel:
     from_zero: bool = False
     """Whether a linear axis begins at 0."""
     may_log: bool = True
+    points: bool = False
+    """Whether each value is shown as it is: there is one in many lines, and nothing to smooth."""
     cut: float | None = None
     """Where a linear axis ends below, if values reach further: one of them would hide the others."""
 
@@ -39,6 +41,12 @@ QUANTILES = (("least", "10%", "median", "90%", "greatest"), "")
 """Names of the lines of the features' deviations, in the order in which they are logged."""
 PANELS = (
     Panel("loss", {"loss_max": ("highest of a step", ORANGE), "loss": ("loss", INK)}),
+    Panel(
+        "validation top-1 during training (%)",
+        {"probe_top1": ("linear probe", BLUE), "knn_top1": ("kNN", ORANGE)},
+        may_log=False,
+        points=True,
+    ),
     Panel("share of loss explained", {"loss_explained": ("explained", INK)}, may_log=False, cut=-1.0),
     Panel(
         "gradient norm (L2)",
@@ -189,7 +197,7 @@ def _draw_panel(axes: Axes, panel: Panel, kept: dict[str, Series], reach: int) -
         if series.by_layer:
             _draw_layers(axes, series, label, reach)
         else:
-            _draw_one(axes, series, label, colour, reach)
+            _draw_one(axes, series, label, colour, reach, panel.points)
     lost = sorted({int(step) for series in kept.values() for step in series.steps[series.lost]})
     if lost:
         axes.plot(
@@ -225,8 +233,11 @@ def _mark(axes: Axes, alarms: Sequence[Alarm], named: bool) -> None:
             )
 
 
-def _draw_one(axes: Axes, series: Series, label: str, colour: str, reach: int) -> None:
+def _draw_one(axes: Axes, series: Series, label: str, colour: str, reach: int, points: bool) -> None:
     values = series.values[:, 0]
+    if points:
+        axes.plot(series.steps, values, color=colour, linewidth=1.6, marker="o", markersize=3, label=label)
+        return
     if reach:
         axes.plot(series.steps, values, color=colour, alpha=0.3, linewidth=0.8)
     axes.plot(series.steps, running_median(values, reach), color=colour, linewidth=1.6, label=label)
