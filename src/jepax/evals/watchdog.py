@@ -69,13 +69,15 @@ def largest(value: float | int | list | None) -> float | int | None:
 # Collapse ---------------------------------------------------------------------------------------------------------
 
 SHRUNK = 0.2
-"""Largest deviation of a feature over its highest so far."""
+"""Largest deviation of a feature over its highest so far. Measured: healthy runs stay above 0.59 (a loss that weighs
+deviations may lower them, so not nearer), collapsed ones reach 0.14 to 0.01."""
 ALIKE, CLOSER = 0.02, 0.2
-"""1 - mean cosine between images, and the same over its highest so far: an untrained ViT may begin near 0."""
+"""1 - mean cosine between images, and the same over its highest so far: an untrained ViT may begin near 0. Measured:
+healthy above 0.17 and 0.42; collapsed I-JEPA without teacher or regulariser 3e-5 and 1e-4."""
 OPPOSITE = 0.5
 """Below this cosine, embeddings with dead features are near zero, not alike: `dead_features` names them."""
 FLAT, ONCE = 1.5, 3.0
-"""Effective rank now, and its highest so far at least."""
+"""Effective rank now, and its highest so far at least. Measured: healthy above 3.7, collapsed 1.1 (RankMe's least: 1)."""
 
 
 def collapse(line: Line, past: Past) -> Numbers | None:
@@ -106,6 +108,7 @@ WORSE, EXPLAINED = 1.8, 0.6
 """Median loss of the recent lines over its lowest so far, and that of the share explained over the highest so far.
 
 Both, because a loss may rise as its targets become richer, which the share explained does not hold against it.
+Measured: the loss's ratio in healthy runs at most 1.33 (a whole demo: 1.16), in drifting ones 2.1 to 6.5.
 """
 
 
@@ -127,7 +130,8 @@ def drift(line: Line, past: Past) -> Numbers | None:
 # Spike ------------------------------------------------------------------------------------------------------------
 
 LEAP, LEAP_EARLY = 2.5, 4.0
-"""Highest loss of a step since the last line over the highest of the recent lines; and while those are still few."""
+"""Highest loss of a step since the last line over the highest of the recent lines; and while those are still few.
+Measured: healthy at most 1.1, and 2.2 among the first lines (RDMReg's, drawn anew each step); a huge rate 14 to 2e4."""
 
 
 def spike(line: Line, past: Past) -> Numbers | None:
@@ -144,9 +148,11 @@ def spike(line: Line, past: Past) -> Numbers | None:
 # Stalled teacher --------------------------------------------------------------------------------------------------
 
 LOST = 0.75
-"""Length of the teacher's move over what it should have been; or the other way round."""
+"""Length of the teacher's move over what it should have been; or the other way round. Measured: float32 1.00, bfloat16
+with a momentum from 0.998 at most 0.52. 1 - 0.996 is about bfloat16's epsilon."""
 ROUNDING = 1e-6
-"""A move below this share of the parameters is lost to float32 itself, as at the end of a schedule towards 1."""
+"""A move below this share of the parameters is lost to float32's own rounding (6e-8 of each), as at the end of a
+schedule towards 1."""
 STILL_STEPS = 20
 """Steps for which the momentum must have been 1: schedules end there."""
 
@@ -169,7 +175,8 @@ def stalled_teacher(line: Line, past: Past) -> Numbers | None:
 # Dead features ----------------------------------------------------------------------------------------------------
 
 DEAD = 0.25
-"""Share of the features that do not vary over the batch."""
+"""Share of the features that do not vary over the batch. Measured: healthy 0, but one of eight rectified projections
+on a line here and there (0.125); with a mean of -3 or -4 before the rectification 0.375 to 1."""
 
 
 def dead_features(line: Line, past: Past) -> Numbers | None:
