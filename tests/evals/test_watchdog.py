@@ -12,7 +12,7 @@ import pytest
 
 from jepax import logs, sharding
 from jepax.evals import alarms
-from jepax.evals.watchdog import RULES, Watchdog
+from jepax.evals.watchdog import RULES, TRY, Watchdog
 from jepax.methods.momentum import MomentumConfig
 from jepax.methods.regulariser import RegulariserConfig
 from jepax.train import Config, TrainConfig, train
@@ -180,7 +180,7 @@ FAULTS = {
         ({"ema_step_norm": after(200, 5.5e-3, 4e-3)}, {"ema_step_norm": after(200, 5.2e-3, 4e-3)}),
         (
             {"momentum": after(200, 1.0, 0.996), "ema_step_expected": after(200, 0.0, 4e-3)},
-            {"momentum": after(290, 1.0, 0.996), "ema_step_expected": after(290, 0.0, 4e-3)},  # the schedule's end
+            {"momentum": after(275, 1.0, 0.996), "ema_step_expected": after(275, 0.0, 4e-3)},  # the schedule's end
         ),
         ({"ema_step_norm": 0.0}, {"ema_step_norm": 0.0, "momentum": 1 - 5e-6}),  # lost to float32's rounding
     ],
@@ -264,5 +264,4 @@ def test_a_runs_file_and_its_line(tmp_path):
 
 
 def test_every_kind_has_a_rule_and_an_advice():
-    assert set(RULES) == set(FAULTS) == {kind for kind, *_ in FAILING} | {"drift"}
-    assert all(advice for _, _, advice in RULES.values())
+    assert set(RULES) == set(TRY) == set(FAULTS) == {kind for kind, *_ in FAILING} | {"drift"}
