@@ -216,6 +216,13 @@ def test_a_loss_that_is_as_good_as_none_neither_leaps_nor_drifts():
     assert kinds(made(400, **fallen, loss_max=lambda step: 1.1 if step < 50 else 1e-3 if step < 200 else 0.045)) == []
 
 
+def test_the_end_of_a_long_schedule_is_no_stalled_teacher():
+    """A cosine's last 0.2% of steps round to a momentum of 1; it is one if it stays there for long."""
+    for last, expected in ((60, []), (1000, [("stalled teacher", 29699)])):
+        ending = {"momentum": after(30000 - last, 1.0, 0.9999), "ema_step_expected": after(30000 - last, 0.0, 4e-3)}
+        assert kinds(made(30000, 50, **ending)) == expected
+
+
 def test_a_kind_is_said_once_an_episode():
     def cosine(step):
         return 0.99 if 100 <= step < 200 or 215 <= step < 250 or 400 <= step else 0.5

@@ -31,6 +31,8 @@ class Past:
     highest: Numbers = field(default_factory=dict)
     lowest: Numbers = field(default_factory=dict)
     first_loss: float = 0.0
+    still: int | None = None
+    """Since which step the momentum has been 1."""
 
     def values(self, name: str) -> list[float]:
         """The metric on the recent lines that hold it."""
@@ -38,6 +40,7 @@ class Past:
 
     def add(self, line: Line) -> None:
         self.first_loss = self.first_loss or number(line, "loss") or 0.0
+        self.still = (line["step"] if self.still is None else self.still) if number(line, "momentum") == 1 else None
         seen = line | {"loss_level": self.level(line, "loss")}
         self.recent.append(line)
         while len(self.recent) > WINDOW_LINES and line["step"] - self.recent[0]["step"] >= WINDOW_STEPS:
@@ -145,8 +148,9 @@ with a momentum from 0.998 at most 0.52. 1 - 0.996 is about bfloat16's epsilon."
 ROUNDING = 1e-6
 """A move below this share of the parameters is lost to float32's own rounding (6e-8 of each), as at the end of a
 schedule towards 1."""
-STILL_STEPS = 20
-"""Steps for which the momentum must have been 1: schedules end there."""
+STILL_STEPS, STILL_SHARE = 20, 0.02
+"""Steps, and share of all steps so far, for which the momentum must have been 1. Schedules end there, and a cosine from
+0.996 is 1 in float32 over the last 0.2% of a run."""
 
 
 def stalled_teacher(line: Line, past: Past) -> Numbers | None:
@@ -157,8 +161,8 @@ def stalled_teacher(line: Line, past: Past) -> Numbers | None:
         return None
     numbers = {"moved": moved, "expected": wanted, "momentum": momentum, "distance": distance}
     if momentum == 1:
-        still = [before["step"] for before in past.recent if before.get("momentum") == 1]
-        return numbers if still and line["step"] - min(still) >= STILL_STEPS else None
+        long = past.still is not None and line["step"] - past.still >= max(STILL_STEPS, STILL_SHARE * line["step"])
+        return numbers if long else None
     if (1 - momentum) * distance < ROUNDING:
         return None
     return None if LOST <= moved / wanted <= 1 / LOST else numbers
@@ -188,8 +192,8 @@ RULES: dict[str, Callable[[Line, Past], Numbers | None]] = {
 """Of each kind, in the order in which alarms of one line are named."""
 TRY = {
     "spike": "a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.clip=1.0; with method.loss=l2, smooth_l1",
-    "stalled teacher": "method.momentum.precision=float32; a method.momentum.start below 1, and final=1 only at the end",
-    "dead features": "a lower optim.peak_lr; where projections are rectified a higher method.mu; a variance regulariser",
+    "stalled teacher": "method.momentum.precision=float32; method.momentum.start below 1, final=1 only at the end",
+    "dead features": "a lower optim.peak_lr; where projections are rectified a higher method.mu; or a variance term",
     "collapse": "method.teacher=ema with a higher method.momentum.start, or a higher weight of the regulariser",
     "drift": "method.target_norm=layer, method.loss=smooth_l1, a higher method.momentum.start, a lower optim.peak_lr",
 }
