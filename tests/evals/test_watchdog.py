@@ -12,7 +12,7 @@ import pytest
 
 from jepax import logs, sharding
 from jepax.evals import alarms
-from jepax.evals.watchdog import RULES, Watchdog
+from jepax.evals.watchdog import RULES, TRY, Watchdog
 from jepax.methods.momentum import MomentumConfig
 from jepax.methods.regulariser import RegulariserConfig
 from jepax.settings import Config, TrainConfig
@@ -59,7 +59,7 @@ def one_device():
 
 
 DRIFTING = {"target_norm": "none", "loss": "l2", "regulariser": NONE, "momentum": MomentumConfig(0.9, shape="constant")}
-QUICK = {"peak_lr": 0.1, "start_lr": 2.5e-3, "final_lr": 0.1, "warmup_epochs": 2.0}
+RISING = {"peak_lr": 0.15, "start_lr": 1e-3, "final_lr": 0.15, "warmup_epochs": 18.0}
 HUGE = {"peak_lr": 1.0, "start_lr": 1.0, "warmup_epochs": 0.0}
 BYOL, IJEPA, VICREG = "byol_fashion_mnist", "ijepa_fashion_mnist", "vicreg_fashion_mnist"
 LPJEPA, LAYERS = "rectified_lpjepa_fashion_mnist", "ijepa_fashion_mnist_multilayer"
@@ -70,7 +70,6 @@ FAILING = [
     ("stalled teacher", BYOL, 40, {}, {"momentum": MomentumConfig(1.0)}, [203]),
     ("spike", IJEPA, 20, HUGE, {}, [204]),
     ("spike", VICREG, 20, HUGE, {}, [205]),
-    ("drift", IJEPA, 180, QUICK, DRIFTING, [206, 207]),
     ("dead features", LPJEPA, 80, {}, {"mu": -4.0}, [208, 209]),
 ]
 """The kind that is to be named first, recipe, steps, settings of the optimiser and of the method, seeds."""
@@ -105,6 +104,18 @@ def test_a_run_that_fails_by_its_settings_is_named(kind, recipe, steps, optim, m
     lines, said = watched(tiny(recipe, seed, steps, optim, **method), tmp_path / "run")
     assert said and said[0].kind == kind, [str(alarm) for alarm in said]
     assert Watchdog(lines).alarms == said
+
+
+def test_targets_that_run_away_are_named(tmp_path):
+    """A learning rate that never stops rising, plain squared error, a quick teacher: the loss falls, then rises.
+
+    Such runs differ from machine to machine, and one in eight collapses before it drifts.
+    """
+    first = []
+    for seed in range(206, 210):
+        said = watched(tiny(IJEPA, seed, 300, RISING, **DRIFTING), tmp_path / str(seed))[1]
+        first.append(said[0].kind)
+    assert set(first) <= {"drift", "collapse"} and first.count("drift") >= 2, first
 
 
 @pytest.mark.parametrize(("recipe", "optim", "seed"), each_seed(HEALTHY))
@@ -170,7 +181,7 @@ FAULTS = {
         ({"ema_step_norm": after(200, 5.5e-3, 4e-3)}, {"ema_step_norm": after(200, 5.2e-3, 4e-3)}),
         (
             {"momentum": after(200, 1.0, 0.996), "ema_step_expected": after(200, 0.0, 4e-3)},
-            {"momentum": after(290, 1.0, 0.996), "ema_step_expected": after(290, 0.0, 4e-3)},  # the schedule's end
+            {"momentum": after(275, 1.0, 0.996), "ema_step_expected": after(275, 0.0, 4e-3)},  # the schedule's end
         ),
         ({"ema_step_norm": 0.0}, {"ema_step_norm": 0.0, "momentum": 1 - 5e-6}),  # lost to float32's rounding
     ],
@@ -189,7 +200,7 @@ CASES = [(kind, fault, short) for kind, cases in FAULTS.items() for fault, short
 @pytest.mark.parametrize("every", [1, 10, 50])
 @pytest.mark.parametrize(("kind", "fault", "short"), CASES)
 def test_each_rule_has_its_bounds_however_often_lines_are_written(kind, fault, short, every):
-    said = kinds(made(500, every, **fault))
+    said = kinds(made(500 if every == 50 else 320, every, **fault))
     assert [name for name, _ in said] == [kind]
     assert said[0][1] < 400
     assert kinds(made(300, every, **short)) == []
@@ -204,6 +215,13 @@ def test_an_embedding_that_begins_alike_is_no_collapse():
 def test_a_loss_that_is_as_good_as_none_neither_leaps_nor_drifts():
     fallen = {"loss": lambda step: 1.0 if step < 50 else 1e-3 if step < 200 else 0.04, "loss_explained": None}
     assert kinds(made(400, **fallen, loss_max=lambda step: 1.1 if step < 50 else 1e-3 if step < 200 else 0.045)) == []
+
+
+def test_the_end_of_a_long_schedule_is_no_stalled_teacher():
+    """A cosine's last 0.2% of steps round to a momentum of 1; it is one if it stays there for long."""
+    for last, expected in ((60, []), (1000, [("stalled teacher", 29699)])):
+        ending = {"momentum": after(30000 - last, 1.0, 0.9999), "ema_step_expected": after(30000 - last, 0.0, 4e-3)}
+        assert kinds(made(30000, 50, **ending)) == expected
 
 
 def test_a_kind_is_said_once_an_episode():
@@ -254,5 +272,4 @@ def test_a_runs_file_and_its_line(tmp_path):
 
 
 def test_every_kind_has_a_rule_and_an_advice():
-    assert set(RULES) == set(FAULTS) == {kind for kind, *_ in FAILING}
-    assert all(advice for _, _, advice in RULES.values())
+    assert set(RULES) == set(TRY) == set(FAULTS) == {kind for kind, *_ in FAILING} | {"drift"}
