@@ -1,6 +1,7 @@
 """`jepax evaluate`: any checkpoint of any run, any exported weights, any data, by any protocol."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def test_another_step_encoder_and_data_by_another_protocol(finished, capsys, tmp
     ]
     found, out = told(capsys, run, *words)
     (written,) = (tmp_path / "evals").iterdir()
-    assert written.name.startswith("step_00000004-knn-") and str(written) in out
+    assert written.name.startswith(f"{run.name}-step_00000004-knn-") and str(written) in out
+    assert found["subject"] == {"folder": run.name, "recipe": "ijepa_fashion_mnist", "encoder": "context"}
     assert found["step"] == 4 and found["data"]["synthetic_seed"] == 5
     assert "knn" in found["rows"]["trained"] and "linear" not in found["rows"]["trained"]
     again, _ = told(capsys, run, *words[:-4], "--data.synthetic-seed", 6, "--run-dir", tmp_path)
@@ -117,7 +119,9 @@ def test_every_protocol_runs(finished, capsys):
     ("words", "said"),
     [
         ("--step 5", ["no whole checkpoint of step 5", "4, 6"]),
-        ("--step x", ["--step takes"]),
+        ("--step x", ["--step x is no checkpoint's number"]),
+        ("--run-dir", ["--run-dir takes one value"]),
+        ("--step 4 --step 6", ["--step takes one value, once"]),
         ("--encoder teacher", ["eval.encoder", "default, target, context"]),
         ("--protocols knn psychic", ["--eval.protocols", "psychic"]),
         ("--optim.peak-lr 1", ["--optim.peak_lr is nothing that an evaluation can change"]),
@@ -148,6 +152,7 @@ def test_training_never_opens_the_test_split(finished, tmp_path, monkeypatch):
     assert "train" in opened and "validation" in opened and "test" not in opened
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "probe_top1" in line] == [1, 3, 5]
+    assert all(line["online_seconds"] > 0 for line in lines if "probe_top1" in line)
 
 
 def test_online_evaluation_changes_nothing_of_training(finished, tmp_path):
@@ -156,6 +161,31 @@ def test_online_evaluation_changes_nothing_of_training(finished, tmp_path):
     beside = training.train(replace(config, eval=replace(config.eval, online=online)), tmp_path)
     for ours, its in zip(jax.tree.leaves(state), jax.tree.leaves(beside), strict=True):
         np.testing.assert_array_equal(ours, its)
+
+
+def test_scores_come_at_the_next_line_of_the_log_and_a_resumed_run_has_them_too(finished, tmp_path, monkeypatch):
+    """Every 2 steps, lines at steps 0, 3 and 5: both sides of a checkpoint at 3 steps."""
+    _, config, _ = finished
+    online = replace(config.eval.online, every=2, train_images=20, validation_images=10)
+    config = replace(
+        config, eval=replace(config.eval, online=online), train=replace(config.train, log_every=4, save_every=3, keep=9)
+    )
+    training.train(config, tmp_path)
+    whole = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    for step in (4, 5, 6):
+        shutil.rmtree(tmp_path / "checkpoints" / f"{step:08d}", ignore_errors=True)
+    training.train(config, tmp_path)
+    again = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    scores = [[(line["step"], line.get("probe_top1")) for line in map(json.loads, lines)] for lines in (whole, again)]
+    assert scores[0] == scores[1]
+    assert [step for step, score in scores[0] if score is not None] == [2, 3, 5]
+
+
+def test_weights_hold_one_encoder(finished, tmp_path):
+    _, config, state = finished
+    weights.export(tmp_path / "out", state.method.encoder, config.method.crop, recipe="r", step=6, name="context")
+    with pytest.raises(UserError, match="is for runs"):
+        evaluation.resolve([str(tmp_path / "out"), "--encoder", "context"])
 
 
 def test_a_folder_that_holds_no_config_is_refused(tmp_path):
@@ -167,6 +197,7 @@ def test_settings_are_named_by_what_differs(finished):
     _, config, _ = finished
     same = replace(config, eval=replace(config.eval))
     assert evaluation.tag(config, same) == ""
+    assert evaluation.tag(config, replace(config, seed=7)).startswith("-linear+knn-")
     other = replace(config, eval=replace(config.eval, pool="sum"))
     assert evaluation.tag(config, other).startswith("-linear+knn-")
     assert evaluation.tag(config, other) != evaluation.tag(

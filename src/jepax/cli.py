@@ -29,7 +29,7 @@ USAGE = """usage: jepax COMMAND
   jepax evaluate RUN|WEIGHTS    evaluates the newest checkpoint of a run's folder, or exported weights
       --protocols NAME ...      linear, linear_published, knn, logistic, low_shot, attentive, finetune
       --step N                  another checkpoint
-      --encoder target|context  another encoder than the method's default;  --pool mean|sum
+      --encoder target|context  another encoder than the method's default;  --pool mean|sum;  --seed N
       --data.FIELD VALUE        other data, such as --data.source image_folder --data.root DIR
       --eval.FIELD.PATH VALUE   any setting of a protocol;  --run-dir DIR: where evals/ is written
   jepax export RUN FOLDER       writes the newest checkpoint's encoder as a Hugging Face I-JEPA folder, for transformers
@@ -65,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             stop(str(error), 2)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        stop("the device ran out of memory; lower train.batch_size, or see what --dry-run says", 2)
+        stop(
+            "the device ran out of memory; lower train.batch_size (see --dry-run), or a protocol's",
+            2,
+        )
 
 
 def stop(message: str, code: int) -> NoReturn:

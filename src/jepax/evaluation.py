@@ -25,6 +25,8 @@ from jepax.types import UserError
 from jepax.views import CropConfig
 from jepax.weights import MODEL, load_encoder
 
+EVALUATION_KEY = 2
+"""Folded into the seed's key; 0 and 1 belong to the first parameters and to training."""
 SHORT = {"protocols": "eval.protocols", "encoder": "eval.encoder", "pool": "eval.pool"}
 """Flags of `jepax evaluate` and the fields that they stand for."""
 
@@ -43,6 +45,8 @@ class Subject:
     """Where evals/ is written."""
     name: str
     """Of the file, without its suffix."""
+    told: dict[str, str]
+    """What it is, for the results: its folder, recipe and encoder."""
 
 
 def of_run(config: Config, state: TrainState, run: Path, settings: Config | None = None) -> Subject:
@@ -54,17 +58,25 @@ def of_run(config: Config, state: TrainState, run: Path, settings: Config | None
     untrained = build_method(config.method, 1, jr.key(config.seed))
     trained, untrained = (encoder_of(method, settings.eval.encoder) for method in (state.method, untrained))
     step = int(state.step)
-    return Subject(
-        trained, untrained, config.method.crop, step, settings, run, f"step_{step:08d}{tag(config, settings)}"
-    )
+    choice = settings.eval.encoder
+    told = {
+        "folder": run.resolve().name,
+        "recipe": config.recipe,
+        "encoder": next(iter(state.method.encoders())) if choice == "default" else choice,
+    }
+    name = f"step_{step:08d}{tag(config, settings)}"
+    return Subject(trained, untrained, config.method.crop, step, settings, run, name, told)
 
 
 def of_weights(folder: Path, settings: Config) -> Subject:
     """Exported weights, of this project or of others in the same format; its floor is an encoder of the same sizes."""
+    if settings.eval.encoder != "default":
+        raise UserError(f"eval.encoder={settings.eval.encoder} is for runs; {folder} holds one encoder")
     encoder, crop = load_encoder(folder)
     untrained = ViT(encoder.config, key=jr.key(settings.seed))
     name = f"weights{tag(Config(), settings) or '-default'}"
-    return Subject(encoder, untrained, crop, 0, settings, folder, name)
+    told = {"folder": folder.resolve().name, "recipe": "exported weights", "encoder": "default"}
+    return Subject(encoder, untrained, crop, 0, settings, folder, name, told)
 
 
 def restored(config: Config, run: Path, step: int | None = None) -> TrainState:
@@ -86,9 +98,10 @@ def restored(config: Config, run: Path, step: int | None = None) -> TrainState:
 
 def tag(own: Config, settings: Config) -> str:
     """What tells an evaluation by other settings from the run's own: its protocols, and a digest of the difference."""
-    if (own.eval, own.data) == (settings.eval, settings.data):
+    if (own.eval, own.data, own.seed) == (settings.eval, settings.data, settings.seed):
         return ""
-    digest = hashlib.sha256(json.dumps([asdict(settings.eval), asdict(settings.data)]).encode()).hexdigest()[:8]
+    decides = [asdict(settings.eval), asdict(settings.data), settings.seed]
+    digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
     return f"-{'+'.join(settings.eval.protocols)}-{digest}"
 
 
@@ -101,9 +114,16 @@ def evaluate(subject: Subject, say: Say = SILENT, floors: Path | None = None) ->
     sources = {split: open_source(config.data, split) for split in SPLITS}
     check_channels(subject, sources["train"].canvas_shape[2])
     results = report.evaluate_all(
-        rows_of(subject), sources, config.eval, step=subject.step, key=jr.key(config.seed), say=say, floors=floors
+        rows_of(subject),
+        sources,
+        config.eval,
+        step=subject.step,
+        key=jr.fold_in(jr.key(config.seed), EVALUATION_KEY),
+        reading={"threads": config.data.threads, "workers": config.data.workers},
+        say=say,
+        floors=floors,
     )
-    results["data"] = configs.to_dict(config.data)
+    results |= {"subject": subject.told, "data": configs.to_dict(config.data)}
     return results, report.write(results, subject.folder, subject.name)
 
 
@@ -136,10 +156,17 @@ def resolve(arguments: list[str]) -> Subject:
         raise UserError("give a run's folder, or one of exported weights, first: jepax evaluate runs/NAME")
     folder = Path(arguments[0])
     groups = [[f"--{SHORT.get(dotted(flag), dotted(flag))}", *words] for flag, *words in grouped(arguments[1:])]
-    own = {flag.removeprefix("--"): words for flag, *words in groups if flag in ("--step", "--run_dir")}
+    own = {}
+    for flag, *words in groups:
+        if flag in ("--step", "--run_dir"):
+            if len(words) != 1 or flag in own:
+                shown = flag.replace("_", "-")
+                raise UserError(f"{shown} takes one value, once: {shown} {'2000' if flag == '--step' else 'DIR'}")
+            own[flag] = words[0]
+    own = {flag.removeprefix("--"): word for flag, word in own.items()}
     for flag, *_ in groups:
         if flag.removeprefix("--") not in own and not flag.startswith(("--eval.", "--data.", "--seed")):
-            known = ", ".join(f"--{name}" for name in ("step", *SHORT, "run-dir", "data.…", "eval.…"))
+            known = ", ".join(f"--{name}" for name in ("step", *SHORT, "seed", "run-dir", "data.…", "eval.…"))
             raise UserError(f"{flag} is nothing that an evaluation can change; there are {known}")
     changes = [[flag, *words] for flag, *words in groups if flag.removeprefix("--") not in own]
     if (folder / MODEL).is_file():
@@ -150,7 +177,9 @@ def resolve(arguments: list[str]) -> Subject:
         config = config_of(folder)
         settings = override(config, changes) if changes else config
         subject = of_run(config, restored(config, folder, step_of(own)), folder, settings)
-    return replace(subject, folder=Path(own["run_dir"][0])) if "run_dir" in own else subject
+    if "run_dir" not in own:
+        return subject
+    return replace(subject, folder=Path(own["run_dir"]), name=f"{subject.told['folder']}-{subject.name}")
 
 
 def config_of(run: Path) -> Config:
@@ -162,10 +191,10 @@ def config_of(run: Path) -> Config:
     return configs.load(Config, run / "config.yaml")
 
 
-def step_of(own: dict[str, list[str]]) -> int | None:
+def step_of(own: dict[str, str]) -> int | None:
     """Of the checkpoint that is asked for."""
     if "step" not in own:
         return None
-    if len(own["step"]) != 1 or not own["step"][0].isdecimal():
-        raise UserError("--step takes one checkpoint's number: --step 2000")
-    return int(own["step"][0])
+    if not own["step"].isdecimal():
+        raise UserError(f"--step {own['step']} is no checkpoint's number: --step 2000")
+    return int(own["step"])

@@ -4,6 +4,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -81,6 +83,13 @@ class Log:
         seconds = (now - self._clock) / passed if passed else self._first
         self._clock, self._clock_step = now, step
         return seconds
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within, the clock of speed stands still: what is done there is no part of a step."""
+        start = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - start
 
     def say(self, text: str) -> None:
         """One line to the person at the terminal."""

@@ -1,5 +1,6 @@
 """What is watched while a run trains: its metrics, its health, and its scores on held-out pictures."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,7 +98,19 @@ def online_of(config: Config, train: Source, steps: int) -> Online | None:
     """What evaluates during training, if it ever does. The test split is not opened."""
     if not 0 < config.eval.online.every <= steps:
         return None
-    return Online(config.eval.online, train, open_source(config.data, "validation"), config.eval.batch_size)
+    reading = {"threads": config.data.threads, "workers": config.data.workers}
+    validation = open_source(config.data, "validation")
+    return Online(config.eval.online, train, validation, config.eval.batch_size, **reading)
+
+
+def online_scores(online: Online, config: Config, step: int, method: AbstractMethod) -> Values:
+    """The scores of the method after `step`, and the seconds that they took. Raises `Diverged` where there are none."""
+    start = time.perf_counter()
+    try:
+        found = online(evaluated(config, method))
+    except UserError as error:
+        raise Diverged(step, f"after step {step} {error}") from error
+    return found | {"online_seconds": time.perf_counter() - start}
 
 
 def evaluated(config: Config, method: AbstractMethod) -> FrozenViT:

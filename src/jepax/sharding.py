@@ -32,6 +32,13 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda x: jax.device_put(x, sharding) if isinstance(x, (jax.Array, np.ndarray)) else x, tree)
 
 
+def spread(images: Images) -> Images:
+    """A batch over the devices of the only process, where they can share it equally; else as it is."""
+    if jax.process_count() > 1 or jax.device_count() == 1 or len(images.index) % jax.device_count():
+        return images
+    return shard_batch(images, make_mesh())
+
+
 def shard_batch(images: Images, mesh: Mesh) -> Images:
     """This host's slice of a batch, as its part of one array over all devices."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))

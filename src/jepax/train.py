@@ -17,7 +17,7 @@ from jepax.data import Source, batches
 from jepax.evals.watchdog import Watchdog
 from jepax.logs import Log
 from jepax.methods import AbstractMethod, MethodConfig
-from jepax.monitor import Peaks, evaluated, guarded, log_values, online_of, refuse_not_finite, warn
+from jepax.monitor import Peaks, guarded, log_values, online_of, online_scores, refuse_not_finite, warn
 from jepax.optim import Optimizer
 from jepax.settings import Config, claim, compute_dtype, prepare
 from jepax.trees import cast, norm, norms_by_layer, trainable
@@ -126,7 +126,9 @@ def train(config: Config, run: Path) -> TrainState:
     start, every = int(state.step), config.train
     with Log(run / "metrics.jsonl", steps=steps, start=start) as log:
         log.begin(run, every.batch_size)
-        dog, peaks, previous, online = Watchdog(log.kept), Peaks(), None, online_of(config, source, steps)
+        dog, peaks, previous = Watchdog(log.kept), Peaks(), None
+        online = online_of(config, source, steps)
+        evaluations = start // config.eval.online.every if online is not None else 0
         with guarded(run, dog, peaks):
             for step, images in enumerate(read(config, source, steps, start), start):
                 state, metrics = compiled_step((optimizer, sharding.shard_batch(images, mesh), root, compute), state)
@@ -137,13 +139,15 @@ def train(config: Config, run: Path) -> TrainState:
                 if step == start:
                     log.compiled(metrics["loss"])
                 last, save = step + 1 == steps, (step + 1) % every.save_every == 0
-                due = online is not None and (step + 1) % config.eval.online.every == 0
-                if step == 0 or (step + 1) % every.log_every == 0 or save or last or due:
+                if step == 0 or (step + 1) % every.log_every == 0 or save or last:
                     refuse_not_finite(*previous)
                     peaks.add(metrics)
                     previous = None
                     values = log_values(metrics, log.seconds_per_step(step), every.batch_size) | peaks.take()
-                    values |= online(evaluated(config, state.method)) if due else {}
+                    if online is not None and (step + 1) // config.eval.online.every > evaluations:
+                        evaluations = (step + 1) // config.eval.online.every
+                        with log.aside():
+                            values |= online_scores(online, config, step, state.method)
                     warn(log, run, dog, log.write(step, values))
                 if save or last:  # after its line, so that a run which goes on from here lacks none
                     checkpoint.save(run / "checkpoints", step + 1, state, keep=every.keep)

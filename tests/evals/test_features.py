@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jepax.evals.features import Features, aligned, extract
+from jepax.sharding import spread
 from jepax.types import Images, UserError
 
 
@@ -74,10 +75,15 @@ def test_the_device_of_a_cpu_reads_the_same_memory():
     assert aligned((3, 5)).ctypes.data % 64 == 0
 
 
-def test_some_rows():
-    features = extract(Embed(), batches(), LABELS).only(np.array([7, 2]))
-    np.testing.assert_array_equal(features.last[:, 0], [14, 4])
-    np.testing.assert_array_equal(features.labels, LABELS[[7, 2]])
+def test_eight_devices_share_the_work_and_give_the_same():
+    """40 pictures in batches of 8, one to a device; batches of 5 cannot be shared."""
+    labels = np.zeros(40, np.int32)
+    shared, alone = (extract(Embed(), batches(count=40, size=size), labels) for size in (8, 5))
+    np.testing.assert_array_equal(shared.layers, alone.layers)
+    images, _ = next(batches(count=40, size=8))
+    assert len(spread(images).canvas.sharding.device_set) == 8
+    images, _ = next(batches(count=40, size=5))
+    assert spread(images) is images
 
 
 def test_an_empty_sweep_is_refused():

@@ -52,7 +52,12 @@ def test_some_pictures_are_drawn_over_the_whole_source():
     assert len(some(whole, 1000)) == 300
 
 
-@pytest.mark.parametrize("change", [{"every": -1}, {"train_images": 0}, {"validation_images": 0}])
+def test_too_few_pictures_are_refused_before_training():
+    with pytest.raises(UserError, match=r"eval\.online\.every=500 needs 20 training pictures, and there are 7"):
+        Online(OnlineConfig(), source(7, 0), source(7, 1), 32)
+
+
+@pytest.mark.parametrize("change", [{"every": -1}, {"train_images": 19}, {"validation_images": 0}])
 def test_impossible_settings_are_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):
         OnlineConfig(**change)

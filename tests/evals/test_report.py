@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.random as jr
 import numpy as np
 import pytest
@@ -128,10 +129,19 @@ def test_pixels_are_not_fine_tuned(rows, sources, monkeypatch):
     assert table(found).row_count == 4
 
 
+def test_an_encoder_that_gives_one_vector_for_everything_is_evaluated_too(rows, sources, tmp_path):
+    still = jax.tree.map(lambda leaf: leaf * 0, rows["trained"])
+    found = evaluate_all({"trained": still}, sources, CONFIG, step=0, key=jr.key(0))
+    assert found["rows"]["trained"]["effective_rank"] == 1.0
+    assert found["rows"]["trained"]["health"]["feature_alpha"] is None
+    assert json.loads(write(found, tmp_path, "still").read_text()) == found
+
+
 def test_repeats_are_told_by_mean_and_deviation():
-    runs = [{"top1": top1, "top5": 90.0, "interval": (0.0, 1.0)} for top1 in (60.0, 62.0, 67.0)]
+    runs = [{"top1": top1, "top5": 90.0, "interval": (top1 - 3, top1 + 2)} for top1 in (60.0, 62.0, 67.0)]
     found = repeated(runs)
     assert found["top1"] == pytest.approx(63) and found["deviation"] == pytest.approx(np.std([60, 62, 67], ddof=1))
+    assert found["interval"] == pytest.approx([60, 65])
     assert found["runs"] == runs and repeated(runs[:1]) == runs[0]
 
 

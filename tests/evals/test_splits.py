@@ -68,10 +68,11 @@ def test_pictures_in_two_splits_are_counted(row):
     planted = dataclasses.replace(test, pictures=np.concatenate([test.pictures[:30], train.pictures[:7]]))
     splits = {"train": Split(row, train, 16), "validation": Split(row, source(seed=2), 16)}
     splits["test"] = Split(row, withheld(planted), 16)
-    assert shared_pictures(splits) == {}  # nothing was read yet
+    expected = {"train/validation": 0, "train/test": 7, "validation/test": 0}
+    assert shared_pictures(splits) == expected  # read for it
     for split in splits.values():
-        assert len(split.features) == 37
-    assert shared_pictures(splits) == {"train/validation": 0, "train/test": 7, "validation/test": 0}
+        assert len(split.features) == 37 and len(split.digests) == 37
+    assert shared_pictures(splits) == expected  # noted when they were embedded
 
 
 def test_a_digest_tells_large_pictures_and_sizes_apart():

@@ -49,7 +49,7 @@ def batches(
     return (Images(*map(np.asarray, parts)) for parts in _read_ahead(reader, start, steps, threads, workers))
 
 
-def sweep(source: Source, batch_size: int, threads: int = 2) -> Iterator[tuple[Images, int]]:
+def sweep(source: Source, batch_size: int, threads: int = 2, workers: int = 0) -> Iterator[tuple[Images, int]]:
     """Every example once, in the source's order, with the number of valid rows in each batch.
 
     The last batch is filled up with copies of its last row, so that shapes never change. `Images.index` is the row.
@@ -57,7 +57,7 @@ def sweep(source: Source, batch_size: int, threads: int = 2) -> Iterator[tuple[I
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} is below 1.")
     reader = _SweepStep(source, batch_size)
-    for step, parts in enumerate(_read_ahead(reader, 0, -(-len(source) // batch_size), threads, workers=0)):
+    for step, parts in enumerate(_read_ahead(reader, 0, -(-len(source) // batch_size), threads, workers)):
         yield Images(*parts), min(batch_size, len(source) - step * batch_size)
 
 

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from jepax.sharding import spread
 from jepax.types import Array, Float, Images, Int, UserError
 
 Embed = Callable[[Images], Float[Array, "layers batch dim"]]
@@ -44,10 +45,6 @@ class Features:
         """The layers as the device reads them: the same memory on a CPU, a copy elsewhere."""
         return jax.device_put(self.layers, may_alias=True)
 
-    def only(self, rows: Int[np.ndarray, "chosen"]) -> "Features":
-        """Those of some rows."""
-        return Features(self.layers[:, rows], self.labels[rows])
-
 
 def extract(
     embed: Embed,
@@ -68,7 +65,7 @@ def extract(
     """
     run, kept, waiting, done = eqx.filter_jit(embed), None, None, 0
     for images, valid in batches:
-        ahead = (run(replace(images, label=None)), slice(done, done + valid))
+        ahead = (run(spread(replace(images, label=None))), slice(done, done + valid))
         if kept is None:
             layers, _, dim = ahead[0].shape
             kept = aligned((layers, len(labels), dim))

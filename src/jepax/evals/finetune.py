@@ -34,6 +34,7 @@ from jepax.evals.streaming import (
 )
 from jepax.nn import ViT
 from jepax.nn.blocks import Linear
+from jepax.trees import cast
 from jepax.types import Images, UserError
 from jepax.views import CropConfig, centre_crop
 
@@ -96,7 +97,7 @@ class Run(eqx.Module):
 
 def first_run(row: FrozenViT, classes: int, *, key: PRNGKeyArray) -> Run:
     """A copy of the row's encoder under a new head: a step takes its arrays over, and may not take the row's."""
-    encoder = jax.tree.map(jnp.copy, row.encoder)
+    encoder = cast(jax.tree.map(jnp.copy, row.encoder), jnp.float32)
     head = Linear(row.encoder.config.width, classes, std=HEAD_STD, key=key)
     classifier = Classifier(encoder, head, row.crop)
     return Run(classifier, ADAM.init(classifier), jnp.int32(0))

@@ -21,6 +21,9 @@ LARS_MOMENTUM = 0.9
 INIT_STD = 0.01
 """Deviation of LARS's initial weights, whose step is proportional to their norm; AdamW begins at zero."""
 
+EPSILON = 1e-6
+"""Added to the variance of a feature (He et al. 2022, whose linear probe has a BatchNorm without parameters too)."""
+
 Rule = Literal["adamw", "lars"]
 Layers = Float[Array, "layers batch dim"]
 
@@ -99,9 +102,8 @@ class Moments(NamedTuple):
 
     @property
     def std(self) -> Float[AnyArray, "dim"]:
-        """Over the population; 1 where it is 0, so that a constant feature stays finite."""
-        std = jnp.sqrt(self.squares / jnp.maximum(self.count, 1))
-        return jnp.where(std > 0, std, 1.0)
+        """Over the population, as a BatchNorm takes it, sqrt(variance + epsilon): a constant stays one."""
+        return jnp.sqrt(self.squares / jnp.maximum(self.count, 1) + EPSILON)
 
 
 def no_moments(dim: int) -> Moments:

@@ -55,7 +55,7 @@ def alpha_req(embeddings: Float[AnyArray, "n dim"]) -> float:
     """
     x = np.asarray(embeddings, np.float64)
     spectrum = np.linalg.eigvalsh(_gram(x - x.mean(axis=0)))[::-1][: min(x.shape[0] - 1, x.shape[1])]
-    spectrum = spectrum[spectrum > 1e-10 * spectrum[0]]
+    spectrum = spectrum[spectrum > 1e-10 * spectrum[:1]]
     if len(spectrum) < 2:
         return float("nan")
     rank = np.log(np.arange(1, len(spectrum) + 1))
@@ -104,11 +104,14 @@ def mean_cosine(embeddings: Float[AnyArray, "n dim"]) -> float:
     """Mean over pairs of different images of the cosine between their embeddings: 1 at total collapse.
 
     Embeddings are not centred, so that a part which all images share counts. An embedding of zeros has cosine 0.
+    NaN of a single one.
     """
     x = np.asarray(embeddings, np.float64)
     length = np.linalg.norm(x, axis=1, keepdims=True)
     unit = np.divide(x, length, out=np.zeros_like(x), where=length > 0)
     pairs = len(x) * (len(x) - 1)
+    if not pairs:
+        return float("nan")
     return float((np.sum(unit.sum(axis=0) ** 2) - np.sum(unit**2)) / pairs)
 
 

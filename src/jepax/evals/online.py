@@ -21,7 +21,7 @@ class OnlineConfig:
     """When, and on how many pictures. The test split is never opened."""
 
     every: int = 500
-    """Steps between evaluations; 0: none."""
+    """Steps between evaluations, each at the next line of the log; 0: none."""
     train_images: int = 2048
     """Pictures of the training split that the probe is fitted on and that neighbours are looked for among."""
     validation_images: int = 1024
@@ -29,23 +29,39 @@ class OnlineConfig:
 
     def __post_init__(self):
         if self.every < 0:
-            raise UserError(f"online.every={self.every} must not be negative; 0 evaluates at the end alone")
-        for name in ("train_images", "validation_images"):
-            if getattr(self, name) < 1:
-                raise UserError(f"online.{name}={getattr(self, name)} must be at least 1")
+            raise UserError(f"online.every={self.every} must not be negative; 0 leaves it to the end")
+        for name, least in (("train_images", KNN.neighbours[0]), ("validation_images", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"online.{name}={getattr(self, name)} must be at least {least}")
 
 
 class Online:
     """The pictures of a run's evaluations, read once more at each."""
 
-    def __init__(self, config: OnlineConfig, train: Source, validation: Source, batch_size: int):
+    def __init__(
+        self,
+        config: OnlineConfig,
+        train: Source,
+        validation: Source,
+        batch_size: int,
+        *,
+        threads: int = 2,
+        workers: int = 0,
+    ):
+        if len(train) < KNN.neighbours[0]:
+            raise UserError(
+                f"eval.online.every={config.every} needs {KNN.neighbours[0]} training pictures, and there are"
+                f" {len(train)}; 0 leaves evaluation to the end"
+            )
         self.train = some(train, config.train_images)
         self.validation = some(validation, config.validation_images)
-        self.batch_size = batch_size
+        self.batch_size, self.reading = batch_size, {"threads": threads, "workers": workers}
 
     def __call__(self, row: Frozen) -> dict[str, float]:
         """`probe_top1` (logistic regression) and `knn_top1` (k 20, cosine) of the last layer on validation, percent."""
-        train, validation = (Split(row, source, self.batch_size) for source in (self.train, self.validation))
+        train, validation = (
+            Split(row, each, self.batch_size, **self.reading) for each in (self.train, self.validation)
+        )
         splits, key = (train, validation, self.train.classes), jr.key(0)  # which draws nothing here
         (probe,) = logistic(*splits, LOGISTIC, key=key)
         (neighbours,) = knn(*splits, KNN, key=key)

@@ -1,12 +1,13 @@
 """Linear probe of a frozen encoder: every setting is trained at once, and validation chooses."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
@@ -29,8 +30,9 @@ from jepax.evals.heads import (
 from jepax.evals.say import SILENT, Say
 from jepax.evals.scoring import Fitted, Guesses, best_guesses, check_labels
 from jepax.evals.splits import Split
-from jepax.evals.streaming import embed_augmented, loader_seed, without_labels
+from jepax.evals.streaming import Views, embed_augmented, loader_seed, without_labels
 from jepax.evals.sweep import CHUNK, Basis, Course, add_moments, cached_pass, chunks, count_hits, head_values, one_step
+from jepax.sharding import spread
 from jepax.types import UserError
 
 CHOSEN = "chosen"
@@ -48,7 +50,7 @@ class ProbeConfig:
     layers: tuple[Literal["last", "last four"], ...] = CANDIDATES
     """What the heads read: the last layer, or the last four side by side."""
     standardised: tuple[bool, ...] = (True, False)
-    """Whether they read it standardised over the training split, as a BatchNorm without parameters gives it."""
+    """Whether they read it standardised over the training split, as a BatchNorm without parameters would."""
     epochs: int = 30
     """Passes over the training split; a small split wants more, since the rate falls by the number of updates."""
     batch_size: int = 256
@@ -59,7 +61,7 @@ class ProbeConfig:
     """Weight decay, on weights and not on biases. adamw: decoupled, times the rate; lars: added to the gradient."""
     schedule: Literal["cosine", "step"] = "cosine"
     """The rate falls to zero by a cosine, or is divided by 10 after every 15 passes."""
-    views: Literal["centre", "augmented"] = "centre"
+    views: Views = "centre"
     """Training views: cached centre crops, or crops drawn anew in each pass, which runs the encoder in each pass."""
     scale: tuple[float, float] = (0.08, 1.0)
     """views=augmented: smallest and largest share of the picture's area."""
@@ -69,8 +71,13 @@ class ProbeConfig:
     """Whether the concatenation at one layer's width, and one layer at the concatenation's, are probed beside."""
 
     def __post_init__(self):
-        if self.epochs < 1 or self.batch_size < 1:
-            raise UserError(f"epochs={self.epochs} and batch_size={self.batch_size} must be at least 1")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if not (0 < self.scale[0] <= self.scale[1] <= 1):
+            raise UserError(f"scale={self.scale} does not work: it needs 0 < low <= high <= 1; try (0.08, 1.0)")
+        if not 0 <= self.flip <= 1:
+            raise UserError(f"flip={self.flip} is no chance between 0 and 1; try 0.5")
         for name in ("layers", "standardised"):
             if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise UserError(f"{name}={getattr(self, name)} must hold at least one choice, and none twice")
@@ -93,7 +100,8 @@ PUBLISHED = ProbeConfig(
 
 Read into it, where the paper is silent: rates are for 256 images and grow with the batch, and crops take 8% of the area
 at least, both as in VISSL, whose protocol it names. *Differs:* BatchNorm's statistics are those of the whole training
-split and not running averages.
+split, as a first pass of crops shows it, and not running averages. Batches are whole multiples of `eval.batch_size`,
+which the encoder takes at once, and the examples of a pass's last, incomplete batch are left out.
 """
 
 
@@ -117,21 +125,42 @@ def linear_probe(
     """
     check_labels(train.labels, classes, "train")
     check_labels(validation.labels, classes, "validation")
-    sweep = Sweep(train, classes, config, key)
-    with say.counting("linear probe: passes", config.epochs) as done:
+    if config.views == "centre":
+        train.features, validation.features  # noqa: B018 (embedded before the bar of the passes begins)
+    with say.counting("linear probe", updates(train, config)) as done:
+        sweep = Sweep(train, classes, config, key, done)
         for epoch in range(config.epochs):
             sweep.train_pass(epoch)
-            done(epoch + 1)
     return sweep.fitted(validation)
+
+
+def updates(train: Split, config: ProbeConfig) -> int:
+    """Batches of all passes, and of the one before them that measures the statistics of augmented crops."""
+    return (len(train) // sizes(train, config)[0]) * (config.epochs + (config.views == "augmented"))
+
+
+def sizes(train: Split, config: ProbeConfig) -> tuple[int, int]:
+    """Examples per update, and per batch that is read: augmented crops are embedded in pieces of the split's size."""
+    size = min(config.batch_size, len(train))
+    if config.views == "centre" or size <= train.batch_size:
+        return size, size
+    return size // train.batch_size * train.batch_size, train.batch_size
 
 
 class Sweep:
     """All heads of one encoder, and what trains them pass by pass."""
 
-    def __init__(self, train: Split, classes: int, config: ProbeConfig, key: PRNGKeyArray):
-        self.train, self.config = train, config
+    def __init__(
+        self,
+        train: Split,
+        classes: int,
+        config: ProbeConfig,
+        key: PRNGKeyArray,
+        done: Callable[[int], None] = lambda batches: None,
+    ):
+        self.train, self.config, self.done, self.batches = train, config, done, 0
         key_maps, key_heads, self.key_order = jr.split(key, 3)
-        size = min(config.batch_size, len(train))
+        size, self.piece = sizes(train, config)
         self.course = Course(config.rule, config.schedule, config.epochs, len(train) // size, size)
         self.grid = [
             {"standardised": flag, "learning_rate": rate, "weight_decay": decay}
@@ -173,11 +202,23 @@ class Sweep:
         return moments
 
     def _crops(self, epoch: int) -> Iterator[tuple[Layers, Int[np.ndarray, "batch"]]]:
-        """Features and labels of one pass's batches, in an order and of crops of its own."""
+        """Features and labels of one pass's batches, in an order and of crops of its own; embedded piece by piece."""
         key_order, key_crops = jr.split(jr.fold_in(self.key_order, epoch))
         crop = replace(self.train.row.crop, scale=self.config.scale, flip=self.config.flip)
-        for images in self.train.shuffled(self.course.batch_size, self.course.steps, loader_seed(key_order)):
-            yield embed_augmented(self.train.row, without_labels(images), crop, key_crops), images.label
+        pieces = self.course.batch_size // self.piece
+        images = self.train.shuffled(self.piece, self.course.steps * pieces, loader_seed(key_order))
+        for _ in range(self.course.steps):
+            parts = [
+                (embed_augmented(self.train.row, spread(without_labels(part)), crop, key_crops), part.label)
+                for part in itertools.islice(images, pieces)
+            ]
+            layers, labels = zip(*parts, strict=True)
+            yield jnp.concatenate(layers, axis=1), np.concatenate(labels)
+            self._told(1)
+
+    def _told(self, batches: int) -> None:
+        self.batches += batches
+        self.done(self.batches)
 
     def train_pass(self, epoch: int) -> None:
         """Every head sees every example once, but for the last, incomplete batch; each pass has an order of its own."""
@@ -185,6 +226,8 @@ class Sweep:
             features, key = self.train.features, jr.fold_in(self.key_order, epoch)
             arrays = (features.on_device, features.labels, key)
             self.state = cached_pass(self.state, *arrays, self.basis, course=self.course)
+            jax.block_until_ready(self.state)
+            self._told(self.course.steps)
             return
         for layers, labels in self._crops(epoch):
             self.state = one_step(self.state, layers, labels, self.basis, course=self.course)

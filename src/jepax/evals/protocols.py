@@ -37,7 +37,7 @@ class EvalConfig:
     encoder: Choice = "default"
     """Encoder that is evaluated; default: the one that the method's paper evaluates."""
     pool: Pool = "mean"
-    """How an image's patches become one vector."""
+    """How an image's patches become one vector; attentive and finetune have ways of their own."""
     batch_size: int = 256
     """Images per batch when features are extracted."""
     linear: ProbeConfig = field(default_factory=ProbeConfig)

@@ -3,14 +3,16 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.random as jr
 import numpy as np
 from rich.table import Table
 
@@ -37,6 +39,8 @@ SPLITS = ("train", "validation", "test")
 FLOORS = ("untrained", "pixels")
 HEALTH_EXAMPLES = 4096
 """At most so many validation examples, spread evenly, are read for signs of collapse."""
+HEALTH_KEY = 1
+"""Folded into the evaluation's key for the crops that LiDAR reads."""
 LIDAR = 512, 8
 """Pictures, and random crops of each."""
 
@@ -49,6 +53,8 @@ class Evaluation:
     """By split; `validation` must share no picture with the other two, and `test` none with any."""
     config: EvalConfig
     key: PRNGKeyArray
+    reading: dict[str, int] = field(default_factory=dict)
+    """Threads and worker processes that read pictures."""
     say: Say = SILENT
 
     @property
@@ -62,6 +68,7 @@ class Evaluation:
                 frozen,
                 withheld(source) if split == "test" else source,
                 self.config.batch_size,
+                **self.reading,
                 name=f"{ROWS[name]}: features of {split}",
                 say=self.say,
             )
@@ -76,10 +83,16 @@ class Evaluation:
             arguments = (splits["train"], splits["validation"], self.classes, settings)
             fitted = PROTOCOLS[protocol](*arguments, key=self.key, say=self.say)
             row[protocol] = self._scored(fitted, splits["test"])
-        for pair, count in (shared := shared_pictures(splits)).items():
+        row |= health(splits["validation"], jr.fold_in(self.key, HEALTH_KEY))
+        return row if name in FLOORS else row | {"shared_pictures": self._shared(splits)}
+
+    def _shared(self, splits: dict[str, Split]) -> dict[str, int]:
+        """Pictures that stand in two splits, which are the same ones whatever the row."""
+        shared = shared_pictures(splits)
+        for pair, count in shared.items():
             if count:
                 self.say.line(f"warning: {count} pictures of {pair.replace('/', ' and ')} are the same")
-        return {**row, **health(splits["validation"], self.key), "shared_pictures": shared}
+        return shared
 
     def _scored(self, fitted: list[Fitted], test: Split) -> dict[str, Any]:
         """The first answer, and the others beside it; answers of one name by their mean and standard deviation."""
@@ -110,10 +123,14 @@ def health(split: Split, key: PRNGKeyArray) -> dict[str, Any]:
 
 
 def repeated(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One run as it is; several as their means, with the standard deviation of top-1 over them."""
+    """One run as it is; several as their means, with the standard deviation of top-1 over them.
+
+    The interval is the mean of the runs' own: of one run on other test examples.
+    """
     if len(runs) == 1:
         return runs[0]
     means = {name: float(np.mean([run[name] for run in runs])) for name in ("top1", "top5")}
+    means["interval"] = [float(bound) for bound in np.mean([run["interval"] for run in runs], axis=0)]
     return {**means, "deviation": float(np.std([run["top1"] for run in runs], ddof=1)), "runs": runs}
 
 
@@ -124,6 +141,7 @@ def evaluate_all(
     *,
     step: int,
     key: PRNGKeyArray,
+    reading: dict[str, int] | None = None,
     say: Say = SILENT,
     floors: Path | None = None,
 ) -> dict[str, Any]:
@@ -132,13 +150,14 @@ def evaluate_all(
     Every row is judged from the same key by the same protocols. Accuracies are in percent.
 
     - `rows`: by the names of `ROWS`; "trained" is the encoder of `step`.
+    - `reading`: threads and worker processes that read pictures.
     - `floors`: a folder to keep the rows of `FLOORS` in, and to take them from where another evaluation with the same
       protocols, key, data and features left them. None measures them here.
 
     **Raises** `UserError` for a split without examples or labels, and for features that are not finite.
     """
     config = EvalConfig() if config is None else config
-    shared = Evaluation(sources, config, key, say)
+    shared = Evaluation(sources, config, key, reading or {}, say)
     for split in SPLITS:
         check_labels(sources[split].labels, shared.classes, split)
     measured = {
@@ -176,12 +195,13 @@ def _kept(name: str, frozen: Frozen, shared: Evaluation, folder: Path) -> dict[s
 
 
 def _plain(value: Any) -> Any:
-    """The same tree as JSON gives it back: tuples become lists, NumPy's numbers Python's."""
+    """The same tree as JSON gives it back: tuples become lists, NumPy's numbers Python's, what is not finite None."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
-    return value.item() if isinstance(value, np.generic) else value
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:
@@ -231,8 +251,13 @@ def _cells(row: dict[str, Any], protocols: list[str]) -> list[str]:
     if "top1" in row:  # the majority class: one number, whatever classifies
         return [f"{row['top1']:.2f}"] * len(protocols) + [""]
     variants = [row[protocol].get("variant", "") for protocol in protocols if protocol in row]
-    shown = [top1_in_words(row[protocol]) if protocol in row else "" for protocol in protocols]
+    shown = [top1_in_words(row[protocol]) + named(row[protocol]) if protocol in row else "" for protocol in protocols]
     return [*shown, "; ".join(filter(None, variants))]
+
+
+def named(score: dict[str, Any]) -> str:
+    """Which of a protocol's answers it is, where that is not plain."""
+    return f", {score['name']}" if "deviation" in score else ""
 
 
 def top1_in_words(score: dict[str, Any]) -> str:

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-LINE_EVERY = 15.0
-"""Seconds between lines where there is no terminal to draw a bar on."""
+from jepax.logs import LINE_EVERY, clock
 
 
 class Say:
@@ -38,11 +37,6 @@ class Say:
                     self.line(f"{what}: {count}/{total}, {clock(left)} left")
 
             yield done
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds."""
-    return "{}:{:02d}".format(*divmod(round(seconds), 60))
 
 
 SILENT = Say(lambda text: None)

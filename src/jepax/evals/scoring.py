@@ -53,7 +53,7 @@ def best_guesses(values: Float[AnyArray, "n classes"]) -> Guesses:
     values = np.asarray(values, np.float32)
     values = np.where(np.isnan(values), -np.inf, values)
     order = np.argsort(-values, axis=1, kind="stable")[:, :GUESSES]
-    named = np.isfinite(np.take_along_axis(values, order, axis=1))
+    named = np.take_along_axis(values, order, axis=1) > -np.inf
     return np.where(named, order, NONE).astype(np.int32)
 
 

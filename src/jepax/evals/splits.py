@@ -43,8 +43,19 @@ def withheld(source: Source) -> Withheld:
 class Split:
     """One split of the data, before one row's encoder."""
 
-    def __init__(self, row: Frozen, source: Source, batch_size: int, *, name: str = "features", say: Say = SILENT):
+    def __init__(
+        self,
+        row: Frozen,
+        source: Source,
+        batch_size: int,
+        *,
+        threads: int = 2,
+        workers: int = 0,
+        name: str = "features",
+        say: Say = SILENT,
+    ):
         self.row, self.source, self.batch_size, self.name, self.say = row, source, batch_size, name, say
+        self.reading = {"threads": threads, "workers": workers}
         self.digests: UInt64[np.ndarray, "seen"] = np.empty(0, np.uint64)
         """Of the pictures, once they were embedded: they tell what stands in two splits."""
 
@@ -72,11 +83,11 @@ class Split:
 
     def pictures(self) -> Iterator[tuple[Images, int]]:
         """Every example once, in order, with the number of valid rows of each batch."""
-        return sweep(self.source, self.batch_size)
+        return sweep(self.source, self.batch_size, **self.reading)
 
     def shuffled(self, batch_size: int, steps: int, seed: int) -> Iterator[Images]:
         """Batches of `steps` steps in the order of `seed`, a new one each epoch."""
-        return batches(self.source, batch_size=batch_size, steps=steps, seed=seed)
+        return batches(self.source, batch_size=batch_size, steps=steps, seed=seed, **self.reading)
 
 
 def some(source: Source, count: int) -> Source:
@@ -89,11 +100,20 @@ def some(source: Source, count: int) -> Source:
 def shared_pictures(splits: dict[str, Split]) -> dict[str, int]:
     """How many pictures of the later split of each pair are in the earlier one too: `{"train/test": 0, ...}`.
 
-    Of splits that were embedded; the others are left out.
+    Splits that were embedded have noted their pictures; the others are read for it.
     """
-    digests = {name: split.digests for name, split in splits.items() if len(split.digests)}
+    digests = {name: split.digests if len(split.digests) else _digests(split) for name, split in splits.items()}
     pairs = itertools.combinations(digests, 2)
     return {f"{one}/{two}": int(np.isin(digests[two], digests[one]).sum()) for one, two in pairs}
+
+
+def _digests(split: Split) -> UInt64[np.ndarray, "seen"]:
+    with split.say.counting("looking for pictures that stand in two splits", len(split)) as done:
+        found = []
+        for images, valid in split.pictures():
+            found.append(digest(images)[:valid])
+            done(sum(map(len, found)))
+    return np.concatenate(found)
 
 
 def digest(images: Images) -> UInt64[np.ndarray, "batch"]:

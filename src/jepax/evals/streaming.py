@@ -17,6 +17,7 @@ from jepax.evals.frozen import Frozen, View
 from jepax.evals.scoring import NONE, best_guesses
 from jepax.evals.splits import Split, some
 from jepax.optim import decayed
+from jepax.sharding import spread
 from jepax.types import Images, UserError
 from jepax.views import CropConfig, centre_crop, random_resized_crop
 
@@ -116,7 +117,7 @@ def run_steps(
     """The state after one step for each batch. The host is never more than one step ahead of the device."""
     previous = None
     for count, images in enumerate(batches, 1):
-        state, loss = step(state, images)
+        state, loss = step(state, spread(images))
         if previous is not None:
             jax.block_until_ready(previous)
         previous = loss
@@ -140,7 +141,7 @@ def guesses_of(function: Callable[[Images], Float[Array, "*_ batch classes"]], s
     arrays, rest = eqx.partition(function, eqx.is_array)
     parts, waiting = [], None
     for images, valid in split.pictures():
-        ahead = _answers(arrays, without_labels(images), rest=rest), valid
+        ahead = _answers(arrays, spread(without_labels(images)), rest=rest), valid
         if waiting is not None:  # fetched one batch late, so that the device works while the host sorts
             parts.append(_best(*waiting))
         waiting = ahead
@@ -164,10 +165,12 @@ def embed_augmented(
 
 def crops_of(split: Split, pictures: int, crops: int, key: PRNGKeyArray) -> Float[np.ndarray, "pictures crops dim"]:
     """The last layer's features of several random crops, by the row's own settings, of some pictures or of all."""
-    few = Split(split.row, some(split.source, pictures), split.batch_size)
+    few = Split(split.row, some(split.source, pictures), split.batch_size, **split.reading)
     drawn = []
     for images, valid in few.pictures():
-        layers = [embed_augmented(few.row, without_labels(images), few.row.crop, k) for k in jr.split(key, crops)]
+        layers = [
+            embed_augmented(few.row, spread(without_labels(images)), few.row.crop, k) for k in jr.split(key, crops)
+        ]
         drawn.append(np.stack([np.asarray(each[-1])[:valid] for each in layers], axis=1))
     return np.concatenate(drawn)
 
