@@ -112,7 +112,7 @@ def test_targets_that_run_away_are_named(tmp_path):
     Such runs differ from machine to machine, and one in eight collapses before it drifts.
     """
     first = []
-    for seed in range(206, 210):
+    for seed in range(206, 209):
         said = watched(tiny(IJEPA, seed, 300, RISING, **DRIFTING), tmp_path / str(seed))[1]
         first.append(said[0].kind)
     assert set(first) <= {"drift", "collapse"} and first.count("drift") >= 2, first
@@ -120,8 +120,8 @@ def test_targets_that_run_away_are_named(tmp_path):
 
 @pytest.mark.parametrize(("recipe", "optim", "seed"), each_seed(HEALTHY))
 def test_a_healthy_run_raises_no_alarm(recipe, optim, seed, tmp_path):
-    lines, said = watched(tiny(recipe, seed, 100, optim), tmp_path / "run")
-    assert said == [] and len(lines) == 11
+    lines, said = watched(tiny(recipe, seed, 80, optim), tmp_path / "run")
+    assert said == [] and len(lines) == 9
     assert json.loads((tmp_path / "run" / "health.json").read_text()) == {"alarms": [], "ended": None}
 
 
