@@ -112,7 +112,7 @@ PANELS = (
     ),
 )
 """In reading order. A panel none of whose metrics was logged is left out, and so is a line."""
-NOT_DRAWN = {"step", "seconds_per_step"}
+NOT_DRAWN = {"step", "seconds_per_step", "online_seconds"}
 
 
 def panels_of(lines: list[dict]) -> tuple[Panel, ...]:
