@@ -102,6 +102,7 @@ def test_exported_weights_score_as_their_run_does(finished, capsys, tmp_path):
     assert found["rows"]["trained"] == own["rows"]["trained"] and found["rows"]["pixels"] == own["rows"]["pixels"]
 
 
+@pytest.mark.long
 def test_every_protocol_runs(finished, capsys):
     run, _, _ = finished
     small = """--eval.linear-published.epochs 1 --eval.attentive.epochs 1 --eval.finetune.epochs 1

@@ -1,5 +1,6 @@
 """The loop on generated pictures: a run's folder, resuming, one program, and a loss that stops being finite."""
 
+import json
 from dataclasses import replace
 
 import equinox as eqx
@@ -177,7 +178,7 @@ def test_a_teacher_in_bfloat16_is_saved_and_restored_as_it_is(tmp_path):
     momentum = replace(config.method.momentum, precision="bfloat16")
     config = replace(config, method=replace(config.method, momentum=momentum))
     state = train(config, tmp_path)
-    restored = training.restored(config, tmp_path)
+    restored = evaluation.restored(config, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, arrays(state), arrays(restored))
     kept = {leaf.dtype for leaf in jax.tree.leaves(eqx.filter(restored.method.target_encoder, eqx.is_array))}
     assert kept == {jnp.bfloat16.dtype}

@@ -94,18 +94,23 @@ def watched(config, run):
     return logs.read(run / "metrics.jsonl"), alarms.read(run)
 
 
-def each_seed(runs: list[tuple]) -> list[tuple]:
-    """One run a seed; those of the same settings side by side, since they share their programs."""
-    return [(*settings, seed) for *settings, seeds in runs for seed in seeds]
+def each_seed(runs: list[tuple], quick: set[int]) -> list:
+    """One run a seed; those of the same settings side by side, since they share their programs. `quick`: in every test
+    run, the others in the long one."""
+    rows = [(*settings, seed) for *settings, seeds in runs for seed in seeds]
+    return [pytest.param(*row, marks=() if row[-1] in quick else pytest.mark.long) for row in rows]
 
 
-@pytest.mark.parametrize(("kind", "recipe", "steps", "optim", "method", "seed"), each_seed(FAILING))
+@pytest.mark.parametrize(
+    ("kind", "recipe", "steps", "optim", "method", "seed"), each_seed(FAILING, quick={200, 202, 204, 208})
+)
 def test_a_run_that_fails_by_its_settings_is_named(kind, recipe, steps, optim, method, seed, tmp_path):
     lines, said = watched(tiny(recipe, seed, steps, optim, **method), tmp_path / "run")
     assert said and said[0].kind == kind, [str(alarm) for alarm in said]
     assert Watchdog(lines).alarms == said
 
 
+@pytest.mark.long
 def test_targets_that_run_away_are_named(tmp_path):
     """A learning rate that never stops rising, plain squared error, a quick teacher: the loss falls, then rises.
 
@@ -118,7 +123,7 @@ def test_targets_that_run_away_are_named(tmp_path):
     assert set(first) <= {"drift", "collapse"} and first.count("drift") >= 2, first
 
 
-@pytest.mark.parametrize(("recipe", "optim", "seed"), each_seed(HEALTHY))
+@pytest.mark.parametrize(("recipe", "optim", "seed"), each_seed(HEALTHY, quick={301, 305, 308, 311}))
 def test_a_healthy_run_raises_no_alarm(recipe, optim, seed, tmp_path):
     lines, said = watched(tiny(recipe, seed, 80, optim), tmp_path / "run")
     assert said == [] and len(lines) == 9

@@ -52,7 +52,7 @@ CHUNK = 1024
 class LogisticConfig:
     """Validation chooses among every strength on each choice of layers."""
 
-    strengths: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+    strengths: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     """Weights of the L2 penalty; fitted from the strongest, each from where the last one ended."""
     layers: tuple[Layers, ...] = ("last", "last four")
     """What is read: the last layer, or the last four side by side."""
