@@ -60,7 +60,13 @@ def sweep(config: Config, rounds: int) -> dict[str, Any]:
     features = time.perf_counter() - start
     settings = {
         "sweep": ProbeConfig(controls=False),
-        "one": ProbeConfig(("last four",), (True,), learning_rates=(1e-2,), weight_decays=(0.0,), controls=False),
+        "one": ProbeConfig(
+            layers=("last four",),
+            standardised=(True,),
+            learning_rates=(1e-2,),
+            weight_decays=(0.0,),
+            controls=False,
+        ),
     }
     times = {name: [] for name in settings}
     for turn in range(rounds + 1):
