@@ -117,7 +117,7 @@ def peak_of(count: int, depth: int) -> dict[str, float]:
     row = FrozenViT(ViT(config, key=jr.key(0)), CropConfig(size=(16, 16), centre_resize=1.0))
     made = {"source": "synthetic", "canvas": 16, "synthetic_images": count}
     split = Split(row, open_source(DataConfig(**made, validation=0.01), "train"), 256)
-    few = Split(row, open_source(DataConfig(**made | {"synthetic_images": 1000}), "train"), 256)
+    few = Split(row, open_source(DataConfig(**made | {"synthetic_images": 4000}), "train"), 256)
     probe = ProbeConfig(epochs=1, batch_size=1024, controls=False)
     linear_probe(few, few, split.source.classes, probe, key=jr.key(0))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

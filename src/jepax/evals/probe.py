@@ -199,6 +199,7 @@ class Sweep:
             parts = ((layers, np.ones(layers.shape[1], bool)) for layers, _ in self._crops(0))
         for layers, valid in parts:
             moments = add_moments(moments, layers, valid, maps)
+            jax.block_until_ready(moments)  # or copies of every part would wait in line
         return moments
 
     def _crops(self, epoch: int) -> Iterator[tuple[Layers, Int[np.ndarray, "batch"]]]:
