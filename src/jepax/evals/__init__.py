@@ -1,1 +1,1 @@
-"""Evaluation of frozen encoders: linear probe, nearest neighbours, floors and signs of collapse."""
+"""Evaluation of encoders: protocols and what they stand beside, scores during training, health and its watchdog."""
