@@ -30,8 +30,9 @@ from jepax.evals.splits import Split, some
 from jepax.nn import SIZES, ViT, ViTConfig
 from jepax.recipes import RECIPES
 from jepax.settings import Config, prepare
-from jepax.train import compiled_step, read
-from jepax.train import first_state as state_before
+from jepax.step import USUAL, compiled_step
+from jepax.step import first_state as state_before
+from jepax.train import read
 from jepax.views import CropConfig
 from machine import machine  # beside this file
 
@@ -153,7 +154,7 @@ def online(config: Config, rounds: int, steps: int) -> dict[str, float]:
         start = time.perf_counter()
         for _ in range(steps):
             batch = sharding.shard_batch(next(stream), mesh)
-            state, _ = compiled_step((optimizer, batch, root, jnp.float32), state)
+            state, _ = compiled_step((optimizer, root, jnp.float32, USUAL), batch, state)
         jax.block_until_ready(state)
         between = time.perf_counter()
         evaluate(FrozenViT(encoder_of(state.method, encoder), config.method.crop))

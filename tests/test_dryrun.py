@@ -11,7 +11,7 @@ import pytest
 from jepax import costs, dryrun
 from jepax.data import DataConfig
 from jepax.recipes import RECIPES
-from jepax.train import first_state
+from jepax.step import first_state
 from jepax.types import UserError
 from tests.contracts.shrink import shrunk
 

@@ -13,7 +13,7 @@ import pytest
 from jepax import cli, evaluation, monitor, settings, weights
 from jepax import config as configs
 from jepax import train as training
-from jepax.train import build_method
+from jepax.step import build_method
 from jepax.types import UserError
 from tests.contracts.shrink import shrunk
 

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from jepax import signals
 from jepax.allocator import keep_freed_memory
 
 if TYPE_CHECKING:  # jax and what stands on it take seconds to import: only where a command needs them
     from jepax.evaluation import Subject
     from jepax.settings import Config
-    from jepax.train import TrainState
+    from jepax.step import TrainState
 
 USAGE = """usage: jepax COMMAND
 
@@ -24,6 +25,7 @@ USAGE = """usage: jepax COMMAND
   jepax train CONFIG.yaml       trains the run of a config file, such as runs/NAME/config.yaml, again
       --FIELD.PATH VALUE ...    overrides any field: --optim.peak-lr 3e-4 --method.crop.size 28 28
       --run-dir DIR             folder of the run (runs/RECIPE); the same command again continues it
+      --resume.allow NAME ...   continues a folder of another config: settings or groups that may differ; data: pictures
       --dry-run                 prints settings, sizes, arithmetic and memory, and takes one step; writes nothing
   jepax train RECIPE --help     lists every field with its type, default and meaning
   jepax evaluate RUN|WEIGHTS    evaluates the newest checkpoint of a run's folder, or exported weights
@@ -35,6 +37,8 @@ USAGE = """usage: jepax COMMAND
   jepax export RUN FOLDER       writes the newest checkpoint's encoder as a Hugging Face I-JEPA folder, for transformers
       --step N                  the checkpoint of another step
       --encoder NAME            target or context; by default the one that evaluations read
+  jepax doctor RUN              says what a run's folder holds, what is sound, and what the next command would do
+  jepax replay DUMP             takes a step again that ended a run, from its folder in runs/NAME/dumps
   jepax grid NAME               trains and evaluates the rows of a grid, or of a grid's YAML file: one table, one figure
       --FIELD.PATH VALUE ...    overrides a field of every row
       --run-dir DIR             folder of the grid (runs/NAME); the same command again continues it
@@ -47,12 +51,14 @@ LINES = 5
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command. Exits with 2 after an error of the user, with 130 when interrupted."""
+    """Runs one command. Exits with 2 after an error of the user, with `signals.AGAIN` when it was asked to end."""
     try:
-        with plain_warnings():
+        with signals.handled(), plain_warnings():
             run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
-        stop("interrupted; the same command goes on from the newest checkpoint, if there is one", 130)
+        stop("ended as asked; the same command goes on", signals.AGAIN)
+    except signals.Stopped as ended:
+        stop(str(ended), signals.AGAIN)
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -171,12 +177,13 @@ def train(arguments: list[str]) -> None:
 
         dry_run(config)
         return
-    from jepax import settings
+    from jepax import lock, settings
     from jepax import train as training
     from jepax.evals import alarms
 
     settings.check_splits(config.data)
-    finish(config, training.train(config, folder), folder)
+    with lock.held(folder):
+        finish(config, training.train(config, folder, allow=wanted.allow), folder)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all; {alarms.summary(folder)}")
 
 
@@ -244,6 +251,24 @@ def export(arguments: list[str]) -> None:
     print(f"{folder}: the {name} encoder after step {step}")
 
 
+def doctor(arguments: list[str]) -> None:
+    """`jepax doctor RUN`; exits with 1 where something is not sound."""
+    from jepax.doctor import examine
+    from jepax.types import UserError
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise UserError("give a run's folder: jepax doctor runs/NAME")
+    if not examine(Path(arguments[0])):
+        sys.exit(1)
+
+
+def replay(arguments: list[str]) -> None:
+    """`jepax replay DUMP`"""
+    from jepax import replay as again
+
+    again.replay(again.of_arguments(arguments))
+
+
 def grid(arguments: list[str]) -> None:
     """`jepax grid NAME|GRID.yaml [--field.path value ...] [--run-dir DIR] [--seeds 0 1 2] [--part 1/2]`"""
     from jepax.grids import run as grids
@@ -263,6 +288,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "export": export,
+    "doctor": doctor,
+    "replay": replay,
     "grid": grid,
     "--version": version,
 }

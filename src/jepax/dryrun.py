@@ -16,7 +16,6 @@ from jaxtyping import PyTree
 
 from jepax import config as configs
 from jepax import costs, sharding
-from jepax import train as training
 from jepax.data import Source
 from jepax.masking import block_sizes
 from jepax.methods import AbstractMethod
@@ -24,6 +23,8 @@ from jepax.methods.ijepa import IJEPA
 from jepax.methods.multiview import MultiView, embed
 from jepax.optim import Optimizer
 from jepax.settings import Config, compute_dtype, prepare
+from jepax.step import TrainState, compiled_step, first_state, train_step
+from jepax.train import read
 from jepax.trees import EMA, cast, count_parameters, trainable
 from jepax.types import Images, Masks, UserError
 from jepax.views import CropConfig
@@ -42,7 +43,7 @@ class Plan:
     config: Config
     source: Source
     optimizer: Optimizer
-    state: training.TrainState
+    state: TrainState
 
     def images(self, batch: int) -> Images:
         """A batch as abstract shapes."""
@@ -80,7 +81,7 @@ def make_plan(config: Config, say: Say) -> Plan:
         config = dataclasses.replace(config, data=generated)
     source, optimizer = prepare(config)
     say(f"{len(source):,} training pictures, {optimizer.total_steps:,} steps of {config.train.batch_size}")
-    state = eqx.filter_eval_shape(training.first_state, config.method, optimizer, jr.key(config.seed))
+    state = eqx.filter_eval_shape(first_state, config.method, optimizer, jr.key(config.seed))
     return Plan(config, source, optimizer, state)
 
 
@@ -134,7 +135,7 @@ def viewed_tokens(method: MultiView) -> str:
 def step_flops(plan: Plan) -> float:
     """FLOPs per image of one training step: those of the batch, over its images."""
     batch = plan.config.train.batch_size
-    return costs.flops(training.train_step, plan.optimizer, plan.state, plan.images(batch), jr.key(0)) / batch
+    return costs.flops(train_step, plan.optimizer, plan.state, plan.images(batch), jr.key(0)) / batch
 
 
 def update_flops(plan: Plan) -> float:
@@ -290,10 +291,10 @@ def run_step(plan: Plan, batch: int) -> str:
     start = time.perf_counter()
     config = dataclasses.replace(plan.config, train=dataclasses.replace(plan.config.train, batch_size=batch))
     mesh = sharding.make_mesh()
-    images = sharding.shard_batch(next(training.read(config, plan.source, 1, 0)), mesh)
-    state = sharding.replicate(training.first_state(config.method, plan.optimizer, jr.key(config.seed)), mesh)
+    images = sharding.shard_batch(next(read(config, plan.source, 1, 0)), mesh)
+    state = sharding.replicate(first_state(config.method, plan.optimizer, jr.key(config.seed)), mesh)
     root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), mesh)
-    state, metrics = training.compiled_step((plan.optimizer, images, root, compute_dtype(config)), state)
+    state, metrics = compiled_step((plan.optimizer, root, compute_dtype(config), config.train.guard), images, state)
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if not (jnp.isfinite(loss) and jnp.isfinite(norm)):
         raise UserError(f"the first step's loss is {loss} and its gradient's norm {norm}; look at optim and method")

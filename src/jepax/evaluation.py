@@ -20,7 +20,7 @@ from jepax.nn import ViT
 from jepax.optim import Optimizer
 from jepax.overrides import dotted, grouped, override
 from jepax.settings import Config
-from jepax.train import TrainState, build_method, first_state
+from jepax.step import TrainState, build_method, first_state
 from jepax.types import UserError
 from jepax.views import CropConfig
 from jepax.weights import MODEL, load_encoder
@@ -84,13 +84,13 @@ def restored(config: Config, run: Path, step: int | None = None) -> TrainState:
 
     Raises `UserError` where it is not there, and where another config wrote it. The run's data is not read.
     """
-    saved = checkpoint.whole_steps(run / "checkpoints")
+    saved = checkpoint.steps(run / "checkpoints")
     if not saved:
         raise UserError(
-            f"{run} holds no whole checkpoint; train it first: jepax train {run / 'config.yaml'} --run-dir {run}"
+            f"{run} holds no finished checkpoint; train it first: jepax train {run / 'config.yaml'} --run-dir {run}"
         )
     if step is not None and step not in saved:
-        raise UserError(f"{run} holds no whole checkpoint of step {step}; there are {', '.join(map(str, saved))}")
+        raise UserError(f"{run} holds no finished checkpoint of step {step}; there are {', '.join(map(str, saved))}")
     state = first_state(config.method, Optimizer(config.optim, 1, 0), jr.key(config.seed))
     state = sharding.replicate(state, sharding.make_mesh())
     return checkpoint.restore(run / "checkpoints", saved[-1] if step is None else step, state)

@@ -112,6 +112,11 @@ class Log:
         return line
 
 
+def warn(text: str) -> None:
+    """One line to the person at the terminal, before or beside a log."""
+    print(f"jepax: warning: {text}", file=sys.stderr, flush=True)
+
+
 def clock(seconds: float | int) -> str:
     """Hours, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)

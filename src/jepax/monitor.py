@@ -1,24 +1,27 @@
 """What is watched while a run trains: its metrics, its health, and its scores on held-out pictures."""
 
+import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Array
 
+from jepax import guard
 from jepax.data import Source, open_source
 from jepax.evals import alarms
 from jepax.evals.frozen import FrozenViT, encoder_of
 from jepax.evals.health import diagnose
 from jepax.evals.online import Online
 from jepax.evals.watchdog import Watchdog
+from jepax.events import Events
 from jepax.logs import Log, Values, plain
 from jepax.methods import AbstractMethod
+from jepax.saving import SCORE
 from jepax.settings import Config
-from jepax.types import Metrics, UserError
+from jepax.types import Images, Metrics, UserError
 
+NOT_LOGGED = {"verdict", "in_a_row", "grad_norm_limit"}
 ROWS = {"embeddings": "embedding", "projections": "projection"}
 """Metrics with one row per image, diagnosed on the host at logged steps, and what their diagnostics begin with."""
 
@@ -31,27 +34,33 @@ class Diverged(UserError):
         self.step = step
 
 
-def refuse_not_finite(step: int, metrics: Metrics) -> None:
-    """Raises `Diverged` naming the step. The state after it is lost, so nothing of it is saved."""
-    for name, what in (("loss", "loss"), ("update_norm", "update's norm")):
-        if not np.isfinite(metrics[name]):
-            raise Diverged(
-                step,
-                f"the {what} of step {step} is {float(metrics[name])}: training stopped, nothing was saved after it;\n"
-                "try a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.clip=1.0",
-            )
+class NotFinite(Exception):
+    """As many steps in a row as the guard bears were not finite; none of them changed the state."""
+
+    def __init__(self, step: int, images: Images, numbers: dict[str, float | str]):
+        super().__init__(step)
+        self.step, self.images, self.numbers = step, images, numbers
+
+
+class RollBack(Exception):
+    """The gradient of a step leapt, and training is to go back behind it."""
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
 
 
 class Peaks:
     """The largest loss and gradient norm of any step since the last line of the log, so that no step is overlooked."""
 
-    def __init__(self) -> None:
-        self.largest: dict[str, float] = {}
+    def __init__(self, largest: dict[str, float] | None = None) -> None:
+        self.largest = dict(largest or {})
 
     def add(self, metrics: Metrics) -> None:
         for name in ("loss", "grad_norm"):
             value = float(metrics[name])
-            self.largest[f"{name}_max"] = max(value, self.largest.get(f"{name}_max", value))
+            if math.isfinite(value):
+                self.largest[f"{name}_max"] = max(value, self.largest.get(f"{name}_max", value))
 
     def take(self) -> Values:
         """What was seen; from here on anew."""
@@ -59,30 +68,116 @@ class Peaks:
         return seen
 
 
-@contextmanager
-def guarded(run: Path, dog: Watchdog, peaks: Peaks) -> Iterator[None]:
-    """Within, `run`/health.json holds what the watchdog has said; if training diverges, that and its prelude too."""
-    alarms.write(run, dog.alarms)
-    try:
-        yield
-    except Diverged as error:
-        dog.see({"step": error.step, **peaks.take()})
-        alarms.write(run, dog.alarms, ended=str(error).splitlines()[0])
-        raise
+class Monitor:
+    """Looks at every step, one step late so that the device never waits for it, and writes the log's lines."""
 
+    def __init__(self, config: Config, run: Path, log: Log, events: Events, online: Online | None, note: dict):
+        self.config, self.run, self.log, self.events, self.online = config, run, log, events, online
+        self.dog, self.peaks, self.best = Watchdog(log.kept), Peaks(note.get("peaks")), note.get("best")
+        self.evaluations = log.start // config.eval.online.every if online is not None else 0
+        self._waiting: tuple[int, Metrics, Images] | None = None
+        alarms.write(run, self.dog.alarms)
 
-def warn(log: Log, run: Path, dog: Watchdog, line: dict) -> None:
-    """Lets the watchdog see a line; what it says goes to the terminal and into `run`/health.json."""
-    new = dog.see(line)
-    for alarm in new:
-        log.say(f"warning: {alarm}; try {alarm.advice}")
-    if new:
-        alarms.write(run, dog.alarms)
+    def took(self, step: int, metrics: Metrics, images: Images) -> None:
+        """A step has begun; the one before it is looked at. Raises as `settle` does."""
+        self.settle()
+        self._waiting = step, metrics, images
+
+    def settle(self) -> None:
+        """Looks at the step that waits for it.
+
+        Raises `NotFinite` and `RollBack` where the guard says so, and `Diverged` where the update is not finite.
+        """
+        if self._waiting is None:
+            return
+        (step, metrics, images), self._waiting = self._waiting, None
+        verdict = int(metrics["verdict"])
+        if verdict != guard.FINE:
+            self._tell(step, verdict, metrics, images)
+        elif not np.isfinite(metrics["update_norm"]):
+            raise self.ended(
+                step,
+                f"the update's norm of step {step} is {float(metrics['update_norm'])}: training stopped, nothing was"
+                " saved after it;\n"
+                "try a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.clip=1.0",
+            )
+        self.peaks.add(metrics)
+
+    def _tell(self, step: int, verdict: int, metrics: Metrics, images: Images) -> None:
+        """Writes down what the guard did, and says it; raises where it cannot end with that."""
+        numbers = {name: plain(metrics[name]) for name in ("loss", "grad_norm", "grad_norm_limit")}
+        numbers = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+        examples = {} if verdict == guard.CLIPPED else {"examples": np.asarray(images.index).tolist()}
+        self.events.add(guard.NAMES[verdict], step, retaken=True, **numbers, **examples)
+        in_a_row, patience = int(metrics["in_a_row"]), self.config.train.guard.patience
+        said = f"loss {numbers['loss']:.4g}" if isinstance(numbers["loss"], float) else f"loss {numbers['loss']}"
+        if verdict == guard.NOT_FINITE:
+            self.log.say(
+                f"warning: step {step} is not finite ({said}, gradient norm {numbers['grad_norm']}): it changed nothing;"
+                f" {in_a_row} in a row, {patience} end the run"
+            )
+            if in_a_row >= patience:
+                raise NotFinite(step, images, numbers)
+            return
+        self.log.say(
+            f"warning: gradient spike at step {step}: norm {numbers['grad_norm']:.3g}, and"
+            f" {self.config.train.guard.factor:g} times the usual is {numbers['grad_norm_limit']:.3g}:"
+            f" {guard.NAMES[verdict]}"
+        )
+        if verdict == guard.ROLL_BACK:
+            raise RollBack(step)
+
+    def writes(self, step: int) -> bool:
+        """Whether the step gets a line."""
+        return step == 0 or (step + 1) % self.config.train.log_every == 0 or step + 1 == self.log.steps
+
+    def line(self, step: int, metrics: Metrics, method: AbstractMethod) -> bool:
+        """Writes the step's line, with scores where they are due. Returns whether the state is the best so far."""
+        self.settle()
+        batch, every = self.config.train.batch_size, self.config.eval.online.every
+        values = log_values(metrics, self.log.seconds_per_step(step), batch) | self.peaks.take()
+        if self.online is not None and (step + 1) // every > self.evaluations:
+            self.evaluations = (step + 1) // every
+            with self.log.aside():
+                values |= self._scores(step, method)
+        self._warn(self.log.write(step, values))
+        score = values.get(self.config.train.save.best or "")
+        if score is None or (self.best is not None and score <= self.best):
+            return False
+        self.best = score
+        return True
+
+    def _warn(self, line: dict) -> None:
+        """Lets the watchdog see a line; what it says goes to the terminal and into `run`/health.json."""
+        new = self.dog.see(line)
+        for alarm in new:
+            self.log.say(f"warning: {alarm}; try {alarm.advice}")
+        if new:
+            alarms.write(self.run, self.dog.alarms)
+
+    def ended(self, step: int, message: str) -> Diverged:
+        """The error that ends the run; `run`/health.json tells it, and what the watchdog makes of the steps before."""
+        self.dog.see({"step": step, **self.peaks.take()})
+        alarms.write(self.run, self.dog.alarms, ended=message.splitlines()[0])
+        return Diverged(step, message)
+
+    def _scores(self, step: int, method: AbstractMethod) -> Values:
+        """Of the method after `step`, and the seconds that they took. Raises `Diverged` where there are none."""
+        start = time.perf_counter()
+        try:
+            found = self.online(evaluated(self.config, method))
+        except UserError as error:
+            raise self.ended(step, f"after step {step} {error}") from error
+        return found | {"online_seconds": time.perf_counter() - start}
+
+    def note(self, best: bool) -> dict:
+        """What a checkpoint must hold beside the arrays, so that a run that goes on from it writes the same lines."""
+        return {"peaks": self.peaks.largest, "best": self.best} | ({SCORE: self.best} if best else {})
 
 
 def log_values(metrics: Metrics, seconds_per_step: float, batch_size: int) -> Values:
     """A step's metrics as they are logged."""
-    values = {name: plain(value) for name, value in metrics.items() if name not in ROWS}
+    values = {name: plain(value) for name, value in metrics.items() if name not in NOT_LOGGED.union(ROWS)}
     for name, prefix in ROWS.items():
         if name in metrics:
             values |= diagnose(local_rows(metrics[name]), prefix)
@@ -101,16 +196,6 @@ def online_of(config: Config, train: Source, steps: int) -> Online | None:
     reading = {"threads": config.data.threads, "workers": config.data.workers}
     validation = open_source(config.data, "validation")
     return Online(config.eval.online, train, validation, config.eval.batch_size, **reading)
-
-
-def online_scores(online: Online, config: Config, step: int, method: AbstractMethod) -> Values:
-    """The scores of the method after `step`, and the seconds that they took. Raises `Diverged` where there are none."""
-    start = time.perf_counter()
-    try:
-        found = online(evaluated(config, method))
-    except UserError as error:
-        raise Diverged(step, f"after step {step} {error}") from error
-    return found | {"online_seconds": time.perf_counter() - start}
 
 
 def evaluated(config: Config, method: AbstractMethod) -> FrozenViT:

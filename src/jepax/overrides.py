@@ -17,6 +17,7 @@ from jepax.types import UserError
 
 OPTIONS = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
 OWN = """--run-dir DIR   folder of the run (default: runs/{recipe}); the same command again continues it.
+--resume.allow NAME ...   settings or groups in which the folder's run may go on otherwise than it began.
 --dry-run       prints settings, sizes, arithmetic and memory, takes one step, and writes nothing."""
 
 
@@ -27,6 +28,8 @@ class Wanted:
     config: Config
     run: Path
     dry: bool
+    allow: tuple[str, ...] = ()
+    """Settings, or groups of them, in which a run may go on otherwise than it began."""
 
 
 def resolve(arguments: list[str]) -> Wanted | None:
@@ -48,8 +51,25 @@ def resolve(arguments: list[str]) -> Wanted | None:
     run = [group for group in groups if dotted(group[0]) == "run_dir"]
     if run and len(run[-1]) != 2:
         raise UserError("--run-dir takes one folder: --run-dir runs/NAME")
-    config = override(base, [group for group in groups if group not in run])
-    return Wanted(config, Path(run[-1][1]) if run else Path("runs") / config.recipe, dry="--dry-run" in arguments)
+    allow = [group for group in groups if dotted(group[0]) == "resume.allow"]
+    config = override(base, [group for group in groups if group not in [*run, *allow]])
+    folder = Path(run[-1][1]) if run else Path("runs") / config.recipe
+    return Wanted(
+        config, folder, "--dry-run" in arguments, allowed(config, [name for group in allow for name in group[1:]])
+    )
+
+
+def allowed(config: Config, names: list[str]) -> tuple[str, ...]:
+    """The names after `--resume.allow`. Raises `UserError` where one is neither a field nor a group of fields."""
+    paths = [path for path, _ in leaves(config)]
+    groups = {path.rsplit(".", parts)[0] for path in paths for parts in range(1, path.count(".") + 1)}
+    names = [dotted(name) for name in names]
+    for name in names:
+        if name not in groups.union(paths):
+            raise UserError(
+                f"--resume.allow {name} is no field, nor a group of fields; {near_field(name, dict(leaves(config)))}"
+            )
+    return tuple(names)
 
 
 def begin(name: str) -> Config:

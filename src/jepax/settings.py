@@ -1,5 +1,7 @@
 """Everything that a run depends on, and what must hold before its first step."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,9 +14,11 @@ from jepax import config as configs
 from jepax import sharding
 from jepax.data import DataConfig, Source, open_source
 from jepax.evals.protocols import EvalConfig
+from jepax.guard import GuardConfig
 from jepax.methods import MethodConfig
 from jepax.methods.ijepa import IJEPAConfig
 from jepax.optim import OptimConfig, Optimizer
+from jepax.saving import SaveConfig
 from jepax.types import UserError
 
 
@@ -32,13 +36,13 @@ class TrainConfig:
     """Type of matrix products; parameters, teacher, norms and losses stay in float32. auto: bfloat16 but on a CPU."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
-    save_every: int = 2000
-    """Steps between checkpoints; the last step is always saved."""
-    keep: int = 2
-    """Newest checkpoints that are kept."""
+    save: SaveConfig = field(default_factory=SaveConfig)
+    """Checkpoints."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Steps that would harm the run."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "log_every", "save_every", "keep"):
+        for name in ("batch_size", "epochs", "log_every"):
             if getattr(self, name) <= 0:
                 raise UserError(f"train.{name}={getattr(self, name)} must be above 0")
         if self.steps is not None and self.steps < 1:
@@ -94,24 +98,81 @@ def compute_dtype(config: Config) -> DTypeLike:
     return jnp.dtype(config.train.precision)
 
 
-def claim(run: Path, config: Config) -> None:
-    """Writes `config.yaml` into a new run folder; in an old one, refuses a config that differs from its own."""
-    path = run / "config.yaml"
-    if path.exists():
-        different = configs.differences(configs.load(Config, path), config)
-        if different:
-            raise UserError(
-                "\n".join(
-                    [
-                        f"{run} holds a run of another config (there -> here):",
-                        *different[:3],
-                        "take another --run-dir, or the folder's own config.yaml",
-                    ]
-                )
+FREE = ("data.root", "data.threads", "data.workers", "eval", "train.log_every", "train.save", "train.trackers")
+"""Settings that a run may go on with in another value: what is trained does not depend on them."""
+CONFIG, DATA = "config.yaml", "data.json"
+
+
+def under(path: str, names: Sequence[str]) -> bool:
+    """Whether one of the names is the setting of this path, or a group that holds it."""
+    return any(path == name or path.startswith(f"{name}.") for name in names)
+
+
+def claim(run: Path, config: Config, source: Source | None = None, allow: Sequence[str] = ()) -> None:
+    """Refuses a run folder of another config, or of other data than `source`, but for what `FREE` and `allow` name.
+
+    Raises `UserError` with the differences. Writes nothing: `record` does.
+    """
+    path = run / CONFIG
+    if not path.exists():
+        return
+    different = configs.differences(configs.load(Config, path), config)
+    different = [line for line in different if not under(line.split(": ")[0], (*FREE, *allow))]
+    if different:
+        names = " ".join(dict.fromkeys(line.split(": ")[0] for line in different[:3]))
+        raise UserError(
+            "\n".join(
+                [
+                    f"{run} holds a run of another config (there -> here):",
+                    *different[:3],
+                    f"take another --run-dir, or the folder's own config.yaml, or insist: --resume.allow {names}",
+                ]
             )
-    else:
+        )
+    if source is not None and not under("data", allow):
+        refuse_other_data(run, source)
+
+
+def refuse_other_data(run: Path, source: Source) -> None:
+    """Raises `UserError` where the pictures are not those that the run began with."""
+    if not (run / DATA).exists():
+        return
+    before, now = read_contents(run), source.contents
+    if before != now:
+        changed = [name for name in before | now if before.get(name) != now.get(name)]
+        shown = [f"{name}: {before.get(name, '(absent)')} -> {now.get(name, '(absent)')}" for name in changed[:2]]
+        raise UserError(
+            "\n".join(
+                [
+                    f"{run} was trained on other pictures, {len(changed)} parts differ (then -> now):",
+                    *shown,
+                    "bring the pictures back, take another --run-dir, or insist: --resume.allow data",
+                ]
+            )
+        )
+
+
+def read_contents(run: Path) -> dict[str, str]:
+    """What the run's data held when it began. Raises `UserError` where the file cannot be read."""
+    try:
+        return json.loads((run / DATA).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run / DATA} cannot be read ({error}); remove it to take the data as it is now") from error
+
+
+def record(run: Path, config: Config, source: Source | None = None) -> list[str]:
+    """Writes the config, and the data's contents, into the run folder, and returns what changed in the config."""
+    path, changed = run / CONFIG, []
+    if path.exists():
+        changed = configs.differences(configs.load(Config, path), config)
+    if changed or not path.exists():
         run.mkdir(parents=True, exist_ok=True)
         configs.dump(config, path)
+    if source is not None:
+        part = run / f"{DATA}.part"
+        part.write_text(json.dumps(source.contents, indent=1) + "\n")
+        part.replace(run / DATA)
+    return changed
 
 
 def check(config: Config, source: Source) -> None:
@@ -119,6 +180,10 @@ def check(config: Config, source: Source) -> None:
     if config.train.batch_size < 2:
         raise UserError(
             "train.batch_size=1 leaves no statistics over the batch, which losses and diagnostics read; try 2"
+        )
+    if config.train.save.best is not None and config.eval.online.every == 0:
+        raise UserError(
+            f"train.save.best={config.train.save.best} needs eval.online.every above 0, which measures it; try 500"
         )
     method, has = config.method, source.canvas_shape[2]
     mean = "views.global_crop.mean" if hasattr(method, "views") else "crop.mean"

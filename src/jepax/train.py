@@ -1,167 +1,141 @@
-"""The training loop, from a `Config` to a trained and evaluated state: read this first."""
+"""The training loop, from a `Config` to a trained state: `step.py` holds the step that it takes."""
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
-import optax
-from jax.typing import DTypeLike
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from jepax import checkpoint, sharding
+from jepax import checkpoint, dump, lock, logs, sharding, signals
 from jepax.data import Source, batches
-from jepax.evals.watchdog import Watchdog
-from jepax.logs import Log
-from jepax.methods import AbstractMethod, MethodConfig
-from jepax.monitor import Peaks, guarded, log_values, online_of, online_scores, refuse_not_finite, warn
-from jepax.optim import Optimizer
-from jepax.settings import Config, claim, compute_dtype, prepare
-from jepax.trees import cast, norm, norms_by_layer, trainable
-from jepax.types import Images, Metrics
+from jepax.events import Events
+from jepax.logs import Log, warn
+from jepax.monitor import Diverged, Monitor, NotFinite, RollBack, online_of
+from jepax.saving import Saver
+from jepax.settings import Config, claim, compute_dtype, prepare, record
+from jepax.step import TrainState, compiled_step, first_state
+from jepax.types import Images
 
 
-class TrainState(eqx.Module):
-    """All that a step changes, and all that a checkpoint holds."""
+def train(config: Config, run: Path, *, allow: Sequence[str] = ()) -> TrainState:
+    """Trains in the folder `run`, or continues there, bit for bit as if nothing had interrupted it.
 
-    method: AbstractMethod
-    opt_state: optax.OptState
-    step: Int[Array, ""]
-
-
-def init_state(method: AbstractMethod, optimizer: Optimizer) -> TrainState:
-    """The state before step 0. Only trainable parameters get optimiser state."""
-    params = eqx.filter(method, trainable(method))
-    return TrainState(method=method, opt_state=optimizer.init(params), step=jnp.int32(0))
-
-
-@eqx.filter_jit
-def build_method(config: MethodConfig, steps: int, key: PRNGKeyArray) -> AbstractMethod:
-    """The method before its first step. One program: one operation at a time takes ten times longer."""
-    return config.build(total_steps=steps, key=key)
-
-
-@eqx.filter_jit
-def first_state(config: MethodConfig, optimizer: Optimizer, key: PRNGKeyArray) -> TrainState:
-    """The state before step 0 of the method of this key; one program for every seed."""
-    return init_state(build_method(config, optimizer.total_steps, key), optimizer)
-
-
-def predictor_norms(grads: PyTree) -> Metrics:
-    """Gradient norms of a predictor, where there is one, and of its blocks, where it is made of blocks."""
-    if grads is None:
-        return {}
-    blocks = {"grad_norm_predictor_by_block": norms_by_layer(grads.stack.blocks)} if hasattr(grads, "stack") else {}
-    return {"grad_norm_predictor": norm(grads)} | blocks
-
-
-def train_step(
-    optimizer: Optimizer, state: TrainState, images: Images, root: PRNGKeyArray, compute: DTypeLike = jnp.float32
-) -> tuple[TrainState, Metrics]:
-    """One update: loss and gradients over the global batch, AdamW, then what gradients do not change.
-
-    Everything random comes from `fold_in(root, step)`, and an example's own part from its index in the run's order:
-    the same on any number of workers, devices or hosts.
+    `allow` names settings, or groups of them, in which the config may differ from the folder's; "data": the pictures
+    too. SIGTERM and SIGINT end it after the step, saved. Raises `signals.Stopped` then, and `UserError` where another
+    process is in the folder, where it holds a run of another config or other data, or no checkpoint of it is sound,
+    where a checkpoint cannot be written, and where training diverges.
     """
-    params, rest = eqx.partition(state.method, trainable(state.method))
-
-    def loss_of(params: AbstractMethod) -> tuple[Array, Metrics]:
-        method = cast(eqx.combine(params, rest), compute)
-        return method.loss(images, key=jr.fold_in(root, state.step))
-
-    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, params, state.step)
-    method = eqx.combine(eqx.apply_updates(params, updates), rest)
-    method, moved = method.after_update(state.step)
-    metrics |= moved | {
-        "loss": loss,
-        "learning_rate": optimizer.learning_rate(state.step),
-        "weight_decay": optimizer.weight_decay(state.step),
-        "grad_norm": norm(grads),
-        "grad_norm_encoder_by_block": norms_by_layer(grads.encoder.stack.blocks),
-        **predictor_norms(getattr(grads, "predictor", None)),
-        "update_norm": norm(updates),
-    }
-    return TrainState(method=method, opt_state=opt_state, step=state.step + 1), metrics
+    with lock.held(run):
+        this = Run(config, run, allow)
+        with signals.deferred():
+            while True:
+                try:
+                    return this.go_on()
+                except RollBack as leap:
+                    this.go_back(leap.step)
+                except NotFinite as end:
+                    raise this.ended(end) from end
 
 
-@partial(jax.jit, static_argnames=("optimizer", "rest", "compute"), donate_argnames=("arrays",))
-def step_program(
-    arrays: PyTree, images: Images, root: PRNGKeyArray, *, optimizer: Optimizer, rest: PyTree, compute: DTypeLike
-) -> tuple[PyTree, Metrics]:
-    """The training program of a run, compiled once: `step_program._cache_size()` counts. Donates the old state.
+class Run:
+    """A run's state, where it stands, and what stays the same from its first step to its last."""
 
-    Plain `jax.jit`, not `eqx.filter_jit`, which waits for every result and so would keep an accelerator idle.
-    """
-    state, metrics = train_step(optimizer, eqx.combine(arrays, rest), images, root, compute)
-    return eqx.filter(state, eqx.is_array), metrics
+    def __init__(self, config: Config, folder: Path, allow: Sequence[str] = ()):
+        self.config, self.folder, self.checkpoints = config, folder, folder / "checkpoints"
+        self.source, self.optimizer = prepare(config)
+        claim(folder, config, self.source, allow)
+        self.mesh = sharding.make_mesh()
+        self.root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), self.mesh)
+        self.passed: dict[int, list[int]] = {}
+        """Steps at which the gradient leapt, by the step of the checkpoint that training went back to."""
+        self.restore()
+        changed = record(folder, config, self.source)
+        Events(folder, self.start).add(
+            "resumed" if self.start else "started", self.start, devices=jax.device_count(), changed=changed
+        )
 
+    def restore(self) -> None:
+        """Takes the newest sound checkpoint's state, or the first one; damaged checkpoints are set aside."""
+        found = checkpoint.newest_sound(self.checkpoints)
+        for step, problems in found.damaged.items():
+            warn(f"checkpoint {self.checkpoints / f'{step:08d}'} is damaged and set aside: {problems[0]}")
+        checkpoint.set_aside(self.checkpoints, found.damaged)
+        first = first_state(self.config.method, self.optimizer, jr.key(self.config.seed))
+        self.state, self.start, self.note = sharding.replicate(first, self.mesh), found.step or 0, {}
+        if found.step is not None:
+            self.note = checkpoint.note(self.checkpoints, found.step)
+            self.state = checkpoint.restore(self.checkpoints, found.step, self.state, verify=False)
+        elif logs.read(self.folder / "metrics.jsonl"):
+            warn(f"{self.folder} was begun, but no checkpoint was finished: it begins again at step 0")
 
-def compiled_step(
-    inputs: tuple[Optimizer, Images, PRNGKeyArray, DTypeLike], state: TrainState
-) -> tuple[TrainState, Metrics]:
-    """`train_step` as one program; the old state's buffers become the new one's."""
-    optimizer, images, root, compute = inputs
-    arrays, rest = eqx.partition(state, eqx.is_array)
-    arrays, metrics = step_program(arrays, images, root, optimizer=optimizer, rest=rest, compute=compute)
-    return eqx.combine(arrays, rest), metrics
-
-
-def train(config: Config, run: Path) -> TrainState:
-    """Trains in the folder `run`, or continues there: restore -> for batch: step -> log -> save.
-
-    Raises `UserError` where the folder holds a run of another config, and where loss or update stop being finite.
-    """
-    source, optimizer = prepare(config)
-    mesh, compute, steps = sharding.make_mesh(), compute_dtype(config), optimizer.total_steps
-    root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), mesh)
-    state = sharding.replicate(first_state(config.method, optimizer, jr.key(config.seed)), mesh)
-    claim(run, config)
-
-    saved = checkpoint.whole_steps(run / "checkpoints")
-    state = checkpoint.restore(run / "checkpoints", saved[-1], state) if saved else state
-    start, every = int(state.step), config.train
-    with Log(run / "metrics.jsonl", steps=steps, start=start) as log:
-        log.begin(run, every.batch_size)
-        dog, peaks, previous = Watchdog(log.kept), Peaks(), None
-        online = online_of(config, source, steps)
-        evaluations = start // config.eval.online.every if online is not None else 0
-        with guarded(run, dog, peaks):
-            for step, images in enumerate(read(config, source, steps, start), start):
-                state, metrics = compiled_step((optimizer, sharding.shard_batch(images, mesh), root, compute), state)
-                if previous is not None:  # the step before: the device never waits for this check
-                    refuse_not_finite(*previous)
-                    peaks.add(previous[1])
-                previous = step, metrics
-                if step == start:
+    def go_on(self) -> TrainState:
+        """for batch: step -> look -> log -> save, to the last step, or until the process is asked to end."""
+        config, steps = self.config, self.optimizer.total_steps
+        inputs = self.optimizer, self.root, compute_dtype(config), config.train.guard
+        with (
+            Log(self.folder / "metrics.jsonl", steps=steps, start=self.start) as log,
+            Saver(self.checkpoints, config.train.save, log.say) as saver,
+        ):
+            log.begin(self.folder, config.train.batch_size)
+            online = online_of(config, self.source, steps)
+            monitor = self.monitor = Monitor(
+                config, self.folder, log, Events(self.folder, self.start), online, self.note
+            )
+            for step, images in enumerate(read(config, self.source, steps, self.start, self.shift), self.start):
+                self.state, metrics = compiled_step(inputs, sharding.shard_batch(images, self.mesh), self.state)
+                monitor.took(step, metrics, images)  # looks at the step before: the device never waits for it
+                if step == self.start:
                     log.compiled(metrics["loss"])
-                last, save = step + 1 == steps, (step + 1) % every.save_every == 0
-                if step == 0 or (step + 1) % every.log_every == 0 or save or last:
-                    refuse_not_finite(*previous)
-                    peaks.add(metrics)
-                    previous = None
-                    values = log_values(metrics, log.seconds_per_step(step), every.batch_size) | peaks.take()
-                    if online is not None and (step + 1) // config.eval.online.every > evaluations:
-                        evaluations = (step + 1) // config.eval.online.every
-                        with log.aside():
-                            values |= online_scores(online, config, step, state.method)
-                    warn(log, run, dog, log.write(step, values))
-                if save or last:  # after its line, so that a run which goes on from here lacks none
-                    checkpoint.save(run / "checkpoints", step + 1, state, keep=every.keep)
+                best = monitor.writes(step) and monitor.line(step, metrics, self.state.method)
+                stop, last = signals.asked(), step + 1 == steps
+                if best or stop or last or saver.due(step + 1):
+                    monitor.settle()
+                    saver.save(step + 1, self.state, monitor.note(best) | {"shift": self.shift})
                 log.advance(step)
-    return state
+                if stop:
+                    saver.wait()
+                    raise signals.Stopped(
+                        f"asked to end: step {step + 1} of {steps} is saved; the same command goes on"
+                    )
+        return self.state
+
+    @property
+    def shift(self) -> int:
+        """Batches that the order of examples is ahead of the steps: those that training went back over."""
+        return self.note.get("shift", 0) + sum(leap - self.start + 1 for leap in self.passed.get(self.start, ()))
+
+    def go_back(self, leap: int) -> None:
+        """To the newest checkpoint, behind the step at which the gradient leapt; the examples up to it are not seen
+        again. Raises `Diverged` where that has not helped for as many times as the guard has patience."""
+        self.restore()
+        leaps = self.passed.setdefault(self.start, [])
+        leaps.append(leap)
+        if len(leaps) > self.config.train.guard.patience:
+            raise self.monitor.ended(
+                leap,
+                f"gradient spikes brought training back to step {self.start} {len(leaps)} times: it stopped;\n"
+                "try a lower optim.peak_lr, a longer optim.warmup_epochs, or train.guard.spike=clip",
+            )
+
+    def ended(self, end: NotFinite) -> Diverged:
+        """What ends a run whose steps are not finite; the last of them is written down."""
+        folder = dump.write(self.folder, self.state, end, self.config, self.optimizer)
+        return self.monitor.ended(
+            end.step,
+            f"{self.config.train.guard.patience} steps in a row, up to step {end.step}, were not finite: training"
+            " stopped;\n"
+            f"jepax replay {folder} takes that step again; try a lower optim.peak_lr, a longer optim.warmup_epochs,"
+            " or optim.clip=1.0",
+        )
 
 
-def read(config: Config, source: Source, steps: int, start: int) -> Iterator[Images]:
-    """This host's slices of the batches of steps `start` to `steps` - 1."""
+def read(config: Config, source: Source, steps: int, start: int, shift: int = 0) -> Iterator[Images]:
+    """This host's slices of the batches of steps `start` to `steps` - 1, taken `shift` batches further on."""
     return batches(
         source,
         batch_size=config.train.batch_size,
-        steps=steps,
-        start=start,
+        steps=steps + shift,
+        start=start + shift,
         seed=config.seed,
         threads=config.data.threads,
         workers=config.data.workers,

@@ -6,6 +6,7 @@ from jepax import config as configs
 from jepax.data import DataConfig
 from jepax.nn import PredictorConfig
 from jepax.recipes import RECIPES
+from jepax.saving import SaveConfig
 from jepax.settings import Config, TrainConfig
 from jepax.views import CropConfig, MultiCropConfig, PhotometricConfig
 
@@ -47,7 +48,7 @@ def shrunk(name: str, **method: object) -> Config:
         method=replace(config.method, **changes | method),
         data=data,
         optim=replace(config.optim, warmup_epochs=0.1),
-        train=TrainConfig(batch_size=BATCH, steps=6, log_every=2, save_every=4),
+        train=TrainConfig(batch_size=BATCH, steps=6, log_every=2, save=SaveConfig(every=4)),
     )
 
 

@@ -15,6 +15,7 @@ from jepax.evals import alarms
 from jepax.evals.watchdog import RULES, TRY, Watchdog
 from jepax.methods.momentum import MomentumConfig
 from jepax.methods.regulariser import RegulariserConfig
+from jepax.saving import SaveConfig
 from jepax.settings import Config, TrainConfig
 from jepax.train import train
 from jepax.views import CropConfig, MultiCropConfig
@@ -44,7 +45,7 @@ def tiny(name: str, seed: int, steps: int, optim: dict, **settings: object) -> C
         method=method,
         data=replace(config.data, canvas=SIDE, synthetic_images=640),
         optim=replace(config.optim, **rates),
-        train=TrainConfig(batch_size=32, steps=steps, log_every=10, save_every=10**6),
+        train=TrainConfig(batch_size=32, steps=steps, log_every=10, save=SaveConfig(every=10**6)),
     )
 
 

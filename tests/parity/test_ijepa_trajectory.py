@@ -9,7 +9,7 @@ import pytest
 
 from jepax.methods.ijepa import gather
 from jepax.optim import OptimConfig, Optimizer
-from jepax.train import init_state, train_step
+from jepax.step import init_state, train_step
 from jepax.trees import trainable
 from jepax.types import Images
 from tests.parity.reference import GOLDEN, group, masks_of, method_of, named_parameters, views_of, with_parameters

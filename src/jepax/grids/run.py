@@ -18,6 +18,7 @@ from jepax.evals.say import Say as Teller
 from jepax.grids import table
 from jepax.grids.base import GRIDS, Grid, Row
 from jepax.settings import Config
+from jepax.step import first_state
 from jepax.types import UserError
 from jepax.viz import figures
 from jepax.viz.grid import chart
@@ -178,7 +179,7 @@ def check(wanted: Wanted) -> None:
                 )
             settings.check_splits(config.data)
             _, optimizer = settings.prepare(config)
-            eqx.filter_eval_shape(training.first_state, config.method, optimizer, jax.random.key(0))
+            eqx.filter_eval_shape(first_state, config.method, optimizer, jax.random.key(0))
 
 
 def forget_programs() -> None:

@@ -21,6 +21,7 @@ from jepax.nn import PredictorConfig, ViTConfig
 from jepax.optim import OptimConfig
 from jepax.recipes.fashion_mnist import EVALUATION
 from jepax.recipes.registry import recipe
+from jepax.saving import SaveConfig
 from jepax.settings import Config, TrainConfig
 from jepax.views import CropConfig
 
@@ -51,7 +52,7 @@ def ijepa_fashion_mnist() -> Config:
             decay_shape="constant",
             beta2=0.95,
         ),
-        train=TrainConfig(batch_size=128, epochs=4.0, log_every=20, save_every=1000),
+        train=TrainConfig(batch_size=128, epochs=4.0, log_every=20, save=SaveConfig(every=1000)),
         eval=EVALUATION,
     )
 
@@ -67,7 +68,7 @@ def ijepa_fashion_mnist_long() -> Config:
             config.method, encoder=replace(config.method.encoder, depth=4), momentum=MomentumConfig(start=0.996)
         ),
         optim=replace(config.optim, peak_lr=3e-3, warmup_epochs=1.0),
-        train=replace(config.train, epochs=25.0, log_every=50, save_every=2000),
+        train=replace(config.train, epochs=25.0, log_every=50, save=SaveConfig(every=2000)),
         eval=replace(config.eval, online=replace(config.eval.online, every=1000)),
     )
 

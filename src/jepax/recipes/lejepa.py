@@ -20,6 +20,7 @@ from jepax.nn import SIZES, ProjectorConfig, ViTConfig
 from jepax.optim import OptimConfig
 from jepax.recipes.fashion_mnist import EVALUATION
 from jepax.recipes.registry import recipe
+from jepax.saving import SaveConfig
 from jepax.settings import Config, TrainConfig
 from jepax.views import LEJEPA, CropConfig, MultiCropConfig, PhotometricConfig
 
@@ -59,7 +60,7 @@ def lejepa_fashion_mnist() -> Config:
             decay_shape="constant",
             beta2=0.95,
         ),
-        train=TrainConfig(batch_size=128, epochs=2.0, log_every=20, save_every=1000),
+        train=TrainConfig(batch_size=128, epochs=2.0, log_every=20, save=SaveConfig(every=1000)),
         eval=EVALUATION,
     )
 

@@ -1,0 +1,58 @@
+"""What happened to a run beside its metrics: starts, stops, steps that were not taken, damage found and mended."""
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+FILE = "events.jsonl"
+
+
+def append(path: Path, line: dict) -> None:
+    """One line of JSON at the end of the file, which is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a file of JSON lines; what a crash tore is left out."""
+    if not path.exists():
+        return []
+    found = []
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            found.append(line)
+    return found
+
+
+def rewrite(path: Path, lines: Iterable[dict]) -> None:
+    """The file with these lines alone, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+class Events:
+    """`events.jsonl` of a run. What steps from `start` on left there is dropped: those steps are taken again."""
+
+    def __init__(self, run: Path, start: int, writes: bool = True):
+        self.path, self.writes = run / FILE, writes
+        if writes and self.path.exists():
+            rewrite(
+                self.path, (line for line in read(self.path) if not (line.get("retaken") and line["step"] >= start))
+            )
+
+    def add(self, event: str, step: int, *, retaken: bool = False, **details: object) -> None:
+        """`retaken`: whether the event belongs to the step itself, and comes again when the step is taken again."""
+        if self.writes:
+            told = {"event": event, "step": step, "time": round(time.time(), 3)}
+            append(self.path, told | ({"retaken": True} if retaken else {}) | details)
