@@ -1,5 +1,7 @@
 """Checkpoints: whole or not there, checked on the way back."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,41 +15,100 @@ def tree(value=1.0):
     return {"a": jnp.full((4, 8), value), "b": [jnp.arange(3), "text"]}
 
 
+def flip(path):
+    """One bit, in the middle."""
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(bytes(damaged))
+
+
+def largest(folder):
+    return max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+
+
 def test_round_trip_with_dtypes(tmp_path):
-    checkpoint.save(tmp_path, 3, tree(), keep=2)
+    checkpoint.save(tmp_path, 3, tree(), {"shift": 2})
     restored = checkpoint.restore(tmp_path, 3, tree(0.0))
     assert restored["b"][1] == "text"
     jax.tree.map(np.testing.assert_array_equal, (restored["a"], restored["b"][0]), (tree()["a"], tree()["b"][0]))
     assert restored["b"][0].dtype == tree()["b"][0].dtype
+    assert checkpoint.note(tmp_path, 3) == {"shift": 2}
 
 
-def test_only_the_newest_are_kept(tmp_path):
-    for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, tree(), keep=2)
-    assert checkpoint.whole_steps(tmp_path) == [2, 3]
+def test_the_tree_may_be_donated_while_it_is_written(tmp_path):
+    """What is written is what it was, though its memory is overwritten at once."""
+    big = {"a": jnp.arange(2_000_000.0)}
+    wanted = np.array(big["a"])
+    overwrite = jax.jit(lambda t: {"a": t["a"] * 0 - 1}, donate_argnums=0)
+    writing = checkpoint.Writing(tmp_path, 1, big)
+    for _ in range(5):
+        big = overwrite(big)
+    jax.block_until_ready(big)
+    writing.result()
+    np.testing.assert_array_equal(checkpoint.restore(tmp_path, 1, big)["a"], wanted)
 
 
-def test_a_checkpoint_without_its_manifest_is_none(tmp_path):
-    path = checkpoint.save(tmp_path, 1, tree(), keep=2)
-    (path / checkpoint.MANIFEST).unlink()
-    assert checkpoint.whole_steps(tmp_path) == []
-    checkpoint.save(tmp_path, 1, tree(), keep=2)  # and is written again
-    assert checkpoint.whole_steps(tmp_path) == [1]
+def test_a_checkpoint_is_called_by_its_step_only_when_it_is_finished(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(checkpoint, "_sums", lambda folder: seen.append(checkpoint.steps(tmp_path)) or {})
+    checkpoint.save(tmp_path, 1, tree())
+    assert seen == [[]] and checkpoint.steps(tmp_path) == [1] and checkpoint.unfinished(tmp_path) == []
+
+
+def test_an_unfinished_checkpoint_is_none_and_is_written_again(tmp_path):
+    path = checkpoint.save(tmp_path, 1, tree())
+    path.rename(path.with_name(path.name + checkpoint.PART))
+    assert checkpoint.steps(tmp_path) == [] and len(checkpoint.unfinished(tmp_path)) == 1
+    assert checkpoint.newest_sound(tmp_path).step is None
+    checkpoint.save(tmp_path, 1, tree())
+    assert checkpoint.steps(tmp_path) == [1] and checkpoint.unfinished(tmp_path) == []
 
 
 def test_one_flipped_bit_is_found(tmp_path):
-    path = checkpoint.save(tmp_path, 1, tree(), keep=2)
-    largest = max((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
-    damaged = bytearray(largest.read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    largest.write_bytes(bytes(damaged))
+    path = checkpoint.save(tmp_path, 1, tree())
+    flip(largest(path))
     with pytest.raises(UserError, match="is damaged"):
         checkpoint.restore(tmp_path, 1, tree(0.0))
 
 
+def test_the_newest_sound_one_is_taken_and_damaged_ones_are_set_aside(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, tree(float(step)))
+    flip(largest(tmp_path / "00000003"))
+    found = checkpoint.newest_sound(tmp_path)
+    assert found.step == 2 and list(found.damaged) == [3] and "is not what was written" in found.damaged[3][0]
+    checkpoint.set_aside(tmp_path, found.damaged)
+    assert checkpoint.steps(tmp_path) == [1, 2] and (tmp_path / "00000003.damaged").is_dir()
+    shutil.copytree(tmp_path / "00000003.damaged", tmp_path / "00000003")
+    checkpoint.set_aside(tmp_path, {3: []})
+    assert (tmp_path / "00000003.damaged2").is_dir()
+
+
+def test_none_sound_is_an_error_and_nothing_is_removed(tmp_path):
+    for step in (1, 2):
+        flip(largest(checkpoint.save(tmp_path, step, tree())))
+    with pytest.raises(UserError, match=r"(?s)no checkpoint in .* is sound.*nothing was removed"):
+        checkpoint.newest_sound(tmp_path)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
 def test_another_model_is_refused(tmp_path):
-    checkpoint.save(tmp_path, 1, tree(), keep=2)
+    checkpoint.save(tmp_path, 1, tree())
     with pytest.raises(UserError, match="another model"):
         checkpoint.restore(tmp_path, 1, {"a": jnp.zeros((4, 8)), "c": jnp.zeros(2)})
     with pytest.raises(UserError, match="another model"):
         checkpoint.restore(tmp_path, 1, {"a": jnp.zeros((5, 8)), "b": [jnp.arange(3), "text"]})
+
+
+def test_what_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path):
+    (tmp_path / "00000001").write_text("a file in its place")  # the rename at the end meets it
+    with pytest.raises(UserError, match=r"(?s)checkpoint .*00000001 could not be written.*the ones before it"):
+        checkpoint.save(tmp_path, 1, tree())
+    assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
+
+
+def test_digests_are_equal_for_equal_states_alone():
+    assert checkpoint.digest(tree()) == checkpoint.digest(tree())
+    different = [tree(2.0), {**tree(), "a": jnp.full((8, 4), 1.0)}, {**tree(), "a": tree()["a"].astype(jnp.bfloat16)}]
+    different.append({"c": tree()["a"], "b": tree()["b"]})
+    assert len({checkpoint.digest(each) for each in [tree(), *different]}) == 5

@@ -113,7 +113,8 @@ class Monitor:
         said = f"loss {numbers['loss']:.4g}" if isinstance(numbers["loss"], float) else f"loss {numbers['loss']}"
         if verdict == guard.NOT_FINITE:
             self.log.say(
-                f"warning: step {step} is not finite ({said}, gradient norm {numbers['grad_norm']}): it changed nothing;"
+                f"warning: step {step} is not finite ({said}, gradient norm {numbers['grad_norm']}): it changed"
+                f" nothing;"
                 f" {in_a_row} in a row, {patience} end the run"
             )
             if in_a_row >= patience:

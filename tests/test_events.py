@@ -1,0 +1,32 @@
+"""Lines of what happened to a run."""
+
+from jepax import events
+from jepax.events import Events
+
+
+def test_lines_come_back_and_torn_ones_do_not(tmp_path):
+    happened = Events(tmp_path, 0)
+    happened.add("started", 0, devices=1)
+    happened.add("skipped", 3, retaken=True)
+    with happened.path.open("a") as file:
+        file.write('{"event": "skip')
+    lines = events.read(happened.path)
+    assert [(line["event"], line["step"]) for line in lines] == [("started", 0), ("skipped", 3)]
+    assert lines[0]["devices"] == 1
+
+
+def test_steps_that_are_taken_again_leave_one_line(tmp_path):
+    """Only their own events are dropped; and a line after a torn one is whole."""
+    happened = Events(tmp_path, 0)
+    for event, step, retaken in (("started", 0, False), ("skipped", 3, True), ("skipped", 5, True), ("saved", 6, False)):
+        happened.add(event, step, retaken=retaken)
+    with happened.path.open("a") as file:
+        file.write('{"torn')
+    Events(tmp_path, 4).add("skipped", 5, retaken=True)
+    lines = [(line["event"], line["step"]) for line in events.read(happened.path)]
+    assert lines == [("started", 0), ("skipped", 3), ("saved", 6), ("skipped", 5)]
+
+
+def test_a_process_that_does_not_write_leaves_no_file(tmp_path):
+    Events(tmp_path, 0, writes=False).add("started", 0)
+    assert list(tmp_path.iterdir()) == []

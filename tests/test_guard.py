@@ -1,0 +1,122 @@
+"""The guard's verdicts, and what a step that it refuses leaves as it was."""
+
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from jepax import guard
+from jepax.guard import FEWEST, WINDOW, Guard, GuardConfig
+from jepax.step import init_state, train_step
+from jepax.types import UserError
+
+CONFIG = GuardConfig(patience=3)
+NAN, INF = jnp.float32(np.nan), jnp.float32(np.inf)
+
+
+def fed(norms, config=CONFIG):
+    """The guard after steps of these gradient norms, and its verdicts."""
+    state, verdicts = Guard.new(), []
+    for step, norm in enumerate(norms):
+        verdict = state.judge(config, jnp.float32(0), jnp.float32(norm))
+        verdicts.append(int(verdict))
+        state = state.after(verdict, jnp.float32(norm), jnp.int32(step))
+    return state, verdicts
+
+
+@pytest.mark.parametrize("loss", [NAN, INF, -INF, jnp.float32(1)])
+@pytest.mark.parametrize("norm", [NAN, INF, jnp.float32(1)])
+def test_what_is_not_finite_is_refused(loss, norm):
+    fine = bool(jnp.isfinite(loss) & jnp.isfinite(norm))
+    assert int(Guard.new().judge(CONFIG, loss, norm)) == (guard.FINE if fine else guard.NOT_FINITE)
+
+
+def test_a_spike_is_above_the_factor_times_the_median_of_the_known():
+    norms = np.random.default_rng(0).uniform(0.5, 2.0, 40)
+    state, verdicts = fed(norms)
+    assert set(verdicts) == {guard.FINE}
+    np.testing.assert_allclose(state.limit(CONFIG), 10 * np.median(norms), rtol=1e-6)
+    limit = state.limit(CONFIG)
+    assert int(state.judge(CONFIG, limit, limit)) == guard.FINE
+    assert int(state.judge(CONFIG, limit, limit * 1.001)) == guard.CLIPPED
+
+
+def test_the_window_forgets():
+    norms = np.concatenate([np.full(50, 100.0), np.linspace(1, 2, WINDOW)])
+    np.testing.assert_allclose(fed(norms)[0].limit(CONFIG), 10 * np.median(norms[-WINDOW:]), rtol=1e-6)
+
+
+def test_nothing_is_a_spike_while_few_norms_are_known():
+    assert fed([1.0] * (FEWEST - 1) + [1e6])[1][-1] == guard.FINE
+    assert fed([1.0] * FEWEST + [1e6])[1][-1] == guard.CLIPPED
+
+
+@pytest.mark.parametrize(("action", "verdict"), guard.ACTIONS.items())
+def test_what_is_done_about_a_spike_is_a_setting(action, verdict):
+    config = replace(CONFIG, spike=action)
+    state, verdicts = fed([1.0] * FEWEST + [1000.0], config)
+    assert verdicts[-1] == verdict
+    expected = 0.01 if action == "clip" else 1.0
+    np.testing.assert_allclose(fed([1.0] * FEWEST, config)[0].scale(config, jnp.int32(verdict), 1000.0), expected)
+    assert int(state.unused) == (verdict in (guard.SKIPPED, guard.ROLL_BACK))
+
+
+def test_a_gradient_that_stays_large_soon_counts_as_usual():
+    verdicts = fed([1.0] * FEWEST + [100.0] * 2 * WINDOW, replace(CONFIG, spike="skip"))[1]
+    assert verdicts.index(guard.FINE, FEWEST) <= 2 * FEWEST + 1
+
+
+def test_after_its_patience_nothing_is_taken_any_more():
+    state, verdicts = fed([np.nan] * 3 + [1.0] * 3)
+    assert verdicts == [guard.NOT_FINITE] * 3 + [guard.OFF] * 3
+    assert int(state.in_a_row) == 3 and int(state.unused) == 3 and not jnp.isfinite(state.norms).any()
+
+
+def test_only_steps_in_a_row_count():
+    state, verdicts = fed([np.nan, np.nan, 1.0] * 4)
+    assert guard.OFF not in verdicts and int(state.in_a_row) == 0 and int(state.unused) == 8
+
+
+@pytest.mark.parametrize(("patience", "factor"), [(0, 10.0), (3, 1.0)])
+def test_senseless_settings_are_refused(patience, factor):
+    with pytest.raises(UserError, match=r"train\.guard\.(patience=0|factor=1\.0) must be"):
+        GuardConfig(patience=patience, factor=factor)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    from jepax.data import open_source
+    from jepax.settings import prepare
+    from jepax.train import read
+    from tests.contracts.shrink import shrunk
+
+    config = shrunk("byol_fashion_mnist")  # networks, teacher and norms over the batch
+    _, optimizer = prepare(config)
+    state = init_state(config.method.build(total_steps=6, key=jr.key(0)), optimizer)
+    (images,) = read(config, open_source(config.data, "train"), 1, 0)
+    return optimizer, state, images
+
+
+@pytest.mark.parametrize("verdict", [guard.NOT_FINITE, guard.SKIPPED, guard.ROLL_BACK, guard.OFF])
+def test_a_refused_step_leaves_everything_but_the_steps_number(tiny, verdict, monkeypatch):
+    optimizer, state, images = tiny
+    monkeypatch.setattr(Guard, "judge", lambda *_: jnp.int32(verdict))
+    after, metrics = eqx.filter_jit(train_step)(optimizer, state, images, jr.key(1))
+    assert float(metrics["update_norm"]) > 0
+    for name in ("method", "opt_state"):
+        ours, theirs = (jax.tree.leaves(eqx.filter(getattr(s, name), eqx.is_array)) for s in (state, after))
+        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert int(after.step) == int(state.step) + 1
+
+
+def test_a_step_that_is_taken_changes_parameters_teacher_and_optimiser(tiny):
+    """So that the test above can fail; and scaling by one changes no bit of it."""
+    optimizer, state, images = tiny
+    after, _ = eqx.filter_jit(train_step)(optimizer, state, images, jr.key(1))
+    for name in ("method", "opt_state"):
+        ours, theirs = (jax.tree.leaves(eqx.filter(getattr(s, name), eqx.is_array)) for s in (state, after))
+        assert not all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -1,0 +1,107 @@
+"""When a run saves and what it keeps."""
+
+import threading
+
+import jax.numpy as jnp
+import pytest
+
+from jepax import checkpoint, saving
+from jepax.saving import SaveConfig, Saver
+from jepax.types import UserError
+
+STATE = {"a": jnp.arange(4.0)}
+
+
+def saver(folder, said=None, **config):
+    return Saver(folder, SaveConfig(**config), (said if said is not None else []).append)
+
+
+def test_by_steps_by_minutes_and_for_ever(tmp_path, monkeypatch):
+    clock = iter([0.0, 30.0, 61.0, 61.0, 62.0])
+    monkeypatch.setattr(saving.time, "monotonic", lambda: next(clock))
+    each = saver(tmp_path, every=4, minutes=1.0, keep_each=3)
+    monkeypatch.setattr(Saver, "wait", lambda self, saying="": None)
+    assert not each.due(1)  # half a minute
+    assert each.due(2)  # a minute has passed
+    monkeypatch.setattr(saving.time, "monotonic", lambda: 0.0)
+    assert [step for step in range(1, 13) if each.due(step)] == [3, 4, 6, 8, 9, 12]
+
+
+def test_the_newest_the_round_and_the_best_are_kept(tmp_path):
+    scores = {1: 1.0, 2: 5.0, 3: None, 4: 2.0, 5: None, 6: None}
+    with saver(tmp_path, keep=1, keep_each=4, best="knn_top1") as writes:
+        for step, score in scores.items():
+            writes.save(step, STATE, {} if score is None else {saving.SCORE: score})
+    assert checkpoint.steps(tmp_path) == [2, 4, 6]
+
+
+def test_a_step_is_written_once(tmp_path):
+    with saver(tmp_path) as writes:
+        writes.save(1, STATE, {"first": True})
+        writes.save(1, STATE, {})
+    assert checkpoint.note(tmp_path, 1) == {"first": True}
+
+
+def test_what_was_never_finished_goes_with_the_next(tmp_path):
+    (tmp_path / "00000001.part").mkdir()
+    with saver(tmp_path) as writes:
+        writes.save(2, STATE, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["00000002"]
+
+
+def slow_disk(monkeypatch):
+    """Checkpoints reach the disk only when the event is set."""
+    free, sums = threading.Event(), checkpoint._sums
+    monkeypatch.setattr(checkpoint, "_sums", lambda folder: free.wait(20) and sums(folder))
+    return free
+
+
+def test_a_save_lets_training_go_on(tmp_path, monkeypatch):
+    free = slow_disk(monkeypatch)
+    with saver(tmp_path) as writes:
+        writes.save(1, STATE, {})
+        assert not writes.due(5) and checkpoint.steps(tmp_path) == []
+        free.set()
+    assert checkpoint.steps(tmp_path) == [1]
+
+
+def test_saves_faster_than_the_disk_wait_and_say_so(tmp_path, monkeypatch):
+    free, said = slow_disk(monkeypatch), []
+    monkeypatch.setattr(saving, "PATIENCE", 0.05)
+    with saver(tmp_path, said, keep=9) as writes:
+        writes.save(1, STATE, {})
+        threading.Timer(0.3, free.set).start()
+        writes.save(2, STATE, {})
+        assert checkpoint.steps(tmp_path) == [1]
+        writes.save(3, STATE, {})
+    assert checkpoint.steps(tmp_path) == [1, 2, 3]
+    assert len(said) == 1 and "step 2: the checkpoint waits" in said[0]
+
+
+def test_a_failure_is_raised_at_the_next_step(tmp_path, monkeypatch):
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_sums", full)
+    writes = saver(tmp_path)
+    writes.save(1, STATE, {})
+    writes._writing.join(20.0)
+    with pytest.raises(UserError, match="No space left on device"):
+        writes.due(2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_error_is_not_hidden_by_a_failed_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_sums", lambda folder: 1 / 0)
+    said = []
+    with pytest.raises(KeyError), saver(tmp_path, said) as writes:
+        writes.save(1, STATE, {})
+        raise KeyError
+    assert "could not be written" in said[0]
+
+
+@pytest.mark.parametrize("name", ["every", "minutes", "keep", "keep_each"])
+def test_senseless_settings_are_refused(name):
+    zero = 0.0 if name == "minutes" else 0
+    with pytest.raises(UserError, match=rf"train.save.{name}={zero} must be above 0"):
+        SaveConfig(**{name: zero})
