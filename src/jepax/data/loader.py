@@ -134,9 +134,11 @@ class _SweepStep:
         first = step * self.batch_size
         rows = np.minimum(np.arange(first, first + self.batch_size), len(self.source) - 1).astype(np.int32)
         fresh = rows[: len(self.source) - first]
-        parts = self.source.load_readable(fresh)
-        canvas, size, label, replaced = (part[rows - first] for part in parts) if len(fresh) < len(rows) else parts
-        return canvas, size, rows, label, np.where(replaced, rows, NONE)
+        *parts, replaced = self.source.load_readable(fresh)
+        lost = np.full(self.batch_size, NONE)
+        lost[: len(fresh)][replaced] = fresh[replaced]
+        canvas, size, label = (part[rows - first] for part in parts) if len(fresh) < len(rows) else parts
+        return canvas, size, rows, label, lost
 
 
 def _read_ahead(
