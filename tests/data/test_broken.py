@@ -11,6 +11,7 @@ from PIL import Image
 from jepax import config as configs
 from jepax.data import BrokenFiles, DataConfig, batches, open_source, sweep
 from jepax.data.decode import BrokenImage
+from jepax.data.loader import epoch_order
 from jepax.data.sources import REPLACEMENTS, ArraySource, Subset, next_of_class, synthetic
 from jepax.evals.floors import RawPixels
 from jepax.evals.say import SILENT, Say
@@ -136,15 +137,14 @@ def test_threads_and_workers_change_neither_batches_nor_what_is_told(source):
 
 def test_rows_are_told_before_their_batch_and_labels_stay_right(source):
     told = []
-    stream = batches(source, batch_size=8, steps=6, seed=0, threads=3, broken=lambda rows: told.append(rows))
-    seen = 0
+    stream = batches(source, batch_size=8, steps=6, seed=0, threads=3, broken=lambda rows: told.extend(rows.tolist()))
     for images in stream:
-        here = [row for rows in told[seen:] for row in rows]
-        seen = len(told)
-        assert [row // PER_CLASS for row in shown(images)] == images.label.tolist()
-        assert not set(shown(images)) & set(BAD)
-        assert [source.labels[row] for row in here] == [0 if row < PER_CLASS else 1 for row in here]
-    assert sum(map(len, told)) == 2 * len(BAD)  # two epochs
+        epochs, places = np.divmod(images.index, 24)
+        rows = [int(epoch_order(24, 0, int(epoch))[place]) for epoch, place in zip(epochs, places, strict=True)]
+        assert told == [row for row in rows if row in BAD]
+        assert shown(images) == [{3: 5, 4: 5, 20: 21}.get(row, row) for row in rows]
+        assert images.label.tolist() == source.labels[rows].tolist()
+        told.clear()
 
 
 def test_each_process_is_told_of_its_own_share(source):
