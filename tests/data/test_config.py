@@ -15,6 +15,8 @@ from jepax.types import UserError
         ("channels", 4),
         ("validation", 1.0),
         ("validation", -0.1),
+        ("broken_share", 1.5),
+        ("broken_share", -0.1),
         ("canvas", 0),
         ("synthetic_images", 0),
         ("synthetic_seed", -1),

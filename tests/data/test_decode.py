@@ -1,6 +1,7 @@
 """Any file becomes an upright uint8 picture; Pillow is the judge."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_transparency_is_laid_on_white():
 
 @pytest.mark.parametrize("transparency", [1, b"\x80\x00"])
 def test_palette_with_transparency(transparency):
-    image = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
+    image = Image.fromarray(np.array([[0, 1], [0, 1]], np.uint8)).convert("P")
     image.putpalette([10, 20, 30, 40, 50, 60])
     pixels = decode(save(image, "PNG", transparency=transparency), 3)
     assert pixels[0, 1].tolist() == [255, 255, 255]
@@ -105,9 +106,11 @@ def test_pixels_without_a_known_range_are_refused(mode):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_one_pixel(format, channels):
-    assert decode(save(Image.new("L", (1, 1), 7), format), channels).tolist() == [[[7] * channels]]
-    assert decode(save(Image.new("RGB", (1, 1), "red"), format), channels).shape == (1, 1, channels)
+def test_a_side_of_one_pixel_is_refused_and_of_two_is_read(format, channels):
+    for size in ((1, 1), (1, 40), (40, 1)):
+        with pytest.raises(ValueError, match=rf"{size[0]} x {size[1]} pixels are no picture"):
+            decode(save(Image.new("L", size, 7), format), channels)
+    assert decode(save(Image.new("L", (2, 2), 7), format), channels).tolist() == [[[7] * channels] * 2] * 2
 
 
 @pytest.mark.parametrize(
@@ -146,6 +149,16 @@ def test_broken_files_are_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(BrokenImage, match=r"a\.jpg cannot be read as a picture: "):
         read_onto_canvas(path, np.zeros((16, 16, 3), np.uint8))
+
+
+def test_pipes_and_endless_files_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(BrokenImage, match="it is no regular file"):
+        read_onto_canvas(tmp_path / "a.jpg", np.zeros((16, 16, 3), np.uint8))
+    with (tmp_path / "b.jpg").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(BrokenImage, match=r"its 1099511627776 bytes are over the limit"):
+        read_onto_canvas(tmp_path / "b.jpg", np.zeros((16, 16, 3), np.uint8))
 
 
 def test_other_formats_are_not_opened(tmp_path):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from jepax.data.broken import BrokenFiles
 from jepax.data.loader import batches, sweep
 from jepax.data.sources import Source, Split, fashion_mnist, image_folder, synthetic
 from jepax.types import UserError
@@ -24,6 +25,9 @@ class DataConfig:
     """1: grey, 3: RGB. None: the source's own, 1 for fashion_mnist and 3 for the others."""
     validation: float = 0.1
     """Share of each class's training pictures held out as the validation split; in [0, 1)."""
+    broken_share: float = 0.01
+    """Share of a split's pictures that may be unreadable (each is replaced by another of its class) before the run
+    stops; in [0, 1]."""
     synthetic_images: int = 512
     """Number of generated training pictures, held-out ones included; the test split has a fifth of it."""
     synthetic_seed: int = 0
@@ -41,6 +45,8 @@ class DataConfig:
                 _refuse(self, name, f"is none of {', '.join(map(str, choices))}")
         if not 0 <= self.validation < 1:
             _refuse(self, "validation", "is not a share in [0, 1); try 0.1")
+        if not 0 <= self.broken_share <= 1:
+            _refuse(self, "broken_share", "is not a share in [0, 1]; try 0.01")
         lowest = {"canvas": 1, "synthetic_images": 1, "synthetic_seed": 0, "threads": 0, "workers": 0}
         for name, least in lowest.items():
             if getattr(self, name) < least:
@@ -72,4 +78,4 @@ def open_source(config: DataConfig, split: Split) -> Source:
     return image_folder.open_split(config.root, split, config.validation, config.canvas, config.channels or 3)
 
 
-__all__ = ["DataConfig", "Source", "Split", "batches", "open_source", "sweep"]
+__all__ = ["BrokenFiles", "DataConfig", "Source", "Split", "batches", "open_source", "sweep"]

@@ -1,6 +1,7 @@
 """From a file's bytes to an upright uint8 picture on a canvas, once per example whatever the views."""
 
 import io
+import stat
 import warnings
 from os import PathLike
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import (
     JpegImagePlugin,  # noqa: F401
     PngImagePlugin,  # noqa: F401
     TiffImagePlugin,  # noqa: F401
+    UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401
 )
 
@@ -27,6 +29,10 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp",
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Nothing else is opened, whatever a file calls itself: some of Pillow's other formats start external programs."""
 ORIENTATION = 0x0112
+LEAST_SIDE = 2
+"""Pixels. A picture with a shorter side shows nothing: a page's spacer, or what an empty download was turned into."""
+MOST_BYTES = 2**30
+"""Twice an uncompressed 16-bit RGB picture of as many pixels as Pillow allows; a larger file is not read at all."""
 
 # Some of ImageNet's photos have damaged EXIF, which is then as good as none. The warning names no file, and silencing
 # it around each call is not safe with threads.
@@ -34,7 +40,7 @@ warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning, r"PIL\.")
 
 
 class BrokenImage(UserError):
-    """A file that cannot be read as a picture; the message names it."""
+    """A file that cannot be read as a picture; the message names it, and its cause is in `__cause__`."""
 
 
 def read_onto_canvas(
@@ -46,7 +52,7 @@ def read_onto_canvas(
     """
     rows, columns, channels = canvas.shape
     try:
-        picture = shrink(decode(Path(path).read_bytes(), channels), rows, columns)
+        picture = shrink(decode(_bytes_of(Path(path)), channels), rows, columns)
     except Exception as error:  # decoders raise all sorts, from OSError to SyntaxError and struct.error
         raise BrokenImage(
             f"{path} cannot be read as a picture: {error or type(error).__name__}.\nRepair the file or remove it."
@@ -62,8 +68,9 @@ def decode(data: bytes, channels: int) -> UInt8[np.ndarray, "height width channe
     Transparent pictures are laid on white, as pages and browsers show them. 16-bit grey keeps its high byte, as Pillow
     does for 16-bit colour. Of an animation the first frame counts. Grey is Pillow's 0.299 R + 0.587 G + 0.114 B.
 
-    Errors: whatever the decoder raises for broken data; ValueError for pixels without a known range (32-bit, float),
-    and Pillow's DecompressionBombWarning or -Error for pictures over `PIL.Image.MAX_IMAGE_PIXELS`.
+    Errors: whatever the decoder raises for broken data; ValueError for no data, for a side below `LEAST_SIDE` and for
+    pixels without a known range (32-bit, float); and, before anything is decoded, Pillow's DecompressionBombWarning or
+    -Error for pictures over `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     image = _open(data)
     picture = _fast_jpeg(image, data)
@@ -91,12 +98,29 @@ def _image(picture: UInt8[np.ndarray, "height width channels"]) -> Image.Image:
     return Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
 
 
+def _bytes_of(path: Path) -> bytes:
+    """The file's content. Errors: OSError; ValueError for a pipe or device, and for a file over `MOST_BYTES`."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, for ever
+        raise ValueError("it is no regular file")
+    if status.st_size > MOST_BYTES:
+        raise ValueError(f"its {status.st_size} bytes are over the limit of {MOST_BYTES}")
+    return path.read_bytes()
+
+
 def _open(data: bytes) -> Image.Image:
-    """Reads the header only."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    """Reads the header only, and judges the picture's size by it."""
+    if not data:
+        raise ValueError("it is empty")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:  # whose own message names an object in memory
+        raise ValueError(f"its content is none of {', '.join(FORMATS)}") from error
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:  # Pillow itself raises only at twice the limit
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are over the limit of {limit}")
+    if min(image.size) < LEAST_SIDE:
+        raise ValueError(f"{image.width} x {image.height} pixels are no picture")
     return image
 
 

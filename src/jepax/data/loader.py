@@ -1,5 +1,6 @@
 """Batches by step: the step's number, not an iterator's state, says which examples a batch holds."""
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -12,11 +13,18 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int, Int32
 
+from jepax.data.broken import warner
 from jepax.data.sources import Source
 from jepax.types import Images, UserError
 
 Parts = tuple[np.ndarray, ...]
-"""What crosses from a worker process: canvas, size, index, label."""
+"""What crosses from a worker process: canvas, size, index, label, and `lost`.
+
+`lost`, Int32[batch], holds the row of the source of each picture that another stands in for, and -1 elsewhere.
+"""
+NONE = np.int32(-1)
+Broken = Callable[[Int[np.ndarray, " replaced"]], None]
+"""Is told the rows of the source whose pictures could not be read, and were replaced in the batch handed over next."""
 
 
 def batches(
@@ -30,6 +38,7 @@ def batches(
     workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    broken: Broken | None = None,
 ) -> Generator[Images, None, None]:
     """This process's slices of the batches of steps `start` .. `steps - 1`, as numpy arrays.
 
@@ -38,27 +47,43 @@ def batches(
     the p-th contiguous slice. Nothing else enters: any start, threads, workers and processes give the same batches.
     `Images.index` is the position modulo 2^31.
 
+    A picture that cannot be read is replaced as `Source.load_readable` says, and `broken` is called with the rows of
+    such pictures before their batch is handed over: in the caller's thread, in the order of steps, at every meeting of
+    theirs. Left out, a warning names the first one.
+
     `workers` > 0 reads in that many processes, each with `threads` threads. Close the iterator (or exhaust it) to end
-    them. Errors: UserError for sizes that do not fit together; what the source raises.
+    them. Errors: UserError for sizes that do not fit together; what the source and `broken` raise.
     """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch_size={batch_size} is no positive multiple of the {process_count} processes.")
     share = batch_size // process_count
     reader = _TrainStep(source, batch_size, process_index * share, share, seed)
-    # asarray: from workers Grain hands a subclass over; the view keeps its shared memory alive for as long as needed.
-    return (Images(*map(np.asarray, parts)) for parts in _read_ahead(reader, start, steps, threads, workers))
+    return _handed_over(_read_ahead(reader, start, steps, threads, workers), broken or warner(source))
 
 
-def sweep(source: Source, batch_size: int, threads: int = 2, workers: int = 0) -> Iterator[tuple[Images, int]]:
+def sweep(
+    source: Source, batch_size: int, threads: int = 2, workers: int = 0, broken: Broken | None = None
+) -> Iterator[tuple[Images, int]]:
     """Every example once, in the source's order, with the number of valid rows in each batch.
 
     The last batch is filled up with copies of its last row, so that shapes never change. `Images.index` is the row.
+    Pictures that cannot be read are replaced, and `broken` is told of them, as in `batches`.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} is below 1.")
-    reader = _SweepStep(source, batch_size)
-    for step, parts in enumerate(_read_ahead(reader, 0, -(-len(source) // batch_size), threads, workers)):
-        yield Images(*parts), min(batch_size, len(source) - step * batch_size)
+    parts = _read_ahead(_SweepStep(source, batch_size), 0, -(-len(source) // batch_size), threads, workers)
+    for step, images in enumerate(_handed_over(parts, broken or warner(source))):
+        yield images, min(batch_size, len(source) - step * batch_size)
+
+
+def _handed_over(read: Generator[Parts, None, None], broken: Broken) -> Generator[Images, None, None]:
+    with contextlib.closing(read):
+        for parts in read:
+            # asarray: from workers Grain hands a subclass over; the view keeps its shared memory for as long as needed.
+            canvas, size, index, label, lost = map(np.asarray, parts)
+            if (lost >= 0).any():
+                broken(lost[lost >= 0])
+            yield Images(canvas, size, index, label)
 
 
 @functools.lru_cache(maxsize=4)
@@ -87,8 +112,9 @@ class _TrainStep:
     def __call__(self, step: int) -> Parts:
         first = step * self.batch_size + self.offset
         positions = np.arange(first, first + self.share)
-        canvas, size, label = self.source.load(self.rows(positions))
-        return canvas, size, (positions % 2**31).astype(np.int32), label
+        rows = self.rows(positions)
+        canvas, size, label, replaced = self.source.load_readable(rows)
+        return canvas, size, (positions % 2**31).astype(np.int32), label, np.where(replaced, rows, NONE)
 
     def rows(self, positions: Int[np.ndarray, " batch"]) -> Int32[np.ndarray, " batch"]:
         epochs, places = np.divmod(positions, len(self.source))
@@ -108,12 +134,16 @@ class _SweepStep:
         first = step * self.batch_size
         rows = np.minimum(np.arange(first, first + self.batch_size), len(self.source) - 1).astype(np.int32)
         fresh = rows[: len(self.source) - first]
-        parts = self.source.load(fresh)
+        *parts, replaced = self.source.load_readable(fresh)
+        lost = np.full(self.batch_size, NONE)
+        lost[: len(fresh)][replaced] = fresh[replaced]
         canvas, size, label = (part[rows - first] for part in parts) if len(fresh) < len(rows) else parts
-        return canvas, size, rows, label
+        return canvas, size, rows, label, lost
 
 
-def _read_ahead(read: Callable[[int], Parts], start: int, stop: int, threads: int, workers: int) -> Iterator[Parts]:
+def _read_ahead(
+    read: Callable[[int], Parts], start: int, stop: int, threads: int, workers: int
+) -> Generator[Parts, None, None]:
     """read(start) .. read(stop - 1), in order, computed ahead of their use. At most `threads` + 1 wait per process."""
     if start >= stop:
         return

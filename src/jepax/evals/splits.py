@@ -2,15 +2,17 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import UInt64
 
 from jepax.data import Source, batches, sweep
-from jepax.data.sources import Subset
+from jepax.data.sources import Pictures, Readable, Subset
 from jepax.evals.features import Features, extract
 from jepax.evals.frozen import Frozen
 from jepax.evals.say import SILENT, Say
@@ -22,6 +24,7 @@ SOME_SEED = 20261123
 """Of `some` pictures, which never depend on a run's seed: two runs may be compared."""
 WITHHELD = -1
 """Stands for every label that may not be read; no class has it."""
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +33,20 @@ class Withheld(Source):
 
     source: Source
 
-    def load(self, rows: Int[np.ndarray, "batch"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def load(self, rows: Int[np.ndarray, "batch"]) -> Pictures:
         canvas, size, labels = self.source.load(rows)
         return canvas, size, np.full_like(labels, WITHHELD)
+
+    def load_readable(self, rows: Int[np.ndarray, "batch"]) -> Readable:
+        canvas, size, labels, replaced = self.source.load_readable(rows)
+        return canvas, size, np.full_like(labels, WITHHELD), replaced
+
+    def name_of(self, row: int) -> str:
+        return self.source.name_of(row)
+
+    @property
+    def contents(self) -> dict[str, str]:
+        return self.source.contents
 
 
 def withheld(source: Source) -> Withheld:
@@ -58,6 +72,8 @@ class Split:
         self.reading = {"threads": threads, "workers": workers}
         self.digests: UInt64[np.ndarray, "seen"] = np.empty(0, np.uint64)
         """Of the pictures, once they were embedded: they tell what stands in two splits."""
+        self.broken: set[int] = set()
+        """Rows whose pictures could not be read and gave way to others of their class."""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -83,11 +99,23 @@ class Split:
 
     def pictures(self) -> Iterator[tuple[Images, int]]:
         """Every example once, in order, with the number of valid rows of each batch."""
-        return sweep(self.source, self.batch_size, **self.reading)
+        return self._told(partial(sweep, self.source, self.batch_size, **self.reading))
 
     def shuffled(self, batch_size: int, steps: int, seed: int) -> Iterator[Images]:
         """Batches of `steps` steps in the order of `seed`, a new one each epoch."""
-        return batches(self.source, batch_size=batch_size, steps=steps, seed=seed, **self.reading)
+        sizes = {"batch_size": batch_size, "steps": steps, "seed": seed}
+        return self._told(partial(batches, self.source, **sizes, **self.reading))
+
+    def _told(self, read: Callable[..., Iterator[Batch]]) -> Iterator[Batch]:
+        """What is read; at its end it is said how many pictures gave way to others, if that was not said before."""
+        before, found = set(self.broken), self.broken
+        yield from read(broken=lambda rows: found.update(rows.tolist()))
+        if found - before:
+            first, tell = self.source.name_of(min(found)), warnings.warn if self.say is SILENT else self.say.line
+            tell(
+                f"{self.name}: {len(found)} of {len(self)} pictures cannot be read, the first of them {first};"
+                " each gave way to another of its class"
+            )
 
 
 def some(source: Source, count: int) -> Source:

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -75,6 +76,26 @@ def test_damaged_files_under_root_are_refused(tmp_path, damage):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(damage)
     with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz is damaged"):
         open_source(DataConfig(root=str(tmp_path)), "train")
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_a_file_that_grows_without_end_is_not_read_to_it(tmp_path, monkeypatch, compress):
+    sizes = {name: len(content) for name, content in FILES.items()}
+    monkeypatch.setattr(fashion_mnist, "SIZES", sizes)
+    write(tmp_path, compress=compress)
+    open_source(DataConfig(root=str(tmp_path)), "train")  # as long as published: read
+    path = tmp_path / ("train-images-idx3-ubyte" + ".gz" * compress)
+    path.write_bytes(gzip.compress(bytes(2**26)) if compress else bytes(2**26))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=rf"longer than its {sizes['train-images-idx3-ubyte']} bytes"):
+        open_source(DataConfig(root=str(tmp_path)), "train")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
+
+
+def test_sizes_are_those_of_the_published_arrays():
+    assert fashion_mnist.SIZES["train-images-idx3-ubyte"] == 47_040_016 and set(fashion_mnist.SIZES) == set(FILES)
 
 
 def test_missing_under_root_is_refused_without_looking_elsewhere(tmp_path):

@@ -16,6 +16,7 @@ import urllib.request
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -31,6 +32,13 @@ DIGESTS = {
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 """sha256 of each idx file, decompressed: recompressing a file does not make it another."""
+SIZES = {
+    "train-images-idx3-ubyte": 16 + 60_000 * 784,
+    "train-labels-idx1-ubyte": 8 + 60_000,
+    "t10k-images-idx3-ubyte": 16 + 10_000 * 784,
+    "t10k-labels-idx1-ubyte": 8 + 10_000,
+}
+"""Bytes of each idx file, decompressed: what would grow beyond that is not read to its end."""
 SYSTEM = Path("/usr/share/datasets/fashion-mnist")
 PACKAGE = "dataset-fashion-mnist"
 HOSTS = (
@@ -97,15 +105,20 @@ def _read(folder: Path, name: str) -> bytes:
     """The file's content, decompressed and verified. Errors: FileNotFoundError, Damaged."""
     for path in (folder / f"{name}.gz", folder / name):
         if path.is_file():
-            return _verified(path.read_bytes(), name, path)
+            with path.open("rb") as file:
+                return _verified(file, name, path)
     raise FileNotFoundError(f"{name}.gz is not in {folder}")
 
 
-def _verified(data: bytes, name: str, origin: object) -> bytes:
+def _verified(file: BinaryIO, name: str, origin: Path) -> bytes:
+    packed = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
     try:
-        content = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (OSError, EOFError, zlib.error) as error:
+        content = (gzip.GzipFile(fileobj=file) if packed else file).read(SIZES[name] + 1)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise Damaged(f"{origin} is damaged ({error})") from error
+    if len(content) > SIZES[name]:
+        raise Damaged(f"{origin} is not the published {name} (longer than its {SIZES[name]} bytes)")
     digest = hashlib.sha256(content).hexdigest()
     if digest != DIGESTS[name]:
         raise Damaged(f"{origin} is not the published {name} (sha256 {digest[:16]}, should be {DIGESTS[name][:16]})")
@@ -160,7 +173,7 @@ def _reason(error: Exception) -> str:
 def _download(host: str, folder: Path) -> None:
     for name in DIGESTS:
         with urllib.request.urlopen(f"{host}{name}.gz", timeout=PATIENCE) as answer:
-            (folder / f"{name}.gz").write_bytes(answer.read())
+            (folder / f"{name}.gz").write_bytes(answer.read(SIZES[name]))  # a longer answer is another file
 
 
 def _unpack_package(folder: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
-from jepax.data.decode import SUFFIXES, read_onto_canvas
-from jepax.data.sources import Source, Split, rows_of
+from jepax.data.decode import SUFFIXES, BrokenImage, read_onto_canvas
+from jepax.data.sources import Pictures, Readable, Source, Split, digest_of, next_of_class, rows_of
 from jepax.types import UserError
 
 
@@ -20,18 +20,65 @@ class ImageFolder(Source):
     folder: Path
     files: tuple[str, ...]
     """Paths below `folder`, in step with `labels`."""
+    listed: dict[str, str]
+    """`contents`, from the listing of the whole folder."""
 
-    def load(
-        self, rows: Int[np.ndarray, " batch"]
-    ) -> tuple[
-        UInt8[np.ndarray, "batch rows columns channels"], Int32[np.ndarray, "batch 2"], Int32[np.ndarray, " batch"]
-    ]:
+    def load(self, rows: Int[np.ndarray, " batch"]) -> Pictures:
         """Errors: `jepax.data.decode.BrokenImage`, naming the file."""
-        canvas = np.zeros((len(rows), *self.canvas_shape), np.uint8)
-        size = np.empty((len(rows), 2), np.int32)
+        canvas, size = self._blank(len(rows))
         for place, row in enumerate(rows):
-            size[place] = read_onto_canvas(self.folder / self.files[row], canvas[place])
+            size[place] = self._read(row, canvas[place])
         return canvas, size, self.labels[rows]
+
+    def load_readable(self, rows: Int[np.ndarray, " batch"]) -> Readable:
+        """Errors: `jepax.data.decode.BrokenImage`, naming the file and those that were tried in its place."""
+        canvas, size = self._blank(len(rows))
+        replaced = np.zeros(len(rows), bool)
+        for place, row in enumerate(rows):
+            try:
+                size[place] = self._read(row, canvas[place])
+            except BrokenImage as error:
+                size[place], replaced[place] = self._read_another(row, canvas[place], error), True
+        return canvas, size, self.labels[rows], replaced
+
+    def name_of(self, row: int) -> str:
+        return str(self.folder / self.files[row])
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """`{"class cat": "1300 files, 3f2a9c..."}`: of each class the number of files and a digest of their names.
+
+        Of the whole folder, the files of train/ being those of the training and the validation split. No file is
+        opened: one that was overwritten under its name is not told from the old one.
+        """
+        return self.listed
+
+    def _blank(
+        self, count: int
+    ) -> tuple[UInt8[np.ndarray, "count rows columns channels"], Int32[np.ndarray, "count 2"]]:
+        return np.zeros((count, *self.canvas_shape), np.uint8), np.empty((count, 2), np.int32)
+
+    def _read(
+        self, row: int | np.integer, canvas: UInt8[np.ndarray, "rows columns channels"]
+    ) -> Int32[np.ndarray, "2"]:
+        return read_onto_canvas(self.folder / self.files[row], canvas)
+
+    def _read_another(
+        self, row: int | np.integer, canvas: UInt8[np.ndarray, "rows columns channels"], broken: BrokenImage
+    ) -> Int32[np.ndarray, "2"]:
+        """Another picture of the row's class. Errors: BrokenImage, so that a lost disk is not read to its end."""
+        others = next_of_class(self.labels, int(row))
+        for other in others:
+            try:
+                return self._read(other, canvas)
+            except BrokenImage:
+                continue
+        tried = ", ".join(self.files[other] for other in others) or "its class has no other"
+        raise BrokenImage(
+            f"{str(broken).splitlines()[0]}\n"
+            f"Nor can what was tried in its place: {tried}.\n"
+            f"Is {self.folder} still there, whole and readable?"
+        ) from broken.__cause__
 
 
 def open_split(root: str, split: Split, validation: float, canvas: int, channels: int) -> ImageFolder:
@@ -45,7 +92,8 @@ def open_split(root: str, split: Split, validation: float, canvas: int, channels
     strangers = sorted(set(_class_names(folder)) - set(names))
     if strangers:
         raise UserError(f"data.root={root}: val/{strangers[0]} is no class of train/; name both folders alike.")
-    listed = [(file, label) for label, name in enumerate(names) for file in _pictures(folder, name)]
+    pictures = {name: _pictures(folder, name) for name in names}
+    listed = [(file, label) for label, name in enumerate(names) for file in pictures[name]]
     if not listed:
         raise UserError(
             f"data.root={root}: no picture found under {folder.name}/CLASS/.\n"
@@ -54,7 +102,13 @@ def open_split(root: str, split: Split, validation: float, canvas: int, channels
     labels = np.array([label for _, label in listed], np.int32)
     rows = rows_of(split, labels, validation)
     files = tuple(listed[row][0] for row in rows)
-    return ImageFolder((canvas, canvas, channels), names, labels[rows], folder, files)
+    contents = {f"class {name}": _described(files) for name, files in pictures.items()}
+    return ImageFolder((canvas, canvas, channels), names, labels[rows], folder, files, contents)
+
+
+def _described(files: list[str]) -> str:
+    names = "\0".join(files).encode("utf-8", "surrogateescape")
+    return f"{len(files)} file{'s' * (len(files) != 1)}, {digest_of(names)}"
 
 
 def _inside(root: str, name: str) -> Path:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int32, UInt8
+from jaxtyping import Bool, Float32, Int, UInt8
 
-from jepax.data.sources import Source, Split, rows_of
+from jepax.data.sources import Pictures, Source, Split, rows_of
 
 NAMES = ("circle", "ring", "square", "frame", "triangle", "cross", "bar", "crescent")
 
@@ -21,12 +21,10 @@ class Synthetic(Source):
     """Rows of the pool that this split holds, in step with `labels`."""
     varied: bool
     """Whether heights and widths are drawn from [half the canvas, all of it]."""
+    images: int
+    """Pictures of the whole pool."""
 
-    def load(
-        self, rows: Int[np.ndarray, " batch"]
-    ) -> tuple[
-        UInt8[np.ndarray, "batch rows columns channels"], Int32[np.ndarray, "batch 2"], Int32[np.ndarray, " batch"]
-    ]:
+    def load(self, rows: Int[np.ndarray, " batch"]) -> Pictures:
         canvas = np.zeros((len(rows), *self.canvas_shape), np.uint8)
         size = np.empty((len(rows), 2), np.int32)
         for place, row in enumerate(rows):
@@ -35,6 +33,13 @@ class Synthetic(Source):
             height, width = size[place]
             canvas[place, :height, :width] = draw(generator, int(self.labels[row]), height, width, self.canvas_shape[2])
         return canvas, size, self.labels[rows]
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """What the pictures are made from; the program that makes them is not described."""
+        shape = " x ".join(map(str, self.canvas_shape))
+        sizes = "varied sizes" if self.varied else "one size"
+        return {"generated shapes": f"{self.images} of {shape}, {sizes}, pool {self.pool}, seed {self.seed}"}
 
     def _draw_size(self, generator: np.random.Generator) -> Int[np.ndarray, "2"]:
         whole = np.array(self.canvas_shape[:2])
@@ -54,7 +59,7 @@ def open_split(
     pool = int(split == "test")
     labels = np.arange(max(1, images // 5) if pool else images, dtype=np.int32) % len(NAMES)
     rows = rows_of(split, labels, validation)
-    return Synthetic(canvas_shape, NAMES, labels[rows], seed, pool, rows, varied)
+    return Synthetic(canvas_shape, NAMES, labels[rows], seed, pool, rows, varied, len(labels))
 
 
 def draw(
