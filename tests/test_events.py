@@ -18,7 +18,12 @@ def test_lines_come_back_and_torn_ones_do_not(tmp_path):
 def test_steps_that_are_taken_again_leave_one_line(tmp_path):
     """Only their own events are dropped; and a line after a torn one is whole."""
     happened = Events(tmp_path, 0)
-    for event, step, retaken in (("started", 0, False), ("skipped", 3, True), ("skipped", 5, True), ("saved", 6, False)):
+    for event, step, retaken in (
+        ("started", 0, False),
+        ("skipped", 3, True),
+        ("skipped", 5, True),
+        ("saved", 6, False),
+    ):
         happened.add(event, step, retaken=retaken)
     with happened.path.open("a") as file:
         file.write('{"torn')

@@ -81,6 +81,8 @@ def test_files_of_others(tmp_path):
         ({"hidden_size": 30}, ["width=30", "multiple of 4"]),
         ({"num_attention_heads": 5}, ["heads=5", "width=32"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers=0", "at least 1"]),
+        ({"num_hidden_layers": 10**9}, ["num_hidden_layers=1000000000", "at most 65536"]),
+        ({"model_type": "a" * 99 + "\x1b[2J"}, ["model_type='aaa", "..."]),
         ({"hidden_size": "32"}, ["hidden_size='32'", "int"]),
         ({"intermediate_size": None}, ["intermediate_size", "missing"]),
         ({"jepax": {"recipe": "mine", "stepp": 1}}, ["jepax", "stepp", "did you mean step?"]),
@@ -109,9 +111,9 @@ def test_pixels_that_are_prepared_otherwise_are_refused(values, words, tmp_path)
 
 def test_files_that_are_no_json_are_refused(tmp_path):
     refused(lambda: huggingface.read(tmp_path / "nowhere"), "nowhere/config.json", "No such file")
-    for content in (b"", b"{", b"\xff\xfe\x00"):
+    for content, word in ((b"", "no JSON"), (b"{", "no JSON"), (b"\xff\xfe\x00", "not text")):
         (tmp_path / "config.json").write_bytes(content)
-        refused(lambda: huggingface.read(tmp_path), str(tmp_path / "config.json"), "no JSON")
+        refused(lambda: huggingface.read(tmp_path), str(tmp_path / "config.json"), word)
 
 
 def test_sizes_of_our_own_that_contradict_each_other_are_refused(tmp_path):

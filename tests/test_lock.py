@@ -30,7 +30,10 @@ def other(tmp_path):
 
 def test_a_second_process_is_refused_and_told_who_is_there(tmp_path, other):
     assert lock.is_held(tmp_path)
-    with pytest.raises(UserError, match=rf"(?s)in use by process {other.pid} on .*another --run-dir"), lock.held(tmp_path):
+    with (
+        pytest.raises(UserError, match=rf"(?s)in use by process {other.pid} on .*another --run-dir"),
+        lock.held(tmp_path),
+    ):
         pass
     assert lock.is_held(tmp_path)
 

@@ -1,6 +1,8 @@
 """The loop on generated pictures: a run's folder, resuming, one program, and a loss that stops being finite."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import equinox as eqx
@@ -9,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jepax import checkpoint, evaluation, logs, settings
+from jepax import checkpoint, evaluation, logs, settings, signals, step
 from jepax import config as configs
 from jepax import train as training
+from jepax.saving import SaveConfig, Saver
 from jepax.settings import Config
 from jepax.train import train
 from jepax.types import UserError
@@ -29,9 +32,9 @@ def config():
 def finished(config, tmp_path_factory):
     """A run that nothing interrupted, and the number of training programs that it compiled."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    before = training.step_program._cache_size()
+    before = step.step_program._cache_size()
     state = train(config, run)
-    return run, state, training.step_program._cache_size() - before
+    return run, state, step.step_program._cache_size() - before
 
 
 def arrays(state):
@@ -45,7 +48,7 @@ def test_one_training_program_per_run(finished):
 def test_a_run_folder_holds_its_config_metrics_and_checkpoints(config, finished):
     run, state, _ = finished
     assert configs.load(Config, run / "config.yaml") == config
-    assert checkpoint.whole_steps(run / "checkpoints") == [4, 6]
+    assert checkpoint.steps(run / "checkpoints") == [4, 6]
     lines = logs.read(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 3, 5]
     for name in (
@@ -80,22 +83,22 @@ def test_a_run_folder_holds_its_config_metrics_and_checkpoints(config, finished)
 
 
 def test_a_run_that_stopped_goes_on_where_it_was(config, finished, tmp_path, monkeypatch):
-    """Stopped after step 4 was saved: the rest is the same to the bit, and the log holds every step once."""
+    """Asked to end after step 4 was saved: the rest is the same to the bit, and the log holds every step once."""
     run, whole, _ = finished
+    save = Saver.save
 
-    def stop(folder, step, state, **rest):
-        path = checkpoint_save(folder, step, state, **rest)
+    def stop(saver, step, state, note):
+        save(saver, step, state, note)
         if step == 4:
-            raise KeyboardInterrupt
-        return path
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    checkpoint_save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", stop)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(Saver, "save", stop)
+    with pytest.raises(signals.Stopped, match="the same command goes on"):
         train(config, tmp_path)
     monkeypatch.undo()
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4, 5]
     resumed = train(config, tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, arrays(whole), arrays(resumed))
+    assert checkpoint.digest(whole) == checkpoint.digest(resumed)
     speed = {"seconds_per_step", "images_per_second"}
     lines = [
         [{k: v for k, v in line.items() if k not in speed} for line in logs.read(r / "metrics.jsonl")]
@@ -117,59 +120,68 @@ def test_a_folder_of_another_config_is_refused(config, finished):
         train(other, finished[0])
 
 
-@pytest.mark.parametrize(("name", "said"), [("loss", "loss"), ("update_norm", "update's norm")])
-def test_what_is_not_finite_stops_the_run_and_names_the_step(name, said, config, tmp_path, monkeypatch):
+def test_an_update_that_is_not_finite_stops_the_run_and_names_the_step(config, tmp_path, monkeypatch):
     """It is made NaN in the third step; the step after it may have begun, but nothing later is logged or saved."""
-    real, calls = training.compiled_step, []
-
-    def broken(inputs, state):
-        state, metrics = real(inputs, state)
-        calls.append(1)
-        return state, metrics | ({name: jnp.float32(np.nan)} if len(calls) == 3 else {})
-
-    monkeypatch.setattr(training, "compiled_step", broken)
-    with pytest.raises(UserError, match=f"{said} of step 2 is nan"):
+    calls = tamper(monkeypatch, {3: lambda metrics: {"update_norm": jnp.float32(np.nan)}})
+    with pytest.raises(UserError, match="update's norm of step 2 is nan"):
         train(config, tmp_path)
     assert len(calls) <= 4
-    assert checkpoint.whole_steps(tmp_path / "checkpoints") == []
+    assert checkpoint.steps(tmp_path / "checkpoints") == []
 
 
-def test_a_step_between_two_lines_is_not_overlooked(config, tmp_path, monkeypatch):
-    """The loss of the third step alone, of ten to a line, leaps; then the run ends, and its file says what was seen."""
+def tamper(monkeypatch, changes):
+    """Changes the metrics of the steps with these numbers, counted from 1. Returns a list that grows with the steps."""
     real, calls = training.compiled_step, []
 
-    def leaping(inputs, state):
-        state, metrics = real(inputs, state)
+    def broken(inputs, images, state):
+        state, metrics = real(inputs, images, state)
         calls.append(1)
-        new = {3: {"loss": 100 * metrics["loss"]}, 14: {"loss": jnp.float32(np.nan)}}
-        return state, metrics | new.get(len(calls), {})
+        return state, metrics | changes.get(len(calls), lambda metrics: {})(metrics)
 
-    monkeypatch.setattr(training, "compiled_step", leaping)
-    longer = replace(config, train=replace(config.train, steps=20, log_every=10, save_every=100))
-    with pytest.raises(UserError, match="loss of step 13 is nan"):
+    monkeypatch.setattr(training, "compiled_step", broken)
+    return calls
+
+
+@pytest.mark.parametrize(("last", "line"), [(14, 9), (4, 3)])
+def test_a_step_between_two_lines_is_not_overlooked(last, line, config, tmp_path, monkeypatch):
+    """The loss of the third step alone, of ten to a line, leaps; the run ends later, or at once: both are named."""
+    leap = {3: lambda metrics: {"loss": 100 * metrics["loss"]}}
+    tamper(monkeypatch, leap | {last: lambda metrics: {"update_norm": jnp.float32(np.nan)}})
+    longer = replace(config, train=replace(config.train, steps=20, log_every=10, save=SaveConfig(every=100)))
+    with pytest.raises(UserError, match=f"update's norm of step {last - 1} is nan"):
         train(longer, tmp_path)
     lines = logs.read(tmp_path / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [0, 9] and lines[1]["loss_max"] > 50 > 2 > lines[1]["loss"]
+    assert [each["step"] for each in lines] == [step for step in (0, 9) if step < last]
     written = json.loads((tmp_path / "health.json").read_text())
-    assert [(alarm["kind"], alarm["step"]) for alarm in written["alarms"]] == [("spike", 9)]
-    assert written["ended"].startswith("the loss of step 13 is nan")
+    assert [(alarm["kind"], alarm["step"]) for alarm in written["alarms"]] == [("spike", line)]
+    assert written["ended"].startswith(f"the update's norm of step {last - 1} is nan")
 
 
-def test_what_leaps_just_before_the_end_is_named_too(config, tmp_path, monkeypatch):
-    real, calls = training.compiled_step, []
+def test_settings_that_do_not_change_what_is_trained_may_change(config, finished):
+    run, state, _ = finished
+    other = replace(config, data=replace(config.data, threads=1), train=replace(config.train, log_every=3))
+    assert checkpoint.digest(train(other, run)) == checkpoint.digest(state)
+    assert configs.load(Config, run / "config.yaml") == other
+    train(config, run)
 
-    def leaping(inputs, state):
-        state, metrics = real(inputs, state)
-        calls.append(1)
-        new = {3: {"loss": 100 * metrics["loss"]}, 4: {"loss": jnp.float32(np.nan)}}
-        return state, metrics | new.get(len(calls), {})
 
-    monkeypatch.setattr(training, "compiled_step", leaping)
-    longer = replace(config, train=replace(config.train, steps=20, log_every=10, save_every=100))
-    with pytest.raises(UserError, match="loss of step 3 is nan"):
-        train(longer, tmp_path)
-    (alarm,) = json.loads((tmp_path / "health.json").read_text())["alarms"]
-    assert (alarm["kind"], alarm["step"]) == ("spike", 3)
+def test_the_best_checkpoint_is_kept(tmp_path):
+    config = shrunk("ijepa_fashion_mnist")
+    online = replace(config.eval.online, every=2, train_images=60, validation_images=16)
+    save = SaveConfig(every=100, keep=1, best="knn_top1")
+    config = replace(config, eval=replace(config.eval, online=online), train=replace(config.train, save=save))
+    train(config, tmp_path)
+    scores = {
+        line["step"] + 1: line["knn_top1"] for line in logs.read(tmp_path / "metrics.jsonl") if "knn_top1" in line
+    }
+    best = max(scores, key=lambda step: (scores[step], -step))
+    assert checkpoint.steps(tmp_path / "checkpoints") == sorted({best, 6})
+
+
+def test_the_best_of_what_is_not_measured_is_refused(config, tmp_path):
+    wanted = replace(config, train=replace(config.train, save=SaveConfig(best="knn_top1")))
+    with pytest.raises(UserError, match=r"train.save.best=knn_top1 needs eval.online.every above 0"):
+        train(replace(wanted, eval=replace(config.eval, online=replace(config.eval.online, every=0))), tmp_path)
 
 
 def test_a_teacher_in_bfloat16_is_saved_and_restored_as_it_is(tmp_path):

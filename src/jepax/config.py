@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from jepax.types import UserError
+from jepax.untrusted import read_yaml, shown
 
 T = TypeVar("T")
 
@@ -73,8 +74,8 @@ def _named(cls: type, values: dict, path: str, where: str) -> tuple[type, dict]:
     if registry is None:
         return cls, values
     name = values.pop("name", None)
-    if name not in registry:
-        said = " is missing" if name is None else f"={name!r} is unknown"
+    if not isinstance(name, str) or name not in registry:
+        said = " is missing" if name is None else f"={shown(repr(name))} is unknown"
         raise UserError(f"{where}: {_join(path, 'name')}{said}; {nearest(str(name), registry)}")
     if not issubclass(registry[name], cls):
         raise UserError(f"{where}: {_join(path, 'name')}={name!r} does not belong here; take {cls.name!r}")
@@ -130,6 +131,8 @@ def _scalar(kind: Any, value: object) -> list:
         except (ValueError, OverflowError):
             return []
         return [] if math.isnan(number) else [number]
+    if kind is int and type(value) is int and abs(value) >= 2**63:  # no number of anything, and too large for a float
+        return []
     return [value] if kind is Any or type(value) is kind else []
 
 
@@ -164,13 +167,12 @@ def closest(name: str, valid: Iterable[str]) -> str | None:
 
 
 def _join(path: str, name: object) -> str:
-    return f"{path}.{name}" if path else str(name)
+    return f"{path}.{shown(name)}" if path else shown(name)
 
 
 def _wrong(path: str, value: object, kind: Any, where: str) -> UserError:
-    shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
     wrong = "is not a number" if value != value else "has the wrong type"
-    return UserError(f"{where}: {path}={shown} {wrong}; it wants {describe(kind)}")
+    return UserError(f"{where}: {path}={shown(repr(value))} {wrong}; it wants {describe(kind)}")
 
 
 def dump(config: object, path: Path) -> None:
@@ -186,32 +188,8 @@ def text(config: object) -> str:
 
 
 def load(cls: type[T], path: Path) -> T:
-    """Reads a YAML file strictly. Raises `UserError` where it is missing, no YAML, or no `cls`."""
-    try:
-        content = path.read_text()
-        repeated = _repeated(yaml.compose(content, Loader=yaml.SafeLoader))
-        values = yaml.safe_load(content)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise UserError(f"{path} cannot be read: {reason}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())[:300]}") from error
-    if repeated:
-        raise UserError(f"{path}: {repeated} stands there twice; remove one")
-    return from_dict(cls, values, str(path))
-
-
-def _repeated(node: yaml.Node | None, path: str = "") -> str:
-    """The first key that a mapping holds twice, of which YAML would silently take the last."""
-    seen = set()
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        name = _join(path, key.value)
-        if name in seen:
-            return name
-        seen.add(name)
-        if inner := _repeated(value, name):
-            return inner
-    return ""
+    """Reads a YAML file strictly. Raises `UserError` where it is missing, no plain YAML, or no `cls`."""
+    return from_dict(cls, read_yaml(path), str(path))
 
 
 def flat(config: object, path: str = "") -> dict[str, Any]:

@@ -7,8 +7,7 @@ from pathlib import Path
 from jepax import checkpoint, lock, settings
 from jepax import config as configs
 from jepax import events as happened
-from jepax.data import Source, open_source
-from jepax.data.broken import FILE as BROKEN
+from jepax.data import BROKEN, Source, open_source
 from jepax.evals import alarms
 from jepax.settings import Config
 from jepax.types import UserError

@@ -23,7 +23,7 @@ from jepax.settings import Config
 from jepax.step import TrainState, build_method, first_state
 from jepax.types import UserError
 from jepax.views import CropConfig
-from jepax.weights import MODEL, load_encoder
+from jepax.weights import MODEL, load_encoder, refuse_other_formats
 
 EVALUATION_KEY = 2
 """Folded into the seed's key; 0 and 1 belong to the first parameters and to training."""
@@ -183,8 +183,9 @@ def resolve(arguments: list[str]) -> Subject:
 
 
 def config_of(run: Path) -> Config:
-    """Of a run's folder. Raises `UserError` naming the nearest one."""
+    """Of a run's folder. Raises `UserError` naming the nearest one, or what lies there instead."""
     if not (run / "config.yaml").is_file():
+        refuse_other_formats(run)
         near = sorted(str(path.parent) for path in run.parent.glob("*/config.yaml"))
         way = configs.nearest(str(run), near) if near else f"no run lies in {run.parent}"
         raise UserError(f"{run} is no run's folder: it holds no config.yaml; {way}")

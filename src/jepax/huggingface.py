@@ -20,6 +20,7 @@ from jepax.nn import ViTConfig
 from jepax.nn.blocks import EPSILON, Remat
 from jepax.nn.position import sincos_2d
 from jepax.types import UserError
+from jepax.untrusted import read_json, shown
 from jepax.views import CropConfig
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -27,6 +28,8 @@ SIZES = ("patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_
 FIXED = {"model_type": "ijepa", "hidden_act": "gelu", "qkv_bias": True, "layer_norm_eps": EPSILON}
 """What our `ViT` is, and other folders must be."""
 PIXELS = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+LARGEST = 2**16
+"""Of any size in config.json. What its tensors really have is for their reader to compare."""
 RESAMPLE = {"bilinear": 2, "bicubic": 3}
 """Pillow's numbers of our filters."""
 
@@ -81,7 +84,7 @@ def read(folder: Path) -> tuple[ViTConfig, CropConfig]:
     Raises `UserError` naming file, key and value of what is missing, and of what is not our `ViT`.
     """
     path = folder / CONFIG
-    values = _read_json(path)
+    values = read_json(path)
     _require(path, values, FIXED)
     patch, channels, width, depth, heads, hidden = (_side(path, values, key) for key in SIZES)
     side, execution = _side(path, values, "image_size"), {}
@@ -92,7 +95,7 @@ def read(folder: Path) -> tuple[ViTConfig, CropConfig]:
         else:
             crop = _crop(folder / PREPROCESSOR, side)
         config = ViTConfig(patch, channels, width, depth, heads, hidden / width, **execution)
-        sincos_2d(config.grid(crop.size), config.width)  # refuses sizes that have no such positions
+        config.grid(crop.size), sincos_2d((1, 1), config.width)  # refuse sizes that have no such positions
     if crop.size != (side, side):
         raise UserError(f"{path}: image_size={side}, but jepax.crop.size={crop.size}; make them equal")
     if len(crop.mean) != channels:
@@ -123,11 +126,11 @@ def _crop(path: Path, side: int) -> CropConfig:
     crop = CropConfig(size=(side, side))
     if not path.exists():
         return crop
-    values = _read_json(path)
+    values = read_json(path)
     _require(path, PIXELS | values, PIXELS)
     filters = {number: name for name, number in RESAMPLE.items()}
     if (number := values.get("resample", RESAMPLE[crop.filter])) not in filters:
-        raise UserError(f"{path}: resample={number!r} is neither 2 (bilinear) nor 3 (bicubic)")
+        raise UserError(f"{path}: resample={shown(number)} is neither 2 (bilinear) nor 3 (bicubic)")
     told = {ours: values[f"image_{ours}"] for ours in ("mean", "std") if f"image_{ours}" in values}
     told = {key: configs.convert(tuple[float, ...], told[key], f"image_{key}", str(path)) for key in told}
     if len(told.get("mean", ())) == 3 and (told["mean"] != crop.mean or told.get("std", crop.std) != crop.std):
@@ -144,25 +147,15 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # no JSON, or no text
-        raise UserError(f"{path} is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds {type(values).__name__} and no keys; fetch or export it again")
-    return values
-
-
 def _require(path: Path, values: dict[str, Any], fixed: dict[str, Any]) -> None:
     """Raises `UserError` at the first key that has not the value of `fixed`, numbers to a millionth of it."""
     for key, needed in fixed.items():
         value = values.get(key, "absent")
         near = isinstance(needed, float) and isinstance(value, float) and math.isclose(value, needed, rel_tol=1e-6)
         if not near and (value != needed or type(value) is not type(needed)):
-            raise UserError(f"{path}: {key}={value} is not supported; jepax reads encoders with {key}={needed} alone")
+            raise UserError(
+                f"{path}: {key}={shown(value)} is not supported; jepax reads encoders with {key}={needed} alone"
+            )
 
 
 def _side(path: Path, values: dict[str, Any], key: str) -> int:
@@ -170,10 +163,10 @@ def _side(path: Path, values: dict[str, Any], key: str) -> int:
     value = values.get(key)
     if isinstance(value, list) and len(value) == 2:
         if value[0] != value[1]:
-            raise UserError(f"{path}: {key}={value} is not square; jepax reads square ones alone")
+            raise UserError(f"{path}: {key}={shown(value)} is not square; jepax reads square ones alone")
         value = value[0]
     if value is None:
         raise UserError(f"{path}: {key} is missing; fetch or export it again")
-    if configs.convert(int, value, key, str(path)) < 1:
-        raise UserError(f"{path}: {key}={value} must be at least 1")
+    if not 1 <= configs.convert(int, value, key, str(path)) <= LARGEST:
+        raise UserError(f"{path}: {key}={value} must be at least 1 and at most {LARGEST}")
     return value

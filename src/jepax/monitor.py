@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -71,10 +72,14 @@ class Peaks:
 class Monitor:
     """Looks at every step, one step late so that the device never waits for it, and writes the log's lines."""
 
-    def __init__(self, config: Config, run: Path, log: Log, events: Events, online: Online | None, note: dict):
-        self.config, self.run, self.log, self.events, self.online = config, run, log, events, online
+    online: Online | None = None
+    """What evaluates while the run trains."""
+
+    def __init__(self, config: Config, run: Path, log: Log, note: dict, send: Callable[[int, dict], None]):
+        """`note`: of the checkpoint that the run goes on from. `send`: is given every line of the log, by its step."""
+        self.config, self.run, self.log, self.events, self.send = config, run, log, Events(run, log.start), send
         self.dog, self.peaks, self.best = Watchdog(log.kept), Peaks(note.get("peaks")), note.get("best")
-        self.evaluations = log.start // config.eval.online.every if online is not None else 0
+        self.evaluations = log.start // max(config.eval.online.every, 1)
         self._waiting: tuple[int, Metrics, Images] | None = None
         alarms.write(run, self.dog.alarms)
 
@@ -141,7 +146,9 @@ class Monitor:
             self.evaluations = (step + 1) // every
             with self.log.aside():
                 values |= self._scores(step, method)
-        self._warn(self.log.write(step, values))
+        written = self.log.write(step, values)
+        self.send(step, written)
+        self._warn(written)
         score = values.get(self.config.train.save.best or "")
         if score is None or (self.best is not None and score <= self.best):
             return False

@@ -19,6 +19,7 @@ from jepax.methods import MethodConfig
 from jepax.methods.ijepa import IJEPAConfig
 from jepax.optim import OptimConfig, Optimizer
 from jepax.saving import SaveConfig
+from jepax.trackers import Tracker
 from jepax.types import UserError
 
 
@@ -40,6 +41,8 @@ class TrainConfig:
     """Checkpoints."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """Steps that would harm the run."""
+    trackers: tuple[Tracker, ...] = ()
+    """Views of the log elsewhere, each behind an extra of its name; metrics.jsonl holds everything without them."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "log_every"):
@@ -98,7 +101,10 @@ def compute_dtype(config: Config) -> DTypeLike:
     return jnp.dtype(config.train.precision)
 
 
-FREE = ("data.root", "data.threads", "data.workers", "eval", "train.log_every", "train.save", "train.trackers")
+FREE = (
+    *("data.root", "data.threads", "data.workers", "data.broken_share"),
+    *("eval", "train.log_every", "train.save", "train.trackers"),
+)
 """Settings that a run may go on with in another value: what is trained does not depend on them."""
 CONFIG, DATA = "config.yaml", "data.json"
 

@@ -1,19 +1,22 @@
 """The training loop, from a `Config` to a trained state: `step.py` holds the step that it takes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import jax
 import jax.random as jr
 
 from jepax import checkpoint, dump, lock, logs, sharding, signals
-from jepax.data import Source, batches
+from jepax import config as configs
+from jepax.data import BROKEN, Broken, BrokenFiles, Source, batches
 from jepax.events import Events
 from jepax.logs import Log, warn
 from jepax.monitor import Diverged, Monitor, NotFinite, RollBack, online_of
 from jepax.saving import Saver
 from jepax.settings import Config, claim, compute_dtype, prepare, record
 from jepax.step import TrainState, compiled_step, first_state
+from jepax.trackers import Trackers
 from jepax.types import Images
 
 
@@ -75,13 +78,13 @@ class Run:
         with (
             Log(self.folder / "metrics.jsonl", steps=steps, start=self.start) as log,
             Saver(self.checkpoints, config.train.save, log.say) as saver,
+            Trackers(config.train.trackers, self.folder, configs.to_dict(config), log.say) as trackers,
+            closing(self.read(log.say)) as stream,
         ):
             log.begin(self.folder, config.train.batch_size)
-            online = online_of(config, self.source, steps)
-            monitor = self.monitor = Monitor(
-                config, self.folder, log, Events(self.folder, self.start), online, self.note
-            )
-            for step, images in enumerate(read(config, self.source, steps, self.start, self.shift), self.start):
+            monitor = self.monitor = Monitor(config, self.folder, log, self.note, trackers.send)
+            monitor.online = online_of(config, self.source, steps)
+            for step, images in enumerate(stream, self.start):
                 self.state, metrics = compiled_step(inputs, sharding.shard_batch(images, self.mesh), self.state)
                 monitor.took(step, metrics, images)  # looks at the step before: the device never waits for it
                 if step == self.start:
@@ -103,6 +106,11 @@ class Run:
     def shift(self) -> int:
         """Batches that the order of examples is ahead of the steps: those that training went back over."""
         return self.note.get("shift", 0) + sum(leap - self.start + 1 for leap in self.passed.get(self.start, ()))
+
+    def read(self, say: Callable[[str], None]) -> Generator[Images, None, None]:
+        """This host's slices of the batches that are left."""
+        broken = BrokenFiles(self.source, self.folder / BROKEN, self.config.data.broken_share, say)
+        return read(self.config, self.source, self.optimizer.total_steps, self.start, self.shift, broken)
 
     def go_back(self, leap: int) -> None:
         """To the newest checkpoint, behind the step at which the gradient leapt; the examples up to it are not seen
@@ -129,7 +137,9 @@ class Run:
         )
 
 
-def read(config: Config, source: Source, steps: int, start: int, shift: int = 0) -> Iterator[Images]:
+def read(
+    config: Config, source: Source, steps: int, start: int, shift: int = 0, broken: Broken | None = None
+) -> Generator[Images, None, None]:
     """This host's slices of the batches of steps `start` to `steps` - 1, taken `shift` batches further on."""
     return batches(
         source,
@@ -141,4 +151,5 @@ def read(config: Config, source: Source, steps: int, start: int, shift: int = 0)
         workers=config.data.workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        broken=broken,
     )

@@ -3,6 +3,7 @@
 Source of names and layouts: transformers, models/ijepa/modeling_ijepa.py, as `save_pretrained` writes them.
 """
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from operator import attrgetter
@@ -18,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jepax import huggingface
-from jepax.nn import ViT
+from jepax.nn import ViT, ViTConfig
 from jepax.nn.position import sincos_2d
 from jepax.trees import cast
 from jepax.types import UserError
+from jepax.untrusted import shown
 from jepax.views import CropConfig
 
 MODEL = "model.safetensors"
@@ -36,6 +38,10 @@ LAYER = {
     "mlp.contract": ["output.dense"],
 }
 """Our modules, and theirs whose outputs ours hold side by side."""
+OTHERS = (".bin", ".pt", ".pth", ".pth.tar", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack")
+"""Formats of weights that are never opened: reading some of them runs what is written in them."""
+HEADER = 10_000_000
+"""Bytes of a safetensors file's list of tensors; the largest ViT's takes a hundredth."""
 TOLERANCE = 1e-4
 """Largest difference of a file's positions to our table, beside the rounding of their type."""
 
@@ -71,9 +77,12 @@ def load_encoder(folder: Path) -> tuple[ViT, CropConfig]:
 
     Our config.json tells the crop. Other folders tell its size, and in preprocessor_config.json, if they have one, its
     mean, std and filter; the rest is `CropConfig`'s default. Raises `UserError` where tensors are missing, surplus, of
-    another shape or not finite, and where the model is not our `ViT`, with its fixed sine-cosine positions.
+    another shape or not finite, and where the model is not our `ViT`, with its fixed sine-cosine positions. Memory is
+    taken for tensors that the file has, and never for sizes that config.json alone tells.
     """
+    refuse_other_formats(folder)
     config, crop = huggingface.read(folder)
+    _refuse_sizes(folder / MODEL, config, crop.size)
     shapes = eqx.filter_eval_shape(ViT, config, key=jr.key(0))
     zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)  # takes no memory
     return _filled(shapes, _read_tensors(folder / MODEL, named_tensors(zeros, crop.size))), crop
@@ -115,16 +124,65 @@ def _filled(encoder: ViT, tensors: dict[str, np.ndarray]) -> ViT:
     return encoder
 
 
-def _read_tensors(path: Path, wanted: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The file's tensors in float32; their names and shapes, and the values of the positions, must be `wanted`'s."""
+def refuse_other_formats(path: Path) -> None:
+    """Raises `UserError` where weights in another format than ours are given, as a file or as a folder without ours."""
+    files = sorted(path.iterdir()) if path.is_dir() and not (path / MODEL).exists() else [path]
+    for file in files:
+        if file.is_file() and file.name.lower().endswith(OTHERS):
+            raise UserError(
+                f"{file} is not read: jepax reads safetensors alone, from a folder that holds {MODEL},\n"
+                "since a pickled file runs whatever code is in it; where you trust the file, convert it with\n"
+                "transformers: IJepaModel.from_pretrained(...).save_pretrained(FOLDER, safe_serialization=True)"
+            )
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, frozenset[str]]]:
+    """The safetensors file, and the names of its tensors. Raises `UserError` where it is missing or not whole."""
     try:
+        with path.open("rb") as file:
+            if (length := int.from_bytes(file.read(8), "little")) > HEADER:
+                raise UserError(f"{path} is no whole safetensors file: {length} bytes of header")
         with safe_open(path, framework="numpy") as file:
-            _refuse_others(path, {name: file.get_slice(name) for name in file.keys()}, wanted)
-            found = {name: file.get_tensor(name) for name in wanted}
+            yield file, frozenset(file.keys())
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; weights are read from one safetensors file of this name") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is no whole safetensors file: {error}; fetch or export it again") from error
+
+
+def _refuse_sizes(path: Path, config: ViTConfig, size: tuple[int, int]) -> None:
+    """Raises `UserError` where a size in config.json is not that of the tensors, before anything of that size is built.
+
+    The file must hold every byte of every tensor that it lists, so what passes takes no more memory than the file.
+    """
+    rows, columns = config.grid(size)
+    expand = f"encoder.layer.{config.depth - 1}.{LAYER['mlp.expand'][0]}.weight"
+    wanted = {
+        POSITIONS: [1, rows * columns, config.width],
+        f"{PATCHES}.weight": [config.width, config.channels, config.patch_size, config.patch_size],
+        expand: [round(config.width * config.mlp_ratio), config.width],
+    }
+    with _opened(path) as (file, names):
+        for name, shape in wanted.items():
+            if name not in names or file.get_slice(name).get_shape() != shape:
+                raise _other(path, name, file.get_slice(name).get_shape() if name in names else "absent", shape)
+        if config.depth > len(names):
+            raise UserError(f"{path} holds {len(names)} tensors, too few for {config.depth} layers by config.json")
+
+
+def _other(path: Path, name: str, is_there: object, should_be: object) -> UserError:
+    return UserError(
+        f"{path}: {shown(name, 100)} is {is_there}, and by config.json should be {should_be};\n"
+        "give the config.json of these weights, of an IJepaModel without classifier or pooler"
+    )
+
+
+def _read_tensors(path: Path, wanted: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The file's tensors in float32; their names and shapes, and the values of the positions, must be `wanted`'s."""
+    with _opened(path) as (file, names):
+        _refuse_others(path, file, names, wanted)
+        found = {name: file.get_tensor(name) for name in wanted}
     rounding = float(jnp.finfo(found[POSITIONS].dtype).eps) / 2
     found = {name: value.astype(np.float32, copy=False) for name, value in found.items()}
     for name, value in found.items():
@@ -139,15 +197,12 @@ def _read_tensors(path: Path, wanted: dict[str, np.ndarray]) -> dict[str, np.nda
     return found
 
 
-def _refuse_others(path: Path, tensors: dict[str, Any], wanted: dict[str, np.ndarray]) -> None:
+def _refuse_others(path: Path, file: Any, names: frozenset[str], wanted: dict[str, np.ndarray]) -> None:
     """Raises `UserError` at the first tensor that is missing, surplus, of another shape, or of no float type."""
-    for name in sorted(tensors | wanted):
-        is_there = tensors[name].get_shape() if name in tensors else "absent"
+    for name in sorted(names | wanted.keys()):
+        is_there = file.get_slice(name).get_shape() if name in names else "absent"
         should_be = list(wanted[name].shape) if name in wanted else "absent"
         if is_there != should_be:
-            raise UserError(
-                f"{path}: {name} is {is_there}, and by config.json should be {should_be};\n"
-                "give the config.json of these weights, of an IJepaModel without classifier or pooler"
-            )
-        if tensors[name].get_dtype() not in ("F32", "F16", "BF16"):
-            raise UserError(f"{path}: {name} is {tensors[name].get_dtype()}; save it as float32, float16 or bfloat16")
+            raise _other(path, name, is_there, should_be)
+        if (dtype := file.get_slice(name).get_dtype()) not in ("F32", "F16", "BF16"):
+            raise UserError(f"{path}: {name} is {dtype}; save it as float32, float16 or bfloat16")

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from jepax.data.broken import BrokenFiles
-from jepax.data.loader import batches, sweep
+from jepax.data.broken import BROKEN, BrokenFiles
+from jepax.data.loader import Broken, batches, sweep
 from jepax.data.sources import Source, Split, fashion_mnist, image_folder, synthetic
 from jepax.types import UserError
 
@@ -78,4 +78,4 @@ def open_source(config: DataConfig, split: Split) -> Source:
     return image_folder.open_split(config.root, split, config.validation, config.canvas, config.channels or 3)
 
 
-__all__ = ["BrokenFiles", "DataConfig", "Source", "Split", "batches", "open_source", "sweep"]
+__all__ = ["BROKEN", "Broken", "BrokenFiles", "DataConfig", "Source", "Split", "batches", "open_source", "sweep"]

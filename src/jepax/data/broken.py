@@ -12,6 +12,8 @@ from jaxtyping import Int
 from jepax.data.sources import Source
 from jepax.types import UserError
 
+BROKEN = "broken.jsonl"
+"""Name of the list in a run's folder."""
 SPOKEN = 10
 """Files that are each spoken of; after them, every hundredth is."""
 SHOWN = 3

@@ -45,10 +45,6 @@ class Source(abc.ABC):
     def classes(self) -> int:
         return len(self.class_names)
 
-    @property
-    def contents(self) -> dict[str, str]:
-        return {}
-
     @abc.abstractmethod
     def load(self, rows: Int[np.ndarray, " batch"]) -> Pictures:
         """The pictures of these rows. Called by several threads at once.

@@ -1,0 +1,116 @@
+"""Text files that anybody may have written: read within bounds of size and depth, plain values alone, no code run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jepax.types import UserError
+
+LARGEST = 1_000_000
+"""Bytes of a file; our own hold a few thousand."""
+DEEPEST = 32
+"""Levels of mappings and lists in a YAML file."""
+VALUES = 20_000
+"""Keys, values and lists of a YAML file: each takes about a kilobyte while it is read."""
+LONGEST = 2_000
+"""Characters of one YAML value: far below the digits at which Python stops to read and to print whole numbers."""
+
+
+class _Refused(yaml.YAMLError):
+    """YAML that plain values do not need."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Builds plain values alone, and stops at the first that is tagged, shared, too deep, too long or one too many."""
+
+    depth = values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth, self.values = self.depth + 1, self.values + 1
+        event = self.peek_event()
+        if why := self._why_not(event):
+            raise _Refused(f"line {event.start_mark.line + 1}: {why}")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def _why_not(self, event: yaml.Event) -> str:
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            return "anchors (&) and aliases (*) are not read; write the value out"
+        if event.tag is not None:
+            return f"tags such as {shown(event.tag)} are not read; write the plain value"
+        if len(getattr(event, "value", "")) > LONGEST:
+            return f"a value is longer than {LONGEST} characters"
+        if self.values > VALUES:
+            return f"there are more than {VALUES} values"
+        return f"it is nested deeper than {DEEPEST} levels" if self.depth > DEEPEST else ""
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain values of a YAML file.
+
+    Raises `UserError` naming the file where it is missing, too large, no YAML, holds a key twice, or is more than plain
+    values: tags, anchors and aliases, which a few lines make into gigabytes, or a nesting that is too deep.
+    """
+    content = read_text(path)
+    try:
+        loader = _PlainLoader(content)
+        node = loader.get_single_node()
+        repeated = _repeated(node)
+        values = None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())[:300]}") from error
+    if repeated:
+        raise UserError(f"{path}: {repeated} stands there twice; remove one")
+    return values
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's keys. Raises `UserError` where it is missing, too large, too deep, no JSON, or has no keys."""
+    try:
+        values = json.loads(read_text(path))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is no JSON that jepax reads: it is nested too deep") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {type(values).__name__} and no keys; fetch or export it again")
+    return values
+
+
+def read_text(path: Path) -> str:
+    """The file's text. Raises `UserError` where it cannot be read, is no text, or is larger than `LARGEST`."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)  # and not the size that the system tells: devices and pipes have none
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > LARGEST:
+        raise UserError(f"{path} is larger than {LARGEST / 1e6:g} MB, as no config is; give another file")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} cannot be read: not text") from error
+
+
+def shown(value: object, longest: int = 60) -> str:
+    """A file's value as an error may print it: on one line, short, without a terminal's control characters."""
+    text = value if isinstance(value, str) and value.isprintable() else ascii(value)
+    return text if len(text) < longest else text[: longest - 3] + "..."
+
+
+def _repeated(node: yaml.Node | None, path: str = "") -> str:
+    """The first key that a mapping holds twice, of which YAML would silently take the last."""
+    seen = set()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        name = f"{path}.{key.value}" if path else str(key.value)
+        if name in seen:
+            return shown(name)
+        seen.add(name)
+        if inner := _repeated(value, name):
+            return inner
+    return ""
