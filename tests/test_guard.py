@@ -114,11 +114,11 @@ def arrays(tree):
     return [np.asarray(x) for x in jax.tree.leaves(eqx.filter(tree, eqx.is_array))]
 
 
-@pytest.mark.parametrize("verdict", [guard.NOT_FINITE, guard.SKIPPED, guard.ROLL_BACK, guard.OFF, guard.CLIPPED])
+@pytest.mark.parametrize("verdict", [guard.NOT_FINITE, guard.SKIPPED, guard.ROLL_BACK, guard.OFF, guard.FINE])
 def test_a_refused_step_leaves_parameters_teacher_and_optimiser_as_they_were(taken, verdict):
     before, step = taken
-    after, metrics = step(verdict)
-    assert float(metrics["update_norm"]) > 0 and int(after.step) == int(before.step) + 1
+    after, _ = step(verdict)
+    assert int(after.step) == int(before.step) + 1
     for name in ("method", "opt_state"):
         pairs = zip(arrays(getattr(before, name)), arrays(getattr(after, name)), strict=True)
-        assert all(np.array_equal(a, b) for a, b in pairs) == (verdict != guard.CLIPPED)
+        assert all(np.array_equal(a, b) for a, b in pairs) == (verdict != guard.FINE)
