@@ -1,0 +1,211 @@
+"""Several processes as one run: how they find each other, agree, stop after the same step, and end when one is lost.
+
+Everything here also works in a run of one process, where it costs nothing.
+"""
+
+import ctypes
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool
+
+from jepax.types import UserError
+
+LOST = 75
+"""Exit code after the loss of a peer: EX_TEMPFAIL, the same command again goes on."""
+HEARTBEAT = 60
+"""Seconds without a sign of life after which a process counts as lost, unless `JEPAX_HEARTBEAT_SECONDS` says more."""
+BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+MESSAGE = "a peer process was lost; the same command on all hosts goes on from the newest checkpoint"
+SIGNS = ("gloo", "nccl", "connection", "socket", "unavailable", "deadline_exceeded", "coordination", "barrier", "heartbeat")
+"""Words of the errors by which the runtime says that another process does not answer."""
+_kept: list[object] = []  # the handler of `_end_at_abort`: C holds only its address
+_numbers = itertools.count()
+
+
+class PeerLost(RuntimeError):
+    """Another process of the run is gone or hangs; nothing that needs all processes can go on."""
+
+
+def start(heartbeat: int | None = None, wait: int = 300) -> None:
+    """Joins the run's other processes; call it before anything touches a device.
+
+    Reads the three variables of `BY_HAND` where they are set, and else leaves it to JAX, which knows Slurm, Open MPI,
+    Kubernetes and Cloud TPU. `heartbeat`: seconds, see `HEARTBEAT`; `wait`: seconds until all have to be there.
+
+    Raises `UserError` where the variables make no sense, and where the others do not answer.
+    """
+    heartbeat = heartbeat or _whole(os.environ, "JEPAX_HEARTBEAT_SECONDS", HEARTBEAT)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
+    try:
+        jax.distributed.initialize(
+            **by_hand(os.environ), heartbeat_timeout_seconds=heartbeat, initialization_timeout=wait
+        )
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"this process did not find the others of its run: {str(error).splitlines()[0]}\n"
+            f"set {', '.join(BY_HAND)}, or start all of them by srun, mpirun or an indexed Kubernetes job"
+        ) from error
+    _end_at_abort()
+
+
+def by_hand(environment: Mapping[str, str]) -> dict[str, str | int]:
+    """What `jax.distributed.initialize` is to be told, from all of `BY_HAND` or from none. Raises `UserError`."""
+    given = [name for name in BY_HAND[1:] if name in environment]
+    if not given:
+        return {}
+    if missing := [name for name in BY_HAND if name not in environment]:
+        raise UserError(f"{given[0]} is set and {missing[0]} is not; set {', '.join(BY_HAND)}, or none of them")
+    count, mine = (_whole(environment, name) for name in BY_HAND[1:])
+    if not mine < count:
+        raise UserError(f"JAX_PROCESS_ID={mine} is not below JAX_NUM_PROCESSES={count}; count from 0")
+    return {"coordinator_address": environment[BY_HAND[0]], "num_processes": count, "process_id": mine}
+
+
+def _whole(environment: Mapping[str, str], name: str, default: int = 0) -> int:
+    value = environment.get(name, str(default))
+    if not value.isdecimal():
+        raise UserError(f"{name}={value} is no whole number")
+    return int(value)
+
+
+def first() -> bool:
+    """Whether this process is the one that writes the run's files."""
+    return jax.process_index() == 0
+
+
+def exchange(mine: str) -> list[str]:
+    """The text of every process, in their order. All have to call it, at the same place of the program.
+
+    Waits for the slowest for as long as every process lives. Raises `PeerLost`.
+    """
+    if jax.process_count() == 1:
+        return [mine]
+    from jax._src.distributed import global_state  # JAX has no public way to its key-value store
+
+    client, place = global_state.client, f"jepax/{next(_numbers)}"
+    client.key_value_set(f"{place}/{jax.process_index()}", mine or " ")
+    week = 7 * 24 * 3600 * 1000
+    with lost_peers():
+        texts = [client.blocking_key_value_get(f"{place}/{i}", week) for i in range(jax.process_count())]
+    return ["" if text == " " else text for text in texts]
+
+
+def same(value: int) -> int:
+    """The value that process 0 has. All have to call it."""
+    return json.loads(exchange(json.dumps(value))[0])
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What all processes do at once: at its end they wait for each other, and a `UserError` of one is an error of all.
+
+    Without it one process would end with its message, and the others with the news of a lost peer.
+    """
+    said: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        said = error
+    texts = exchange(str(said or ""))
+    if said is not None:
+        raise said
+    for process, text in enumerate(texts):
+        if text:
+            raise UserError(f"process {process}: {text}")
+
+
+class Agreement:
+    """Whether any process wants to stop: the same answer, after the same step, in all of them.
+
+    Call it once per step, after the step was dispatched. The answer to a wish comes with the next call, when the device
+    has it anyway: nothing waits. In a run of one process the wish is the answer.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        whole = NamedSharding(mesh, PartitionSpec())
+        self._flags = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(jnp.any, out_shardings=whole)
+        self._answer: Bool[Array, ""] | None = None
+
+    def __call__(self, wants: bool) -> bool:
+        if jax.process_count() == 1:
+            return wants
+        mine = np.full(jax.local_device_count(), wants)
+        before, self._answer = self._answer, self._any(jax.make_array_from_process_local_data(self._flags, mine))
+        return before is not None and bool(before)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error of the runtime says that another process does not answer."""
+    text = str(error).lower()
+    return jax.process_count() > 1 and any(sign in text for sign in SIGNS)
+
+
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """Within, the runtime's errors about other processes are `PeerLost`."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError, TimeoutError) as error:
+        if isinstance(error, UserError) or not is_lost(error):
+            raise
+        raise PeerLost(f"{MESSAGE}\n{str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def peers() -> Iterator[None]:
+    """Around all that the processes do together: the loss of a peer ends this one with `LOST` and a line that says so.
+
+    It ends at once, without Python's exit: that would wait for the lost process, too.
+    """
+    try:
+        with lost_peers():
+            yield
+    except PeerLost as error:
+        sys.stdout.flush()
+        _end(str(error))
+
+
+def leave() -> None:
+    """Ends what the processes do together, when all have come here; each may then go on alone or end."""
+    if jax.process_count() > 1:
+        exchange("")
+        jax.distributed.shutdown()
+
+
+def _end(message: str) -> None:
+    os.write(2, f"jepax: {message}\n".encode())
+    os._exit(LOST)
+
+
+def _end_at_abort() -> None:
+    """Turns the abort by which JAX's runtime ends a process whose peers are lost into our line and exit code.
+
+    The abort comes from a thread of the runtime, while this one may be blocked in a collective, so a handler of
+    Python's `signal` would never run. An abort in one of Python's own threads is none of ours: it stays what it is.
+    """
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    handler = kind(partial(_on_abort, {thread.ident for thread in threading.enumerate()}))
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.argtypes, set_handler.restype = (ctypes.c_int, kind), ctypes.c_void_p
+    set_handler(signal.SIGABRT, handler)
+    _kept.append(handler)
+
+
+def _on_abort(ours: set[int], _: int) -> None:
+    if threading.get_ident() not in ours:
+        _end(MESSAGE)
