@@ -10,9 +10,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,9 @@ HEARTBEAT = 60
 """Seconds without a sign of life after which a process counts as lost, unless `JEPAX_HEARTBEAT_SECONDS` says more."""
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 MESSAGE = "a peer process was lost; the same command on all hosts goes on from the newest checkpoint"
-SIGNS = ("gloo", "nccl", "connection", "socket", "unavailable", "deadline_exceeded", "coordination", "barrier", "heartbeat")
+SIGNS = ("gloo", "nccl", "connection", "socket", "unavailable", "deadline_exceeded", "coordination", "barrier")
 """Words of the errors by which the runtime says that another process does not answer."""
-_kept: list[object] = []  # the handler of `_end_at_abort`: C holds only its address
+_kept: list[object] = []  # handlers given to C, which holds only their addresses
 _numbers = itertools.count()
 
 
@@ -44,10 +44,13 @@ def start(heartbeat: int | None = None, wait: int = 300) -> None:
     Reads the three variables of `BY_HAND` where they are set, and else leaves it to JAX, which knows Slurm, Open MPI,
     Kubernetes and Cloud TPU. `heartbeat`: seconds, see `HEARTBEAT`; `wait`: seconds until all have to be there.
 
-    Raises `UserError` where the variables make no sense, and where the others do not answer.
+    Raises `UserError` where the variables make no sense or nothing says who the others are. Where they do not come in
+    time, JAX's runtime aborts the process: that is turned into a line and the exit code `LOST`.
     """
     heartbeat = heartbeat or _whole(os.environ, "JEPAX_HEARTBEAT_SECONDS", HEARTBEAT)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
+    help = f"set {', '.join(BY_HAND)}, or start all of them by srun, mpirun or an indexed Kubernetes job"
+    _at_abort(lambda _: _end(f"this process did not find the others of its run within {wait} s;\n{help}"))
     try:
         jax.distributed.initialize(
             **by_hand(os.environ), heartbeat_timeout_seconds=heartbeat, initialization_timeout=wait
@@ -55,10 +58,8 @@ def start(heartbeat: int | None = None, wait: int = 300) -> None:
     except (ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(
-            f"this process did not find the others of its run: {str(error).splitlines()[0]}\n"
-            f"set {', '.join(BY_HAND)}, or start all of them by srun, mpirun or an indexed Kubernetes job"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"this process did not find the others of its run: {reason}\n{help}") from error
     _end_at_abort()
 
 
@@ -96,12 +97,20 @@ def exchange(mine: str) -> list[str]:
         return [mine]
     from jax._src.distributed import global_state  # JAX has no public way to its key-value store
 
-    client, place = global_state.client, f"jepax/{next(_numbers)}"
-    client.key_value_set(f"{place}/{jax.process_index()}", mine or " ")
-    week = 7 * 24 * 3600 * 1000
+    place = f"jepax/{next(_numbers)}"
     with lost_peers():
-        texts = [client.blocking_key_value_get(f"{place}/{i}", week) for i in range(jax.process_count())]
-    return ["" if text == " " else text for text in texts]
+        global_state.client.key_value_set(f"{place}/{jax.process_index()}", json.dumps(mine))
+        return [json.loads(_wait_for(global_state.client, f"{place}/{i}")) for i in range(jax.process_count())]
+
+
+def _wait_for(client: Any, key: str) -> str:
+    """The value of a key, once it is there; in short waits, between which Python sees signals such as Ctrl-C."""
+    while True:
+        try:
+            return client.blocking_key_value_get(key, 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
 
 
 def same(value: int) -> int:
@@ -160,8 +169,8 @@ def lost_peers() -> Iterator[None]:
     """Within, the runtime's errors about other processes are `PeerLost`."""
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError, TimeoutError) as error:
-        if isinstance(error, UserError) or not is_lost(error):
+    except (RuntimeError, ValueError, TimeoutError) as error:  # Orbax raises the latter two
+        if isinstance(error, (UserError, PeerLost)) or not is_lost(error):
             raise
         raise PeerLost(f"{MESSAGE}\n{str(error).splitlines()[0]}") from error
 
@@ -185,6 +194,7 @@ def leave() -> None:
     if jax.process_count() > 1:
         exchange("")
         jax.distributed.shutdown()
+        _at_abort(None)
 
 
 def _end(message: str) -> None:
@@ -198,14 +208,19 @@ def _end_at_abort() -> None:
     The abort comes from a thread of the runtime, while this one may be blocked in a collective, so a handler of
     Python's `signal` would never run. An abort in one of Python's own threads is none of ours: it stays what it is.
     """
+    ours = {thread.ident for thread in threading.enumerate()}
+
+    def handler(_: int) -> None:
+        if threading.get_ident() not in ours:
+            _end(MESSAGE)
+
+    _at_abort(handler)
+
+
+def _at_abort(handler: Callable[[int], None] | None) -> None:
+    """What a thread that aborts the process calls first; None: nothing."""
     kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
-    handler = kind(partial(_on_abort, {thread.ident for thread in threading.enumerate()}))
+    _kept.append(kind(handler) if handler else kind())
     set_handler = ctypes.CDLL(None).signal
     set_handler.argtypes, set_handler.restype = (ctypes.c_int, kind), ctypes.c_void_p
-    set_handler(signal.SIGABRT, handler)
-    _kept.append(handler)
-
-
-def _on_abort(ours: set[int], _: int) -> None:
-    if threading.get_ident() not in ours:
-        _end(MESSAGE)
+    set_handler(signal.SIGABRT, _kept[-1])

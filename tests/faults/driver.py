@@ -1,6 +1,6 @@
 """Trains a tiny run in this process, as one of several where the environment says so: what the tests start and kill.
 
-    python -m tests.faults.driver FOLDER '{"train": {"steps": 8}, "data": {"workers": 2}}'
+python -m tests.faults.driver FOLDER '{"train": {"steps": 8}, "data": {"workers": 2}}'
 """
 
 import json
@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 
-def main(folder: str, changes: str) -> None:
+def main(folder: str, changes: str = "{}") -> None:
     from jepax import hosts
 
     if "JAX_NUM_PROCESSES" in os.environ:
@@ -20,6 +20,7 @@ def main(folder: str, changes: str) -> None:
         from tests.contracts.shrink import shrunk
 
         config = shrunk("ijepa_fashion_mnist")
+        config = replace(config, eval=replace(config.eval, online=replace(config.eval.online, every=0)))
         for part, values in json.loads(changes).items():
             config = replace(config, **{part: replace(getattr(config, part), **values)})
         train(config, Path(folder))
@@ -28,4 +29,10 @@ def main(folder: str, changes: str) -> None:
 
 
 if __name__ == "__main__":  # the workers of the loader import this file again
-    main(*sys.argv[1:])
+    from jepax.cli import stop
+    from jepax.types import UserError
+
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        stop(str(error), 2)
