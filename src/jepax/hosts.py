@@ -3,6 +3,7 @@
 Everything here also works in a run of one process, where it costs nothing.
 """
 
+import atexit
 import ctypes
 import itertools
 import json
@@ -61,6 +62,7 @@ def start(heartbeat: int | None = None, wait: int = 300) -> None:
         reason = str(error).splitlines()[0]
         raise UserError(f"this process did not find the others of its run: {reason}\n{help}") from error
     _end_at_abort()
+    atexit.register(_part)
 
 
 def by_hand(environment: Mapping[str, str]) -> dict[str, str | int]:
@@ -95,12 +97,11 @@ def exchange(mine: str) -> list[str]:
     """
     if jax.process_count() == 1:
         return [mine]
-    from jax._src.distributed import global_state  # JAX has no public way to its key-value store
-
     place = f"jepax/{next(_numbers)}"
     with lost_peers():
-        global_state.client.key_value_set(f"{place}/{jax.process_index()}", json.dumps(mine))
-        return [json.loads(_wait_for(global_state.client, f"{place}/{i}")) for i in range(jax.process_count())]
+        client = _state().client
+        client.key_value_set(f"{place}/{jax.process_index()}", json.dumps(mine))
+        return [json.loads(_wait_for(client, f"{place}/{i}")) for i in range(jax.process_count())]
 
 
 def _wait_for(client: Any, key: str) -> str:
@@ -197,6 +198,21 @@ def leave() -> None:
         _at_abort(None)
 
 
+def _part() -> None:
+    """At the exit of a process that has not come to `leave`: it failed, and JAX's exit would wait for the others."""
+    state = _state()
+    for each in (state.client, state.service):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))  # its destructor would wait, too
+    state.client = state.service = None
+
+
+def _state() -> Any:
+    """JAX's own: it has no public way to the store of keys and values that all processes share."""
+    from jax._src.distributed import global_state
+
+    return global_state
+
+
 def _end(message: str) -> None:
     os.write(2, f"jepax: {message}\n".encode())
     os._exit(LOST)
@@ -208,10 +224,9 @@ def _end_at_abort() -> None:
     The abort comes from a thread of the runtime, while this one may be blocked in a collective, so a handler of
     Python's `signal` would never run. An abort in one of Python's own threads is none of ours: it stays what it is.
     """
-    ours = {thread.ident for thread in threading.enumerate()}
 
     def handler(_: int) -> None:
-        if threading.get_ident() not in ours:
+        if threading.get_ident() not in {thread.ident for thread in threading.enumerate()}:
             _end(MESSAGE)
 
     _at_abort(handler)

@@ -36,7 +36,8 @@ def _put(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
     """One array on every device. Between processes nothing is sent, where `device_put` would compare every value."""
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
-    parts = [jax.device_put(x, device) for device in sharding.addressable_devices]
+    mine = [device for device in sharding.mesh.devices.flat if device.process_index == jax.process_index()]
+    parts = [jax.device_put(x, device) for device in mine]  # in the mesh's order, which keys need
     return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
 
 
