@@ -1,6 +1,6 @@
 # make demo: install, get Fashion-MNIST, train I-JEPA on it, evaluate. make test: the whole test suite.
 # Another interpreter than python3: make PYTHON=python3.12 demo
-.PHONY: setup demo test test-long lint bench clean
+.PHONY: setup demo test test-faults test-long lint bench clean
 RUN ?= runs/ijepa_fashion_mnist
 
 setup:
@@ -12,6 +12,10 @@ demo: setup
 test:
 	@PYTHON="$(PYTHON)" scripts/setup.sh test
 	.venv/bin/python -m pytest -n 2 --dist worksteal
+
+test-faults:
+	@PYTHON="$(PYTHON)" scripts/setup.sh test
+	.venv/bin/python -m pytest tests/faults -m "fault or slow_fault"
 
 test-long:
 	@PYTHON="$(PYTHON)" scripts/setup.sh test

@@ -27,9 +27,18 @@ def check_batch(batch_size: int) -> None:
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Every array of the tree, whole on every device."""
+    """Every array of the tree, whole on every device; each process has to hand over the same values."""
     sharding = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: jax.device_put(x, sharding) if isinstance(x, (jax.Array, np.ndarray)) else x, tree)
+    return jax.tree.map(lambda x: _put(x, sharding) if isinstance(x, (jax.Array, np.ndarray)) else x, tree)
+
+
+def _put(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """One array on every device. Between processes nothing is sent, where `device_put` would compare every value."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    mine = [device for device in sharding.mesh.devices.flat if device.process_index == jax.process_index()]
+    parts = [jax.device_put(x, device) for device in mine]  # in the mesh's order, which keys need
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
 
 
 def spread(images: Images) -> Images:

@@ -4,6 +4,8 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import re
+import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -157,8 +159,25 @@ def _read_ahead(
     iterator = iter(data)
     try:
         yield from iterator
+    except RuntimeError as error:
+        if said := _lost_worker(error, workers):
+            raise said from error
+        raise
     finally:  # also when the caller stops early: ends the workers and frees their shared memory
         iterator.close()
+
+
+def _lost_worker(error: RuntimeError, workers: int) -> UserError | None:
+    """What to say where Grain found one of its processes dead, which it does within two seconds."""
+    found = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+    if found is None:
+        return None
+    code = int(found[1])
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return UserError(
+        f"one of the data.workers={workers} processes that read the data {how}, often because memory ran out;\n"
+        "lower data.workers, or set 0 to read in threads; the same command goes on from the newest checkpoint"
+    )
 
 
 def _leave_with_parent(worker: int, workers: int) -> None:

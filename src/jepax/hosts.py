@@ -1,0 +1,241 @@
+"""Several processes as one run: how they find each other, agree, stop after the same step, and end when one is lost.
+
+Everything here also works in a run of one process, where it costs nothing.
+"""
+
+import atexit
+import ctypes
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool
+
+from jepax.types import UserError
+
+LOST = 75
+"""Exit code after the loss of a peer: EX_TEMPFAIL, the same command again goes on."""
+HEARTBEAT = 60
+"""Seconds without a sign of life after which a process counts as lost, unless `JEPAX_HEARTBEAT_SECONDS` says more."""
+BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+MESSAGE = "a peer process was lost; the same command on all hosts goes on from the newest checkpoint"
+SIGNS = ("gloo", "nccl", "connection", "socket", "unavailable", "deadline_exceeded", "coordination", "barrier")
+"""Words of the errors by which the runtime says that another process does not answer."""
+_kept: list[object] = []  # handlers given to C, which holds only their addresses
+_numbers = itertools.count()
+
+
+class PeerLost(RuntimeError):
+    """Another process of the run is gone or hangs; nothing that needs all processes can go on."""
+
+
+def start(heartbeat: int | None = None, wait: int = 300) -> None:
+    """Joins the run's other processes; call it before anything touches a device.
+
+    Reads the three variables of `BY_HAND` where they are set, and else leaves it to JAX, which knows Slurm, Open MPI,
+    Kubernetes and Cloud TPU. `heartbeat`: seconds, see `HEARTBEAT`; `wait`: seconds until all have to be there.
+
+    Raises `UserError` where the variables make no sense or nothing says who the others are. Where they do not come in
+    time, JAX's runtime aborts the process: that is turned into a line and the exit code `LOST`.
+    """
+    heartbeat = heartbeat or _whole(os.environ, "JEPAX_HEARTBEAT_SECONDS", HEARTBEAT)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
+    help = f"set {', '.join(BY_HAND)}, or start all of them by srun, mpirun or an indexed Kubernetes job"
+    _at_abort(lambda _: _end(f"this process did not find the others of its run within {wait} s;\n{help}"))
+    try:
+        jax.distributed.initialize(
+            **by_hand(os.environ), heartbeat_timeout_seconds=heartbeat, initialization_timeout=wait
+        )
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"this process did not find the others of its run: {reason}\n{help}") from error
+    _end_at_abort()
+    atexit.register(_part)
+
+
+def by_hand(environment: Mapping[str, str]) -> dict[str, str | int]:
+    """What `jax.distributed.initialize` is to be told, from all of `BY_HAND` or from none. Raises `UserError`."""
+    given = [name for name in BY_HAND[1:] if name in environment]
+    if not given:
+        return {}
+    if missing := [name for name in BY_HAND if name not in environment]:
+        raise UserError(f"{given[0]} is set and {missing[0]} is not; set {', '.join(BY_HAND)}, or none of them")
+    count, mine = (_whole(environment, name) for name in BY_HAND[1:])
+    if not mine < count:
+        raise UserError(f"JAX_PROCESS_ID={mine} is not below JAX_NUM_PROCESSES={count}; count from 0")
+    return {"coordinator_address": environment[BY_HAND[0]], "num_processes": count, "process_id": mine}
+
+
+def _whole(environment: Mapping[str, str], name: str, default: int = 0) -> int:
+    value = environment.get(name, str(default))
+    if not value.isdecimal():
+        raise UserError(f"{name}={value} is no whole number")
+    return int(value)
+
+
+def first() -> bool:
+    """Whether this process is the one that writes the run's files."""
+    return jax.process_index() == 0
+
+
+def exchange(mine: str) -> list[str]:
+    """The text of every process, in their order. All have to call it, at the same place of the program.
+
+    Waits for the slowest for as long as every process lives. Raises `PeerLost`.
+    """
+    if jax.process_count() == 1:
+        return [mine]
+    place = f"jepax/{next(_numbers)}"
+    with lost_peers():
+        client = _state().client
+        client.key_value_set(f"{place}/{jax.process_index()}", json.dumps(mine))
+        return [json.loads(_wait_for(client, f"{place}/{i}")) for i in range(jax.process_count())]
+
+
+def _wait_for(client: Any, key: str) -> str:
+    """The value of a key, once it is there; in short waits, between which Python sees signals such as Ctrl-C."""
+    while True:
+        try:
+            return client.blocking_key_value_get(key, 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
+def same(value: int) -> int:
+    """The value that process 0 has. All have to call it."""
+    return json.loads(exchange(json.dumps(value))[0])
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What all processes do at once: at its end they wait for each other, and a `UserError` of one is an error of all.
+
+    Without it one process would end with its message, and the others with the news of a lost peer.
+    """
+    said: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        said = error
+    texts = exchange(str(said or ""))
+    if said is not None:
+        raise said
+    for process, text in enumerate(texts):
+        if text:
+            raise UserError(f"process {process}: {text}")
+
+
+class Agreement:
+    """Whether any process wants to stop: the same answer, after the same step, in all of them.
+
+    Call it once per step, after the step was dispatched. The answer to a wish comes with the next call, when the device
+    has it anyway: nothing waits. In a run of one process the wish is the answer.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        whole = NamedSharding(mesh, PartitionSpec())
+        self._flags = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(jnp.any, out_shardings=whole)
+        self._answer: Bool[Array, ""] | None = None
+
+    def __call__(self, wants: bool) -> bool:
+        if jax.process_count() == 1:
+            return wants
+        mine = np.full(jax.local_device_count(), wants)
+        before, self._answer = self._answer, self._any(jax.make_array_from_process_local_data(self._flags, mine))
+        return before is not None and bool(before)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error of the runtime says that another process does not answer."""
+    text = str(error).lower()
+    return jax.process_count() > 1 and any(sign in text for sign in SIGNS)
+
+
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """Within, the runtime's errors about other processes are `PeerLost`."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TimeoutError) as error:  # Orbax raises the latter two
+        if isinstance(error, (UserError, PeerLost)) or not is_lost(error):
+            raise
+        raise PeerLost(f"{MESSAGE}\n{str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def peers() -> Iterator[None]:
+    """Around all that the processes do together: the loss of a peer ends this one with `LOST` and a line that says so.
+
+    It ends at once, without Python's exit: that would wait for the lost process, too.
+    """
+    try:
+        with lost_peers():
+            yield
+    except PeerLost as error:
+        sys.stdout.flush()
+        _end(str(error))
+
+
+def leave() -> None:
+    """Ends what the processes do together, when all have come here; each may then go on alone or end."""
+    if jax.process_count() > 1:
+        exchange("")
+        jax.distributed.shutdown()
+        _at_abort(None)
+
+
+def _part() -> None:
+    """At the exit of a process that has not come to `leave`: it failed, and JAX's exit would wait for the others."""
+    state = _state()
+    for each in (state.client, state.service):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))  # its destructor would wait, too
+    state.client = state.service = None
+
+
+def _state() -> Any:
+    """JAX's own: it has no public way to the store of keys and values that all processes share."""
+    from jax._src.distributed import global_state
+
+    return global_state
+
+
+def _end(message: str) -> None:
+    os.write(2, f"jepax: {message}\n".encode())
+    os._exit(LOST)
+
+
+def _end_at_abort() -> None:
+    """Turns the abort by which JAX's runtime ends a process whose peers are lost into our line and exit code.
+
+    The abort comes from a thread of the runtime, while this one may be blocked in a collective, so a handler of
+    Python's `signal` would never run. An abort in one of Python's own threads is none of ours: it stays what it is.
+    """
+
+    def handler(_: int) -> None:
+        if threading.get_ident() not in {thread.ident for thread in threading.enumerate()}:
+            _end(MESSAGE)
+
+    _at_abort(handler)
+
+
+def _at_abort(handler: Callable[[int], None] | None) -> None:
+    """What a thread that aborts the process calls first; None: nothing."""
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    _kept.append(kind(handler) if handler else kind())
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.argtypes, set_handler.restype = (ctypes.c_int, kind), ctypes.c_void_p
+    set_handler(signal.SIGABRT, _kept[-1])

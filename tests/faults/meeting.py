@@ -1,0 +1,47 @@
+"""Two processes that take steps, agree, tell each other things and part: python -m tests.faults.meeting STEP STEP.
+
+Process p wishes to stop from the p-th STEP onwards. Prints a line of JSON.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from jepax import hosts, sharding
+from jepax.types import UserError
+
+
+def stopped_after(wishes: list[int]) -> int:
+    mesh = sharding.make_mesh()
+    x = sharding.replicate(np.ones((8, 8), np.float32), mesh)
+    step, agreement = jax.jit(lambda x: x @ x / 8), hosts.Agreement(mesh)
+    for taken in range(200):
+        x = step(x)
+        if agreement(taken >= wishes[jax.process_index()]):
+            return taken
+    return -1
+
+
+def refusal() -> str:
+    try:
+        with hosts.together():
+            if jax.process_index() == 1:
+                raise UserError("no pictures here")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+if __name__ == "__main__":
+    hosts.start()
+    with hosts.peers():
+        said = {
+            "stopped": stopped_after([int(word) for word in sys.argv[1:]]),
+            "same": hosts.same(jax.process_index() + 5),
+            "texts": hosts.exchange(f"from {jax.process_index()}"),
+            "refusal": refusal(),
+        }
+        hosts.leave()
+    print(json.dumps(said | {"alone": float(jax.numpy.ones(3).sum())}), flush=True)
