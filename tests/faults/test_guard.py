@@ -1,0 +1,156 @@
+"""Steps that would harm a run: what is not finite, and gradients that leap."""
+
+import json
+import os
+import signal
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from jepax import checkpoint, dump, evaluation, events, guard, logs, signals
+from jepax import config as configs
+from jepax.guard import GuardConfig
+from jepax.monitor import Diverged, Monitor
+from jepax.replay import replay
+from jepax.saving import SaveConfig
+from jepax.settings import Config
+from jepax.train import train
+from tests.contracts.shrink import BATCH, shrunk
+from tests.faults.injected import spoilt
+
+STEPS, SPIKE = 44, 36
+BAD = {"nan_activations": (3,), "inf_loss": (5,), "inf_gradient": (7,), "nan_gradient": (40, 41, 42)}
+
+
+def run_of(guard, **batches):
+    """A tiny run that is spoilt in these batches."""
+    config = shrunk("ijepa_fashion_mnist")
+    config = replace(config, eval=replace(config.eval, online=replace(config.eval.online, every=0)))
+    train = replace(config.train, steps=STEPS, log_every=4, save=SaveConfig(every=16, keep=9), guard=guard)
+    return spoilt(replace(config, train=train), **batches)
+
+
+def happened(folder, *names):
+    """The events of these names."""
+    return [line for line in events.read(folder / events.FILE) if line["event"] in names]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """A run with single steps that are not finite, a spike, and then three in a row that end it.
+
+    It was asked to end after the first of the three, and went on: the count is part of the state.
+    """
+    folder = tmp_path_factory.mktemp("runs") / "spoilt"
+    config = run_of(GuardConfig(patience=3), large_gradient=(SPIKE,), **BAD)
+    with pytest.raises(signals.Stopped), asked_to_end_at(40):
+        train(config, folder)
+    with pytest.raises(Diverged) as end:
+        train(config, folder)
+    return folder, end.value
+
+
+@contextmanager
+def asked_to_end_at(batch):
+    """Within, the process gets a SIGTERM in the first step that takes this batch. Yields the steps at which it did."""
+    with pytest.MonkeyPatch.context() as patch:
+        took, steps = Monitor.took, []
+
+        def ask(self, step, metrics, images):
+            took(self, step, metrics, images)
+            if images.index[0] // BATCH == batch and not steps:
+                steps.append(step)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(Monitor, "took", ask)
+        yield steps
+
+
+@pytest.mark.fault(15, "NaN and Inf in a batch and a gradient")
+def test_what_is_not_finite_is_told_with_its_examples(ended):
+    told = happened(ended[0], "not finite")
+    assert [line["step"] for line in told] == [3, 5, 7, 40, 41, 42]
+    assert all(line["examples"] == list(range(BATCH * line["step"], BATCH * (line["step"] + 1))) for line in told)
+    lines = {line["step"]: line for line in logs.read(ended[0] / "metrics.jsonl")}
+    assert [lines[step]["unused_steps"] for step in (0, 3, 7, 11, 39)] == [0, 1, 3, 3, 3]
+    assert lines[3]["grad_norm"] is None and lines[3]["loss"] is None and np.isfinite(lines[39]["loss"])
+
+
+@pytest.mark.fault(15, "NaN and Inf in a batch and a gradient")
+def test_what_is_not_finite_changes_nothing(ended):
+    """The state that was saved between the bad steps is, but for counts, that of the dump after them."""
+    folder = ended[0]
+    before = evaluation.restored(configs.load(Config, folder / "config.yaml"), folder, 41)
+    after = checkpoint.named(checkpoint.restore(folder / "dumps" / "step_00000042" / dump.STATE, 42, before))
+    before = {name: np.asarray(x) for name, x in checkpoint.named(before).items()}
+    assert {name for name, x in before.items() if not np.array_equal(x, after[name])} <= {
+        *("step", "guard.in_a_row", "guard.unused", "guard.norms")
+    }
+    assert all(np.isfinite(x).all() for name, x in before.items() if x.dtype.kind == "f" and name != "guard.norms")
+
+
+@pytest.mark.fault(15, "as many in a row as the guard bears")
+def test_as_many_in_a_row_as_the_guard_bears_end_the_run(ended):
+    folder, error = ended
+    assert error.step == 42 and "3 steps in a row, up to step 42, were not finite" in str(error)
+    assert "jepax replay" in str(error) and len(str(error).splitlines()) <= 5
+    assert max(checkpoint.steps(folder / "checkpoints")) == 41
+    assert json.loads((folder / "health.json").read_text())["ended"].startswith("3 steps in a row")
+
+
+@pytest.mark.fault(15, "the step that ended a run, again")
+def test_its_last_step_can_be_replayed(ended, capsys):
+    folder = ended[0] / "dumps" / "step_00000042"
+    metrics = replay(folder)
+    said = capsys.readouterr().out
+    assert "state before it: all finite" in said and "the same, to the last digit" in said
+    assert "gradients: not finite in encoder." in said and "predictor" not in said
+    assert int(metrics["verdict"]) == guard.NOT_FINITE and np.isnan(metrics["grad_norm"])
+    assert dump.read_images(folder).index.tolist() == list(range(42 * BATCH, 43 * BATCH))
+
+
+@pytest.mark.fault(16, "a gradient times 1000: clipped")
+def test_a_spike_is_clipped(ended):
+    (told,) = happened(ended[0], "clipped")
+    assert told["step"] == SPIKE and told["grad_norm"] > told["grad_norm_limit"] > 0
+    (line,) = [line for line in logs.read(ended[0] / "metrics.jsonl") if line["step"] == 39]
+    assert line["grad_norm_max"] == pytest.approx(told["grad_norm"])
+
+
+def spike(action, batches=(40,)):
+    return run_of(GuardConfig(patience=2, spike=action), large_gradient=batches)
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(16, "a gradient times 1000: skipped, or let pass")
+def test_a_spike_is_skipped_or_let_pass(tmp_path):
+    skipped = train(spike("skip"), tmp_path / "skip")
+    assert [line["step"] for line in happened(tmp_path / "skip", "skipped")] == [40]
+    assert int(skipped.guard.unused) == 1
+    passed = train(spike("off"), tmp_path / "off")
+    assert not happened(tmp_path / "off", "skipped", "clipped", "rolled back") and int(passed.guard.unused) == 0
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(16, "a gradient times 1000: rolled back")
+def test_training_goes_back_behind_a_spike(tmp_path):
+    """Past the examples up to it; and the same whether it is interrupted afterwards or not."""
+    config = spike("rollback")
+    whole = train(config, tmp_path / "whole")
+    assert [line["step"] for line in happened(tmp_path / "whole", "rolled back")] == [40]
+    assert checkpoint.note(tmp_path / "whole" / "checkpoints", 44)["shift"] == 40 - 32 + 1
+    lines = [line["step"] for line in logs.read(tmp_path / "whole" / "metrics.jsonl")]
+    assert lines == sorted(set(lines)) and lines[-1] == 43
+    with asked_to_end_at(46) as steps, pytest.raises(signals.Stopped):
+        train(config, tmp_path / "parts")
+    assert steps == [37]
+    assert checkpoint.digest(train(config, tmp_path / "parts")) == checkpoint.digest(whole)
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(16, "spikes wherever training goes on")
+def test_going_back_ends_where_it_does_not_help(tmp_path):
+    with pytest.raises(Diverged, match=r"gradient spikes brought training back to step 32 3 times"):
+        train(spike("rollback", batches=tuple(range(40, 80))), tmp_path)
