@@ -26,6 +26,7 @@ USAGE = """usage: jepax COMMAND
       --FIELD.PATH VALUE ...    overrides any field: --optim.peak-lr 3e-4 --method.crop.size 28 28
       --run-dir DIR             folder of the run (runs/RECIPE); the same command again continues it
       --resume.allow NAME ...   continues a folder of another config: settings or groups that may differ; data: pictures
+      --distributed             one of several processes, on one host or many: docs/many_hosts.md
       --dry-run                 prints settings, sizes, arithmetic and memory, and takes one step; writes nothing
   jepax train RECIPE --help     lists every field with its type, default and meaning
   jepax evaluate RUN|WEIGHTS    evaluates the newest checkpoint of a run's folder, or exported weights
@@ -177,13 +178,22 @@ def train(arguments: list[str]) -> None:
 
         dry_run(config)
         return
-    from jepax import lock, settings
+    from jepax import hosts, lock, settings, sharding
     from jepax import train as training
     from jepax.evals import alarms
 
-    settings.check_splits(config.data)
-    with lock.held(folder):
-        finish(config, training.train(config, folder, allow=wanted.allow), folder)
+    if wanted.distributed:
+        hosts.start()
+    with hosts.peers(), contextlib.ExitStack() as held:
+        with hosts.together():
+            settings.check_splits(config.data)
+            if hosts.first():
+                held.enter_context(lock.held(folder))
+        state = training.train(config, folder, allow=wanted.allow)
+        hosts.leave()
+        if not hosts.first():
+            return
+        finish(config, sharding.local(state), folder)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all; {alarms.summary(folder)}")
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepax import checkpoint
+from jepax import checkpoint, hosts
 from jepax import config as configs
 from jepax.monitor import NotFinite
 from jepax.optim import Optimizer
@@ -52,7 +52,7 @@ def write(run: Path, state: TrainState, end: NotFinite, config: Config, optimize
     checkpoint.save(folder / STATE, step, before)
     arrays = {name: np.asarray(getattr(images, name)) for name in PARTS if getattr(images, name) is not None}
     np.savez(folder / batch_file(jax.process_index()), **arrays)
-    if jax.process_index() == 0:
+    if hosts.first():
         told = {"step": step, "total_steps": optimizer.total_steps, "warmup_steps": optimizer.warmup_steps}
         told |= {"devices": jax.device_count(), "jax": jax.__version__, "seen": end.numbers}
         (folder / FACTS).write_text(json.dumps(told, indent=1) + "\n")

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from jepax import hosts
+
 FILE = "events.jsonl"
 
 
@@ -44,9 +46,9 @@ def rewrite(path: Path, lines: Iterable[dict]) -> None:
 class Events:
     """`events.jsonl` of a run. What steps from `start` on left there is dropped: those steps are taken again."""
 
-    def __init__(self, run: Path, start: int, writes: bool = True):
-        self.path, self.writes = run / FILE, writes
-        if writes and self.path.exists():
+    def __init__(self, run: Path, start: int):
+        self.path, self.writes = run / FILE, hosts.first()
+        if self.writes and self.path.exists():
             rewrite(
                 self.path, (line for line in read(self.path) if not (line.get("retaken") and line["step"] >= start))
             )

@@ -21,10 +21,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool
 
+from jepax.signals import AGAIN
 from jepax.types import UserError
 
-LOST = 75
-"""Exit code after the loss of a peer: EX_TEMPFAIL, the same command again goes on."""
 HEARTBEAT = 60
 """Seconds without a sign of life after which a process counts as lost, unless `JEPAX_HEARTBEAT_SECONDS` says more."""
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -46,7 +45,7 @@ def start(heartbeat: int | None = None, wait: int = 300) -> None:
     Kubernetes and Cloud TPU. `heartbeat`: seconds, see `HEARTBEAT`; `wait`: seconds until all have to be there.
 
     Raises `UserError` where the variables make no sense or nothing says who the others are. Where they do not come in
-    time, JAX's runtime aborts the process: that is turned into a line and the exit code `LOST`.
+    time, JAX's runtime aborts the process: that is turned into a line and the exit code `AGAIN`.
     """
     heartbeat = heartbeat or _whole(os.environ, "JEPAX_HEARTBEAT_SECONDS", HEARTBEAT)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
@@ -139,24 +138,24 @@ def together() -> Iterator[None]:
 
 
 class Agreement:
-    """Whether any process wants to stop: the same answer, after the same step, in all of them.
+    """Whether any process has a wish, such as to stop: the same answer, after the same step, in all of them.
 
-    Call it once per step, after the step was dispatched. The answer to a wish comes with the next call, when the device
-    has it anyway: nothing waits. In a run of one process the wish is the answer.
+    Call it once per step, after the step was dispatched, with as many wishes each time. The answers come with the next
+    call, when the device has them anyway: nothing waits. In a run of one process the wishes are the answers.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         whole = NamedSharding(mesh, PartitionSpec())
         self._flags = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._any = jax.jit(jnp.any, out_shardings=whole)
-        self._answer: Bool[Array, ""] | None = None
+        self._any = jax.jit(lambda wishes: jnp.any(wishes, axis=0), out_shardings=whole)
+        self._answers: Bool[Array, "wishes"] | None = None
 
-    def __call__(self, wants: bool) -> bool:
+    def __call__(self, *wishes: bool) -> tuple[bool, ...]:
         if jax.process_count() == 1:
-            return wants
-        mine = np.full(jax.local_device_count(), wants)
-        before, self._answer = self._answer, self._any(jax.make_array_from_process_local_data(self._flags, mine))
-        return before is not None and bool(before)
+            return wishes
+        mine = np.tile(np.array(wishes), (jax.local_device_count(), 1))
+        before, self._answers = self._answers, self._any(jax.make_array_from_process_local_data(self._flags, mine))
+        return (False,) * len(wishes) if before is None else tuple(np.asarray(before).tolist())
 
 
 def is_lost(error: BaseException) -> bool:
@@ -178,7 +177,7 @@ def lost_peers() -> Iterator[None]:
 
 @contextmanager
 def peers() -> Iterator[None]:
-    """Around all that the processes do together: the loss of a peer ends this one with `LOST` and a line that says so.
+    """Around all that the processes do together: the loss of a peer ends this one with `AGAIN` and a line that says so.
 
     It ends at once, without Python's exit: that would wait for the lost process, too.
     """
@@ -215,7 +214,7 @@ def _state() -> Any:
 
 def _end(message: str) -> None:
     os.write(2, f"jepax: {message}\n".encode())
-    os._exit(LOST)
+    os._exit(AGAIN)
 
 
 def _end_at_abort() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jepax import hosts
 
 Values = dict[str, float | list[float]]
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal to draw a bar on
@@ -33,7 +36,7 @@ class Log:
 
     def __init__(self, path: Path, *, steps: int, start: int):
         self.path, self.steps, self.start = path, steps, start
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=not hosts.first())
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -46,6 +49,9 @@ class Log:
 
     def __enter__(self) -> "Log":
         self.kept = [line for line in read(self.path) if line["step"] < self.start]
+        if not hosts.first():
+            self._file, self._task = open(os.devnull, "w"), self.progress.add_task("training", total=self.steps)
+            return self
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
         part.write_text("".join(json.dumps(line) + "\n" for line in self.kept))

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Array
 
-from jepax import guard
+from jepax import guard, hosts, sharding
 from jepax.data import Source, open_source
 from jepax.evals import alarms
 from jepax.evals.frozen import FrozenViT, encoder_of
@@ -150,10 +149,11 @@ class Monitor:
         self.send(step, written)
         self._warn(written)
         score = values.get(self.config.train.save.best or "")
-        if score is None or (self.best is not None and score <= self.best):
+        if score is None:
             return False
-        self.best = score
-        return True
+        best = bool(hosts.same(int(self.best is None or score > self.best)))
+        self.best = score if best else self.best
+        return best
 
     def _warn(self, line: dict) -> None:
         """Lets the watchdog see a line; what it says goes to the terminal and into `run`/health.json."""
@@ -188,13 +188,8 @@ def log_values(metrics: Metrics, seconds_per_step: float, batch_size: int) -> Va
     values = {name: plain(value) for name, value in metrics.items() if name not in NOT_LOGGED.union(ROWS)}
     for name, prefix in ROWS.items():
         if name in metrics:
-            values |= diagnose(local_rows(metrics[name]), prefix)
+            values |= diagnose(sharding.whole(metrics[name]), prefix)
     return values | {"seconds_per_step": seconds_per_step, "images_per_second": batch_size / seconds_per_step}
-
-
-def local_rows(array: Array) -> np.ndarray:
-    """This host's share of an array over the batch."""
-    return np.concatenate([shard.data for shard in array.addressable_shards if shard.replica_id == 0])
 
 
 def online_of(config: Config, train: Source, steps: int) -> Online | None:

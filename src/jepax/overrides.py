@@ -18,6 +18,7 @@ from jepax.types import UserError
 OPTIONS = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
 OWN = """--run-dir DIR   folder of the run (default: runs/{recipe}); the same command again continues it.
 --resume.allow NAME ...   settings or groups in which the folder's run may go on otherwise than it began.
+--distributed   one of several processes, on one host or many.
 --dry-run       prints settings, sizes, arithmetic and memory, takes one step, and writes nothing."""
 
 
@@ -28,6 +29,8 @@ class Wanted:
     config: Config
     run: Path
     dry: bool
+    distributed: bool = False
+    """Whether this is one of several processes."""
     allow: tuple[str, ...] = ()
     """Settings, or groups of them, in which a run may go on otherwise than it began."""
 
@@ -37,7 +40,10 @@ def resolve(arguments: list[str]) -> Wanted | None:
 
     Raises `UserError` naming the field, the value and the way out.
     """
-    words = [word for word in arguments if word != "--dry-run"]
+    dry, distributed = "--dry-run" in arguments, "--distributed" in arguments
+    if dry and distributed:
+        raise UserError("--dry-run takes its step in one process; leave --distributed out")
+    words = [word for word in arguments if word not in ("--dry-run", "--distributed")]
     if not words or words[0].startswith("-"):
         raise UserError(
             "give the recipe, or a config file, first: jepax train RECIPE --field.path value ...\n"
@@ -54,9 +60,8 @@ def resolve(arguments: list[str]) -> Wanted | None:
     allow = [group for group in groups if dotted(group[0]) == "resume.allow"]
     config = override(base, [group for group in groups if group not in [*run, *allow]])
     folder = Path(run[-1][1]) if run else Path("runs") / config.recipe
-    return Wanted(
-        config, folder, "--dry-run" in arguments, allowed(config, [name for group in allow for name in group[1:]])
-    )
+    insisted = allowed(config, [name for group in allow for name in group[1:]])
+    return Wanted(config, folder, dry, distributed, insisted)
 
 
 def allowed(config: Config, names: list[str]) -> tuple[str, ...]:

@@ -59,12 +59,22 @@ class Saver:
             self.say(f"warning: {error}")
 
     def due(self, step: int) -> bool:
-        """Whether the state after `step` steps is to be saved. Raises `UserError` where one could not be written."""
+        """Whether the state after `step` steps is to be saved, by their number.
+
+        Raises `UserError` where a checkpoint could not be written.
+        """
         if self._writing is not None and self._writing.done():
             self.wait()
-        each, minutes = self.config.keep_each, self.config.minutes
-        late = minutes is not None and time.monotonic() - self._clock > 60 * minutes
-        return late or step % self.config.every == 0 or (each is not None and step % each == 0)
+        each = self.config.keep_each
+        return step % self.config.every == 0 or (each is not None and step % each == 0)
+
+    def late(self) -> bool:
+        """Whether it is time to save by the clock, which begins anew when this is true."""
+        now, minutes = time.monotonic(), self.config.minutes
+        if minutes is None or now - self._clock <= 60 * minutes:
+            return False
+        self._clock = now
+        return True
 
     def save(self, step: int, state: object, note: dict[str, Any]) -> None:
         """Begins to write the state after `step` steps. Waits for the checkpoint before, and says so where it is long.

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -46,6 +47,18 @@ def spread(images: Images) -> Images:
     if jax.process_count() > 1 or jax.device_count() == 1 or len(images.index) % jax.device_count():
         return images
     return shard_batch(images, make_mesh())
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """All of an array on this host, also of one that spans processes: then all of them have to call it."""
+    return np.asarray(array if array.is_fully_addressable else process_allgather(array, tiled=True))
+
+
+def local(tree: PyTree) -> PyTree:
+    """The tree for this process alone, out of several: of every array, which each device holds whole, one copy."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
 
 
 def shard_batch(images: Images, mesh: Mesh) -> Images:

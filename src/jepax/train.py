@@ -1,13 +1,13 @@
 """The training loop, from a `Config` to a trained state: `step.py` holds the step that it takes."""
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import jax
 import jax.random as jr
 
-from jepax import checkpoint, dump, lock, logs, sharding, signals
+from jepax import checkpoint, dump, hosts, lock, logs, sharding, signals
 from jepax import config as configs
 from jepax.data import BROKEN, Broken, BrokenFiles, Source, batches
 from jepax.events import Events
@@ -17,7 +17,7 @@ from jepax.saving import Saver
 from jepax.settings import Config, claim, compute_dtype, prepare, record
 from jepax.step import TrainState, compiled_step, first_state
 from jepax.trackers import Trackers
-from jepax.types import Images
+from jepax.types import Images, UserError
 
 
 def train(config: Config, run: Path, *, allow: Sequence[str] = ()) -> TrainState:
@@ -28,16 +28,19 @@ def train(config: Config, run: Path, *, allow: Sequence[str] = ()) -> TrainState
     process is in the folder, where it holds a run of another config or other data, or no checkpoint of it is sound,
     where a checkpoint cannot be written, and where training diverges.
     """
-    with lock.held(run):
+    with ExitStack() as held:
+        with hosts.together():
+            if hosts.first():
+                held.enter_context(lock.held(run))
         this = Run(config, run, allow)
-        with signals.deferred():
-            while True:
-                try:
-                    return this.go_on()
-                except RollBack as leap:
-                    this.go_back(leap.step)
-                except NotFinite as end:
-                    raise this.ended(end) from end
+        held.enter_context(signals.deferred())
+        while True:
+            try:
+                return this.go_on()
+            except RollBack as leap:
+                this.go_back(leap.step)
+            except NotFinite as end:
+                raise this.ended(end) from end
 
 
 class Run:
@@ -45,31 +48,42 @@ class Run:
 
     def __init__(self, config: Config, folder: Path, allow: Sequence[str] = ()):
         self.config, self.folder, self.checkpoints = config, folder, folder / "checkpoints"
-        self.source, self.optimizer = prepare(config)
-        claim(folder, config, self.source, allow)
+        with hosts.together():
+            refuse_other_configs(config)
+        with hosts.together():
+            self.source, self.optimizer = prepare(config)
+            claim(folder, config, self.source, allow)
         self.mesh = sharding.make_mesh()
         self.root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), self.mesh)
         self.passed: dict[int, list[int]] = {}
         """Steps at which the gradient leapt, by the step of the checkpoint that training went back to."""
         self.restore()
-        changed = record(folder, config, self.source)
+        changed = record(folder, config, self.source) if hosts.first() else []
         Events(folder, self.start).add(
             "resumed" if self.start else "started", self.start, devices=jax.device_count(), changed=changed
         )
 
     def restore(self) -> None:
         """Takes the newest sound checkpoint's state, or the first one; damaged checkpoints are set aside."""
+        with hosts.together():
+            newest = self.newest() if hosts.first() else 0
+        self.start = hosts.same(newest)
+        first = first_state(self.config.method, self.optimizer, jr.key(self.config.seed))
+        self.state, self.note = sharding.replicate(first, self.mesh), {}
+        if self.start:
+            self.note = checkpoint.note(self.checkpoints, self.start)
+            with hosts.together():
+                self.state = checkpoint.restore(self.checkpoints, self.start, self.state, verify=False)
+
+    def newest(self) -> int:
+        """The step of the newest sound checkpoint; 0 where none was finished."""
         found = checkpoint.newest_sound(self.checkpoints)
         for step, problems in found.damaged.items():
             warn(f"checkpoint {self.checkpoints / f'{step:08d}'} is damaged and set aside: {problems[0]}")
         checkpoint.set_aside(self.checkpoints, found.damaged)
-        first = first_state(self.config.method, self.optimizer, jr.key(self.config.seed))
-        self.state, self.start, self.note = sharding.replicate(first, self.mesh), found.step or 0, {}
-        if found.step is not None:
-            self.note = checkpoint.note(self.checkpoints, found.step)
-            self.state = checkpoint.restore(self.checkpoints, found.step, self.state, verify=False)
-        elif logs.read(self.folder / "metrics.jsonl"):
+        if found.step is None and logs.read(self.folder / "metrics.jsonl"):
             warn(f"{self.folder} was begun, but no checkpoint was finished: it begins again at step 0")
+        return found.step or 0
 
     def go_on(self) -> TrainState:
         """for batch: step -> look -> log -> save, to the last step, or until the process is asked to end."""
@@ -78,20 +92,22 @@ class Run:
         with (
             Log(self.folder / "metrics.jsonl", steps=steps, start=self.start) as log,
             Saver(self.checkpoints, config.train.save, log.say) as saver,
-            Trackers(config.train.trackers, self.folder, configs.to_dict(config), log.say) as trackers,
+            Trackers(
+                config.train.trackers if hosts.first() else (), self.folder, configs.to_dict(config), log.say
+            ) as trackers,
             closing(self.read(log.say)) as stream,
         ):
             log.begin(self.folder, config.train.batch_size)
             monitor = self.monitor = Monitor(config, self.folder, log, self.note, trackers.send)
-            monitor.online = online_of(config, self.source, steps)
+            monitor.online, agreement = online_of(config, self.source, steps), hosts.Agreement(self.mesh)
             for step, images in enumerate(stream, self.start):
                 self.state, metrics = compiled_step(inputs, sharding.shard_batch(images, self.mesh), self.state)
+                stop, late = agreement(signals.asked(), saver.late())
                 monitor.took(step, metrics, images)  # looks at the step before: the device never waits for it
                 if step == self.start:
                     log.compiled(metrics["loss"])
                 best = monitor.writes(step) and monitor.line(step, metrics, self.state.method)
-                stop, last = signals.asked(), step + 1 == steps
-                if best or stop or last or saver.due(step + 1):
+                if best or stop or late or saver.due(step + 1) or step + 1 == steps:
                     monitor.settle()
                     saver.save(step + 1, self.state, monitor.note(best) | {"shift": self.shift})
                 log.advance(step)
@@ -109,7 +125,8 @@ class Run:
 
     def read(self, say: Callable[[str], None]) -> Generator[Images, None, None]:
         """This host's slices of the batches that are left."""
-        broken = BrokenFiles(self.source, self.folder / BROKEN, self.config.data.broken_share, say)
+        name = BROKEN if hosts.first() else f"broken_{jax.process_index()}.jsonl"
+        broken = BrokenFiles(self.source, self.folder / name, self.config.data.broken_share, say)
         return read(self.config, self.source, self.optimizer.total_steps, self.start, self.shift, broken)
 
     def go_back(self, leap: int) -> None:
@@ -153,3 +170,12 @@ def read(
         process_count=jax.process_count(),
         broken=broken,
     )
+
+
+def refuse_other_configs(config: Config) -> None:
+    """Raises `UserError` where the processes of a run were not given the same config."""
+    texts = hosts.exchange(configs.text(config))
+    for process, text in enumerate(texts):
+        if text != texts[0]:
+            line = next(a for a, b in zip(text.splitlines(), texts[0].splitlines(), strict=False) if a != b)
+            raise UserError(f"process {process} was given another config than process 0: {line.strip()}")

@@ -40,12 +40,14 @@ class Processes:
         self.started.append(process)
         return process
 
-    def group(self, module: str, *arguments: str, count: int = 2, heartbeat: int = 10, devices: int = 1) -> list:
+    def group(
+        self, module: str, *arguments: str, count: int = 2, heartbeat: int = 10, devices: int = 1, **environment: str
+    ) -> list:
         """Several that find each other on a free port of this machine."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+        common = environment | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
         common["JEPAX_HEARTBEAT_SECONDS"] = str(heartbeat)
         return [self.start(module, *arguments, devices=devices, **common, JAX_PROCESS_ID=str(i)) for i in range(count)]
 
@@ -77,6 +79,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def processes(tmp_path: Path, compiled: Path) -> Iterator[Processes]:
+    yield from found_in(tmp_path, compiled)
+
+
+@pytest.fixture(scope="module")
+def processes_of_module(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[Processes]:
+    yield from found_in(tmp_path_factory.mktemp("processes"), compiled)
+
+
+def found_in(folder: Path, compiled: Path) -> Iterator[Processes]:
+    """Processes whose output lies in the folder, ended afterwards."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -85,7 +97,7 @@ def processes(tmp_path: Path, compiled: Path) -> Iterator[Processes]:
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    found = Processes(tmp_path, environment)
+    found = Processes(folder, environment)
     yield found
     found.end()
 

@@ -34,7 +34,7 @@ def left(reader: subprocess.Popen, names: set[str], seconds: float) -> tuple[lis
         time.sleep(0.1)
 
 
-@pytest.mark.fault(10, "a data worker is killed")
+@pytest.mark.fault(11, "a data worker is killed")
 def test_a_killed_worker_ends_the_reader_with_a_line_and_leaves_nothing(processes):
     reader = reading(processes)
     names, workers = shared_by(reader), workers_of(reader)
@@ -45,7 +45,7 @@ def test_a_killed_worker_ends_the_reader_with_a_line_and_leaves_nothing(processe
     assert left(reader, names, 10) == ([], set())
 
 
-@pytest.mark.fault(10, "a data worker is killed")
+@pytest.mark.fault(11, "a data worker is killed")
 def test_a_killed_reader_leaves_neither_workers_nor_shared_memory(processes):
     reader = reading(processes)
     names = shared_by(reader)
@@ -55,9 +55,9 @@ def test_a_killed_reader_leaves_neither_workers_nor_shared_memory(processes):
 
 
 @pytest.mark.slow_fault
-@pytest.mark.fault(10, "a data worker is killed")
+@pytest.mark.fault(11, "a data worker is killed")
 def test_training_ends_when_a_worker_is_killed(processes, tmp_path):
-    changes = '{"train": {"steps": 100000, "log_every": 5, "save_every": 100000}, "data": {"workers": 2}}'
+    changes = '{"train": {"steps": 100000, "log_every": 5}, "data": {"workers": 2}}'
     run = processes.start("driver", str(tmp_path / "run"), changes)
     log = tmp_path / "run" / "metrics.jsonl"
     processes.until(lambda: log.exists() and log.read_text().count("\n") > 2, 120)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from jepax import hosts
+
 Numbers = dict
 """What was measured, by name."""
 
@@ -29,6 +31,8 @@ FILE = "health.json"
 
 def write(run: Path, alarms: Iterable[Alarm], ended: str | None = None) -> None:
     """Writes `run`/health.json whole or not at all. `ended` says why training stopped, where it did not finish."""
+    if not hosts.first():
+        return
     run.mkdir(parents=True, exist_ok=True)
     part = run / f"{FILE}.{os.getpid()}.part"
     part.write_text(json.dumps({"alarms": [asdict(alarm) for alarm in alarms], "ended": ended}, indent=1) + "\n")
