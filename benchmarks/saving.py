@@ -54,7 +54,8 @@ class Training:
         self.images = sharding.shard_batch(next(read(config, source, 1, 0)), mesh)
         state = sharding.replicate(first_state(config.method, self.optimizer, jr.key(0)), mesh)
         self.arrays, self.rest = eqx.partition(state, eqx.is_array)
-        self.programs = {name: jax.jit(self.raw, donate_argnums=0) for name in ("guarded", "bare")}
+        guarded, bare = (lambda arrays: self.raw(arrays) for _ in range(2))  # two, since one would be traced once
+        self.programs = {"guarded": jax.jit(guarded, donate_argnums=0), "bare": jax.jit(bare, donate_argnums=0)}
 
     @property
     def state(self) -> TrainState:

@@ -7,6 +7,15 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+def test_the_benchmark_of_saving_runs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["saving.py", "--quick", "--json", "found.json"])
+    runpy.run_path(str(BENCHMARKS / "saving.py"))["main"]()
+    found = json.loads((tmp_path / "found.json").read_text())["demo"]
+    assert found["guard"]["guarded_step_s"] > 0 and found["checkpoint"]["megabytes"] > 1
+
+
 def test_the_benchmark_of_regularisers_runs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     runpy.run_path(str(BENCHMARKS / "regularisers.py"))["main"](["--quick", "--json", str(tmp_path / "found.json")])
