@@ -13,6 +13,7 @@ import pytest
 from jepax import cli, evaluation, monitor, settings, weights
 from jepax import config as configs
 from jepax import train as training
+from jepax.saving import SaveConfig
 from jepax.step import build_method
 from jepax.types import UserError
 from tests.contracts.shrink import shrunk
@@ -119,7 +120,7 @@ def test_every_protocol_runs(finished, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--step 5", ["no whole checkpoint of step 5", "4, 6"]),
+        ("--step 5", ["no finished checkpoint of step 5", "4, 6"]),
         ("--step x", ["--step x is no checkpoint's number"]),
         ("--run-dir", ["--run-dir takes one value"]),
         ("--step 4 --step 6", ["--step takes one value, once"]),
@@ -169,7 +170,9 @@ def test_scores_come_at_the_next_line_of_the_log_and_a_resumed_run_has_them_too(
     _, config, _ = finished
     online = replace(config.eval.online, every=2, train_images=20, validation_images=10)
     config = replace(
-        config, eval=replace(config.eval, online=online), train=replace(config.train, log_every=4, save_every=3, keep=9)
+        config,
+        eval=replace(config.eval, online=online),
+        train=replace(config.train, log_every=4, save=SaveConfig(every=3, keep=9)),
     )
     training.train(config, tmp_path)
     whole = (tmp_path / "metrics.jsonl").read_text().splitlines()

@@ -119,13 +119,9 @@ def claim(run: Path, config: Config, source: Source | None = None, allow: Sequen
 
     Raises `UserError` with the differences. Writes nothing: `record` does.
     """
-    path = run / CONFIG
-    if not path.exists():
-        return
-    different = configs.differences(configs.load(Config, path), config)
-    different = [line for line in different if not under(line.split(": ")[0], (*FREE, *allow))]
+    different = differences(run, config, (*FREE, *allow))
     if different:
-        names = " ".join(dict.fromkeys(line.split(": ")[0] for line in different[:3]))
+        names = " ".join(line.split(": ")[0] for line in different[:3])
         raise UserError(
             "\n".join(
                 [
@@ -137,6 +133,16 @@ def claim(run: Path, config: Config, source: Source | None = None, allow: Sequen
         )
     if source is not None and not under("data", allow):
         refuse_other_data(run, source)
+
+
+def differences(run: Path, config: Config, free: Sequence[str] = ()) -> list[str]:
+    """Lines `field.path: there -> here` of the fields, outside those that are free, in which the run's config differs.
+
+    Empty where the folder holds no run.
+    """
+    path = run / CONFIG
+    found = configs.differences(configs.load(Config, path), config) if path.exists() else []
+    return [line for line in found if not under(line.split(": ")[0], free)]
 
 
 def refuse_other_data(run: Path, source: Source) -> None:
@@ -168,9 +174,7 @@ def read_contents(run: Path) -> dict[str, str]:
 
 def record(run: Path, config: Config, source: Source | None = None) -> list[str]:
     """Writes the config, and the data's contents, into the run folder, and returns what changed in the config."""
-    path, changed = run / CONFIG, []
-    if path.exists():
-        changed = configs.differences(configs.load(Config, path), config)
+    path, changed = run / CONFIG, differences(run, config)
     if changed or not path.exists():
         run.mkdir(parents=True, exist_ok=True)
         configs.dump(config, path)

@@ -124,7 +124,7 @@ def test_runs_of_another_config_are_not_put_into_one_table(tmp_path, monkeypatch
     monkeypatch.setattr(run.training, "train", lambda *given: pytest.fail("trained"))
     words = ["family_fashion_mnist", *TINY, "--run-dir", str(tmp_path)]
     before = run.resolve([*words, "--seeds", "0", "--eval.knn.neighbours", "3"]).jobs[0]
-    run.settings.claim(before.folder, before.config)
+    run.settings.record(before.folder, before.config)
     with pytest.raises(UserError, match=r"(?s)row masked\+ema: .*another config.*neighbours"):
         run.run(run.resolve([*words, "--seeds", "1"]), say=lambda line: None)
 

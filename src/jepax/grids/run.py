@@ -169,7 +169,7 @@ def check(wanted: Wanted) -> None:
     """Raises `UserError` naming the row that cannot be trained, or whose folder holds a run of another config."""
     for each in wanted.kept:
         with blamed(each.row):
-            settings.claim(each.folder, each.config)
+            refuse_other_settings(each)
     to_train = {each.row: each.config for each in wanted.jobs if not settled(each)}
     for row, config in to_train.items():
         with blamed(row):
@@ -180,6 +180,16 @@ def check(wanted: Wanted) -> None:
             settings.check_splits(config.data)
             _, optimizer = settings.prepare(config)
             eqx.filter_eval_shape(first_state, config.method, optimizer, jax.random.key(0))
+
+
+def refuse_other_settings(each: Job) -> None:
+    """Raises `UserError` where the row's folder was trained or evaluated otherwise: one table holds one kind."""
+    free = [name for name in settings.FREE if name != "eval"]
+    if different := settings.differences(each.folder, each.config, free):
+        shown = "\n".join(different[:3])
+        raise UserError(
+            f"{each.folder} holds a run of another config (there -> here):\n{shown}\ntake another --run-dir"
+        )
 
 
 def forget_programs() -> None:
