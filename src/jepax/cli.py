@@ -101,11 +101,11 @@ def run(argv: list[str]) -> None:
 
 
 def quiet() -> None:
-    """Keeps the libraries' chatter off the terminal; their errors stay."""
+    """Keeps the libraries' chatter off the terminal; what they raise is told by `main`, without their tracebacks."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from absl import logging as absl_logging
 
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.FATAL)
     for name in ("jax", "orbax", "grain"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
