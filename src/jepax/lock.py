@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jepax import files
 from jepax.types import UserError
 
 FILE = "lock"
@@ -33,8 +34,9 @@ def held(run: Path) -> Iterator[None]:
                 f"{run} is in use by {holder(run)}; two processes would spoil it:\n"
                 "wait for it, end it, or take another --run-dir"
             ) from error
-        os.truncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        with files.named(path / FILE):
+            os.truncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         _held.add(path)
         yield
     finally:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jepax import config as configs
-from jepax import sharding
+from jepax import files, sharding
 from jepax.data import DataConfig, Source, open_source
 from jepax.evals.protocols import EvalConfig
 from jepax.guard import GuardConfig
@@ -175,9 +175,7 @@ def record(run: Path, config: Config, source: Source | None = None) -> list[str]
         run.mkdir(parents=True, exist_ok=True)
         configs.dump(config, path)
     if source is not None:
-        part = run / f"{DATA}.part"
-        part.write_text(json.dumps(source.contents, indent=1) + "\n")
-        part.replace(run / DATA)
+        files.write(run / DATA, json.dumps(source.contents, indent=1) + "\n")
     return changed
 
 
