@@ -4,10 +4,11 @@ python -m tests.faults.limits ARGUMENTS is the command line in a process of its 
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,9 +16,9 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jepax import checkpoint, cli, lock
+from jepax import checkpoint, cli, lock, signals
 from jepax import config as configs
-from jepax.saving import SaveConfig
+from jepax.saving import SaveConfig, Saver
 from jepax.settings import Config
 from jepax.train import train
 from tests.contracts.shrink import shrunk
@@ -152,6 +153,10 @@ def mount(*words: str) -> None:
     subprocess.run(["mount", *words], check=True, capture_output=True)
 
 
+def unmount(path: Path) -> None:
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
     """Needs root: others take these tests inside a user namespace, see test_disks.py."""
@@ -160,7 +165,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no disk can be mounted here; test_disks.py takes these tests in a namespace where it can")
     yield made
-    subprocess.run(["umount", "--lazy", str(made.path)], check=True)
+    unmount(made.path)
 
 
 @dataclass(frozen=True)
@@ -182,5 +187,22 @@ def whole(kept_programs: None, tmp_path_factory: pytest.TempPathFactory) -> Whol
     return Whole(run, checkpoint.digest(train(tiny(), run)))
 
 
+def part(wanted: str, run: str, until: str) -> None:
+    """Trains until this step is saved."""
+    save = Saver.save
+
+    def stop(saver: Saver, step: int, state: object, note: dict) -> None:
+        save(saver, step, state, note)
+        if step == int(until):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Saver.save = stop
+    with suppress(signals.Stopped, KeyboardInterrupt):  # the latter after the last step
+        train(configs.load(Config, Path(wanted)), Path(run))
+
+
 if __name__ == "__main__":  # the workers of the loader import this file again
-    cli.main(sys.argv[1:])
+    if sys.argv[1] == "part":
+        part(*sys.argv[2:])
+    else:
+        cli.main(sys.argv[1:])
