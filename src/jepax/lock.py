@@ -16,7 +16,8 @@ _held: set[Path] = set()
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Within, the run folder (made if it is missing) belongs to this process. Raises `UserError` naming the holder.
+    """Within, the run folder (made if it is missing) belongs to this process. Raises `UserError` naming the holder,
+    and where a file lies in the way.
 
     Taking it again inside is allowed. The file stays behind; only the system's lock on it counts.
     """
@@ -24,7 +25,10 @@ def held(run: Path) -> Iterator[None]:
     if path in _held:
         yield
         return
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{run} cannot be a folder: a file is there, or above it; take another --run-dir") from error
     file = os.open(path / FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:

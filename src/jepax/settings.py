@@ -147,10 +147,11 @@ def refuse_other_data(run: Path, source: Source) -> None:
     if before != now:
         changed = [name for name in before | now if before.get(name) != now.get(name)]
         shown = [f"{name}: {before.get(name, '(absent)')} -> {now.get(name, '(absent)')}" for name in changed[:2]]
+        parts = "1 part differs" if len(changed) == 1 else f"{len(changed)} parts differ"
         raise UserError(
             "\n".join(
                 [
-                    f"{run} was trained on other pictures, {len(changed)} parts differ (then -> now):",
+                    f"{run} was trained on other pictures, {parts} (then -> now):",
                     *shown,
                     "bring the pictures back, take another --run-dir, or insist: --resume.allow data",
                 ]
