@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jepax import checkpoint, evaluation, files, logs, saving
+from jepax import events as happened
 from jepax.evals import alarms
 from jepax.logs import Log
 from jepax.saving import SaveConfig
@@ -108,6 +109,24 @@ def test_what_was_there_stays_where_its_new_self_does_not_fit(name, disk, whole,
     (disk.path / "filling").unlink()
     monkeypatch.undo()
     assert checkpoint.digest(train(other, run)) == whole.digest
+
+
+@pytest.mark.fault(7, "the disk is full within a line")
+def test_a_line_that_did_not_fit_is_left_out_by_the_next_command(disk, whole, tmp_path, capsys, monkeypatch):
+    run = disk.path / "run"
+    shutil.copytree(whole.run, run)
+    path = run / "events.jsonl"
+    room = 4096 - 20 - path.stat().st_size  # but for 20 bytes of the page that its end lies on
+    happened.append(path, {"event": "filling", "step": 0, "x": "x" * (room - 42)})
+    fills(disk, monkeypatch, files, "append", lambda path, text: True)
+    assert f"No space left on device: {path}" in refused(
+        capsys, "train", limits.written(tiny(), tmp_path), "--run-dir", run
+    )
+    assert 4076 <= len(path.read_text()) <= 4096 and not path.read_text().endswith("\n")
+    (disk.path / "filling").unlink()
+    monkeypatch.undo()
+    assert checkpoint.digest(train(tiny(), run)) == whole.digest
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["started", "filling", "resumed"]
 
 
 @pytest.mark.fault(8, "saves faster than the disk")
