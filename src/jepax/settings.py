@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jepax import checkpoint, files, sharding
 from jepax import config as configs
-from jepax import files, sharding
 from jepax.data import DataConfig, Source, open_source
 from jepax.evals.protocols import EvalConfig
 from jepax.guard import GuardConfig
@@ -121,6 +121,10 @@ def claim(run: Path, config: Config, source: Source | None = None, allow: Sequen
     """
     path = run / CONFIG
     if not path.exists():
+        if checkpoint.steps(run / "checkpoints"):
+            raise UserError(
+                f"{run} holds checkpoints, but no {CONFIG} that says of what: bring it back, or take another --run-dir"
+            )
         return
     different = configs.differences(configs.load(Config, path), config)
     different = [line for line in different if not under(line.split(": ")[0], (*FREE, *allow))]

@@ -80,6 +80,16 @@ def test_what_is_allowed_must_be_a_setting(name, whole, tmp_path, capsys):
     assert contents(run) == before
 
 
+@pytest.mark.fault(17, "a folder that lost its config")
+def test_checkpoints_without_a_config_are_refused(whole, tmp_path, capsys):
+    run, wanted = half_of(whole, tmp_path), limits.written(tiny(), tmp_path)
+    (run / "config.yaml").unlink()
+    before = contents(run)
+    said = refused(capsys, "train", wanted, "--run-dir", run, "--seed", "7")
+    assert f"{run} holds checkpoints, but no config.yaml" in said
+    assert contents(run) == before
+
+
 @pytest.mark.fault(17, "another model in a folder that holds a run")
 def test_a_model_that_does_not_fit_is_an_error_also_for_who_insists(whole, tmp_path, capsys):
     run, wanted = half_of(whole, tmp_path), limits.written(tiny(), tmp_path)
