@@ -166,13 +166,13 @@ def test_online_evaluation_changes_nothing_of_training(finished, tmp_path):
 
 
 def test_scores_come_at_the_next_line_of_the_log_and_a_resumed_run_has_them_too(finished, tmp_path, monkeypatch):
-    """Every 2 steps, lines at steps 0, 3 and 5: both sides of a checkpoint at 3 steps."""
+    """Every 2 steps, lines at steps 0, 1, 3 and 5: on both sides of a checkpoint at 3 steps."""
     _, config, _ = finished
     online = replace(config.eval.online, every=2, train_images=20, validation_images=10)
     config = replace(
         config,
         eval=replace(config.eval, online=online),
-        train=replace(config.train, log_every=4, save=SaveConfig(every=3, keep=9)),
+        train=replace(config.train, log_every=2, save=SaveConfig(every=3, keep=9)),
     )
     training.train(config, tmp_path)
     whole = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -182,7 +182,7 @@ def test_scores_come_at_the_next_line_of_the_log_and_a_resumed_run_has_them_too(
     again = (tmp_path / "metrics.jsonl").read_text().splitlines()
     scores = [[(line["step"], line.get("probe_top1")) for line in map(json.loads, lines)] for lines in (whole, again)]
     assert scores[0] == scores[1]
-    assert [step for step, score in scores[0] if score is not None] == [2, 3, 5]
+    assert [step for step, score in scores[0] if score is not None] == [1, 3, 5]
 
 
 def test_weights_hold_one_encoder(finished, tmp_path):

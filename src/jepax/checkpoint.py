@@ -25,6 +25,8 @@ from jepax.types import UserError
 T = TypeVar("T")
 MANIFEST, ARRAYS, NOTE = "manifest.json", "arrays", "note.json"
 PART, DAMAGED = ".part", ".damaged"
+LONGEST = 240
+"""Characters of an error that are shown."""
 
 
 def named(tree: object) -> dict[str, jax.Array]:
@@ -119,7 +121,9 @@ class Writing:
 
     def _failed(self, error: Exception) -> UserError:
         shutil.rmtree(self._part, ignore_errors=True)
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if len(reason) > LONGEST:
+            reason = f"{reason[: LONGEST // 3]} ... {reason[-2 * LONGEST // 3 :]}"  # the system's own words end it
         return UserError(
             f"checkpoint {self.path} could not be written: {reason};\n"
             "the ones before it are as they were: mend the cause, and the same command goes on"
@@ -157,12 +161,20 @@ def save(folder: Path, step: int, tree: object, note: dict[str, Any] | None = No
 
 def steps(folder: Path) -> list[int]:
     """Steps, ascending, of the checkpoints that were finished; whether they are sound, `problems` tells."""
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
+    return sorted(int(entry.name) for entry in _entries(folder) if entry.name.isdecimal() and entry.is_dir())
 
 
 def unfinished(folder: Path) -> list[Path]:
     """Folders of checkpoints whose writing was cut off."""
-    return sorted(folder.glob(f"*{PART}"))
+    return sorted(Path(entry.path) for entry in _entries(folder) if entry.name.endswith(PART))
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """None where the folder is missing; where it cannot be read that is an error, or training would begin anew."""
+    try:
+        return list(os.scandir(folder))
+    except FileNotFoundError:
+        return []
 
 
 def problems(path: Path) -> list[str]:

@@ -102,11 +102,11 @@ def run(argv: list[str]) -> None:
 
 
 def quiet() -> None:
-    """Keeps the libraries' chatter off the terminal; their errors stay."""
+    """Keeps the libraries' chatter off the terminal; what they raise is told by `main`, without their tracebacks."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from absl import logging as absl_logging
 
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.FATAL)
     for name in ("jax", "orbax", "grain"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -184,15 +184,14 @@ def train(arguments: list[str]) -> None:
 
     if wanted.distributed:
         hosts.start()
-    with hosts.peers(), contextlib.ExitStack() as held:
+    with hosts.peers():
         with hosts.together():
             settings.check_splits(config.data)
-            if hosts.first():
-                held.enter_context(lock.held(folder))
         state = training.train(config, folder, allow=wanted.allow)
         hosts.leave()
-        if not hosts.first():
-            return
+    if not hosts.first():
+        return
+    with lock.held(folder):
         finish(config, sharding.local(state), folder)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all; {alarms.summary(folder)}")
 

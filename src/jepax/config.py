@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from jepax import files
 from jepax.types import UserError
 from jepax.untrusted import read_yaml, shown
 
@@ -177,9 +178,7 @@ def _wrong(path: str, value: object, kind: Any, where: str) -> UserError:
 
 def dump(config: object, path: Path) -> None:
     """Writes the YAML file, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text(config))
-    part.replace(path)
+    files.write(path, text(config))
 
 
 def text(config: object) -> str:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from jepax import checkpoint, lock, settings
@@ -13,6 +14,22 @@ from jepax.settings import Config
 from jepax.types import UserError
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the checkpoints are good for."""
+
+    newest: int | None
+    """The step of the newest sound one."""
+    damaged: tuple[int, ...]
+    """Steps of those that are not sound."""
+    readable: bool = True
+
+    @property
+    def aside(self) -> bool:
+        """Whether the next command will set damaged ones aside: it looks no further than the newest sound one."""
+        return self.newest is not None and max(self.damaged, default=-1) > self.newest
 
 
 def examine(run: Path, say: Say = print) -> bool:
@@ -27,15 +44,15 @@ def examine(run: Path, say: Say = print) -> bool:
     busy = lock.is_held(run)
     say(f"in use        {f'yes, by {lock.holder(run)}' if busy else 'no'}")
     source, data_sound = data(run, config, say)
-    newest, sound = checkpoints(run, say)
+    saved = checkpoints(run, busy, say)
     log_sound = log(run, say)
     history(run, say)
     total = settings.total_steps(config, len(source)) if source is not None else config.train.steps
     results = sorted(path.name for path in (run / "evals").glob("*.json"))
     say(f"evaluations   {', '.join(results) or 'none'}")
-    say(f"health        {alarms.summary(run).removeprefix('health: ')}")
-    say(f"next          {next_command(run, busy, newest, sound, data_sound, total, bool(results))}")
-    return sound and log_sound and data_sound
+    healthy = health(run, say)
+    say(f"next          {next_command(run, busy, saved, data_sound, total, bool(results))}")
+    return saved.readable and not saved.damaged and log_sound and data_sound and healthy
 
 
 def data(run: Path, config: Config, say: Say) -> tuple[Source | None, bool]:
@@ -43,7 +60,8 @@ def data(run: Path, config: Config, say: Say) -> tuple[Source | None, bool]:
     try:
         source = open_source(config.data, "train")
         settings.refuse_other_data(run, source)
-    except UserError as error:
+        settings.check_splits(config.data)
+    except (UserError, OSError) as error:
         say(f"data          {' '.join(str(error).split())}")
         return None, False
     begun = "as when the run began" if (run / settings.DATA).exists() else "no record of them in the run"
@@ -51,20 +69,29 @@ def data(run: Path, config: Config, say: Say) -> tuple[Source | None, bool]:
     return source, True
 
 
-def checkpoints(run: Path, say: Say) -> tuple[int | None, bool]:
-    """The newest sound checkpoint's step, and whether every finished one is sound. Every file is read."""
-    folder, newest, sound = run / "checkpoints", None, True
-    for step in checkpoint.steps(folder):
-        found = checkpoint.problems(folder / f"{step:08d}")
-        say(f"checkpoint    {step:08d} {f'DAMAGED: {found[0]} ({len(found)} in all)' if found else 'sound'}")
-        newest, sound = (newest if found else step), sound and not found
-    for path in checkpoint.unfinished(folder):
-        say(f"checkpoint    {path.name}: its writing was cut off; the next one that is written removes it")
+def checkpoints(run: Path, busy: bool, say: Say) -> Saved:
+    """Reads every file of every checkpoint."""
+    folder, sound, damaged = run / "checkpoints", [], []
+    try:
+        for step in checkpoint.steps(folder):
+            try:
+                found = checkpoint.problems(folder / f"{step:08d}")
+            except FileNotFoundError:  # the run that is going on has removed it meanwhile
+                continue
+            say(f"checkpoint    {step:08d} {f'DAMAGED: {found[0]} ({len(found)} in all)' if found else 'sound'}")
+            (damaged if found else sound).append(step)
+        unfinished = checkpoint.unfinished(folder)
+    except OSError as error:
+        say(f"checkpoint    cannot be read: {error.strerror}: {error.filename}")
+        return Saved(None, (), readable=False)
+    for path in unfinished:
+        state = "being written" if busy else "its writing was cut off; the next one that is written removes it"
+        say(f"checkpoint    {path.name}: {state}")
     for path in sorted(folder.glob(f"*{checkpoint.DAMAGED}*")):
         say(f"checkpoint    {path.name}: damaged, set aside when the run went on; it may be removed")
-    if newest is None:
-        say("checkpoint    none that is sound")
-    return newest, sound
+    if not sound:
+        say(f"checkpoint    {'none that is sound' if damaged else 'none yet'}")
+    return Saved(max(sound, default=None), tuple(damaged))
 
 
 def log(run: Path, say: Say) -> bool:
@@ -73,7 +100,7 @@ def log(run: Path, say: Say) -> bool:
     if not path.exists():
         say("metrics       none yet")
         return True
-    lines = happened.read(path)
+    lines = [line for line in happened.read(path) if isinstance(line.get("step"), int)]
     torn = sum(1 for text in path.read_text(errors="replace").splitlines() if text.strip()) - len(lines)
     last = f", the last of step {lines[-1]['step']}" if lines else ""
     say(f"metrics       {len(lines)} lines{last}{f'; {torn} TORN, left out by the next command' if torn else ''}")
@@ -82,7 +109,7 @@ def log(run: Path, say: Say) -> bool:
 
 def history(run: Path, say: Say) -> None:
     """What happened beside the metrics."""
-    counts = Counter(line["event"] for line in happened.read(run / happened.FILE))
+    counts = Counter(str(line.get("event")) for line in happened.read(run / happened.FILE))
     say(f"events        {', '.join(f'{name} {count}' for name, count in counts.items()) or 'none'}")
     broken = happened.read(run / BROKEN)
     if broken:
@@ -91,18 +118,29 @@ def history(run: Path, say: Say) -> None:
         say(f"dump          jepax replay {path}")
 
 
-def next_command(
-    run: Path, busy: bool, newest: int | None, sound: bool, data_sound: bool, total: int | None, evaluated: bool
-) -> str:
+def health(run: Path, say: Say) -> bool:
+    """Whether health.json can be read: what the watchdog said, and why training stopped where it did not finish."""
+    try:
+        said, ended = alarms.summary(run).removeprefix("health: "), alarms.ended(run)
+    except UserError as error:
+        say(f"health        {error}")
+        return False
+    say(f"health        {said}{f'; stopped: {ended}' if ended else ''}")
+    return True
+
+
+def next_command(run: Path, busy: bool, saved: Saved, data_sound: bool, total: int | None, evaluated: bool) -> str:
     """What `jepax train` on this folder would do."""
     command = f"jepax train {run / settings.CONFIG} --run-dir {run}"
     if busy:
         return "refused while the folder is in use"
     if not data_sound:
         return "refused: the data is missing, or is not the run's"
-    if newest is None:
-        return f"{command}: begins at step 0" if sound else "refused: no checkpoint is sound"
-    if newest == total:
-        return f"{command}: nothing is left to train; {'evaluates it again' if evaluated else 'evaluates it'}"
-    aside = "" if sound else ", the damaged ones set aside"
-    return f"{command}: goes on after step {newest} of {total or 'its steps'}{aside}"
+    if not saved.readable:
+        return "refused: the checkpoints cannot be read"
+    if saved.newest is None:
+        return "refused: no checkpoint is sound" if saved.damaged else f"{command}: begins at step 0"
+    aside = ", the damaged ones after it set aside" if saved.aside else ""
+    if total is not None and saved.newest >= total:
+        return f"{command}: nothing is left to train; {'evaluates it again' if evaluated else 'evaluates it'}{aside}"
+    return f"{command}: goes on after step {saved.newest} of {total or 'its steps'}{aside}"

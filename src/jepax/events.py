@@ -1,21 +1,18 @@
 """What happened to a run beside its metrics: starts, stops, steps that were not taken, damage found and mended."""
 
 import json
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from jepax import hosts
+from jepax import files, hosts
 
 FILE = "events.jsonl"
 
 
 def append(path: Path, line: dict) -> None:
     """One line of JSON at the end of the file, which is made if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    files.append(path, json.dumps(line) + "\n")
 
 
 def read(path: Path) -> list[dict]:
@@ -35,12 +32,7 @@ def read(path: Path) -> list[dict]:
 
 def rewrite(path: Path, lines: Iterable[dict]) -> None:
     """The file with these lines alone, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    files.write(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 class Events:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jepax import files
 from jepax.types import UserError
 
 FILE = "lock"
@@ -15,7 +16,8 @@ _held: set[Path] = set()
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Within, the run folder (made if it is missing) belongs to this process. Raises `UserError` naming the holder.
+    """Within, the run folder (made if it is missing) belongs to this process. Raises `UserError` naming the holder,
+    and where a file lies in the way.
 
     Taking it again inside is allowed. The file stays behind; only the system's lock on it counts.
     """
@@ -23,7 +25,10 @@ def held(run: Path) -> Iterator[None]:
     if path in _held:
         yield
         return
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{run} cannot be a folder: a file is there, or above it; take another --run-dir") from error
     file = os.open(path / FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -33,8 +38,9 @@ def held(run: Path) -> Iterator[None]:
                 f"{run} is in use by {holder(run)}; two processes would spoil it:\n"
                 "wait for it, end it, or take another --run-dir"
             ) from error
-        os.truncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        with files.named(path / FILE):
+            os.truncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         _held.add(path)
         yield
     finally:

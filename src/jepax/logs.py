@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jepax import hosts
+from jepax import files, hosts
 
 Values = dict[str, float | list[float]]
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal to draw a bar on
@@ -53,9 +53,7 @@ class Log:
             self._file, self._task = open(os.devnull, "w"), self.progress.add_task("training", total=self.steps)
             return self
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
-        part.replace(self.path)
+        files.write(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
         self._file = self.path.open("a", buffering=1)
         self.progress.start()
         self._task = self.progress.add_task("training", total=self.steps, completed=self.start, speed="")
@@ -65,7 +63,12 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
-        self._file.close()
+        try:
+            with files.named(self.path):
+                self._file.close()
+        except OSError:  # of a line that was not written: that has been raised already
+            if kind is None:
+                raise
 
     def begin(self, run: Path, batch_size: int) -> None:
         """Says what is about to happen, and that the first step compiles."""
@@ -108,7 +111,8 @@ class Log:
     def write(self, step: int, values: Values) -> dict:
         """One line of metrics, as `read` will give it: what is not finite is null, which strict JSON can hold."""
         line = _finite({"step": step, **values})
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        with files.named(self.path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
         speed = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
         self.progress.update(self._task, speed=speed)
         if self.progress.disable and (time.monotonic() - self._last_line > LINE_EVERY or step + 1 == self.steps):
@@ -138,13 +142,17 @@ def _finite(value: object) -> object:
 
 
 def read(path: Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`; a torn last line is left out."""
+    """The lines of a `metrics.jsonl`; what a crash tore, or is otherwise no line of a step, is left out."""
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+        else:
             print(f"{path}: skipped a torn line", file=sys.stderr)
     return lines

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jepax import checkpoint, files, sharding
 from jepax import config as configs
-from jepax import sharding
 from jepax.data import DataConfig, Source, open_source
 from jepax.evals.protocols import EvalConfig
 from jepax.guard import GuardConfig
@@ -119,6 +119,10 @@ def claim(run: Path, config: Config, source: Source | None = None, allow: Sequen
 
     Raises `UserError` with the differences. Writes nothing: `record` does.
     """
+    if not (run / CONFIG).exists() and checkpoint.steps(run / "checkpoints"):
+        raise UserError(
+            f"{run} holds checkpoints, but no {CONFIG} that says of what: bring it back, or take another --run-dir"
+        )
     different = differences(run, config, (*FREE, *allow))
     if different:
         names = " ".join(line.split(": ")[0] for line in different[:3])
@@ -153,10 +157,11 @@ def refuse_other_data(run: Path, source: Source) -> None:
     if before != now:
         changed = [name for name in before | now if before.get(name) != now.get(name)]
         shown = [f"{name}: {before.get(name, '(absent)')} -> {now.get(name, '(absent)')}" for name in changed[:2]]
+        parts = "1 part differs" if len(changed) == 1 else f"{len(changed)} parts differ"
         raise UserError(
             "\n".join(
                 [
-                    f"{run} was trained on other pictures, {len(changed)} parts differ (then -> now):",
+                    f"{run} was trained on other pictures, {parts} (then -> now):",
                     *shown,
                     "bring the pictures back, take another --run-dir, or insist: --resume.allow data",
                 ]
@@ -179,9 +184,7 @@ def record(run: Path, config: Config, source: Source | None = None) -> list[str]
         run.mkdir(parents=True, exist_ok=True)
         configs.dump(config, path)
     if source is not None:
-        part = run / f"{DATA}.part"
-        part.write_text(json.dumps(source.contents, indent=1) + "\n")
-        part.replace(run / DATA)
+        files.write(run / DATA, json.dumps(source.contents, indent=1) + "\n")
     return changed
 
 

@@ -29,10 +29,11 @@ def train(config: Config, run: Path, *, allow: Sequence[str] = ()) -> TrainState
     where a checkpoint cannot be written, and where training diverges.
     """
     with ExitStack() as held:
+        this = Run(config, run)
         with hosts.together():
             if hosts.first():
                 held.enter_context(lock.held(run))
-        this = Run(config, run, allow)
+        this.claim(allow)
         held.enter_context(signals.deferred())
         while True:
             try:
@@ -46,20 +47,31 @@ def train(config: Config, run: Path, *, allow: Sequence[str] = ()) -> TrainState
 class Run:
     """A run's state, where it stands, and what stays the same from its first step to its last."""
 
-    def __init__(self, config: Config, folder: Path, allow: Sequence[str] = ()):
+    def __init__(self, config: Config, folder: Path):
+        """Builds what is built in memory; nothing is written, so that what cannot be trained leaves no folder."""
         self.config, self.folder, self.checkpoints = config, folder, folder / "checkpoints"
         with hosts.together():
             refuse_other_configs(config)
         with hosts.together():
             self.source, self.optimizer = prepare(config)
-            claim(folder, config, self.source, allow)
-        self.mesh = sharding.make_mesh()
-        self.root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), self.mesh)
+            self.mesh = sharding.make_mesh()
+            self.root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), self.mesh)
+            self.state = self.first()
         self.passed: dict[int, list[int]] = {}
         """Steps at which the gradient leapt, by the step of the checkpoint that training went back to."""
+
+    def first(self) -> TrainState:
+        """The state before step 0."""
+        state = first_state(self.config.method, self.optimizer, jr.key(self.config.seed))
+        return sharding.replicate(state, self.mesh)
+
+    def claim(self, allow: Sequence[str]) -> None:
+        """Takes the folder, and what it holds, for this run."""
+        with hosts.together():
+            claim(self.folder, self.config, self.source, allow)
         self.restore()
-        changed = record(folder, config, self.source) if hosts.first() else []
-        Events(folder, self.start).add(
+        changed = record(self.folder, self.config, self.source) if hosts.first() else []
+        Events(self.folder, self.start).add(
             "resumed" if self.start else "started", self.start, devices=jax.device_count(), changed=changed
         )
 
@@ -68,8 +80,7 @@ class Run:
         with hosts.together():
             newest = self.newest() if hosts.first() else 0
         self.start = hosts.same(newest)
-        first = first_state(self.config.method, self.optimizer, jr.key(self.config.seed))
-        self.state, self.note = sharding.replicate(first, self.mesh), {}
+        self.note = {}
         if self.start:
             self.note = checkpoint.note(self.checkpoints, self.start)
             with hosts.together():
@@ -132,6 +143,7 @@ class Run:
     def go_back(self, leap: int) -> None:
         """To the newest checkpoint, behind the step at which the gradient leapt; the examples up to it are not seen
         again. Raises `Diverged` where that has not helped for as many times as the guard has patience."""
+        self.state = self.first()
         self.restore()
         leaps = self.passed.setdefault(self.start, [])
         leaps.append(leap)

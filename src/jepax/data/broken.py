@@ -1,7 +1,6 @@
 """What is told of pictures that cannot be read: each file once, and an end to it where there are too many."""
 
 import json
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from jepax import files
 from jepax.data.sources import Source
 from jepax.types import UserError
 
@@ -47,9 +47,7 @@ class BrokenFiles:
     def _note(self, file: str, why: str) -> None:
         self.why[file] = why
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as listing:
-                listing.write(_line(file, why))
+            files.append(self.path, _line(file, why))
         count = len(self.why)
         if count <= SPOKEN or count % 100 == 0:
             where = f", listed in {self.path}" if self.path is not None else ""
@@ -105,9 +103,7 @@ def _mended(path: Path) -> dict[str, str]:
     entries = dict(filter(None, map(_entry, text.splitlines())))
     whole = "".join(_line(*entry) for entry in entries.items())
     if whole != text:
-        part = path.with_suffix(".part")
-        part.write_text(whole)
-        os.replace(part, path)
+        files.write(path, whole)
     return entries
 
 

@@ -1,12 +1,12 @@
 """What the watchdog says, and the file of a run that holds it."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jepax import hosts
+from jepax import files, hosts
+from jepax.types import UserError
 
 Numbers = dict
 """What was measured, by name."""
@@ -34,15 +34,29 @@ def write(run: Path, alarms: Iterable[Alarm], ended: str | None = None) -> None:
     if not hosts.first():
         return
     run.mkdir(parents=True, exist_ok=True)
-    part = run / f"{FILE}.{os.getpid()}.part"
-    part.write_text(json.dumps({"alarms": [asdict(alarm) for alarm in alarms], "ended": ended}, indent=1) + "\n")
-    part.replace(run / FILE)
+    told = {"alarms": [asdict(alarm) for alarm in alarms], "ended": ended}
+    files.write(run / FILE, json.dumps(told, indent=1) + "\n")
 
 
 def read(run: Path) -> list[Alarm]:
-    """The alarms of a run; none where it has no health.json."""
+    """The alarms of a run; none where it has no health.json. Raises `UserError` where that is damaged."""
+    return [Alarm(**alarm) for alarm in _told(run).get("alarms", [])]
+
+
+def ended(run: Path) -> str | None:
+    """Why training stopped, where it did not finish. Raises `UserError` where health.json is damaged."""
+    return _told(run).get("ended")
+
+
+def _told(run: Path) -> dict:
     path = run / FILE
-    return [Alarm(**alarm) for alarm in json.loads(path.read_text())["alarms"]] if path.exists() else []
+    if not path.exists():
+        return {}
+    try:
+        told = json.loads(path.read_text())
+        return {"ended": told.get("ended"), "alarms": [asdict(Alarm(**alarm)) for alarm in told["alarms"]]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not what was written; the next training writes it anew") from error
 
 
 def summary(run: Path) -> str:

@@ -1,0 +1,208 @@
+"""What the tests of full disks, other settings and bad paths share: a tiny run, its command, and disks of a few kB.
+
+python -m tests.faults.limits ARGUMENTS is the command line in a process of its own.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from jepax import checkpoint, cli, lock, signals
+from jepax import config as configs
+from jepax.saving import SaveConfig, Saver
+from jepax.settings import Config
+from jepax.train import train
+from tests.contracts.shrink import shrunk
+
+STEPS = 4
+LINES = 5
+
+
+def tiny(**train: object) -> Config:
+    """Four steps, each saved and logged, all checkpoints kept, no evaluation on the way, one protocol at the end."""
+    config = shrunk("ijepa_fashion_mnist")
+    train = {"steps": STEPS, "log_every": 1, "save": SaveConfig(every=1, keep=99)} | train
+    eval_ = replace(config.eval, online=replace(config.eval.online, every=0), protocols=("knn",), batch_size=16)
+    return replace(config, train=replace(config.train, **train), eval=eval_)
+
+
+def written(config: Config, folder: Path) -> str:
+    """Path of a YAML file with this config."""
+    path = folder / "wanted.yaml"
+    configs.dump(config, path)
+    return str(path)
+
+
+@contextmanager
+def persistent(folder: Path) -> Iterator[None]:
+    """Within, compiled programs are kept in the folder, so that the next module need not compile them again."""
+    names = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0}
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept_programs(compiled: Path) -> Iterator[None]:
+    with persistent(compiled):
+        yield
+
+
+def command(capsys: pytest.CaptureFixture, *argv: str, code: int = 2) -> str:
+    """What the command says on stderr; it must end with this exit code, and without a traceback."""
+    capsys.readouterr()
+    ended = 0
+    try:
+        cli.main([str(word) for word in argv])
+    except SystemExit as end:
+        ended = end.code
+    said = capsys.readouterr().err
+    assert ended == code and "Traceback" not in said, said
+    return said
+
+
+def refused(capsys: pytest.CaptureFixture, *argv: str) -> str:
+    """The message, of at most five lines, of a command that ends with exit code 2; progress before it is left out."""
+    return message(command(capsys, *argv))
+
+
+def message(said: str) -> str:
+    """The last lines, from `jepax:` on."""
+    lines = said.splitlines()
+    first = max(number for number, line in enumerate(lines) if line.startswith("jepax: "))
+    assert len(lines) - first <= LINES and "Traceback" not in said, said
+    return "\n".join(lines[first:])
+
+
+@pytest.fixture
+def digests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of the states that commands end with; they do not evaluate them."""
+    found = []
+    monkeypatch.setattr(cli, "finish", lambda config, state, folder: found.append(checkpoint.digest(state)))
+    return found
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file below the folder but the lock, which every command writes."""
+    return {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in sorted(run.rglob("*"))
+        if path.is_file() and path.name != lock.FILE
+    }
+
+
+def sound(run: Path) -> list[int]:
+    """Steps of the checkpoints, each of which must be sound."""
+    found = checkpoint.steps(run / "checkpoints")
+    assert [checkpoint.problems(run / "checkpoints" / f"{step:08d}") for step in found] == [[]] * len(found)
+    return found
+
+
+def parts(run: Path) -> list[Path]:
+    """What was not finished, of checkpoints and of files."""
+    return [path for path in run.rglob("*") if path.name.endswith(".part")]
+
+
+class Disk:
+    """A small one of its own, at `path`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.mkdir()
+        mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", str(path))
+
+    def resize(self, size: str) -> None:
+        mount("-o", f"remount,size={size}", str(self.path))
+
+    def read_only(self) -> None:
+        mount("-o", "remount,ro", str(self.path))
+
+    def fill(self, leave: int = 0) -> Path:
+        """Fills it up but for so many bytes, and returns the file that does: removing that frees it again."""
+        path = self.path / "filling"
+        with path.open("wb", buffering=0) as file:
+            while True:
+                try:
+                    if file.write(b"\0" * 4096) < 4096:
+                        break
+                except OSError:
+                    break
+            file.truncate(max(file.tell() - leave, 0))
+        return path
+
+    def used(self) -> int:
+        found = os.statvfs(self.path)
+        return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+
+def mount(*words: str) -> None:
+    subprocess.run(["mount", *words], check=True, capture_output=True)
+
+
+def unmount(path: Path) -> None:
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """Needs root: others take these tests inside a user namespace, see test_disks.py."""
+    try:
+        made = Disk(tmp_path / "disk")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no disk can be mounted here; test_disks.py takes these tests in a namespace where it can")
+    yield made
+    unmount(made.path)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The tiny run when nothing happens."""
+
+    run: Path
+    digest: str
+
+    def size(self) -> int:
+        """Bytes of a checkpoint on a disk with pages of 4 kB."""
+        found = (self.run / "checkpoints" / f"{STEPS:08d}").rglob("*")
+        return sum(-(-path.stat().st_size // 4096) * 4096 for path in found if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def whole(kept_programs: None, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    return Whole(run, checkpoint.digest(train(tiny(), run)))
+
+
+def part(wanted: str, run: str, until: str) -> None:
+    """Trains until this step is saved."""
+    save = Saver.save
+
+    def stop(saver: Saver, step: int, state: object, note: dict) -> None:
+        save(saver, step, state, note)
+        if step + 1 == int(until):  # it ends after the step that comes next
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Saver.save = stop
+    with suppress(signals.Stopped, KeyboardInterrupt):  # the latter after the last step
+        train(configs.load(Config, Path(wanted)), Path(run))
+
+
+if __name__ == "__main__":  # the workers of the loader import this file again
+    if sys.argv[1] == "part":
+        part(*sys.argv[2:])
+    else:
+        cli.main(sys.argv[1:])

@@ -1,0 +1,209 @@
+"""The same folder again with other settings, other pictures, or other ways of reading them."""
+
+import hashlib
+import itertools
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jepax import checkpoint, evaluation, settings
+from jepax import config as configs
+from jepax import events as happened
+from jepax.data import batches, open_source
+from jepax.saving import SaveConfig
+from jepax.settings import Config
+from jepax.train import train
+from tests.contracts.shrink import SIDE
+from tests.faults import limits
+from tests.faults.limits import STEPS, command, contents, digests, kept_programs, refused, sound, tiny, whole
+
+fixtures = digests, kept_programs, whole
+
+
+def half_of(whole, folder):
+    """A copy of the tiny run that was cut off after two of its four steps."""
+    run = folder / "run"
+    shutil.copytree(whole.run, run)
+    for step in (3, 4):
+        shutil.rmtree(run / f"checkpoints/{step:08d}")
+    return run
+
+
+REFUSED = {
+    "seed": ("seed: 0 -> 7", ["--seed", "7"]),
+    "optim.peak_lr": ("optim.peak_lr: 0.004 -> 0.0005", ["--optim.peak-lr", "5e-4"]),
+    "data.synthetic_seed": ("data.synthetic_seed: 0 -> 3", ["--data.synthetic-seed", "3"]),
+    "data.validation": ("data.validation: 0.2 -> 0.3", ["--data.validation", "0.3"]),
+    "method.predictor.depth": ("method.predictor.depth: 2 -> 1", ["--method.predictor.depth", "1"]),
+    "train.batch_size": ("train.batch_size: 16 -> 8", ["--train.batch-size", "8"]),
+    "train.steps": ("train.steps: 4 -> 5", ["--train.steps", "5"]),
+    "train.guard.spike": ("train.guard.spike: clip -> skip", ["--train.guard.spike", "skip"]),
+}
+
+
+@pytest.mark.fault(17, "other settings in a folder that holds a run")
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_settings_are_refused_with_the_difference(name, whole, tmp_path, capsys):
+    run, wanted = half_of(whole, tmp_path), limits.written(tiny(), tmp_path)
+    before, (difference, words) = contents(run), REFUSED[name]
+    said = refused(capsys, "train", wanted, "--run-dir", run, *words)
+    assert difference in said.splitlines() and f"--resume.allow {name}" in said and str(run) in said
+    assert contents(run) == before
+
+
+@pytest.mark.fault(17, "other settings in a folder that holds a run")
+def test_who_insists_goes_on_with_them(whole, digests, tmp_path, capsys):
+    run, wanted = half_of(whole, tmp_path), limits.written(tiny(), tmp_path)
+    words = ["train", wanted, "--run-dir", run, "--optim.peak-lr", "5e-4"]
+    assert "another config" in refused(capsys, *words, "--seed", "7", "--resume.allow", "optim.peak_lr")
+    command(capsys, *words, "--resume.allow", "optim.peak_lr", code=0)
+    assert digests != [whole.digest] and sound(run)[-1] == STEPS
+    assert configs.load(Config, run / "config.yaml").optim.peak_lr == 5e-4
+    last = happened.read(run / "events.jsonl")[-1]
+    assert last["event"] == "resumed" and last["changed"] == ["optim.peak_lr: 0.004 -> 0.0005"]
+    command(capsys, *words, code=0)  # it is the run's own from now on
+    assert "optim.peak_lr: 0.0005 -> 0.004" in refused(capsys, "train", wanted, "--run-dir", run)
+
+
+@pytest.mark.fault(17, "other settings in a folder that holds a run")
+@pytest.mark.parametrize("name", ["optim.peek_lr", "peak_lr", "optimiser", "everything"])
+def test_what_is_allowed_must_be_a_setting(name, whole, tmp_path, capsys):
+    run = half_of(whole, tmp_path)
+    before = contents(run)
+    said = refused(
+        capsys, "train", limits.written(tiny(), tmp_path), "--run-dir", run, "--seed", "7", "--resume.allow", name
+    )
+    assert f"--resume.allow {name} is no field" in said
+    assert contents(run) == before
+
+
+@pytest.mark.fault(17, "a folder that lost its config")
+def test_checkpoints_without_a_config_are_refused(whole, tmp_path, capsys):
+    run, wanted = half_of(whole, tmp_path), limits.written(tiny(), tmp_path)
+    (run / "config.yaml").unlink()
+    before = contents(run)
+    said = refused(capsys, "train", wanted, "--run-dir", run, "--seed", "7")
+    assert f"{run} holds checkpoints, but no config.yaml" in said
+    assert contents(run) == before
+
+
+@pytest.mark.fault(17, "another model in a folder that holds a run")
+def test_a_model_that_does_not_fit_is_an_error_also_for_who_insists(whole, tmp_path, capsys):
+    run, wanted = half_of(whole, tmp_path), limits.written(tiny(), tmp_path)
+    before = contents(run)
+    words = ["--method.predictor.depth", "1", "--resume.allow", "method.predictor"]
+    said = refused(capsys, "train", wanted, "--run-dir", run, *words)
+    assert "holds another model than this config builds" in said and "method.predictor" in said
+    assert contents(run) == before
+
+
+@pytest.mark.fault(17, "settings that training does not depend on")
+def test_settings_that_do_not_matter_may_change(whole, digests, tmp_path, capsys):
+    run = half_of(whole, tmp_path)
+    config = tiny(log_every=3, save=SaveConfig(every=3, keep=1))
+    config = replace(config, data=replace(config.data, threads=1, broken_share=0.5, root="elsewhere"))
+    config = replace(config, eval=replace(config.eval, protocols=("linear",)))
+    changed = {line.split(":")[0] for line in configs.differences(tiny(), config)}
+    assert {name for name in settings.FREE if not any(settings.under(path, [name]) for path in changed)} == {
+        "data.workers",  # by a process of its own, below
+        "train.trackers",
+    }
+    command(capsys, "train", limits.written(config, tmp_path), "--run-dir", run, code=0)
+    assert digests == [whole.digest] and configs.load(Config, run / "config.yaml") == config
+
+
+def hashed(source, **reading):
+    """One hash over every array of the batches of steps 3 to 8, over two epochs."""
+    found = hashlib.sha256()
+    for images in batches(source, batch_size=16, steps=9, start=3, seed=5, **reading):
+        for array in (images.canvas, images.size, images.index, images.label):
+            found.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
+@pytest.mark.fault(9, "other threads and workers")
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_batches_do_not_depend_on_threads_and_workers(workers):
+    source = open_source(tiny().data, "train")
+    usual = hashed(source, threads=0)
+    for threads in (1, 8):
+        assert hashed(source, threads=threads, workers=workers) == usual
+    other = open_source(replace(tiny().data, synthetic_seed=1), "train")
+    assert hashed(other, threads=1) != usual
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(9, "other threads and workers when a run goes on")
+def test_a_run_goes_on_with_other_threads_and_workers(processes, tmp_path):
+    """Parts of two steps each, by 0, 2, 3 and 1 workers, against one process that reads in its own thread."""
+    longer = tiny(steps=8)
+
+    def take(run, workers, threads, until):
+        config = replace(longer, data=replace(longer.data, threads=threads, workers=workers))
+        process = processes.start("limits", "part", limits.written(config, tmp_path), str(run), str(until))
+        assert process.wait(300) == 0, processes.said(process)
+        assert checkpoint.steps(run / "checkpoints")[-1] == until
+
+    take(tmp_path / "whole", workers=0, threads=0, until=8)
+    for until, workers, threads in ((2, 0, 1), (4, 2, 8), (6, 3, 1), (8, 1, 8)):
+        take(tmp_path / "parts", workers, threads, until)
+    ends = [evaluation.restored(longer, tmp_path / run) for run in ("whole", "parts")]
+    assert len({checkpoint.digest(state) for state in ends}) == 1
+
+
+GREYS = {"cat": 40, "dog": 200}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Sixteen pictures each of cats and dogs to train on, and two of each in val/."""
+    root = tmp_path / "data"
+    for (name, grey), (split, count) in itertools.product(GREYS.items(), {"train": 16, "val": 2}.items()):
+        (root / split / name).mkdir(parents=True)
+        for number in range(count):
+            suffix = "jpg" if number % 2 else "png"
+            picture(grey + number).save(root / split / name / f"{number:02}.{suffix}")
+    return root
+
+
+def picture(grey):
+    return Image.fromarray(np.full((SIDE, SIDE), grey, np.uint8))
+
+
+def add(root):
+    picture(1).save(root / "train/dog/99.png")
+    return "class dog: 16 files, ", " -> 17 files, "
+
+
+def remove(root):
+    (root / "train/cat/03.jpg").unlink()
+    return "class cat: 16 files, ", " -> 15 files, "
+
+
+def add_class(root):
+    (root / "train/emu").mkdir()
+    picture(1).save(root / "train/emu/0.png")
+    return "class emu: (absent) -> 1 file, ", ""
+
+
+@pytest.mark.fault(18, "a file added to the data or removed from it")
+@pytest.mark.parametrize("change", [add, remove, add_class])
+def test_other_pictures_are_refused_and_who_insists_goes_on(change, root, tmp_path, capsys, digests):
+    """After two of four steps, through the command line."""
+    run, config = tmp_path / "run", tiny()
+    data = replace(config.data, source="image_folder", root=str(root), validation=0.1)
+    config = replace(config, data=data)
+    train(config, run)
+    for step in (3, 4):
+        shutil.rmtree(run / f"checkpoints/{step:08d}")
+    before, (old, new) = contents(run), change(root)
+    wanted = limits.written(config, tmp_path)
+    said = refused(capsys, "train", wanted, "--run-dir", run)
+    assert "was trained on other pictures, 1 part differs" in said and old in said and new in said
+    assert "--resume.allow data" in said and contents(run) == before
+    command(capsys, "train", wanted, "--run-dir", run, "--resume.allow", "data", code=0)
+    assert sound(run) == [1, 2, 3, 4] and len(digests) == 1
+    command(capsys, "train", wanted, "--run-dir", run, code=0)  # they are the run's own from now on
