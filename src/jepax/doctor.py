@@ -73,8 +73,7 @@ def log(run: Path, say: Say) -> bool:
     if not path.exists():
         say("metrics       none yet")
         return True
-    lines = happened.read(path)
-    torn = sum(1 for text in path.read_text(errors="replace").splitlines() if text.strip()) - len(lines)
+    lines, torn = happened.read(path), happened.torn(path)
     last = f", the last of step {lines[-1]['step']}" if lines else ""
     say(f"metrics       {len(lines)} lines{last}{f'; {torn} TORN, left out by the next command' if torn else ''}")
     return not torn

@@ -14,6 +14,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jepax.events import read, rewrite, torn
+
 Values = dict[str, float | list[float]]
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal to draw a bar on
 
@@ -45,11 +47,11 @@ class Log:
         self._last_line = 0.0
 
     def __enter__(self) -> "Log":
+        if lost := torn(self.path):
+            self.say(f"warning: {self.path}: {lost} of its lines, which a crash tore, cannot be read and are left out")
         self.kept = [line for line in read(self.path) if line["step"] < self.start]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
-        part.replace(self.path)
+        rewrite(self.path, self.kept)
         self._file = self.path.open("a", buffering=1)
         self.progress.start()
         self._task = self.progress.add_task("training", total=self.steps, completed=self.start, speed="")
@@ -129,16 +131,3 @@ def _finite(value: object) -> object:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read(path: Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`; a torn last line is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            print(f"{path}: skipped a torn line", file=sys.stderr)
-    return lines
