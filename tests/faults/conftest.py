@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("tests.faults.runs")
 ROOT = Path(__file__).parents[2]
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 SHARED = Path("/dev/shm")
