@@ -16,6 +16,7 @@ from tests.faults.conftest import Processes, running
 from tests.faults.runs import EVERY, STEPS, result, same, tiny
 
 pytestmark = pytest.mark.slow_fault
+ASKED = [signal.SIGTERM, signal.SIGINT]
 LONG = 240
 """Seconds that a machine with other work may take for one command."""
 
@@ -127,7 +128,7 @@ MOMENTS = {
 
 
 @pytest.mark.fault(4, "SIGTERM or SIGINT")
-@pytest.mark.parametrize("number", signals.ASKED)
+@pytest.mark.parametrize("number", ASKED, ids=["SIGTERM", "SIGINT"])
 def test_a_run_that_is_asked_to_end_saves_and_goes_on(command, reference, tmp_path, number):
     for moment, reached in MOMENTS.items():
         cache = tmp_path / moment  # with nothing in it, so that compilation takes long
@@ -151,7 +152,7 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(command, reference, tmp_pa
 
 
 @pytest.mark.fault(4, "a second SIGTERM or SIGINT")
-@pytest.mark.parametrize("number", signals.ASKED)
+@pytest.mark.parametrize("number", ASKED, ids=["SIGTERM", "SIGINT"])
 def test_a_second_signal_ends_a_compilation_at_once(command, reference, tmp_path, number):
     command.start(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"))
     compiling(command)
