@@ -39,8 +39,8 @@ class Command:
     def ends(self, code: int) -> None:
         assert self.process.wait(LONG) == code, self.said()
 
-    def until(self, holds: Callable[[], bool]) -> None:
-        self.processes.until(holds, LONG, 0.001, of=self.process)
+    def until(self, holds: Callable[[], bool], pause: float = 0.001) -> None:
+        self.processes.until(holds, LONG, pause, of=self.process)
 
     def until_said(self, text: str) -> None:
         self.until(lambda: text in self.said())
@@ -102,11 +102,16 @@ def test_a_run_killed_at_random_moments_ends_the_same(command, reference):
 
 @pytest.mark.fault(3, "SIGKILL inside a save")
 def test_a_run_killed_while_it_saves_ends_the_same(command, reference):
+    """So and so long after a save began; and as soon as a checkpoint has its name, when it must be whole."""
     cut = 0
-    for number, milliseconds in enumerate((0, 5, 20, 50, 100), 1):
+    for number, milliseconds in enumerate((0, 5, 20, 50, 100, None, None), 1):
         command.start()
         command.until_saving(2 * EVERY * number)
-        time.sleep(milliseconds / 1000)
+        if milliseconds is None:
+            finished = command.run / f"checkpoints/{2 * EVERY * number:08d}"
+            command.until(finished.exists, pause=0)
+        else:
+            time.sleep(milliseconds / 1000)
         command.kill()
         cut += len(checkpoint.unfinished(command.run / "checkpoints"))
         assert checkpoint.newest_sound(command.run / "checkpoints").damaged == {}
