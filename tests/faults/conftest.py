@@ -140,8 +140,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line per kind of fault, and the share of the tests that passed."""
     table = Table()
-    for report in chain.from_iterable(terminalreporter.stats.values()):
-        for name, value in getattr(report, "user_properties", ()):
+    reports = chain.from_iterable(terminalreporter.stats.values())  # and the tests that were deselected
+    for report in (each for each in reports if isinstance(each, pytest.TestReport)):
+        for name, value in report.user_properties:
             if name == "fault":
                 table.add(report, *value)
     if table.kinds:
