@@ -46,6 +46,17 @@ def test_what_was_never_finished_goes_with_the_next(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["00000002"]
 
 
+def test_a_removal_that_is_cut_off_leaves_no_damaged_checkpoint(tmp_path, monkeypatch):
+    """The process may end at any file: none of them goes while the folder still has the name of a checkpoint."""
+    removed = []
+    monkeypatch.setattr(saving.shutil, "rmtree", lambda path, **_: removed.append(path.name))
+    with saver(tmp_path, keep=1) as writes:
+        for step in (1, 2):
+            writes.save(step, STATE, {})
+    assert checkpoint.steps(tmp_path) == [2]
+    assert (tmp_path / "00000001.part").is_dir() and removed[-1] == "00000001.part"
+
+
 def slow_disk(monkeypatch):
     """Checkpoints reach the disk only when the event is set."""
     free, sums = threading.Event(), checkpoint._sums

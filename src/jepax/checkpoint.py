@@ -220,9 +220,9 @@ def newest_sound(folder: Path) -> Sound:
             return Sound(step, damaged)
         damaged[step] = found
     if damaged:
-        step = max(damaged)
+        step, names = max(damaged), ", ".join(f"{step:08d}" for step in damaged)
         raise UserError(
-            f"no checkpoint in {folder} is sound; of {step:08d}: {damaged[step][0]} ({len(damaged)} checkpoints)\n"
+            f"no checkpoint in {folder} is sound, damaged are {names}; of {step:08d}: {damaged[step][0]}\n"
             "nothing was removed and nothing is trained: bring back a sound copy, or begin anew in another --run-dir"
         )
     return Sound(None, {})

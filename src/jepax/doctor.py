@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jepax import checkpoint, lock, settings
+from jepax import checkpoint, lock, logs, settings
 from jepax import config as configs
 from jepax import events as happened
 from jepax.data import BROKEN, Source, open_source
@@ -100,8 +100,7 @@ def log(run: Path, say: Say) -> bool:
     if not path.exists():
         say("metrics       none yet")
         return True
-    lines = [line for line in happened.read(path) if isinstance(line.get("step"), int)]
-    torn = sum(1 for text in path.read_text(errors="replace").splitlines() if text.strip()) - len(lines)
+    lines, torn = logs.read(path), happened.torn(path)
     last = f", the last of step {lines[-1]['step']}" if lines else ""
     say(f"metrics       {len(lines)} lines{last}{f'; {torn} TORN, left out by the next command' if torn else ''}")
     return not torn

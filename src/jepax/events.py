@@ -15,19 +15,30 @@ def append(path: Path, line: dict) -> None:
     files.append(path, json.dumps(line) + "\n")
 
 
-def read(path: Path) -> list[dict]:
-    """The lines of a file of JSON lines; what a crash tore is left out."""
+def _parsed(path: Path) -> list[dict | None]:
+    """Each line of the file that is not empty; None where it is no JSON object."""
     if not path.exists():
         return []
-    found = []
+    found: list[dict | None] = []
     for text in path.read_text(errors="replace").splitlines():
+        if not text.strip():
+            continue
         try:
             line = json.loads(text)
         except ValueError:
-            continue
-        if isinstance(line, dict):
-            found.append(line)
+            line = None
+        found.append(line if isinstance(line, dict) else None)
     return found
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a file of JSON lines; what a crash tore is left out."""
+    return [line for line in _parsed(path) if line is not None]
+
+
+def torn(path: Path) -> int:
+    """How many lines `read` leaves out."""
+    return _parsed(path).count(None)
 
 
 def rewrite(path: Path, lines: Iterable[dict]) -> None:

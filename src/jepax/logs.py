@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jepax import files, hosts
+from jepax import events, hosts
 
 Values = dict[str, float | list[float]]
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal to draw a bar on
@@ -48,12 +48,14 @@ class Log:
         self._last_line = 0.0
 
     def __enter__(self) -> "Log":
+        if lost := events.torn(self.path):
+            self.say(f"warning: {self.path}: {lost} of its lines, which a crash tore, cannot be read and are left out")
         self.kept = [line for line in read(self.path) if line["step"] < self.start]
         if not hosts.first():
             self._file, self._task = open(os.devnull, "w"), self.progress.add_task("training", total=self.steps)
             return self
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
+        events.rewrite(self.path, self.kept)
         self._file = self.path.open("a", buffering=1)
         self.progress.start()
         self._task = self.progress.add_task("training", total=self.steps, completed=self.start, speed="")
@@ -143,16 +145,4 @@ def _finite(value: object) -> object:
 
 def read(path: Path) -> list[dict]:
     """The lines of a `metrics.jsonl`; what a crash tore, or is otherwise no line of a step, is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-        else:
-            print(f"{path}: skipped a torn line", file=sys.stderr)
-    return lines
+    return [line for line in events.read(path) if isinstance(line.get("step"), int)]

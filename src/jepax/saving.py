@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -98,10 +99,14 @@ class Saver:
         writing.result()
 
     def prune(self) -> None:
-        """Removes the checkpoints that the policy does not keep, and what was never finished."""
+        """Removes the checkpoints that the policy does not keep, and what was never finished.
+
+        Each is called unfinished first: what a crash leaves of a removal is no damaged checkpoint.
+        """
         steps = checkpoint.steps(self.folder)
         for step in set(steps) - kept(self.folder, steps, self.config):
-            shutil.rmtree(self.folder / f"{step:08d}", ignore_errors=True)
+            with suppress(OSError):  # it stays, then, as one too many
+                (self.folder / f"{step:08d}").rename(self.folder / f"{step:08d}{checkpoint.PART}")
         for path in checkpoint.unfinished(self.folder):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -1,4 +1,5 @@
-"""Real processes for the tests of faults: started, watched, and killed with all their children when a test ends."""
+"""Real processes for the tests of faults: started, watched, and killed with all their children when a test ends; and
+a table of what was tested."""
 
 import os
 import signal
@@ -7,11 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("tests.faults.runs")
 ROOT = Path(__file__).parents[2]
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 SHARED = Path("/dev/shm")
@@ -54,12 +58,14 @@ class Processes:
     def said(self, process: subprocess.Popen) -> str:
         return (self.folder / f"{self.started.index(process)}.out").read_text(errors="replace")
 
-    def until(self, holds: Callable[[], bool], seconds: float, pause: float = 0.05) -> None:
-        """Waits until it holds; fails after so many seconds, or as soon as a process has ended."""
-        end = time.monotonic() + seconds
+    def until(
+        self, holds: Callable[[], bool], seconds: float, pause: float = 0.05, *, of: subprocess.Popen | None = None
+    ) -> None:
+        """Waits until it holds; fails after so many seconds, or as soon as a process, or that one, has ended."""
+        end, watched = time.monotonic() + seconds, [of] if of else self.started
         while not holds():
-            ended = [process for process in self.started if process.poll() is not None]
-            assert not ended and time.monotonic() < end, "\n".join(map(self.said, self.started))
+            ended = [process for process in watched if process.poll() is not None]
+            assert not ended and time.monotonic() < end, "\n".join(map(self.said, watched))
             time.sleep(pause)
 
     def end(self) -> None:
@@ -77,18 +83,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("compiled")
 
 
-@pytest.fixture
-def processes(tmp_path: Path, compiled: Path) -> Iterator[Processes]:
-    yield from found_in(tmp_path, compiled)
-
-
-@pytest.fixture(scope="module")
-def processes_of_module(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[Processes]:
-    yield from found_in(tmp_path_factory.mktemp("processes"), compiled)
-
-
-def found_in(folder: Path, compiled: Path) -> Iterator[Processes]:
-    """Processes whose output lies in the folder, ended afterwards."""
+@contextmanager
+def running(folder: Path, compiled: Path) -> Iterator[Processes]:
+    """Within, processes may be started; their outputs are written into the folder."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -98,8 +95,22 @@ def found_in(folder: Path, compiled: Path) -> Iterator[Processes]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     found = Processes(folder, environment)
-    yield found
-    found.end()
+    try:
+        yield found
+    finally:
+        found.end()
+
+
+@pytest.fixture
+def processes(tmp_path: Path, compiled: Path) -> Iterator[Processes]:
+    with running(tmp_path, compiled) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def processes_of_module(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[Processes]:
+    with running(tmp_path_factory.mktemp("processes"), compiled) as found:
+        yield found
 
 
 def of_session(process: subprocess.Popen) -> list[int]:
@@ -125,3 +136,62 @@ def shared_by(process: subprocess.Popen) -> set[str]:
             continue
         names |= {word.removeprefix(f"{SHARED}/") for word in maps.split() if word.startswith(f"{SHARED}/")}
     return names
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The kinds of fault travel with a test's reports, from another process too."""
+    for item in items:
+        for mark in item.iter_markers("fault"):
+            item.user_properties.append(("fault", list(mark.args)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line per kind of fault, and the share of the tests that passed."""
+    table = Table()
+    reports = chain.from_iterable(terminalreporter.stats.values())  # and the tests that were deselected
+    for report in (each for each in reports if isinstance(each, pytest.TestReport)):
+        for name, value in report.user_properties:
+            if name == "fault":
+                table.add(report, *value)
+    if table.kinds:
+        terminalreporter.section("faults")
+        terminalreporter.write_line(table.text())
+
+
+@dataclass
+class Kind:
+    """What became of the tests of one kind of fault."""
+
+    titles: dict[str, None] = field(default_factory=dict)
+    outcomes: dict[str, str] = field(default_factory=dict)
+    """By test: the worst of its reports."""
+    seconds: float = 0.0
+
+    def count(self, outcome: str) -> int:
+        return list(self.outcomes.values()).count(outcome)
+
+
+class Table:
+    """Of the tests that ran, by the number of their kind of fault."""
+
+    ORDER = ("passed", "skipped", "failed")
+
+    def __init__(self) -> None:
+        self.kinds: dict[int, Kind] = {}
+
+    def add(self, report: pytest.TestReport, number: int, title: str) -> None:
+        kind = self.kinds.setdefault(number, Kind())
+        kind.titles[title] = None
+        kind.seconds += report.duration
+        both = report.outcome, kind.outcomes.get(report.nodeid, "passed")
+        kind.outcomes[report.nodeid] = max(both, key=self.ORDER.index)
+
+    def text(self) -> str:
+        lines = ["number  passed  failed  skipped  seconds  what happens"]
+        for number, kind in sorted(self.kinds.items()):
+            passed, failed, skipped = map(kind.count, ("passed", "failed", "skipped"))
+            numbers = f"{number:6}  {passed:6}  {failed:6}  {skipped:7}  {kind.seconds:7.1f}"
+            lines.append(f"{numbers}  {'; '.join(kind.titles)}")
+        passed, failed = (sum(kind.count(each) for kind in self.kinds.values()) for each in ("passed", "failed"))
+        rate = f"{100 * passed / (passed + failed):.1f} %" if passed + failed else "none ran"
+        return "\n".join([*lines, f"passed: {passed} of {passed + failed}, {rate}"])

@@ -1,0 +1,47 @@
+"""A tiny run, what the processes of these tests are told to train, and what two runs must have in common."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from jepax import checkpoint, evaluation, logs
+from jepax import config as configs
+from jepax.saving import SaveConfig
+from jepax.settings import Config
+from tests.contracts.shrink import shrunk
+
+STEPS, EVERY = 300, 20
+SPEED = {"seconds_per_step", "images_per_second", "online_seconds"}
+"""Parts of a line of the log that are no part of the result."""
+
+
+def tiny(**changes: object) -> Config:
+    """Lines of the log at other steps than checkpoints; one quick protocol at the end. `changes`: to `train`."""
+    config = shrunk("ijepa_fashion_mnist")
+    settings = {"steps": STEPS, "log_every": 7, "save": SaveConfig(every=EVERY, keep=2)} | changes
+    online = replace(config.eval.online, every=0)
+    return replace(
+        config, train=replace(config.train, **settings), eval=replace(config.eval, protocols=("knn",), online=online)
+    )
+
+
+def result(run: Path) -> tuple[int, str]:
+    """The last checkpoint's step, and the digest of its state."""
+    state = evaluation.restored(configs.load(Config, run / "config.yaml"), run)
+    return int(state.step), checkpoint.digest(state)
+
+
+def log(run: Path) -> list[dict]:
+    """The lines of the log but for their speeds."""
+    lines = logs.read(run / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
+
+
+def same(run: Path, other: Path) -> None:
+    """Fails unless both ended with the same state, the same log and the same alarms, and left nothing unfinished."""
+    assert result(run) == result(other)
+    assert log(run) == log(other)
+    health, wanted = (json.loads((each / "health.json").read_text()) for each in (run, other))
+    assert health == wanted
+    assert checkpoint.unfinished(run / "checkpoints") == []
+    assert checkpoint.steps(run / "checkpoints") == checkpoint.steps(other / "checkpoints")
