@@ -69,7 +69,9 @@ def test_wrong_content_under_root_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "damage", [b"\x1f\x8bnonsense", gzip.compress(b"x" * 999)[:-12], gzip.compress(bytes(99))[:15] + b"\xff" * 9]
+    "damage",
+    [b"\x1f\x8bnonsense", gzip.compress(b"x" * 999)[:-12], gzip.compress(bytes(99))[:15] + b"\xff" * 9],
+    ids=["nonsense", "cut short", "spoilt"],  # the bytes hold the time
 )
 def test_damaged_files_under_root_are_refused(tmp_path, damage):
     write(tmp_path)
