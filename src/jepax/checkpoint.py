@@ -90,7 +90,7 @@ class Writing:
                 self._part.mkdir(parents=True)
             hosts.exchange("")  # the folder is there
             context = ocp.Context()
-            context.array.saving.use_compression = False  # a tenth smaller, and three times the work
+            context.array.saving.use_compression = False  # weights hardly shrink: by a tenth
             with context:
                 self._response = ocp.save_async(self._part / ARRAYS, named(tree))
         except Exception as error:

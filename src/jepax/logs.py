@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jepax import events, hosts
+from jepax import events, files, hosts
 
 Values = dict[str, float | list[float]]
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal to draw a bar on

@@ -57,19 +57,19 @@ def test_the_key_and_the_images_are_those_of_the_first_training_step(config, mon
     config = settings.Config(seed=3, method=config.method, data=config.data, optim=optim, train=steps)
     met, drawn = [], []
 
-    def first_step(inputs, state):
-        met.append(inputs)
+    def first_step(inputs, images, state):
+        met.append((inputs[1], images))
         raise InterruptedError
 
     monkeypatch.setattr(train, "compiled_step", first_step)
-    monkeypatch.setattr(train, "first_state", lambda *args: SimpleNamespace(step=0))
+    monkeypatch.setattr(train.Run, "first", lambda run: None)
     with pytest.raises(InterruptedError):
         train.train(config, tmp_path)
     monkeypatch.setattr(figures, "seen", lambda *given: drawn.extend(given))
     monkeypatch.setattr(figures, "sheet", lambda _: None)
     monkeypatch.setattr(figures, "save", lambda _, path: path)
     figures.draw(config, tmp_path)
-    (_, taken, root, _), (_, shown, key) = met[0], drawn
+    (root, taken), (_, shown, key) = met[0], drawn
     assert jr.fold_in(root, 0) == key
     np.testing.assert_array_equal(np.asarray(taken.canvas)[:8], shown.canvas)
     np.testing.assert_array_equal(np.asarray(taken.index)[:8], shown.index)
