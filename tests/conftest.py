@@ -2,6 +2,8 @@
 
 import gc
 import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -12,6 +14,21 @@ FLAGS = (
 )
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def pytest_configure(config):
+    """Programs are kept in a folder for this run of the tests: many modules train the same tiny recipe."""
+    if not hasattr(config, "workerinput") and CACHE not in os.environ:  # the workers of xdist get it from their parent
+        config.compiled = os.environ[CACHE] = tempfile.mkdtemp(prefix="jepax-tests-")
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "compiled"):
+        shutil.rmtree(config.compiled, ignore_errors=True)
+        del os.environ[CACHE]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -45,7 +45,7 @@ def ended(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("runs") / "spoilt"
     config = run_of(GuardConfig(patience=3), large_gradient=(SPIKE,), **BAD)
-    with pytest.raises(signals.Stopped), asked_to_end_at(40):
+    with pytest.raises(signals.Stopped), asked_to_end_at(39):  # seen in the step after it
         train(config, folder)
     with pytest.raises(Diverged) as end:
         train(config, folder)
