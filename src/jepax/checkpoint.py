@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,7 @@ class Writing:
         _sync(self.path.parent)
 
     def _failed(self, error: Exception) -> UserError:
-        shutil.rmtree(self._part, ignore_errors=True)
+        _remove(self._part)
         reason = " ".join(str(error).split()) or type(error).__name__
         if len(reason) > LONGEST:
             reason = f"{reason[: LONGEST // 3]} ... {reason[-2 * LONGEST // 3 :]}"  # the system's own words end it
@@ -143,6 +144,15 @@ class Writing:
         if self._error is not None:
             raise self._failed(self._error) from self._error
         return self.path
+
+
+def _remove(folder: Path) -> None:
+    """Takes away what a failed save left, also where the threads that write it are not at their end yet."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def _sync(folder: Path) -> None:

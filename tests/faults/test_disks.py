@@ -35,7 +35,7 @@ from tests.faults.limits import (
 
 SAVES = SaveConfig(every=2, keep=99)
 fixtures = digests, disk, kept_programs, whole
-pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
+pytestmark = [pytest.mark.slow_fault, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
 
 @pytest.mark.fault(7, "the disk is full when a checkpoint is written")

@@ -20,6 +20,8 @@ from tests.contracts.shrink import SIDE
 from tests.faults import limits
 from tests.faults.limits import STEPS, command, contents, digests, kept_programs, refused, sound, tiny, whole
 
+pytestmark = pytest.mark.slow_fault  # each trains; together they take minutes
+
 fixtures = digests, kept_programs, whole
 
 

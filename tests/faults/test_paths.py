@@ -15,6 +15,8 @@ from jepax.train import train
 from tests.faults import limits
 from tests.faults.limits import STEPS, contents, digests, disk, kept_programs, refused, sound, tiny, whole
 
+pytestmark = pytest.mark.slow_fault  # each trains; together they take minutes
+
 fixtures = digests, disk, kept_programs, whole
 NOBODY = 65534
 
