@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from jepax import files
+from jepax import events, files
 from jepax.data.sources import Source
 from jepax.types import UserError
 
@@ -99,17 +99,8 @@ def _mended(path: Path) -> dict[str, str]:
     """The list as it lies there, its torn lines left out, there too."""
     if not path.exists():
         return {}
-    text = path.read_text(errors="replace")
-    entries = dict(filter(None, map(_entry, text.splitlines())))
-    whole = "".join(_line(*entry) for entry in entries.items())
-    if whole != text:
-        files.write(path, whole)
+    entries = {line["file"]: line["why"] for line in events.read(path) if {"file", "why"} <= set(line)}
+    lines = [{"file": file, "why": why} for file, why in entries.items()]
+    if path.read_text(errors="replace") != "".join(_line(**line) for line in lines):
+        events.rewrite(path, lines)
     return entries
-
-
-def _entry(line: str) -> tuple[str, str] | None:
-    try:
-        entry = json.loads(line)
-        return entry["file"], entry["why"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return None
