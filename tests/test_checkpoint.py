@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jepax import checkpoint
+from jepax import checkpoint, manifest
 from jepax.types import UserError
 
 
@@ -50,7 +50,7 @@ def test_the_tree_may_be_donated_while_it_is_written(tmp_path):
 
 def test_a_checkpoint_is_called_by_its_step_only_when_it_is_finished(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(checkpoint, "_sums", lambda folder: seen.append(checkpoint.steps(tmp_path)) or {})
+    monkeypatch.setattr(manifest, "sums", lambda folder: seen.append(checkpoint.steps(tmp_path)) or {})
     checkpoint.save(tmp_path, 1, tree())
     assert seen == [[]] and checkpoint.steps(tmp_path) == [1] and checkpoint.unfinished(tmp_path) == []
 

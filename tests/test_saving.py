@@ -1,11 +1,13 @@
 """When a run saves and what it keeps."""
 
+import os
 import threading
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
-from jepax import checkpoint, saving
+from jepax import checkpoint, manifest, saving
 from jepax.saving import SaveConfig, Saver
 from jepax.types import UserError
 
@@ -59,8 +61,8 @@ def test_a_removal_that_is_cut_off_leaves_no_damaged_checkpoint(tmp_path, monkey
 
 def slow_disk(monkeypatch):
     """Checkpoints reach the disk only when the event is set."""
-    free, sums = threading.Event(), checkpoint._sums
-    monkeypatch.setattr(checkpoint, "_sums", lambda folder: free.wait(20) and sums(folder))
+    free, sums = threading.Event(), manifest.sums
+    monkeypatch.setattr(manifest, "sums", lambda folder: free.wait(20) and sums(folder))
     return free
 
 
@@ -81,6 +83,7 @@ def test_saves_faster_than_the_disk_wait_and_say_so(tmp_path, monkeypatch):
         threading.Timer(0.3, free.set).start()
         writes.save(2, STATE, {})
         assert checkpoint.steps(tmp_path) == [1]
+        monkeypatch.setattr(saving, "PATIENCE", 20.0)
         writes.save(3, STATE, {})
     assert checkpoint.steps(tmp_path) == [1, 2, 3]
     assert len(said) == 1 and "step 2: the checkpoint waits" in said[0]
@@ -90,7 +93,7 @@ def test_a_failure_is_raised_at_the_next_step(tmp_path, monkeypatch):
     def full(folder):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sums", full)
+    monkeypatch.setattr(manifest, "sums", full)
     writes = saver(tmp_path)
     writes.save(1, STATE, {})
     writes._writing.join(20.0)
@@ -99,8 +102,37 @@ def test_a_failure_is_raised_at_the_next_step(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_everything_is_on_the_disk_before_a_checkpoint_counts(tmp_path, monkeypatch):
+    """Also after a loss of power: each file, whole, the log's lines and the manifest, then the folder's name."""
+    order, sync, rename = [], os.fsync, Path.rename
+    log, folder = tmp_path / "metrics.jsonl", tmp_path / "checkpoints"
+    log.write_text("a line\n")
+
+    def told(opened):
+        path = Path(os.readlink(f"/proc/self/fd/{opened}"))
+        order.append((path, path.stat().st_size if path.is_file() else len(list(path.iterdir()))))
+        sync(opened)
+
+    def renamed(path, target):
+        order.append("renamed")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", told)
+    monkeypatch.setattr(Path, "rename", renamed)
+    with Saver(folder, SaveConfig(), print, [log, tmp_path / "absent"]) as writes:
+        writes.save(1, STATE, {})
+    at = order.index("renamed")
+    before, part = order[:at], folder / "00000001.part"
+    for path in (folder / "00000001").rglob("*"):
+        while_part = part / path.relative_to(folder / "00000001")
+        written = part / "manifest.json.part" if path.name == manifest.FILE else while_part
+        assert (written, path.stat().st_size if path.is_file() else len(list(path.iterdir()))) in before
+    assert (log, 7) in before and before[-2][0].name == "manifest.json.part" and before[-1][0] == part
+    assert order[at + 1][0] == folder
+
+
 def test_another_error_is_not_hidden_by_a_failed_save(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_sums", lambda folder: 1 / 0)
+    monkeypatch.setattr(manifest, "sums", lambda folder: 1 / 0)
     said = []
     with pytest.raises(KeyError), saver(tmp_path, said) as writes:
         writes.save(1, STATE, {})

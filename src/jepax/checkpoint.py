@@ -20,11 +20,11 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from jepax import hosts
+from jepax import files, hosts, manifest
 from jepax.types import UserError
 
 T = TypeVar("T")
-MANIFEST, ARRAYS, NOTE = "manifest.json", "arrays", "note.json"
+ARRAYS, NOTE = "arrays", "note.json"
 PART, DAMAGED = ".part", ".damaged"
 LONGEST = 240
 """Characters of an error that are shown."""
@@ -39,20 +39,6 @@ def named(tree: object) -> dict[str, jax.Array]:
 def _forms(tree: object) -> dict[str, str]:
     """Type and shape of each named array, such as `float32[192,576]`."""
     return {name: f"{leaf.dtype}{list(leaf.shape)}".replace(" ", "") for name, leaf in named(tree).items()}
-
-
-def _sums(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {str(path.relative_to(folder)): _sha256(path) for path in files}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def digest(tree: object) -> str:
@@ -79,12 +65,15 @@ class Writing:
         step: int,
         tree: object,
         note: dict[str, Any] | None = None,
+        *,
+        first: Callable[[], None] = lambda: None,
         then: Callable[[], None] = lambda: None,
     ):
-        """`note`: kept beside the arrays. `then`: called in the first process once the checkpoint is on the disk."""
+        """`note`: kept beside the arrays. `first` and `then`: called in the first process, before the checkpoint
+        counts as finished and after."""
         self.step, self.path = step, folder.absolute() / f"{step:08d}"
         self._part, self._error = self.path.with_name(self.path.name + PART), None
-        self._note, self._arrays, self._then = note or {}, _forms(tree), then
+        self._note, self._arrays, self._calls = note or {}, _forms(tree), (first, then)
         try:
             if hosts.first():
                 shutil.rmtree(self._part, ignore_errors=True)
@@ -103,22 +92,20 @@ class Writing:
         try:
             self._response.result()
             if hosts.first():
+                first, then = self._calls
+                first()
                 self._commit()
-                self._then()
+                then()
         except Exception as error:  # whatever it is: it is raised where the run waits for this checkpoint
             self._error = error
 
     def _commit(self) -> None:
         (self._part / NOTE).write_text(json.dumps(self._note) + "\n")
-        content = {"step": self.step, "arrays": self._arrays, "sha256": _sums(self._part)}
-        with (self._part / MANIFEST).open("w") as file:
-            file.write(json.dumps({"content": content, "sha256": _digest(content)}, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        manifest.write(self._part, {"step": self.step, "arrays": self._arrays})
         if self.path.exists():
             shutil.rmtree(self.path)
         self._part.rename(self.path)
-        _sync(self.path.parent)
+        files.sync(self.path.parent)
 
     def _failed(self, error: Exception) -> UserError:
         _remove(self._part)
@@ -155,15 +142,6 @@ def _remove(folder: Path) -> None:
         time.sleep(0.1)
 
 
-def _sync(folder: Path) -> None:
-    """Puts the folder's entries on the disk."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
 def save(folder: Path, step: int, tree: object, note: dict[str, Any] | None = None) -> Path:
     """Writes `folder`/STEP and waits for it. Returns its path."""
     return Writing(folder, step, tree, note).result()
@@ -187,22 +165,9 @@ def _entries(folder: Path) -> list[os.DirEntry]:
         return []
 
 
-def problems(path: Path) -> list[str]:
-    """What is wrong with the checkpoint in this folder, in words; nothing, if it is what was written."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if _digest(manifest["content"]) != manifest["sha256"]:
-            return [f"{MANIFEST} is not what was written"]
-        wanted = manifest["content"]["sha256"]
-    except FileNotFoundError:
-        return [f"{MANIFEST} is missing"]
-    except (ValueError, KeyError, TypeError):
-        return [f"{MANIFEST} is not what was written"]
-    found = _sums(path)
-    missing = [f"{name} is missing" for name in wanted if name not in found]
-    return missing + [
-        f"{name} is not what was written" for name in wanted if found.get(name, wanted[name]) != wanted[name]
-    ]
+def problems(folder: Path, step: int) -> list[str]:
+    """What is wrong with a checkpoint, in words; nothing, if it is what was written."""
+    return manifest.problems(folder / f"{step:08d}")
 
 
 def note(folder: Path, step: int) -> dict[str, Any]:
@@ -225,7 +190,7 @@ def newest_sound(folder: Path) -> Sound:
     """
     damaged: dict[int, list[str]] = {}
     for step in reversed(steps(folder)):
-        found = problems(folder / f"{step:08d}")
+        found = problems(folder, step)
         if not found:
             return Sound(step, damaged)
         damaged[step] = found
@@ -256,12 +221,12 @@ def restore(folder: Path, step: int, like: T, *, verify: bool = True) -> T:
     Raises `UserError` where a file differs from the manifest, or where the arrays' names or shapes are not `like`'s.
     """
     path = folder.absolute() / f"{step:08d}"
-    if verify and (found := problems(path)):
+    if verify and (found := problems(folder, step)):
         raise UserError(
             f"checkpoint {path} is damaged: {found[0]} ({len(found)} such files);\n"
             f"there are {', '.join(map(str, steps(folder)))}: --step takes another"
         )
-    _refuse_other_model(path, json.loads((path / MANIFEST).read_text())["content"]["arrays"], _forms(like))
+    _refuse_other_model(path, manifest.content(path)["arrays"], _forms(like))
     arrays, rest = eqx.partition(like, eqx.is_array)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), named(arrays))
     loaded = ocp.load(path / ARRAYS, abstract)

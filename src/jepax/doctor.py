@@ -75,7 +75,7 @@ def checkpoints(run: Path, busy: bool, say: Say) -> Saved:
     try:
         for step in checkpoint.steps(folder):
             try:
-                found = checkpoint.problems(folder / f"{step:08d}")
+                found = checkpoint.problems(folder, step)
             except FileNotFoundError:  # the run that is going on has removed it meanwhile
                 continue
             say(f"checkpoint    {step:08d} {f'DAMAGED: {found[0]} ({len(found)} in all)' if found else 'sound'}")
@@ -96,7 +96,7 @@ def checkpoints(run: Path, busy: bool, say: Say) -> Saved:
 
 def log(run: Path, say: Say) -> bool:
     """Whether every line of the log can be read."""
-    path = run / "metrics.jsonl"
+    path = run / logs.FILE
     if not path.exists():
         say("metrics       none yet")
         return True

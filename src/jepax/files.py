@@ -31,6 +31,19 @@ def write(path: Path, text: str) -> None:
         raise
 
 
+def sync(path: Path) -> None:
+    """Puts what was written to the file, or the entries of the folder, on the disk, if it is there."""
+    try:
+        opened = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        with named(path):
+            os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def append(path: Path, text: str) -> None:
     """The text at the end of the file, which is made, with its folder, if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)

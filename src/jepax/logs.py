@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jepax import events, files, hosts
 
 Values = dict[str, float | list[float]]
+FILE = "metrics.jsonl"
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal to draw a bar on
 
 

@@ -2,13 +2,13 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jepax import checkpoint
+from jepax import checkpoint, files
 from jepax.types import UserError
 
 SCORE = "score"
@@ -42,8 +42,9 @@ class SaveConfig:
 class Saver:
     """Writes a run's checkpoints, each while training goes on; none is skipped, and none fails in silence."""
 
-    def __init__(self, folder: Path, config: SaveConfig, say: Callable[[str], None]):
-        self.folder, self.config, self.say = folder, config, say
+    def __init__(self, folder: Path, config: SaveConfig, say: Callable[[str], None], logs: Sequence[Path] = ()):
+        """`logs`: files that are to be on the disk up to a step before a checkpoint of that step is."""
+        self.folder, self.config, self.say, self.logs = folder, config, say, logs
         self._writing: checkpoint.Writing | None = None
         self._clock, self._saved = time.monotonic(), -1
 
@@ -85,7 +86,7 @@ class Saver:
         if step == self._saved:
             return
         self.wait(f"step {step}: the checkpoint waits for the one before it; the disk is slower than train.save.every")
-        self._writing = checkpoint.Writing(self.folder, step, state, note, then=self.prune)
+        self._writing = checkpoint.Writing(self.folder, step, state, note, first=self.sync, then=self.prune)
         self._clock, self._saved = time.monotonic(), step
 
     def wait(self, saying: str = "") -> None:
@@ -97,6 +98,11 @@ class Saver:
             self.say(saying)
         writing, self._writing = self._writing, None
         writing.result()
+
+    def sync(self) -> None:
+        """Puts the logs on the disk: a step that is saved is not taken again, nor is its line written again."""
+        for path in self.logs:
+            files.sync(path)
 
     def prune(self) -> None:
         """Removes the checkpoints that the policy does not keep, and what was never finished.

@@ -7,10 +7,9 @@ from pathlib import Path
 import jax
 import jax.random as jr
 
-from jepax import checkpoint, dump, hosts, lock, logs, sharding, signals
+from jepax import checkpoint, dump, events, hosts, lock, logs, sharding, signals
 from jepax import config as configs
 from jepax.data import BROKEN, Broken, BrokenFiles, Source, batches
-from jepax.events import Events
 from jepax.logs import Log, warn
 from jepax.monitor import Diverged, Monitor, NotFinite, RollBack, online_of
 from jepax.saving import Saver
@@ -71,7 +70,7 @@ class Run:
             claim(self.folder, self.config, self.source, allow)
         self.restore()
         changed = record(self.folder, self.config, self.source) if hosts.first() else []
-        Events(self.folder, self.start).add(
+        events.Events(self.folder, self.start).add(
             "resumed" if self.start else "started", self.start, devices=jax.device_count(), changed=changed
         )
 
@@ -92,17 +91,18 @@ class Run:
         for step, problems in found.damaged.items():
             warn(f"checkpoint {self.checkpoints / f'{step:08d}'} is damaged and set aside: {problems[0]}")
         checkpoint.set_aside(self.checkpoints, found.damaged)
-        if found.step is None and logs.read(self.folder / "metrics.jsonl"):
+        if found.step is None and logs.read(self.folder / logs.FILE):
             warn(f"{self.folder} was begun, but no checkpoint was finished: it begins again at step 0")
         return found.step or 0
 
     def go_on(self) -> TrainState:
         """for batch: step -> look -> log -> save, to the last step, or until the process is asked to end."""
         config, steps = self.config, self.optimizer.total_steps
+        written = [self.folder / name for name in (logs.FILE, events.FILE, BROKEN)]
         inputs = self.optimizer, self.root, compute_dtype(config), config.train.guard
         with (
-            Log(self.folder / "metrics.jsonl", steps=steps, start=self.start) as log,
-            Saver(self.checkpoints, config.train.save, log.say) as saver,
+            Log(self.folder / logs.FILE, steps=steps, start=self.start) as log,
+            Saver(self.checkpoints, config.train.save, log.say, written) as saver,
             Trackers(
                 config.train.trackers if hosts.first() else (), self.folder, configs.to_dict(config), log.say
             ) as trackers,

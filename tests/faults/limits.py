@@ -108,7 +108,7 @@ def contents(run: Path) -> dict[str, bytes]:
 def sound(run: Path) -> list[int]:
     """Steps of the checkpoints, each of which must be sound."""
     found = checkpoint.steps(run / "checkpoints")
-    assert [checkpoint.problems(run / "checkpoints" / f"{step:08d}") for step in found] == [[]] * len(found)
+    assert [checkpoint.problems(run / "checkpoints", step) for step in found] == [[]] * len(found)
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jepax import checkpoint, events, logs
+from jepax import checkpoint, events, logs, manifest
 from jepax.events import Events
 from jepax.saving import SaveConfig
 from jepax.train import train
@@ -76,13 +76,13 @@ def test_damage_to_any_file_is_found_and_the_one_before_is_taken(run, damage):
 
 @pytest.mark.fault(5, "a checkpoint is damaged")
 def test_a_bit_anywhere_in_the_manifest_counts(run):
-    manifest = run / "checkpoints/00000006" / checkpoint.MANIFEST
-    whole = manifest.read_bytes()
+    path = run / "checkpoints/00000006" / manifest.FILE
+    whole = path.read_bytes()
     for place in range(0, len(whole), 7):
         content = bytearray(whole)
         content[place] ^= 1 << place % 8
-        manifest.write_bytes(bytes(content))
-        assert checkpoint.problems(manifest.parent), place
+        path.write_bytes(bytes(content))
+        assert checkpoint.problems(run / "checkpoints", 6), place
 
 
 @pytest.mark.fault(5, "a checkpoint's folder is empty")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jepax import checkpoint, evaluation, files, logs, saving
+from jepax import checkpoint, evaluation, files, logs, manifest, saving
 from jepax import events as happened
 from jepax.evals import alarms
 from jepax.logs import Log
@@ -131,8 +131,8 @@ def test_a_line_that_did_not_fit_is_left_out_by_the_next_command(disk, whole, tm
 
 @pytest.mark.fault(8, "saves faster than the disk")
 def test_every_checkpoint_is_written_however_slow_the_disk(whole, tmp_path, monkeypatch, capsys):
-    sums = checkpoint._sums
-    monkeypatch.setattr(checkpoint, "_sums", lambda folder: time.sleep(0.3) or sums(folder))
+    sums = manifest.sums
+    monkeypatch.setattr(manifest, "sums", lambda folder: time.sleep(0.3) or sums(folder))
     monkeypatch.setattr(saving, "PATIENCE", 0.05)
     last = train(tiny(), tmp_path)
     monkeypatch.undo()

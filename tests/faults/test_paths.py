@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jepax import checkpoint
+from jepax import checkpoint, manifest
 from jepax.saving import Saver
 from jepax.train import train
 from tests.faults import limits
@@ -180,14 +180,14 @@ def test_checkpoints_removed_between_saves_do_not_harm_the_next(what, whole, tmp
 @pytest.mark.fault(21, "the run's folder removed while it trains")
 def test_a_run_whose_folder_is_removed_loses_no_checkpoint_in_silence(whole, tmp_path, wanted, capsys, monkeypatch):
     """While one is being written: it is named. The next command begins anew, for nothing is left."""
-    run, sums = tmp_path / "run", checkpoint._sums
+    run, sums = tmp_path / "run", manifest.sums
 
     def lost(folder):
         if folder.name.startswith("00000002"):
             shutil.rmtree(run)
         return sums(folder)
 
-    monkeypatch.setattr(checkpoint, "_sums", lost)
+    monkeypatch.setattr(manifest, "sums", lost)
     said = refused(capsys, "train", wanted, "--run-dir", run)
     assert f"checkpoint {run / 'checkpoints/00000002'} could not be written" in said
     monkeypatch.undo()
