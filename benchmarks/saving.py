@@ -18,6 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jepax.allocator import keep_freed_memory
+
+keep_freed_memory()  # as the command line does, and before jax starts threads
+
+# ruff: noqa: E402
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -78,13 +83,13 @@ class Training:
 @contextlib.contextmanager
 def unguarded() -> Iterator[None]:
     """Within, a step that is traced takes every update and judges nothing."""
-    kept = steps.choose, guard.Guard.judge, guard.Guard.scale
-    steps.choose = lambda condition, new, old: new
+    kept = steps.only_if, guard.Guard.judge, guard.Guard.scale
+    steps.only_if = lambda condition, update, old: update(old)
     guard.Guard.judge, guard.Guard.scale = lambda *_: jnp.int32(guard.FINE), lambda *_: 1.0
     try:
         yield
     finally:
-        steps.choose, guard.Guard.judge, guard.Guard.scale = kept
+        steps.only_if, guard.Guard.judge, guard.Guard.scale = kept
 
 
 def in_turn(training: Training, rounds: int) -> dict[str, Any]:

@@ -51,6 +51,36 @@ def next_of(run, what):
     return f"next          jepax train {run / 'config.yaml'} --run-dir {run}: {what}"
 
 
+def test_a_checkpoint_that_goes_while_it_is_read_is_not_damaged(run, monkeypatch):
+    problems = checkpoint.problems
+
+    def removed(folder, step):
+        if step == STEPS - 1:
+            shutil.rmtree(folder / f"{step:08d}")
+        return problems(folder, step)
+
+    monkeypatch.setattr(checkpoint, "problems", removed)
+    said = []
+    assert examine(run, said.append) and not any("DAMAGED" in each for each in said)
+
+
+@pytest.mark.parametrize(
+    ("step", "next"), [(STEPS - 1, "nothing is left to train"), (STEPS, "refused: the checkpoints")]
+)
+def test_a_checkpoint_that_cannot_be_read_is_named(run, monkeypatch, step, next):
+    """The next command looks no further than the newest sound one."""
+    problems = checkpoint.problems
+
+    def failing(folder, one):
+        if one == step:
+            raise OSError(5, "Input/output error", str(folder / f"{one:08d}"))
+        return problems(folder, one)
+
+    monkeypatch.setattr(checkpoint, "problems", failing)
+    said, sound = examined(run)
+    assert not sound and f"{step:08d} cannot be read: Input/output error" in said and next in said.splitlines()[-1]
+
+
 def damage(run, step):
     (run / f"checkpoints/{step:08d}/note.json").write_text("{}")
 

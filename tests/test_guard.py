@@ -93,9 +93,12 @@ def test_senseless_settings_are_refused(patience, factor):
         GuardConfig(patience=patience, factor=factor)
 
 
-@pytest.fixture(scope="module")
-def taken():
-    """One step of a network with a teacher, as a function of the verdict: the states before it and after it."""
+@pytest.fixture(scope="module", params=["cpu", "gpu"])
+def taken(request):
+    """One step of a network with a teacher, as a function of the verdict: the states before it and after it.
+
+    In the form that the update has on a CPU, and in that which it has elsewhere.
+    """
     config = shrunk("byol_fashion_mnist")
     _, optimizer = prepare(config)
     state = init_state(config.method.build(total_steps=6, key=jr.key(0)), optimizer)
@@ -105,6 +108,7 @@ def taken():
     def step(verdict):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Guard, "judge", lambda *_: verdict)
+            patch.setattr(guard.jax, "default_backend", lambda: request.param)
             return train_step(optimizer, state, images, jr.key(1))
 
     return state, lambda verdict: step(jnp.int32(verdict))
@@ -117,8 +121,9 @@ def arrays(tree):
 @pytest.mark.parametrize("verdict", [guard.NOT_FINITE, guard.SKIPPED, guard.ROLL_BACK, guard.OFF, guard.FINE])
 def test_a_refused_step_leaves_parameters_teacher_and_optimiser_as_they_were(taken, verdict):
     before, step = taken
-    after, _ = step(verdict)
+    after, metrics = step(verdict)
     assert int(after.step) == int(before.step) + 1
+    assert all(np.isfinite(metrics[name]) == (verdict == guard.FINE) for name in ("update_norm", "momentum"))
     for name in ("method", "opt_state"):
         pairs = zip(arrays(getattr(before, name)), arrays(getattr(after, name)), strict=True)
         assert all(np.array_equal(a, b) for a, b in pairs) == (verdict != guard.FINE)

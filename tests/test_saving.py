@@ -30,7 +30,7 @@ def test_the_newest_the_round_and_the_best_are_kept(tmp_path):
     scores = {1: 1.0, 2: 5.0, 3: None, 4: 2.0, 5: None, 6: None}
     with saver(tmp_path, keep=1, keep_each=4, best="knn_top1") as writes:
         for step, score in scores.items():
-            writes.save(step, STATE, {} if score is None else {saving.SCORE: score})
+            writes.save(step, STATE, {} if score is None else {saving.SCORE: {"knn_top1": score, "probe_top1": -score}})
     assert checkpoint.steps(tmp_path) == [2, 4, 6]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -155,6 +156,17 @@ def test_a_step_between_two_lines_is_not_overlooked(last, line, config, tmp_path
     written = json.loads((tmp_path / "health.json").read_text())
     assert [(alarm["kind"], alarm["step"]) for alarm in written["alarms"]] == [("spike", line)]
     assert written["ended"].startswith(f"the update's norm of step {last - 1} is nan")
+
+
+def test_another_precision_than_before_is_told(config, finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    train(config, run)
+    assert "computes in" not in capsys.readouterr().err
+    events = (run / "events.jsonl").read_text()
+    (run / "events.jsonl").write_text(events.replace('"float32"', '"bfloat16"'))
+    train(config, run)
+    assert "computed in bfloat16 before and computes in float32 here" in capsys.readouterr().err
 
 
 def test_settings_that_do_not_change_what_is_trained_may_change(config, finished):

@@ -131,7 +131,7 @@ def _scalar(kind: Any, value: object) -> list:
             number = float(value) if isinstance(value, (int, float, str)) else math.nan
         except (ValueError, OverflowError):
             return []
-        return [] if math.isnan(number) else [number]
+        return [number] if math.isfinite(number) else []
     if kind is int and type(value) is int and abs(value) >= 2**63:  # no number of anything, and too large for a float
         return []
     return [value] if kind is Any or type(value) is kind else []

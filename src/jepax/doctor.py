@@ -24,7 +24,13 @@ class Saved:
     """The step of the newest sound one."""
     damaged: tuple[int, ...]
     """Steps of those that are not sound."""
-    readable: bool = True
+    unread: tuple[int, ...] = ()
+    """Steps of those that cannot be read, such as for a failing disk; -1 for the folder itself."""
+
+    @property
+    def readable(self) -> bool:
+        """Whether the next command can read what it wants to: from the newest on until one is sound."""
+        return not self.unread or (self.newest is not None and max(self.unread) < self.newest)
 
     @property
     def aside(self) -> bool:
@@ -52,7 +58,7 @@ def examine(run: Path, say: Say = print) -> bool:
     say(f"evaluations   {', '.join(results) or 'none'}")
     healthy = health(run, say)
     say(f"next          {next_command(run, busy, saved, data_sound, total, bool(results))}")
-    return saved.readable and not saved.damaged and log_sound and data_sound and healthy
+    return not saved.unread and not saved.damaged and log_sound and data_sound and healthy
 
 
 def data(run: Path, config: Config, say: Say) -> tuple[Source | None, bool]:
@@ -71,19 +77,25 @@ def data(run: Path, config: Config, say: Say) -> tuple[Source | None, bool]:
 
 def checkpoints(run: Path, busy: bool, say: Say) -> Saved:
     """Reads every file of every checkpoint."""
-    folder, sound, damaged = run / "checkpoints", [], []
+    folder, sound, damaged, unread = run / "checkpoints", [], [], []
     try:
         for step in checkpoint.steps(folder):
             try:
                 found = checkpoint.problems(folder, step)
-            except FileNotFoundError:  # the run that is going on has removed it meanwhile
+            except FileNotFoundError:
+                found = ["a file is missing"]
+            except OSError as error:
+                say(f"checkpoint    {step:08d} cannot be read: {error.strerror}: {error.filename}")
+                unread.append(step)
                 continue
+            if found and step not in checkpoint.steps(folder):
+                continue  # the run that is going on has removed it meanwhile
             say(f"checkpoint    {step:08d} {f'DAMAGED: {found[0]} ({len(found)} in all)' if found else 'sound'}")
             (damaged if found else sound).append(step)
         unfinished = checkpoint.unfinished(folder)
     except OSError as error:
         say(f"checkpoint    cannot be read: {error.strerror}: {error.filename}")
-        return Saved(None, (), readable=False)
+        return Saved(None, (), (-1,))
     for path in unfinished:
         state = "being written" if busy else "its writing was cut off; the next one that is written removes it"
         say(f"checkpoint    {path.name}: {state}")
@@ -91,7 +103,7 @@ def checkpoints(run: Path, busy: bool, say: Say) -> Saved:
         say(f"checkpoint    {path.name}: damaged, set aside when the run went on; it may be removed")
     if not sound:
         say(f"checkpoint    {'none that is sound' if damaged else 'none yet'}")
-    return Saved(max(sound, default=None), tuple(damaged))
+    return Saved(max(sound, default=None), tuple(damaged), tuple(unread))
 
 
 def log(run: Path, say: Say) -> bool:

@@ -1,6 +1,8 @@
 """A step on disk, with all that it was taken from: the state before it, its batch, the config, and what it gave."""
 
+import dataclasses
 import json
+import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,17 +10,18 @@ from pathlib import Path
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 
 from jepax import checkpoint, hosts
 from jepax import config as configs
 from jepax.monitor import NotFinite
 from jepax.optim import Optimizer
-from jepax.settings import Config
+from jepax.settings import CONFIG, Config, compute_dtype
 from jepax.step import TrainState
 from jepax.types import Images, UserError
 
-FACTS, CONFIG, STATE = "dump.json", "config.yaml", "state"
+FACTS, STATE = "dump.json", "state"
 PARTS = ("canvas", "size", "index", "label")
 LARGEST = 2**34
 """Bytes of a batch; what claims to hold more is not read."""
@@ -31,8 +34,8 @@ class Facts:
     step: int
     total_steps: int
     warmup_steps: int
-    devices: int
-    jax: str
+    where: str
+    """What took it: see `where`."""
     seen: dict[str, float | str]
     """Loss and gradient norm; text where they are not finite."""
 
@@ -46,7 +49,9 @@ def write(run: Path, state: TrainState, end: NotFinite, config: Config, optimize
     """Writes `run`/dumps/step_N. `state` may be later than that step, if no step from there on changed it."""
     step, images = end.step, end.images
     folder = run / "dumps" / f"step_{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
+    if hosts.first():  # a part of a batch that more processes left would count as one of this
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     in_a_row = jnp.minimum(state.guard.in_a_row, config.train.guard.patience - 1)
     before = eqx.tree_at(lambda s: (s.step, s.guard.in_a_row), state, (jnp.full_like(state.step, step), in_a_row))
     checkpoint.save(folder / STATE, step, before)
@@ -54,10 +59,16 @@ def write(run: Path, state: TrainState, end: NotFinite, config: Config, optimize
     np.savez(folder / batch_file(jax.process_index()), **arrays)
     if hosts.first():
         told = {"step": step, "total_steps": optimizer.total_steps, "warmup_steps": optimizer.warmup_steps}
-        told |= {"devices": jax.device_count(), "jax": jax.__version__, "seen": end.numbers}
+        told |= {"where": where(jax.device_count()), "seen": end.numbers}
         (folder / FACTS).write_text(json.dumps(told, indent=1) + "\n")
-        configs.dump(config, folder / CONFIG)
+        train = dataclasses.replace(config.train, precision=jnp.dtype(compute_dtype(config)).name)
+        configs.dump(dataclasses.replace(config, train=train), folder / CONFIG)
     return folder
+
+
+def where(devices: int) -> str:
+    """Devices and versions that a step is taken with."""
+    return f"{devices} x {jax.devices()[0].device_kind}, jax {jax.__version__}, jaxlib {jaxlib.__version__}"
 
 
 def read_facts(folder: Path) -> Facts:

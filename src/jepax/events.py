@@ -47,14 +47,23 @@ def rewrite(path: Path, lines: Iterable[dict]) -> None:
 
 
 class Events:
-    """`events.jsonl` of a run. What steps from `start` on left there is dropped: those steps are taken again."""
+    """`events.jsonl` of a run, which the first of its processes writes."""
 
-    def __init__(self, run: Path, start: int):
+    def __init__(self, run: Path):
         self.path, self.writes = run / FILE, hosts.first()
+
+    def again_from(self, start: int, *, but: str = "") -> None:
+        """Drops what steps from `start` on left there, since they are taken again; events named `but` stay."""
         if self.writes and self.path.exists():
+            lines = read(self.path)
             rewrite(
-                self.path, (line for line in read(self.path) if not (line.get("retaken") and line["step"] >= start))
+                self.path,
+                (e for e in lines if e.get("event") == but or not (e.get("retaken") and e["step"] >= start)),
             )
+
+    def last(self, name: str, default: str) -> str:
+        """The newest value that an event has under this name."""
+        return next((line[name] for line in reversed(read(self.path)) if name in line), default)
 
     def add(self, event: str, step: int, *, retaken: bool = False, **details: object) -> None:
         """`retaken`: whether the event belongs to the step itself, and comes again when the step is taken again."""

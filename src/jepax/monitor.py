@@ -10,6 +10,7 @@ import numpy as np
 from jepax import guard, hosts, sharding
 from jepax.data import Source, open_source
 from jepax.evals import alarms
+from jepax.evals.features import FeaturesNotFinite
 from jepax.evals.frozen import FrozenViT, encoder_of
 from jepax.evals.health import diagnose
 from jepax.evals.online import Online
@@ -74,11 +75,15 @@ class Monitor:
     online: Online | None = None
     """What evaluates while the run trains."""
 
-    def __init__(self, config: Config, run: Path, log: Log, note: dict, send: Callable[[int, dict], None]):
+    def __init__(
+        self, config: Config, run: Path, log: Log, events: Events, note: dict, send: Callable[[int, dict], None]
+    ):
         """`note`: of the checkpoint that the run goes on from. `send`: is given every line of the log, by its step."""
-        self.config, self.run, self.log, self.events, self.send = config, run, log, Events(run, log.start), send
-        self.dog, self.peaks, self.best = Watchdog(log.kept), Peaks(note.get("peaks")), note.get("best")
-        self.evaluations = log.start // max(config.eval.online.every, 1)
+        self.config, self.run, self.log, self.events, self.send = config, run, log, events, send
+        self.dog, self.peaks = Watchdog(log.kept), Peaks(note.get("peaks"))
+        self.best: dict[str, float] = dict(note.get("best", {}))
+        last = log.kept[-1]["step"] + 1 if log.kept else 0
+        self.evaluations = last // max(config.eval.online.every, 1)
         self._waiting: tuple[int, Metrics, Images] | None = None
         alarms.write(run, self.dog.alarms)
 
@@ -98,7 +103,7 @@ class Monitor:
         verdict = int(metrics["verdict"])
         if verdict != guard.FINE:
             self._tell(step, verdict, metrics, images)
-        elif not np.isfinite(metrics["update_norm"]):
+        if verdict in (guard.FINE, guard.CLIPPED) and not np.isfinite(metrics["update_norm"]):
             raise self.ended(
                 step,
                 f"the update's norm of step {step} is {float(metrics['update_norm'])}: training stopped, nothing was"
@@ -111,6 +116,8 @@ class Monitor:
         """Writes down what the guard did, and says it; raises where it cannot end with that."""
         numbers = {name: plain(metrics[name]) for name in ("loss", "grad_norm", "grad_norm_limit")}
         numbers = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+        if verdict == guard.OFF:  # the run goes on with less patience than it came with
+            raise NotFinite(step, images, numbers)
         examples = {} if verdict == guard.CLIPPED else {"examples": np.asarray(images.index).tolist()}
         self.events.add(guard.NAMES[verdict], step, retaken=True, **numbers, **examples)
         in_a_row, patience = int(metrics["in_a_row"]), self.config.train.guard.patience
@@ -148,11 +155,12 @@ class Monitor:
         written = self.log.write(step, values)
         self.send(step, written)
         self._warn(written)
-        score = values.get(self.config.train.save.best or "")
-        if score is None:
+        name = self.config.train.save.best
+        if name not in values:
             return False
-        best = bool(hosts.same(int(self.best is None or score > self.best)))
-        self.best = score if best else self.best
+        best = bool(hosts.same(int(values[name] > self.best.get(name, -math.inf))))
+        if best:
+            self.best[name] = values[name]
         return best
 
     def _warn(self, line: dict) -> None:
@@ -174,21 +182,24 @@ class Monitor:
         start = time.perf_counter()
         try:
             found = self.online(evaluated(self.config, method))
-        except UserError as error:
+        except FeaturesNotFinite as error:
             raise self.ended(step, f"after step {step} {error}") from error
         return found | {"online_seconds": time.perf_counter() - start}
 
     def note(self, best: bool) -> dict:
         """What a checkpoint must hold beside the arrays, so that a run that goes on from it writes the same lines."""
-        return {"peaks": self.peaks.largest, "best": self.best} | ({SCORE: self.best} if best else {})
+        now = {"peaks": dict(self.peaks.largest), "best": dict(self.best)}
+        name = self.config.train.save.best
+        return now | ({SCORE: {name: self.best[name]}} if best else {})
 
 
 def log_values(metrics: Metrics, seconds_per_step: float, batch_size: int) -> Values:
     """A step's metrics as they are logged."""
     values = {name: plain(value) for name, value in metrics.items() if name not in NOT_LOGGED.union(ROWS)}
     for name, prefix in ROWS.items():
-        if name in metrics:
-            values |= diagnose(sharding.whole(metrics[name]), prefix)
+        rows = sharding.whole(metrics[name]) if name in metrics else None
+        if rows is not None and np.isfinite(rows).all():  # the guard has seen to the step; its rows say nothing
+            values |= diagnose(rows, prefix)
     return values | {"seconds_per_step": seconds_per_step, "images_per_second": batch_size / seconds_per_step}
 
 

@@ -1,5 +1,6 @@
 """`jepax replay DUMP`: takes a step again that ended a run, and says where it stops being finite."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,7 @@ from jepax import checkpoint, dump, sharding
 from jepax import config as configs
 from jepax.optim import Optimizer
 from jepax.settings import Config, compute_dtype
-from jepax.step import TrainState, compiled_step, first_state
-from jepax.trees import cast, trainable
+from jepax.step import TrainState, compiled_step, first_state, loss_and_gradients
 from jepax.types import Images, Metrics, UserError
 
 SHOWN = 8
@@ -29,8 +29,8 @@ def replay(folder: Path, say: Callable[[str], None] = print) -> Metrics:
     facts = dump.read_facts(folder)
     config = configs.load(Config, folder / dump.CONFIG)
     images = dump.read_images(folder)
-    sharding.check_batch(len(images.index))
-    optimizer, mesh = Optimizer(config.optim, facts.total_steps, facts.warmup_steps), sharding.make_mesh()
+    optimizer = Optimizer(config.optim, facts.total_steps, facts.warmup_steps)
+    mesh = sharding.make_mesh(math.gcd(len(images.index), jax.device_count()))
     state = sharding.replicate(first_state(config.method, optimizer, jr.key(config.seed)), mesh)
     state = checkpoint.restore(folder / dump.STATE, facts.step, state)
     root, batch = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), mesh), sharding.shard_batch(images, mesh)
@@ -43,10 +43,8 @@ def replay(folder: Path, say: Callable[[str], None] = print) -> Metrics:
         say(f"{name}: {float(metrics[name])} now, {facts.seen[name]} when the run took it")
     if same(metrics, facts):
         say("the same, to the last digit")
-    elif (facts.devices, facts.jax) != (jax.device_count(), jax.__version__):
-        say(
-            f"the run had {facts.devices} devices and jax {facts.jax}; here are {jax.device_count()}, {jax.__version__}"
-        )
+    elif facts.where != (here := dump.where(mesh.size)):
+        say(f"the run had {facts.where}; here is {here}")
     return metrics
 
 
@@ -78,12 +76,7 @@ def say_gradients(
 
     @eqx.filter_jit
     def gradients(state: TrainState, images: Images, root: jax.Array) -> tuple[Metrics, object]:
-        params, rest = eqx.partition(state.method, trainable(state.method))
-
-        def loss_of(params: object) -> tuple[jax.Array, Metrics]:
-            return cast(eqx.combine(params, rest), compute).loss(images, key=jr.fold_in(root, state.step))
-
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        loss, metrics, grads = loss_and_gradients(state.method, images, jr.fold_in(root, state.step), compute)
         return metrics | {"loss": loss}, grads
 
     metrics, grads = gradients(state, images, root)

@@ -12,7 +12,7 @@ from jepax import checkpoint, files
 from jepax.types import UserError
 
 SCORE = "score"
-"""Of a checkpoint's note: the metric's value by which the best one is kept."""
+"""Of a checkpoint's note: value, by the metric's name, of what the best one is kept by."""
 PATIENCE = 1.0
 """Seconds that a save waits for the one before it until it says so."""
 
@@ -121,14 +121,14 @@ def kept(folder: Path, steps: list[int], config: SaveConfig) -> set[int]:
     """Of these checkpoints: the newest, those that are kept for ever, and the best."""
     keep = set(steps[-config.keep :])
     keep |= {step for step in steps if config.keep_each and step % config.keep_each == 0}
-    scores = {step: score_of(folder, step) for step in steps if config.best}
+    scores = {step: score_of(folder, step, config.best) for step in steps if config.best}
     known = {step: score for step, score in scores.items() if score is not None}
     return keep | ({max(known, key=lambda step: (known[step], step))} if known else set())
 
 
-def score_of(folder: Path, step: int) -> float | None:
-    """What the note of a checkpoint says of its score, if anything."""
+def score_of(folder: Path, step: int, name: str) -> float | None:
+    """What the note of a checkpoint says of its score of this name, if anything."""
     try:
-        return checkpoint.note(folder, step).get(SCORE)
+        return checkpoint.note(folder, step).get(SCORE, {}).get(name)
     except (OSError, ValueError, AttributeError):
         return None

@@ -9,12 +9,15 @@ from jaxtyping import PyTree
 from jepax.types import Images, UserError
 
 
-def make_mesh() -> Mesh:
-    """All devices of all hosts on the axis `data`; `model` has size 1 until parameters are sharded.
+def make_mesh(devices: int | None = None) -> Mesh:
+    """All devices of all hosts, or the first ones, on the axis `data`; `model` has size 1 until parameters are sharded.
 
     The axes are `Auto`: `jax.make_mesh`'s default, `Explicit`, asks every array operation for shardings.
     """
-    return jax.make_mesh((jax.device_count(), 1), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+    axes, kinds = ("data", "model"), (AxisType.Auto, AxisType.Auto)
+    if devices is None:
+        return jax.make_mesh((jax.device_count(), 1), axes, axis_types=kinds)
+    return jax.make_mesh((devices, 1), axes, axis_types=kinds, devices=jax.devices()[:devices])
 
 
 def check_batch(batch_size: int) -> None:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from jepax.guard import Guard, GuardConfig, choose, kept
+from jepax.guard import Guard, GuardConfig, kept, only_if
 from jepax.methods import AbstractMethod, MethodConfig
 from jepax.optim import Optimizer
 from jepax.trees import cast, norm, norms_by_layer, trainable
@@ -54,6 +54,19 @@ def predictor_norms(grads: PyTree) -> Metrics:
     return {"grad_norm_predictor": norm(grads)} | blocks
 
 
+def loss_and_gradients(
+    method: AbstractMethod, images: Images, key: PRNGKeyArray, compute: DTypeLike
+) -> tuple[Float[Array, ""], Metrics, AbstractMethod]:
+    """Loss, metrics, and the loss's gradients by the trained parameters."""
+    params, rest = eqx.partition(method, trainable(method))
+
+    def loss_of(params: AbstractMethod) -> tuple[Array, Metrics]:
+        return cast(eqx.combine(params, rest), compute).loss(images, key=key)
+
+    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    return loss, metrics, grads
+
+
 def train_step(
     optimizer: Optimizer,
     state: TrainState,
@@ -67,20 +80,23 @@ def train_step(
     Everything random comes from `fold_in(root, step)`, and an example's own part from its index in the run's order:
     the same on any number of workers, devices or hosts. A step that the guard refuses changes nothing but `step`.
     """
-    params, rest = eqx.partition(state.method, trainable(state.method))
-
-    def loss_of(params: AbstractMethod) -> tuple[Array, Metrics]:
-        method = cast(eqx.combine(params, rest), compute)
-        return method.loss(images, key=jr.fold_in(root, state.step))
-
-    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    loss, metrics, grads = loss_and_gradients(state.method, images, jr.fold_in(root, state.step), compute)
     size = norm(grads)
     verdict = state.guard.judge(guard, loss, size)
-    scaled = jax.tree.map(lambda g: g * state.guard.scale(guard, verdict, size), grads)
-    updates, opt_state = optimizer.update(scaled, state.opt_state, params, state.step)
-    method = eqx.combine(eqx.apply_updates(params, updates), rest)
-    method, moved = method.after_update(state.step)
+    scale = state.guard.scale(guard, verdict, size)
     remembered = state.guard.after(verdict, size, state.step)
+    arrays, static = eqx.partition((state.method, state.opt_state), eqx.is_array)
+
+    def update(arrays: PyTree) -> tuple[PyTree, Metrics]:
+        method, opt_state = eqx.combine(arrays, static)
+        params, rest = eqx.partition(method, trainable(method))
+        scaled = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = optimizer.update(scaled, opt_state, params, state.step)
+        method, moved = eqx.combine(eqx.apply_updates(params, updates), rest).after_update(state.step)
+        return eqx.filter((method, opt_state), eqx.is_array), moved | {"update_norm": norm(updates)}
+
+    arrays, moved = only_if(kept(verdict), update, arrays)
+    method, opt_state = eqx.combine(arrays, static)
     metrics |= moved | {
         "loss": loss,
         "learning_rate": optimizer.learning_rate(state.step),
@@ -88,13 +104,11 @@ def train_step(
         "grad_norm": size,
         "grad_norm_encoder_by_block": norms_by_layer(grads.encoder.stack.blocks),
         **predictor_norms(getattr(grads, "predictor", None)),
-        "update_norm": norm(updates),
         "verdict": verdict,
         "grad_norm_limit": state.guard.limit(guard),
         "in_a_row": remembered.in_a_row,
         "unused_steps": remembered.unused,
     }
-    method, opt_state = choose(kept(verdict), (method, opt_state), (state.method, state.opt_state))
     return TrainState(method=method, opt_state=opt_state, step=state.step + 1, guard=remembered), metrics
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Literal
 
+from jepax import files
 from jepax.types import UserError
 
 Tracker = Literal["wandb", "trackio", "tensorboard"]
@@ -172,8 +173,7 @@ def _id(run: Path) -> str:
     """The run's name for trackers: drawn once and kept in its folder, so that a moved run stays itself."""
     path = run / ID
     if not path.exists():
-        path.with_suffix(".part").write_text(uuid.uuid4().hex[:12] + "\n")
-        path.with_suffix(".part").replace(path)
+        files.write(path, uuid.uuid4().hex[:12] + "\n")
     return path.read_text().strip()
 
 

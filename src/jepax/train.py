@@ -5,9 +5,10 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 
-from jepax import checkpoint, dump, events, hosts, lock, logs, sharding, signals
+from jepax import checkpoint, dump, events, guard, hosts, lock, logs, sharding, signals
 from jepax import config as configs
 from jepax.data import BROKEN, Broken, BrokenFiles, Source, batches
 from jepax.logs import Log, warn
@@ -56,6 +57,7 @@ class Run:
             self.mesh = sharding.make_mesh()
             self.root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), self.mesh)
             self.state = self.first()
+        self.events = events.Events(folder)
         self.passed: dict[int, list[int]] = {}
         """Steps at which the gradient leapt, by the step of the checkpoint that training went back to."""
 
@@ -70,8 +72,16 @@ class Run:
             claim(self.folder, self.config, self.source, allow)
         self.restore()
         changed = record(self.folder, self.config, self.source) if hosts.first() else []
-        events.Events(self.folder, self.start).add(
-            "resumed" if self.start else "started", self.start, devices=jax.device_count(), changed=changed
+        self.events.again_from(self.start)
+        computes = jnp.dtype(compute_dtype(self.config)).name
+        if self.start and (before := self.events.last("precision", computes)) != computes:
+            warn(f"{self.folder} computed in {before} before and computes in {computes} here: losses will differ")
+        self.events.add(
+            "resumed" if self.start else "started",
+            self.start,
+            devices=jax.device_count(),
+            precision=computes,
+            changed=changed,
         )
 
     def restore(self) -> None:
@@ -109,7 +119,7 @@ class Run:
             closing(self.read(log.say)) as stream,
         ):
             log.begin(self.folder, config.train.batch_size)
-            monitor = self.monitor = Monitor(config, self.folder, log, self.note, trackers.send)
+            monitor = self.monitor = Monitor(config, self.folder, log, self.events, self.note, trackers.send)
             monitor.online, agreement = online_of(config, self.source, steps), hosts.Agreement(self.mesh)
             for step, images in enumerate(stream, self.start):
                 self.state, metrics = compiled_step(inputs, sharding.shard_batch(images, self.mesh), self.state)
@@ -145,6 +155,7 @@ class Run:
         again. Raises `Diverged` where that has not helped for as many times as the guard has patience."""
         self.state = self.first()
         self.restore()
+        self.events.again_from(self.start, but=guard.NAMES[guard.ROLL_BACK])
         leaps = self.passed.setdefault(self.start, [])
         leaps.append(leap)
         if len(leaps) > self.config.train.guard.patience:

@@ -1,8 +1,10 @@
 """A picture that cannot be read gives way to another of its class, the same whatever reads it, and is told of."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -234,6 +236,15 @@ def test_a_later_part_of_the_run_does_not_list_again_and_mends_a_torn_line(sourc
     path.write_text(path.read_text()[:-1])  # whole but for its end: the next line must not run into it
     BrokenFiles(source, path, 0.5, print)(np.array([5]))
     assert len(listed(path)) == 4
+
+
+def test_a_data_set_that_moved_does_not_count_again(source, tmp_path):
+    path, moved = tmp_path / "broken.jsonl", tmp_path / "elsewhere/train"
+    BrokenFiles(source, path, 0.5, print)(np.array([3, 4]))
+    shutil.copytree(source.folder, moved)
+    BrokenFiles(dataclasses.replace(source, folder=moved), path, 0.5, print)(np.array([3, 4]))
+    assert [entry["file"] for entry in listed(path)] == [source.name_of(row) for row in (3, 4)]
+    assert source.name_of(3).startswith("train/")
 
 
 def test_too_many_end_the_run_and_name_setting_count_and_list(source, tmp_path):

@@ -158,12 +158,13 @@ def test_a_torn_log_is_read_and_mended(trained, tmp_path, torn):
 @pytest.mark.fault(22, "a line of the events is torn")
 def test_torn_events_are_read_and_mended(tmp_path, torn):
     path = tmp_path / events.FILE
-    Events(tmp_path, 0).add("started", 0)
+    Events(tmp_path).add("started", 0)
     whole = path.read_bytes()
     with path.open("ab") as file:
         file.write(torn.replace(b'"step": 6, ', b'"event": "clipped", "retaken": true, "step": 6, '))
     assert events.read(path)[0]["event"] == "started"
-    Events(tmp_path, 6).add("resumed", 6)
+    Events(tmp_path).again_from(6)
+    Events(tmp_path).add("resumed", 6)
     lines = path.read_bytes().splitlines(keepends=True)
     assert lines[0] == whole and json.loads(lines[1])["event"] == "resumed" and len(lines) == 2
 

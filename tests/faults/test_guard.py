@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,6 +48,10 @@ def ended(tmp_path_factory):
     config = run_of(GuardConfig(patience=3), large_gradient=(SPIKE,), **BAD)
     with pytest.raises(signals.Stopped), asked_to_end_at(39):  # seen in the step after it
         train(config, folder)
+    shutil.copytree(folder, folder.with_name("earlier"))
+    left = folder / "dumps/step_00000042" / dump.batch_file(7)  # of more processes, before the steps were taken again
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"")
     with pytest.raises(Diverged) as end:
         train(config, folder)
     return folder, end.value
@@ -76,6 +81,7 @@ def test_what_is_not_finite_is_told_with_its_examples(ended):
     lines = {line["step"]: line for line in logs.read(ended[0] / "metrics.jsonl")}
     assert [lines[step]["unused_steps"] for step in (0, 3, 7, 11, 39)] == [0, 1, 3, 3, 3]
     assert lines[3]["grad_norm"] is None and lines[3]["loss"] is None and np.isfinite(lines[39]["loss"])
+    assert "embedding_rank" not in lines[3] and "embedding_rank" in lines[39]
 
 
 @pytest.mark.fault(15, "NaN and Inf in a batch and a gradient")
@@ -100,6 +106,14 @@ def test_as_many_in_a_row_as_the_guard_bears_end_the_run(ended):
     assert json.loads((folder / "health.json").read_text())["ended"].startswith("3 steps in a row")
 
 
+@pytest.mark.fault(15, "less patience than a run has used up already")
+def test_a_run_that_goes_on_with_less_patience_ends_at_once(ended):
+    config = run_of(GuardConfig(patience=1), large_gradient=(SPIKE,), **BAD)
+    with pytest.raises(Diverged, match="up to step 41") as end:
+        train(config, ended[0].with_name("earlier"), allow=["train.guard.patience"])
+    assert end.value.step == 41
+
+
 @pytest.mark.fault(15, "the step that ended a run, again")
 def test_its_last_step_can_be_replayed(ended, capsys):
     folder = ended[0] / "dumps" / "step_00000042"
@@ -108,6 +122,7 @@ def test_its_last_step_can_be_replayed(ended, capsys):
     assert "state before it: all finite" in said and "the same, to the last digit" in said
     assert "gradients: not finite in encoder." in said and "predictor" not in said
     assert int(metrics["verdict"]) == guard.NOT_FINITE and np.isnan(metrics["grad_norm"])
+    assert configs.load(Config, folder / "config.yaml").train.precision == "float32"
     assert dump.read_images(folder).index.tolist() == list(range(42 * BATCH, 43 * BATCH))
 
 

@@ -15,11 +15,15 @@ Embed = Callable[[Images], Float[Array, "layers batch dim"]]
 """Features of a batch from each of the last (up to four) layers, the very last one at the end."""
 
 
+class FeaturesNotFinite(UserError):
+    """An encoder's features are not finite."""
+
+
 @dataclass(frozen=True)
 class Features:
     """Features of one split, float32 on the host.
 
-    **Raises** `UserError` where a value is not finite: every accuracy read from such features would be meaningless.
+    **Raises** `FeaturesNotFinite` where a value is not finite: every accuracy read from such features is meaningless.
     """
 
     layers: Float[np.ndarray, "layers n dim"]
@@ -27,7 +31,7 @@ class Features:
 
     def __post_init__(self):
         if not all(np.isfinite(part).all() for layer in self.layers for part in np.array_split(layer, 16)):
-            raise UserError(
+            raise FeaturesNotFinite(
                 "features are not finite: the encoder has diverged or its input holds NaN.\n"
                 "Look at the loss in metrics.jsonl and evaluate an earlier checkpoint."
             )

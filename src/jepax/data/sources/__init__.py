@@ -62,7 +62,7 @@ class Source(abc.ABC):
         return *self.load(rows), np.zeros(len(rows), bool)
 
     def name_of(self, row: int) -> str:
-        """What a person looks for when told of this picture: its path, where it has one."""
+        """What a person looks for when told of this picture: its path below `data.root`, where it has one."""
         return f"row {row}"
 
     @property

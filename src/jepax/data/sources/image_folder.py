@@ -42,7 +42,7 @@ class ImageFolder(Source):
         return canvas, size, self.labels[rows], replaced
 
     def name_of(self, row: int) -> str:
-        return str(self.folder / self.files[row])
+        return f"{self.folder.name}/{self.files[row]}"
 
     @property
     def contents(self) -> dict[str, str]:
