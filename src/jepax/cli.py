@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from jepax import signals
 from jepax.allocator import keep_freed_memory
+from jepax.programs import keep_programs
 
 if TYPE_CHECKING:  # jax and what stands on it take seconds to import: only where a command needs them
     from jepax.evaluation import Subject
@@ -93,6 +94,7 @@ def run(argv: list[str]) -> None:
         return
     quiet()
     keep_freed_memory()
+    keep_programs()
     if command not in COMMANDS:
         from jepax.config import nearest
         from jepax.types import UserError
