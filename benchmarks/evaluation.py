@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 
 from jepax import sharding
@@ -30,7 +29,7 @@ from jepax.evals.splits import Split, some
 from jepax.nn import SIZES, ViT, ViTConfig
 from jepax.recipes import RECIPES
 from jepax.settings import Config, prepare
-from jepax.step import USUAL, compiled_step
+from jepax.step import Fixed, compiled_step
 from jepax.step import first_state as state_before
 from jepax.train import read
 from jepax.views import CropConfig
@@ -154,7 +153,7 @@ def online(config: Config, rounds: int, steps: int) -> dict[str, float]:
         start = time.perf_counter()
         for _ in range(steps):
             batch = sharding.shard_batch(next(stream), mesh)
-            state, _ = compiled_step((optimizer, root, jnp.float32, USUAL), batch, state)
+            state, _ = compiled_step(Fixed(optimizer, root), batch, state)
         jax.block_until_ready(state)
         between = time.perf_counter()
         evaluate(FrozenViT(encoder_of(state.method, encoder), config.method.crop))

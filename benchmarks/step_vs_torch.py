@@ -32,7 +32,7 @@ from jepax.methods.ijepa import IJEPA, IJEPAConfig
 from jepax.nn import SIZES, PredictorConfig, ViTConfig
 from jepax.nn.position import sincos_2d
 from jepax.optim import OptimConfig, Optimizer
-from jepax.step import USUAL, compiled_step, init_state
+from jepax.step import Fixed, compiled_step, init_state
 from jepax.types import Images
 from jepax.views import CropConfig, random_resized_crop
 from machine import cores, machine
@@ -121,7 +121,7 @@ def ours(method: IJEPA, inputs: list[Any]) -> Callable[[], float]:
 
     def step() -> float:
         nonlocal state
-        state, metrics = compiled_step((optimizer, root, jnp.float32, USUAL), next(batches), state)
+        state, metrics = compiled_step(Fixed(optimizer, root), next(batches), state)
         jax.block_until_ready(state)
         return float(metrics["loss"])
 

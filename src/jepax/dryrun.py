@@ -23,7 +23,8 @@ from jepax.methods.ijepa import IJEPA
 from jepax.methods.multiview import MultiView, embed
 from jepax.optim import Optimizer
 from jepax.settings import Config, compute_dtype, prepare
-from jepax.step import TrainState, compiled_step, first_state, train_step
+from jepax.sharding import Layout
+from jepax.step import Fixed, TrainState, compiled_step, first_state, placed_state, train_step
 from jepax.train import read
 from jepax.trees import EMA, cast, count_parameters, trainable
 from jepax.types import Images, Masks, UserError
@@ -44,6 +45,7 @@ class Plan:
     source: Source
     optimizer: Optimizer
     state: TrainState
+    layout: Layout
 
     def images(self, batch: int) -> Images:
         """A batch as abstract shapes."""
@@ -82,7 +84,8 @@ def make_plan(config: Config, say: Say) -> Plan:
     source, optimizer = prepare(config)
     say(f"{len(source):,} training pictures, {optimizer.total_steps:,} steps of {config.train.batch_size}")
     state = eqx.filter_eval_shape(first_state, config.method, optimizer, jr.key(config.seed))
-    return Plan(config, source, optimizer, state)
+    layout = sharding.layout_of(config.train.sharding, sharding.make_mesh(), costs.tree_bytes(state))
+    return Plan(config, source, optimizer, state, layout)
 
 
 def say_parameters(plan: Plan, say: Say) -> None:
@@ -290,11 +293,12 @@ def run_step(plan: Plan, batch: int) -> str:
     """Takes the first step of the run on its first `batch` pictures, as `train` would, and says how it went."""
     start = time.perf_counter()
     config = dataclasses.replace(plan.config, train=dataclasses.replace(plan.config.train, batch_size=batch))
-    mesh = sharding.make_mesh()
+    mesh = plan.layout.mesh
     images = sharding.shard_batch(next(read(config, plan.source, 1, 0)), mesh)
-    state = sharding.replicate(first_state(config.method, plan.optimizer, jr.key(config.seed)), mesh)
+    state = placed_state(config.method, plan.optimizer, jr.key(config.seed), plan.layout)
     root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), mesh)
-    state, metrics = compiled_step((plan.optimizer, root, compute_dtype(config), config.train.guard), images, state)
+    fixed = Fixed(plan.optimizer, root, compute_dtype(config), config.train.guard, plan.layout)
+    state, metrics = compiled_step(fixed, images, state)
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if not (jnp.isfinite(loss) and jnp.isfinite(norm)):
         raise UserError(f"the first step's loss is {loss} and its gradient's norm {norm}; look at optim and method")

@@ -73,11 +73,12 @@ class Log:
             if kind is None:
                 raise
 
-    def begin(self, run: Path, batch_size: int) -> None:
+    def begin(self, run: Path, batch_size: int, layout: str) -> None:
         """Says what is about to happen, and that the first step compiles."""
         where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         resumed = f", continuing after step {self.start}" if self.start else ""
-        self.say(f"{run}: {self.steps} steps of {batch_size} images on {where}{resumed}")
+        lies = f", {layout}" if jax.device_count() > 1 else ""
+        self.say(f"{run}: {self.steps} steps of {batch_size} images on {where}{lies}{resumed}")
         if self.start < self.steps:
             self.say("compiling the training step, once ...")
         self._clock, self._clock_step = time.perf_counter(), self.start

@@ -14,7 +14,7 @@ from jepax import checkpoint, dump, sharding
 from jepax import config as configs
 from jepax.optim import Optimizer
 from jepax.settings import Config, compute_dtype
-from jepax.step import TrainState, compiled_step, first_state, loss_and_gradients
+from jepax.step import Fixed, TrainState, compiled_step, layout_of, loss_and_gradients, placed_state
 from jepax.types import Images, Metrics, UserError
 
 SHOWN = 8
@@ -31,14 +31,15 @@ def replay(folder: Path, say: Callable[[str], None] = print) -> Metrics:
     images = dump.read_images(folder)
     optimizer = Optimizer(config.optim, facts.total_steps, facts.warmup_steps)
     mesh = sharding.make_mesh(math.gcd(len(images.index), jax.device_count()))
-    state = sharding.replicate(first_state(config.method, optimizer, jr.key(config.seed)), mesh)
+    layout = layout_of(config.train.sharding, config.method, optimizer, mesh)
+    state = placed_state(config.method, optimizer, jr.key(config.seed), layout)
     state = checkpoint.restore(folder / dump.STATE, facts.step, state)
     root, batch = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), mesh), sharding.shard_batch(images, mesh)
     say(f"step {facts.step} of {facts.total_steps}, {len(images.index)} examples, positions {positions(images)}")
     say_not_finite("state before it", state, say)
     say_gradients(config, state, batch, root, say)
-    inputs = optimizer, root, compute_dtype(config), config.train.guard
-    _, metrics = compiled_step(inputs, batch, state)  # takes the state's memory, so it comes last
+    fixed = Fixed(optimizer, root, compute_dtype(config), config.train.guard, layout)
+    _, metrics = compiled_step(fixed, batch, state)  # takes the state's memory, so it comes last
     for name in ("loss", "grad_norm"):
         say(f"{name}: {float(metrics[name])} now, {facts.seen[name]} when the run took it")
     if same(metrics, facts):

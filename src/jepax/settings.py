@@ -19,6 +19,7 @@ from jepax.methods import MethodConfig
 from jepax.methods.ijepa import IJEPAConfig
 from jepax.optim import OptimConfig, Optimizer
 from jepax.saving import SaveConfig
+from jepax.sharding import ShardingConfig
 from jepax.trackers import Tracker
 from jepax.types import UserError
 
@@ -41,6 +42,8 @@ class TrainConfig:
     """Checkpoints."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """Steps that would harm the run."""
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    """What lies whole on every device, and what is split over all of them."""
     trackers: tuple[Tracker, ...] = ()
     """Views of the log elsewhere, each behind an extra of its name; metrics.jsonl holds everything without them."""
 
@@ -103,7 +106,7 @@ def compute_dtype(config: Config) -> DTypeLike:
 
 FREE = (
     *("data.root", "data.threads", "data.workers", "data.broken_share"),
-    *("eval", "train.log_every", "train.save", "train.trackers"),
+    *("eval", "train.log_every", "train.save", "train.sharding", "train.trackers"),
 )
 """Settings that a run may go on with in another value: what is trained does not depend on them."""
 CONFIG, DATA = "config.yaml", "data.json"

@@ -1,16 +1,146 @@
-"""Where arrays lie: one mesh over all devices, the batch split over `data`, parameters on every device."""
+"""Where arrays lie: one mesh over all devices, the batch split over it, parameters whole or split (FSDP)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
+from jepax.trees import EMA
 from jepax.types import Images, UserError
+
+T = TypeVar("T")
+SMALL = 2**14
+"""Arrays of fewer numbers, such as biases, are whole on every device: to split them saves nothing and costs time."""
+ROOM = 0.25
+"""Share of a device's memory that the whole state may take before `auto` splits it."""
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    """What lies whole on every device, and what is split over all of them; the batch always is."""
+
+    parameters: Literal["auto", "replicated", "sharded"] = "auto"
+    """Parameters and optimiser state: whole on every device, or each split over all devices (FSDP). auto: split where
+    the run's state would take more than a quarter of a device's memory."""
+    teacher: Literal["same", "replicated", "sharded"] = "same"
+    """The teacher: as the parameters, or on its own."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the state of a run lies on a mesh."""
+
+    mesh: Mesh
+    parameters: bool = False
+    """Whether parameters and optimiser state are split."""
+    teacher: bool = False
+    """Whether what lies beneath an `EMA` is."""
+
+    def shardings(self, tree: PyTree) -> PyTree:
+        """For each array of the tree, also of an abstract one, where it lies; None for what is no array."""
+
+        def of(node: object) -> PyTree:
+            split = self.teacher if isinstance(node, EMA) else self.parameters
+            return jax.tree.map(lambda x: self.sharding(x.shape, split) if hasattr(x, "shape") else None, node)
+
+        return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, EMA))
+
+    def sharding(self, shape: tuple[int, ...], split: bool) -> NamedSharding:
+        """Where an array of this shape lies."""
+        return NamedSharding(self.mesh, self.spec(shape) if split else PartitionSpec())
+
+    def spec(self, shape: tuple[int, ...]) -> PartitionSpec:
+        """Splits the larger of the last two axes that the devices can share: never a stack's axis of layers."""
+        devices = self.mesh.shape["data"]
+        axes = [axis for axis in range(len(shape))[-2:] if shape[axis] % devices == 0]
+        if np.prod(shape) < SMALL or not axes:
+            return PartitionSpec()
+        chosen = max(axes, key=lambda axis: (shape[axis], axis))
+        return PartitionSpec(*[None] * chosen, "data")
+
+    def pinned(self, tree: T) -> T:
+        """The tree with its arrays held to where they lie; within `jit`."""
+        return jax.tree.map(jax.lax.with_sharding_constraint, tree, self.shardings(tree))
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Within, `gathered` gathers: around what is traced, where parameters or teacher are split."""
+        token = _current.set(self if self.parameters or self.teacher else None)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def __str__(self) -> str:
+        names = {True: "split over them", False: "whole on each"}
+        teacher = "" if self.teacher == self.parameters else f", the teacher {names[self.teacher]}"
+        return f"parameters {names[self.parameters]}{teacher}"
+
+
+_current: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
+def gathered(tree: T, *, but: type | tuple[type, ...] = ()) -> T:
+    """The parameters of the tree whole on every device, for the matrix products to come; a gradient goes back to where
+    the parameter lies. Nodes of the types `but` are left as they are: they gather their own, layer by layer.
+
+    Without this XLA would also move activations, and several times as many bytes. Outside `Layout.gathering`: the tree.
+    """
+    layout = _current.get()
+    if layout is None:
+        return tree
+    return jax.tree.map(
+        lambda node: node if isinstance(node, but) else _gather_array(layout, node),
+        tree,
+        is_leaf=lambda node: isinstance(node, but),
+    )
+
+
+def _gather_array(layout: Layout, x: object) -> object:
+    return _gather(layout, x) if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.numpy.inexact) else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather(layout: Layout, x: Array) -> Array:
+    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, PartitionSpec()))
+
+
+def _gather_forward(layout: Layout, x: Array) -> tuple[Array, None]:
+    return _gather(layout, x), None
+
+
+def _gather_backward(layout: Layout, _: None, gradient: Array) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(gradient, layout.sharding(gradient.shape, layout.parameters)),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def layout_of(config: ShardingConfig, mesh: Mesh, state_bytes: int) -> Layout:
+    """The layout that the config names, or that a state of so many bytes wants on these devices."""
+    split = config.parameters == "sharded"
+    if config.parameters == "auto":
+        split = mesh.size > 1 and state_bytes > ROOM * device_bytes()
+    return Layout(mesh, split, split if config.teacher == "same" else config.teacher == "sharded")
+
+
+def device_bytes() -> float:
+    """Memory of one device; endless on a CPU, whose devices share it."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return float(stats["bytes_limit"]) if stats else float("inf")
 
 
 def make_mesh(devices: int | None = None) -> Mesh:
-    """All devices of all hosts, or the first ones, on the axis `data`; `model` has size 1 until parameters are sharded.
+    """All devices of all hosts, or the first ones, on the axis `data`; `model` has size 1.
 
     The axes are `Auto`: `jax.make_mesh`'s default, `Explicit`, asks every array operation for shardings.
     """

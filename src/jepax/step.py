@@ -1,18 +1,25 @@
 """One step, from a batch to the next state, and the program that runs it: read this first."""
 
+from contextlib import nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from jepax import sharding
+from jepax.costs import tree_bytes
 from jepax.guard import Guard, GuardConfig, kept, only_if
 from jepax.methods import AbstractMethod, MethodConfig
+from jepax.nn.blocks import Stack
 from jepax.optim import Optimizer
+from jepax.sharding import Layout, ShardingConfig, gathered, replicate
 from jepax.trees import cast, norm, norms_by_layer, trainable
 from jepax.types import Images, Metrics
 
@@ -41,9 +48,29 @@ def build_method(config: MethodConfig, steps: int, key: PRNGKeyArray) -> Abstrac
 
 
 @eqx.filter_jit
-def first_state(config: MethodConfig, optimizer: Optimizer, key: PRNGKeyArray) -> TrainState:
-    """The state before step 0 of the method of this key; one program for every seed."""
-    return init_state(build_method(config, optimizer.total_steps, key), optimizer)
+def first_state(
+    config: MethodConfig, optimizer: Optimizer, key: PRNGKeyArray, layout: Layout | None = None
+) -> TrainState:
+    """The state before step 0 of the method of this key; one program for every seed. With a layout, no device ever
+    holds more of it than its share."""
+    state = init_state(build_method(config, optimizer.total_steps, key), optimizer)
+    if layout is None:
+        return state
+    arrays, rest = eqx.partition(state, eqx.is_array)
+    return eqx.combine(layout.pinned(arrays), rest)
+
+
+def layout_of(wanted: ShardingConfig, config: MethodConfig, optimizer: Optimizer, mesh: Mesh) -> Layout:
+    """How a run's state lies on these devices, by the setting and the state's size."""
+    state = eqx.filter_eval_shape(first_state, config, optimizer, jr.key(0))
+    return sharding.layout_of(wanted, mesh, tree_bytes(state))
+
+
+def placed_state(config: MethodConfig, optimizer: Optimizer, key: PRNGKeyArray, layout: Layout) -> TrainState:
+    """`first_state` on the devices of the layout."""
+    if layout.parameters or layout.teacher:
+        return first_state(config, optimizer, key, layout)
+    return replicate(first_state(config, optimizer, key), layout.mesh)
 
 
 def predictor_norms(grads: PyTree) -> Metrics:
@@ -61,7 +88,7 @@ def loss_and_gradients(
     params, rest = eqx.partition(method, trainable(method))
 
     def loss_of(params: AbstractMethod) -> tuple[Array, Metrics]:
-        return cast(eqx.combine(params, rest), compute).loss(images, key=key)
+        return gathered(cast(eqx.combine(params, rest), compute), but=Stack).loss(images, key=key)
 
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     return loss, metrics, grads
@@ -112,7 +139,18 @@ def train_step(
     return TrainState(method=method, opt_state=opt_state, step=state.step + 1, guard=remembered), metrics
 
 
-@partial(jax.jit, static_argnames=("optimizer", "rest", "compute", "guard"), donate_argnames=("arrays",))
+class Fixed(NamedTuple):
+    """What stays the same from a run's first step to its last."""
+
+    optimizer: Optimizer
+    root: PRNGKeyArray
+    compute: DTypeLike = jnp.float32
+    guard: GuardConfig = USUAL
+    layout: Layout | None = None
+    """None: the state stays where it is."""
+
+
+@partial(jax.jit, static_argnames=("optimizer", "rest", "compute", "guard", "layout"), donate_argnames=("arrays",))
 def step_program(
     arrays: PyTree,
     images: Images,
@@ -122,20 +160,29 @@ def step_program(
     rest: PyTree,
     compute: DTypeLike,
     guard: GuardConfig,
+    layout: Layout | None,
 ) -> tuple[PyTree, Metrics]:
     """The training program of a run, compiled once: `step_program._cache_size()` counts. Donates the old state.
 
     Plain `jax.jit`, not `eqx.filter_jit`, which waits for every result and so would keep an accelerator idle.
     """
-    state, metrics = train_step(optimizer, eqx.combine(arrays, rest), images, root, compute, guard)
-    return eqx.filter(state, eqx.is_array), metrics
+    with layout.gathering() if layout else nullcontext():
+        state, metrics = train_step(optimizer, eqx.combine(arrays, rest), images, root, compute, guard)
+    arrays = eqx.filter(state, eqx.is_array)
+    return layout.pinned(arrays) if layout else arrays, metrics
 
 
-def compiled_step(
-    inputs: tuple[Optimizer, PRNGKeyArray, DTypeLike, GuardConfig], images: Images, state: TrainState
-) -> tuple[TrainState, Metrics]:
+def compiled_step(fixed: Fixed, images: Images, state: TrainState) -> tuple[TrainState, Metrics]:
     """`train_step` as one program; the old state's buffers become the new one's."""
-    optimizer, root, compute, guard = inputs
     arrays, rest = eqx.partition(state, eqx.is_array)
-    arrays, metrics = step_program(arrays, images, root, optimizer=optimizer, rest=rest, compute=compute, guard=guard)
+    arrays, metrics = step_program(
+        arrays,
+        images,
+        fixed.root,
+        optimizer=fixed.optimizer,
+        rest=rest,
+        compute=fixed.compute,
+        guard=fixed.guard,
+        layout=fixed.layout,
+    )
     return eqx.combine(arrays, rest), metrics

@@ -15,7 +15,7 @@ from jepax.logs import Log, warn
 from jepax.monitor import Diverged, Monitor, NotFinite, RollBack, online_of
 from jepax.saving import Saver
 from jepax.settings import Config, claim, compute_dtype, prepare, record
-from jepax.step import TrainState, compiled_step, first_state
+from jepax.step import Fixed, TrainState, compiled_step, layout_of, placed_state
 from jepax.trackers import Trackers
 from jepax.types import Images, UserError
 
@@ -55,7 +55,9 @@ class Run:
         with hosts.together():
             self.source, self.optimizer = prepare(config)
             self.mesh = sharding.make_mesh()
-            self.root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), self.mesh)
+            self.layout = layout_of(config.train.sharding, config.method, self.optimizer, self.mesh)
+            root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), self.mesh)
+            self.fixed = Fixed(self.optimizer, root, compute_dtype(config), config.train.guard, self.layout)
             self.state = self.first()
         self.events = events.Events(folder)
         self.passed: dict[int, list[int]] = {}
@@ -63,8 +65,7 @@ class Run:
 
     def first(self) -> TrainState:
         """The state before step 0."""
-        state = first_state(self.config.method, self.optimizer, jr.key(self.config.seed))
-        return sharding.replicate(state, self.mesh)
+        return placed_state(self.config.method, self.optimizer, jr.key(self.config.seed), self.layout)
 
     def claim(self, allow: Sequence[str]) -> None:
         """Takes the folder, and what it holds, for this run."""
@@ -109,7 +110,6 @@ class Run:
         """for batch: step -> look -> log -> save, to the last step, or until the process is asked to end."""
         config, steps = self.config, self.optimizer.total_steps
         written = [self.folder / name for name in (logs.FILE, events.FILE, BROKEN)]
-        inputs = self.optimizer, self.root, compute_dtype(config), config.train.guard
         with (
             Log(self.folder / logs.FILE, steps=steps, start=self.start) as log,
             Saver(self.checkpoints, config.train.save, log.say, written) as saver,
@@ -118,11 +118,11 @@ class Run:
             ) as trackers,
             closing(self.read(log.say)) as stream,
         ):
-            log.begin(self.folder, config.train.batch_size)
+            log.begin(self.folder, config.train.batch_size, str(self.layout))
             monitor = self.monitor = Monitor(config, self.folder, log, self.events, self.note, trackers.send)
             monitor.online, agreement = online_of(config, self.source, steps), hosts.Agreement(self.mesh)
             for step, images in enumerate(stream, self.start):
-                self.state, metrics = compiled_step(inputs, sharding.shard_batch(images, self.mesh), self.state)
+                self.state, metrics = compiled_step(self.fixed, sharding.shard_batch(images, self.mesh), self.state)
                 stop, late = agreement(signals.asked(), saver.late())
                 monitor.took(step, metrics, images)  # looks at the step before: the device never waits for it
                 if step == self.start:

@@ -13,7 +13,7 @@ from jepax import checkpoint, sharding
 from jepax.data import open_source
 from jepax.recipes import RECIPES
 from jepax.settings import make_optimizer
-from jepax.step import USUAL, compiled_step, first_state, step_program
+from jepax.step import Fixed, compiled_step, first_state, step_program
 from jepax.train import read
 from jepax.trees import EMA, trainable
 from jepax.types import Images
@@ -142,7 +142,7 @@ def test_one_batch_is_overfitted(standing_still, batches):
     images, losses = jax.tree.map(jnp.asarray, batches[0]), []
     while len(losses) < 10 or np.mean(losses[-10:]) >= 0.5 * losses[0]:
         assert len(losses) < 150, losses[::15]
-        state, metrics = compiled_step((optimizer, jr.key(1), jnp.float32, USUAL), images, state)
+        state, metrics = compiled_step(Fixed(optimizer, jr.key(1)), images, state)
         losses.append(float(metrics["loss"]))
 
 
@@ -150,7 +150,7 @@ def test_two_builds_compile_once(standing_still, batches):
     counts, images = [], jax.tree.map(jnp.asarray, batches[0])
     for seed in (0, 1):
         _, optimizer, state = fresh(standing_still, seed)
-        compiled_step((optimizer, jr.key(seed), jnp.float32, USUAL), images, state)
+        compiled_step(Fixed(optimizer, jr.key(seed)), images, state)
         counts.append(step_program._cache_size())
     assert counts[0] == counts[1] > 0
 
@@ -158,7 +158,7 @@ def test_two_builds_compile_once(standing_still, batches):
 def test_a_checkpoint_round_trips(standing_still, batches, tmp_path):
     _, optimizer, state = fresh(standing_still)
     images = jax.tree.map(jnp.asarray, batches[0])
-    state, _ = compiled_step((optimizer, jr.key(1), jnp.float32, USUAL), images, state)
+    state, _ = compiled_step(Fixed(optimizer, jr.key(1)), images, state)
     checkpoint.save(tmp_path, 1, state)
     restored = checkpoint.restore(tmp_path, 1, fresh(standing_still, seed=5)[2])
     assert jax.tree.structure(restored) == jax.tree.structure(state)

@@ -14,6 +14,8 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from jepax.sharding import gathered
+
 EPSILON = 1e-6
 Remat = Literal["none", "dots", "full"]
 
@@ -197,7 +199,7 @@ class Stack(eqx.Module):
 
     def _apply(self, block: Block, x: Array, valid: Array | None, last: int | None) -> Array:
         def call(block: Block, x: Array, valid: Array | None) -> Array:
-            return block(x, valid, last=last)
+            return gathered(block)(x, valid, last=last)
 
         if self.remat == "none":
             return call(block, x, valid)

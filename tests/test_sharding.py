@@ -1,0 +1,119 @@
+"""Where the state of a run lies, and that its losses do not depend on it."""
+
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jepax import sharding
+from jepax.costs import tree_bytes
+from jepax.optim import Optimizer
+from jepax.recipes import RECIPES
+from jepax.settings import prepare
+from jepax.sharding import Layout, ShardingConfig, layout_of, make_mesh
+from jepax.step import USUAL, Fixed, compiled_step, first_state, placed_state, step_program
+from jepax.train import read
+from tests.contracts.shrink import shrunk
+
+STEPS = 4
+
+
+def wide(name):
+    """A tiny recipe, wide enough that splitting its matrices is worth it."""
+    config = shrunk(name)
+    return replace(config, method=replace(config.method, encoder=replace(config.method.encoder, width=96, heads=4)))
+
+
+def trained(config, layout):
+    """State after a few steps, and loss and gradient norm of each."""
+    source, optimizer = prepare(config)
+    state = placed_state(config.method, optimizer, jr.key(0), layout)
+    fixed = Fixed(optimizer, sharding.replicate(jr.key(1), layout.mesh), layout=layout)
+    losses, programs = [], step_program._cache_size()
+    for images in read(config, source, STEPS, 0):
+        state, metrics = compiled_step(fixed, sharding.shard_batch(images, layout.mesh), state)
+        losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    assert step_program._cache_size() == programs + 1
+    return state, np.array(losses)
+
+
+@pytest.fixture(scope="module", params=["ijepa_fashion_mnist", "lejepa_fashion_mnist"])
+def config(request):
+    return wide(request.param)
+
+
+@pytest.fixture(scope="module")
+def alone(config):
+    return trained(config, Layout(make_mesh(1)))
+
+
+@pytest.mark.parametrize(("parameters", "teacher"), [(True, True), (True, False), (False, True)])
+def test_split_over_eight_devices_it_trains_as_on_one(config, alone, parameters, teacher):
+    layout = Layout(make_mesh(), parameters, teacher)
+    state, losses = trained(config, layout)
+    np.testing.assert_allclose(losses, alone[1], rtol=1e-5)
+    arrays = eqx.filter(state, eqx.is_array)
+    weight = state.method.encoder.stack.blocks.mlp.expand.weight
+    assert weight.addressable_shards[0].data.size == weight.size // (8 if parameters else 1)
+    assert jax.tree.map(lambda x: x.sharding, arrays) == layout.shardings(arrays)  # it stays where it was
+
+
+def share(layout, tree):
+    """Bytes of the tree on one device, over all of its bytes."""
+    arrays = eqx.filter(tree, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+    where = jax.tree.leaves(layout.shardings(arrays))
+    pairs = zip(jax.tree.leaves(arrays), where, strict=True)
+    shards = [jax.ShapeDtypeStruct(at.shard_shape(x.shape), x.dtype) for x, at in pairs]
+    return tree_bytes(shards) / tree_bytes(arrays)
+
+
+@pytest.mark.parametrize("recipe", ["ijepa_vitb16_in1k", "ijepa_vith14_in1k", "lejepa_vitl14_in1k"])
+def test_a_device_holds_an_eighth(recipe):
+    config = RECIPES[recipe]()
+    state = eqx.filter_eval_shape(first_state, config.method, Optimizer(config.optim, 10, 0), jr.key(0))
+    assert 1 / 8 <= share(Layout(make_mesh(), True, True), state) <= 1.15 / 8
+    assert share(Layout(make_mesh()), state) == 1
+    if getattr(state.method, "target_encoder", None) is not None:
+        assert share(Layout(make_mesh(), True, False), state.method.target_encoder) == 1
+        assert share(Layout(make_mesh(), False, True), state.method.target_encoder) <= 1.15 / 8
+        assert share(Layout(make_mesh(), False, True), state.opt_state) == 1
+
+
+def test_layers_are_never_split_and_small_arrays_stay_whole():
+    layout = Layout(make_mesh(), True, True)
+    assert layout.spec((16, 64, 256)) == PartitionSpec(None, None, "data")
+    assert layout.spec((16, 512, 256)) == PartitionSpec(None, "data")
+    assert layout.spec((64, 1024, 3)) == PartitionSpec(None, "data")
+    assert layout.spec((8, 9, 9999)) == PartitionSpec()  # the devices can share no axis but that of the layers
+    assert layout.spec((16, 256)) == PartitionSpec()
+
+
+def test_auto_splits_what_would_fill_a_device(monkeypatch):
+    mesh, auto = make_mesh(), ShardingConfig()
+    assert not layout_of(auto, mesh, 10**15).parameters  # devices of a CPU share its memory
+    monkeypatch.setattr(sharding, "device_bytes", lambda: 100e9)
+    assert layout_of(auto, mesh, 24 * 10**9) == Layout(mesh, False, False)
+    assert layout_of(auto, mesh, 26 * 10**9) == Layout(mesh, True, True)
+    assert not layout_of(auto, make_mesh(1), 26 * 10**9).parameters
+    assert layout_of(ShardingConfig("sharded", "replicated"), mesh, 1) == Layout(mesh, True, False)
+    assert layout_of(ShardingConfig("replicated", "sharded"), mesh, 1) == Layout(mesh, False, True)
+    assert str(Layout(mesh, True, False)) == "parameters split over them, the teacher whole on each"
+
+
+def test_gathers_move_parameters_and_no_activations():
+    """The compiled step's messages between devices: about what the parameters take, thrice, and nothing else large."""
+    config = wide("ijepa_fashion_mnist")
+    source, optimizer = prepare(config)
+    layout = Layout(make_mesh(), True, True)
+    state = placed_state(config.method, optimizer, jr.key(0), layout)
+    arrays, rest = eqx.partition(state, eqx.is_array)
+    (images,) = read(config, source, 1, 0)
+    fixed = {"optimizer": optimizer, "rest": rest, "compute": jnp.float32, "guard": USUAL, "layout": layout}
+    program = step_program.lower(arrays, sharding.shard_batch(images, layout.mesh), jr.key(0), **fixed).compile()
+    text = program.as_text()
+    assert " all-gather(" in text and " all-to-all(" not in text
