@@ -1,5 +1,6 @@
 """Where the state of a run lies, and that its losses do not depend on it."""
 
+import shutil
 from dataclasses import replace
 
 import equinox as eqx
@@ -10,14 +11,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jepax import sharding
+from jepax import logs, sharding
 from jepax.costs import tree_bytes
 from jepax.optim import Optimizer
 from jepax.recipes import RECIPES
+from jepax.saving import SaveConfig
 from jepax.settings import prepare
 from jepax.sharding import Layout, ShardingConfig, layout_of, make_mesh
 from jepax.step import USUAL, Fixed, compiled_step, first_state, placed_state, step_program
-from jepax.train import read
+from jepax.train import read, train
 from tests.contracts.shrink import shrunk
 
 STEPS = 4
@@ -40,6 +42,27 @@ def trained(config, layout):
         losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
     assert step_program._cache_size() == programs + 1
     return state, np.array(losses)
+
+
+def test_a_run_may_go_on_split_or_whole(tmp_path):
+    """Every other part of it split: the losses and scores of a run that lies whole on each device."""
+    config = wide("ijepa_fashion_mnist")
+    config = replace(
+        config,
+        train=replace(config.train, steps=6, log_every=1, save=SaveConfig(every=2)),
+        eval=replace(config.eval, online=replace(config.eval.online, every=3)),
+    )
+    train(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts/checkpoints/00000006")
+    split = replace(config, train=replace(config.train, sharding=ShardingConfig("sharded")))
+    state = train(split, tmp_path / "parts")
+    assert not state.method.encoder.stack.blocks.mlp.expand.weight.is_fully_replicated
+    whole, parts = (logs.read(tmp_path / name / logs.FILE) for name in ("whole", "parts"))
+    assert [line["step"] for line in parts] == list(range(6))
+    np.testing.assert_allclose(*([line["loss"] for line in lines] for lines in (whole, parts)), rtol=1e-5)
+    assert parts[5]["knn_top1"] == pytest.approx(whole[5]["knn_top1"], abs=5)
+    assert sharding.local(state).method.encoder.stack.blocks.mlp.expand.weight.is_fully_replicated
 
 
 @pytest.fixture(scope="module", params=["ijepa_fashion_mnist", "lejepa_fashion_mnist"])
@@ -65,11 +88,7 @@ def test_split_over_eight_devices_it_trains_as_on_one(config, alone, parameters,
 
 def share(layout, tree):
     """Bytes of the tree on one device, over all of its bytes."""
-    arrays = eqx.filter(tree, lambda x: isinstance(x, jax.ShapeDtypeStruct))
-    where = jax.tree.leaves(layout.shardings(arrays))
-    pairs = zip(jax.tree.leaves(arrays), where, strict=True)
-    shards = [jax.ShapeDtypeStruct(at.shard_shape(x.shape), x.dtype) for x, at in pairs]
-    return tree_bytes(shards) / tree_bytes(arrays)
+    return layout.bytes(tree) / tree_bytes(tree)
 
 
 @pytest.mark.parametrize("recipe", ["ijepa_vitb16_in1k", "ijepa_vith14_in1k", "lejepa_vitl14_in1k"])

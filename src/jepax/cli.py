@@ -180,6 +180,8 @@ def train(arguments: list[str]) -> None:
 
         dry_run(config)
         return
+    import equinox as eqx
+
     from jepax import hosts, lock, settings, sharding
     from jepax import train as training
     from jepax.evals import alarms
@@ -190,11 +192,12 @@ def train(arguments: list[str]) -> None:
         with hosts.together():
             settings.check_splits(config.data)
         state = training.train(config, folder, allow=wanted.allow)
+        state = sharding.local(eqx.tree_at(lambda s: s.opt_state, state, None))  # evaluations read the method
         hosts.leave()
     if not hosts.first():
         return
     with lock.held(folder):
-        finish(config, sharding.local(state), folder)
+        finish(config, state, folder)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all; {alarms.summary(folder)}")
 
 

@@ -21,6 +21,7 @@ from jepax.masking import block_sizes
 from jepax.methods import AbstractMethod
 from jepax.methods.ijepa import IJEPA
 from jepax.methods.multiview import MultiView, embed
+from jepax.nn.blocks import Stack
 from jepax.optim import Optimizer
 from jepax.settings import Config, compute_dtype, prepare
 from jepax.sharding import Layout
@@ -237,27 +238,45 @@ def shaped(method: IJEPA, target: int) -> tuple[PyTree, Masks]:
 
 def say_memory(plan: Plan, say: Say) -> tuple[float, float]:
     """Bytes on a device whatever the batch, and bytes per image."""
-    method, compute = plan.state.method, compute_dtype(plan.config)
-    trained = costs.tree_bytes(split(method)[0])
+    method, compute, layout = plan.state.method, compute_dtype(plan.config), plan.layout
+    trained = layout.bytes(split(method)[0])
     fixed = {
         "trained parameters": trained,
-        "teacher and other": costs.tree_bytes(method) - trained,
+        "teacher and other": layout.bytes(method) - trained,
         "gradients": trained,
-        "optimiser state": costs.tree_bytes(plan.state.opt_state),
+        "optimiser state": layout.bytes(plan.state.opt_state),
     }
+    if layout.parameters or layout.teacher:
+        fixed["gathered for the matrix products"] = gathered_bytes(method, layout, compute)
     one, two = (activation_bytes(plan, batch, compute) for batch in (1, 2))
     image = two - one + costs.tree_bytes(plan.images(1))
     fixed["not per image"] = max(one - (two - one), 0)
     batch = plan.config.train.batch_size
     share = batch // jax.device_count()
     say(
-        f"\nmemory per device, GB (estimated; {jnp.dtype(compute).name}, {share} of {batch} images;"
+        f"\nmemory per device, GB (estimated; {layout}; {jnp.dtype(compute).name}, {share} of {batch} images;"
         " the compiler's working space comes on top)"
     )
     for name, count in (fixed | {"batch and activations": image * share}).items():
         say(f"  {name:<40}{count / 1e9:>10.3f}")
     say(f"  {'in all':<40}{(sum(fixed.values()) + image * share) / 1e9:>10.3f}")
     return float(sum(fixed.values())), float(image)
+
+
+def gathered_bytes(method: AbstractMethod, layout: Layout, compute: DTypeLike) -> int:
+    """Bytes of what lies split and is gathered, at once: of blocks that are scanned and rematerialised, one."""
+
+    def numbers(tree: PyTree, split: bool) -> int:
+        total = 0
+        for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, (EMA, Stack))):
+            if isinstance(node, EMA):
+                total += numbers(node.average, layout.teacher)
+            elif split:
+                one = isinstance(node, Stack) and node.scan and node.remat != "none"
+                total += count_parameters(node) // (node.depth if one else 1)
+        return total
+
+    return numbers(method, layout.parameters) * jnp.dtype(compute).itemsize
 
 
 def activation_bytes(plan: Plan, batch: int, compute: DTypeLike) -> int:

@@ -1,10 +1,11 @@
 """Where arrays lie: one mesh over all devices, the batch split over it, parameters whole or split (FSDP)."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal, TypeVar
 
 import jax
@@ -49,7 +50,7 @@ class Layout:
 
         def of(node: object) -> PyTree:
             split = self.teacher if isinstance(node, EMA) else self.parameters
-            return jax.tree.map(lambda x: self.sharding(x.shape, split) if hasattr(x, "shape") else None, node)
+            return jax.tree.map(lambda x: self.sharding(x.shape, split) if hasattr(x, "dtype") else None, node)
 
         return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, EMA))
 
@@ -61,10 +62,16 @@ class Layout:
         """Splits the larger of the last two axes that the devices can share: never a stack's axis of layers."""
         devices = self.mesh.shape["data"]
         axes = [axis for axis in range(len(shape))[-2:] if shape[axis] % devices == 0]
-        if np.prod(shape) < SMALL or not axes:
+        if math.prod(shape) < SMALL or not axes:
             return PartitionSpec()
         chosen = max(axes, key=lambda axis: (shape[axis], axis))
         return PartitionSpec(*[None] * chosen, "data")
+
+    def bytes(self, tree: PyTree) -> int:
+        """What one device holds of the tree's arrays, which may be abstract."""
+        arrays = [x for x in jax.tree.leaves(tree) if hasattr(x, "dtype")]
+        pairs = zip(arrays, jax.tree.leaves(self.shardings(tree)), strict=True)
+        return sum(math.prod(at.shard_shape(x.shape)) * x.dtype.itemsize for x, at in pairs)
 
     def pinned(self, tree: T) -> T:
         """The tree with its arrays held to where they lie; within `jit`."""
@@ -187,11 +194,25 @@ def whole(array: jax.Array) -> np.ndarray:
     return np.asarray(array if array.is_fully_addressable else process_allgather(array, tiled=True))
 
 
-def local(tree: PyTree) -> PyTree:
-    """The tree for this process alone, out of several: of every array, which each device holds whole, one copy."""
-    if jax.process_count() == 1:
-        return tree
-    return jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
+def local(tree: T) -> T:
+    """The tree for this process alone, its arrays whole: one copy of each where there are several processes.
+
+    Where arrays lie split, all processes have to call it.
+    """
+
+    def of(x: object) -> object:
+        if not isinstance(x, jax.Array):
+            return x
+        if not x.is_fully_replicated:
+            x = _everywhere(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+        return x if jax.process_count() == 1 else x.addressable_data(0)
+
+    return jax.tree.map(of, tree)
+
+
+@lru_cache
+def _everywhere(sharding: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def shard_batch(images: Images, mesh: Mesh) -> Images:

@@ -6,8 +6,9 @@ Where each number comes from: [paper] is its section 4 and appendix A; [config] 
   0.04 -> 0.4, none on biases and norms; EMA 0.996 -> 1.0, linear. [paper, config]
 - Four targets of scale 0.15-0.2 and aspect 0.75-1.5; context block of scale 0.85-1.0. [paper, config]
 - Crops of scale 0.3-1.0, no flip, no colour change; ImageNet's mean and standard deviation. [config]
-- Predictor: width 384; depth 6 (B/16) or 12 (L/16, H/14, H/16 at 448); the encoder's number of heads. [paper, config]
-- Epochs: B/16 and L/16 600, H/14 and H/16 at 448 px 300. [paper]
+- Predictor: width 384; depth 6 (B/16), 12 (L/16, H/14, H/16 at 448) or 16 (g/16); the encoder's number of heads.
+  [paper, config]
+- Epochs: B/16 and L/16 600, H/14 and H/16 at 448 px 300. [paper] g/16 on ImageNet-22k: 44, of which 3 of warm-up. [config]
 
 What the publications do not fix, and what we take: the number of context patches. The released code cuts each batch's
 contexts to its shortest, so the number follows from the batch per GPU; we take the mean at 128 images per GPU: 50 on a
@@ -76,3 +77,19 @@ def ijepa_vith14_in1k() -> Config:
 def ijepa_vith16_448_in1k() -> Config:
     """I-JEPA ViT-H/16 at 448 px, 300 epochs. Reported linear top-1: 81.1 (paper, table 1)."""
     return _sized(ijepa_vitb16_in1k(), "ijepa_vith16_448_in1k", "huge", 16, 448, context=234, epochs=300.0)
+
+
+@recipe
+def ijepa_vitg16_in22k() -> Config:
+    """I-JEPA ViT-g/16 at 224 px on ImageNet-22k, 44 epochs, as in the public code. Reported: on transfer tasks only.
+
+    PATH/train/CLASS/* and PATH/val/CLASS/*, as for ImageNet-1k. Where a device is too small for the whole state, that is
+    split over all of them.
+    """
+    config = _sized(ijepa_vitb16_in1k(), "ijepa_vitg16_in22k", "giant", 16, 224, context=50, epochs=44.0)
+    predictor = replace(config.method.predictor, depth=16)
+    return replace(
+        config,
+        method=replace(config.method, predictor=predictor),
+        optim=replace(config.optim, warmup_epochs=3.0),
+    )
