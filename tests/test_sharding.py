@@ -18,8 +18,10 @@ from jepax.recipes import RECIPES
 from jepax.saving import SaveConfig
 from jepax.settings import prepare
 from jepax.sharding import Layout, ShardingConfig, layout_of, make_mesh
-from jepax.step import USUAL, Fixed, compiled_step, first_state, placed_state, step_program
+from jepax.step import USUAL, Fixed, compiled_step, first_state, loss_and_gradients, placed_state, step_program
 from jepax.train import read, train
+from jepax.trees import norm
+from jepax.types import UserError
 from tests.contracts.shrink import shrunk
 
 STEPS = 4
@@ -136,3 +138,64 @@ def test_gathers_move_parameters_and_no_activations():
     program = step_program.lower(arrays, sharding.shard_batch(images, layout.mesh), jr.key(0), **fixed).compile()
     text = program.as_text()
     assert " all-gather(" in text and " all-to-all(" not in text
+
+
+def gradients(config, layout, compute=jnp.float32):
+    """Loss, metrics and gradients of the first batch."""
+    source, _ = prepare(config)
+    method = config.method.build(total_steps=STEPS, key=jr.key(0))
+    (images,) = read(config, source, 1, 0)
+    images = sharding.shard_batch(images, layout.mesh)
+
+    @eqx.filter_jit
+    def run(method, images):
+        with layout.applied():
+            return loss_and_gradients(method, images, jr.key(1), compute)
+
+    return run(method, images)
+
+
+@pytest.mark.parametrize("name", ["ijepa", "ijepa_multilayer", "lejepa", "byol"])
+def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(name):
+    """Also where the loss reads statistics of the batch, as LeJEPA's and a head's BatchNorm do."""
+    method, *variant = name.split("_")
+    config, mesh = shrunk("_".join([method, "fashion_mnist", *variant])), make_mesh(2)
+    loss, metrics, grads = gradients(config, Layout(mesh))
+    loss_in_pieces, metrics_in_pieces, grads_in_pieces = gradients(config, Layout(mesh, pieces=4))
+    np.testing.assert_allclose(loss_in_pieces, loss, rtol=1e-6)
+    assert float(norm(jax.tree.map(jnp.subtract, grads_in_pieces, grads))) <= 2e-6 * float(norm(grads))
+    for name, value in metrics.items():
+        np.testing.assert_allclose(metrics_in_pieces[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_gradients_of_pieces_are_summed_in_float32():
+    """In bfloat16, 8 pieces are no farther from float32 than the batch at once."""
+    config, mesh = shrunk("lejepa_fashion_mnist"), make_mesh(1)
+    exact = gradients(config, Layout(mesh))[2]
+    apart = [
+        float(norm(jax.tree.map(jnp.subtract, gradients(config, Layout(mesh, pieces=n), jnp.bfloat16)[2], exact)))
+        for n in (1, 8)
+    ]
+    assert apart[1] <= 1.1 * apart[0]
+
+
+def test_a_batch_in_pieces_takes_less_memory():
+    config = wide("ijepa_fashion_mnist")
+    config = replace(config, train=replace(config.train, batch_size=64))
+    source, optimizer = prepare(config)
+    arrays, rest = eqx.partition(first_state(config.method, optimizer, jr.key(0)), eqx.is_array)
+    (images,) = read(config, source, 1, 0)
+    fixed = {"optimizer": optimizer, "rest": rest, "compute": jnp.float32, "guard": USUAL}
+    taken = [
+        step_program.lower(arrays, images, jr.key(0), **fixed, layout=Layout(make_mesh(1), pieces=n))
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for n in (1, 8)
+    ]
+    assert taken[1] < taken[0] / 2
+
+
+def test_pieces_that_the_devices_cannot_share_are_refused():
+    with pytest.raises(UserError, match=r"batch_size=16 .* 8 devices in train.accumulate=4 pieces; try 32"):
+        sharding.check_batch(16, 4)

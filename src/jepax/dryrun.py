@@ -85,7 +85,9 @@ def make_plan(config: Config, say: Say) -> Plan:
     source, optimizer = prepare(config)
     say(f"{len(source):,} training pictures, {optimizer.total_steps:,} steps of {config.train.batch_size}")
     state = eqx.filter_eval_shape(first_state, config.method, optimizer, jr.key(config.seed))
-    layout = sharding.layout_of(config.train.sharding, sharding.make_mesh(), costs.tree_bytes(state))
+    layout = sharding.layout_of(
+        config.train.sharding, sharding.make_mesh(), costs.tree_bytes(state), config.train.accumulate
+    )
     return Plan(config, source, optimizer, state, layout)
 
 

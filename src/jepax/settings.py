@@ -34,6 +34,9 @@ class TrainConfig:
     """Passes over the training split; parts of a pass are allowed."""
     steps: int | None = None
     """Steps of the run; None takes them from the epochs."""
+    accumulate: int = 1
+    """Pieces that a step's batch goes through the networks in, one after the other, where memory is short: the same
+    losses and gradients as at once, also of methods that read statistics of the batch, for one more forward pass."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of matrix products; parameters, teacher, norms and losses stay in float32. auto: bfloat16 but on a CPU."""
     log_every: int = 50
@@ -48,7 +51,7 @@ class TrainConfig:
     """Views of the log elsewhere, each behind an extra of its name; metrics.jsonl holds everything without them."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "log_every"):
+        for name in ("batch_size", "epochs", "log_every", "accumulate"):
             if getattr(self, name) <= 0:
                 raise UserError(f"train.{name}={getattr(self, name)} must be above 0")
         if self.steps is not None and self.steps < 1:
@@ -106,7 +109,7 @@ def compute_dtype(config: Config) -> DTypeLike:
 
 FREE = (
     *("data.root", "data.threads", "data.workers", "data.broken_share"),
-    *("eval", "train.log_every", "train.save", "train.sharding", "train.trackers"),
+    *("eval", "train.log_every", "train.save", "train.trackers", "train.sharding", "train.accumulate"),
 )
 """Settings that a run may go on with in another value: what is trained does not depend on them."""
 CONFIG, DATA = "config.yaml", "data.json"
@@ -214,7 +217,7 @@ def check(config: Config, source: Source) -> None:
 
 def prepare(config: Config) -> tuple[Source, Optimizer]:
     """The training split, and the optimiser of the whole run. Raises `UserError` for what cannot be trained."""
-    sharding.check_batch(config.train.batch_size)
+    sharding.check_batch(config.train.batch_size, config.train.accumulate)
     source = open_source(config.data, "train")
     check(config, source)
     return source, make_optimizer(config, total_steps(config, len(source)), len(source))

@@ -1,4 +1,4 @@
-"""Where arrays lie: one mesh over all devices, the batch split over it, parameters whole or split (FSDP)."""
+"""How a step is laid out: arrays over the devices of a mesh, parameters whole or split (FSDP), the batch in pieces."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal, TypeVar
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -44,6 +46,8 @@ class Layout:
     """Whether parameters and optimiser state are split."""
     teacher: bool = False
     """Whether what lies beneath an `EMA` is."""
+    pieces: int = 1
+    """Parts of the batch that go through the networks one after the other."""
 
     def shardings(self, tree: PyTree) -> PyTree:
         """For each array of the tree, also of an abstract one, where it lies; None for what is no array."""
@@ -78,9 +82,9 @@ class Layout:
         return jax.tree.map(jax.lax.with_sharding_constraint, tree, self.shardings(tree))
 
     @contextmanager
-    def gathering(self) -> Iterator[None]:
-        """Within, `gathered` gathers: around what is traced, where parameters or teacher are split."""
-        token = _current.set(self if self.parameters or self.teacher else None)
+    def applied(self) -> Iterator[None]:
+        """Within, what is traced is laid out so: `gathered` gathers, and `in_pieces` divides."""
+        token = _current.set(self)
         try:
             yield
         finally:
@@ -99,10 +103,10 @@ def gathered(tree: T, *, but: type | tuple[type, ...] = ()) -> T:
     """The parameters of the tree whole on every device, for the matrix products to come; a gradient goes back to where
     the parameter lies. Nodes of the types `but` are left as they are: they gather their own, layer by layer.
 
-    Without this XLA would also move activations, and several times as many bytes. Outside `Layout.gathering`: the tree.
+    Without this XLA would move activations, too, and several times as many bytes. Outside `Layout.applied`: the tree.
     """
     layout = _current.get()
-    if layout is None:
+    if layout is None or not (layout.parameters or layout.teacher):
         return tree
     return jax.tree.map(
         lambda node: node if isinstance(node, but) else _gather_array(layout, node),
@@ -112,7 +116,7 @@ def gathered(tree: T, *, but: type | tuple[type, ...] = ()) -> T:
 
 
 def _gather_array(layout: Layout, x: object) -> object:
-    return _gather(layout, x) if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.numpy.inexact) else x
+    return _gather(layout, x) if eqx.is_inexact_array(x) else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -131,12 +135,43 @@ def _gather_backward(layout: Layout, _: None, gradient: Array) -> tuple[Array]:
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def layout_of(config: ShardingConfig, mesh: Mesh, state_bytes: int) -> Layout:
+M = TypeVar("M", bound=eqx.Module)
+
+
+def in_pieces(function: Callable[..., T], module: M, *batch: PyTree) -> T:
+    """function(module, *batch), the arrays of `batch` and of the result leading with the batch: in the layout's pieces.
+
+    Only inputs and results of a piece are kept for the backward pass, which goes forward once more; gradients by the
+    module are summed in float32. What comes of all images, such as a loss over the batch, is computed from the whole
+    result, so nothing changes but memory and time: also for losses that read statistics of the batch.
+    """
+    layout = _current.get()
+    if layout is None or layout.pieces == 1:
+        return function(module, *batch)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if eqx.is_inexact_array(x) else x, module)
+
+    def one(piece: PyTree) -> T:
+        def call(wide: M, piece: PyTree) -> T:
+            narrow = jax.tree.map(lambda w, m: w.astype(m.dtype) if eqx.is_inexact_array(m) else w, wide, module)
+            return function(narrow, *piece)
+
+        return eqx.filter_checkpoint(call)(wide, piece)
+
+    def apart(x: Array) -> Array:  # image i goes to piece i modulo pieces: each takes its images from every device
+        return jnp.swapaxes(x.reshape(len(x) // layout.pieces, layout.pieces, *x.shape[1:]), 0, 1)
+
+    def joined(x: Array) -> Array:
+        return jnp.swapaxes(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+    return jax.tree.map(joined, jax.lax.map(one, jax.tree.map(apart, batch)))
+
+
+def layout_of(config: ShardingConfig, mesh: Mesh, state_bytes: int, pieces: int = 1) -> Layout:
     """The layout that the config names, or that a state of so many bytes wants on these devices."""
     split = config.parameters == "sharded"
     if config.parameters == "auto":
         split = mesh.size > 1 and state_bytes > ROOM * device_bytes()
-    return Layout(mesh, split, split if config.teacher == "same" else config.teacher == "sharded")
+    return Layout(mesh, split, split if config.teacher == "same" else config.teacher == "sharded", pieces)
 
 
 def device_bytes() -> float:
@@ -157,13 +192,14 @@ def make_mesh(devices: int | None = None) -> Mesh:
     return jax.make_mesh((devices, 1), axes, axis_types=kinds, devices=jax.devices()[:devices])
 
 
-def check_batch(batch_size: int) -> None:
-    """Raises `UserError` where the devices cannot share the batch equally."""
+def check_batch(batch_size: int, pieces: int = 1) -> None:
+    """Raises `UserError` where the devices cannot share the batch, or each of its pieces, equally."""
     devices = jax.device_count()
-    if batch_size % devices:
+    if batch_size % (devices * pieces):
+        parts = f" in train.accumulate={pieces} pieces" if pieces > 1 else ""
         raise UserError(
-            f"train.batch_size={batch_size} does not divide over {devices} devices;"
-            f" try {max(batch_size // devices, 1) * devices}"
+            f"train.batch_size={batch_size} does not divide over {devices} devices{parts};"
+            f" try {max(batch_size // (devices * pieces), 1) * devices * pieces}"
         )
 
 

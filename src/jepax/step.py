@@ -60,10 +60,10 @@ def first_state(
     return eqx.combine(layout.pinned(arrays), rest)
 
 
-def layout_of(wanted: ShardingConfig, config: MethodConfig, optimizer: Optimizer, mesh: Mesh) -> Layout:
+def layout_of(wanted: ShardingConfig, pieces: int, config: MethodConfig, optimizer: Optimizer, mesh: Mesh) -> Layout:
     """How a run's state lies on these devices, by the setting and the state's size."""
     state = eqx.filter_eval_shape(first_state, config, optimizer, jr.key(0))
-    return sharding.layout_of(wanted, mesh, tree_bytes(state))
+    return sharding.layout_of(wanted, mesh, tree_bytes(state), pieces)
 
 
 def placed_state(config: MethodConfig, optimizer: Optimizer, key: PRNGKeyArray, layout: Layout) -> TrainState:
@@ -166,7 +166,7 @@ def step_program(
 
     Plain `jax.jit`, not `eqx.filter_jit`, which waits for every result and so would keep an accelerator idle.
     """
-    with layout.gathering() if layout else nullcontext():
+    with layout.applied() if layout else nullcontext():
         state, metrics = train_step(optimizer, eqx.combine(arrays, rest), images, root, compute, guard)
     arrays = eqx.filter(state, eqx.is_array)
     return layout.pinned(arrays) if layout else arrays, metrics

@@ -55,7 +55,9 @@ class Run:
         with hosts.together():
             self.source, self.optimizer = prepare(config)
             self.mesh = sharding.make_mesh()
-            self.layout = layout_of(config.train.sharding, config.method, self.optimizer, self.mesh)
+            self.layout = layout_of(
+                config.train.sharding, config.train.accumulate, config.method, self.optimizer, self.mesh
+            )
             root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), self.mesh)
             self.fixed = Fixed(self.optimizer, root, compute_dtype(config), config.train.guard, self.layout)
             self.state = self.first()

@@ -18,6 +18,7 @@ from jepax.methods.regulariser import RegulariserConfig, regularise
 from jepax.nn import Predictor, PredictorConfig, ViT, ViTConfig
 from jepax.nn.blocks import LayerNorm, normalise
 from jepax.objectives import masked_mean, share_explained, smooth_l1, squared_error
+from jepax.sharding import in_pieces
 from jepax.trees import EMA
 from jepax.types import Images, Masks, Metrics, UserError
 from jepax.views import CropConfig, random_resized_crop
@@ -163,8 +164,8 @@ class IJEPA(AbstractMethod):
         self, view: Float[Array, "batch height width channels"], masks: Masks, *, key: PRNGKeyArray
     ) -> tuple[Float[Array, ""], Metrics]:
         """The loss of given views and masks; only a regulariser's directions are drawn, from `key`."""
-        embedded, context = self.targets(view), self.encoder(view, masks.context)
-        predictions, on_context = self.predictions(context, masks)
+        passed = in_pieces(IJEPA.passes, self, view, masks)
+        context, (embedded, predictions, on_context) = passed[0], (jnp.moveaxis(x, 0, 1) for x in passed[1:])
         loss = self._prediction_loss(predictions, gather(embedded, masks.targets), masks)
         metrics = {"embeddings": jnp.mean(embedded[self.config.deepest], axis=1), "prediction_loss": loss}
         metrics |= self._health(loss, predictions, embedded, masks)
@@ -175,6 +176,18 @@ class IJEPA(AbstractMethod):
         pooled = jnp.mean(tokens.astype(jnp.float32), axis=1)
         added, terms = regularise(self.config.regulariser, pooled, key=key)
         return loss + added, metrics | terms
+
+    def passes(
+        self, view: Float[Array, "batch height width channels"], masks: Masks
+    ) -> tuple[
+        Float[Array, "batch context dim"],
+        Float[Array, "batch layers patches dim"],
+        Float[Array, "batch layers blocks target dim"],
+        Float[Array, "batch layers blocks _seen dim"],
+    ]:
+        """All that the networks do, image by image: the embedded context, the targets, and the predictions."""
+        context = self.encoder(view, masks.context)
+        return context, *(jnp.moveaxis(x, 1, 0) for x in (self.targets(view), *self.predictions(context, masks)))
 
     @property
     def teacher(self) -> ViT:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jepax.methods.base import AbstractMethod
 from jepax.nn import Projector, ProjectorConfig, ViT, ViTConfig
 from jepax.objectives import share_explained
+from jepax.sharding import in_pieces
 from jepax.types import Images, Metrics, UserError
 from jepax.views import CropConfig, Group, MultiCropConfig, multicrop
 
@@ -84,8 +85,11 @@ class JointEmbedding(MultiView):
 
 def embed(encoder: ViT, group: Group) -> Float[Array, "views batch dim"]:
     """Mean over patches of each view's embedding, in float32; all views go through the encoder as one batch."""
-    tokens = encoder(merged(group))
-    return split(jnp.mean(tokens.astype(jnp.float32), axis=1), len(group))
+
+    def pooled(encoder: ViT, views: Float[Array, "batch height width channels"]) -> Float[Array, "batch dim"]:
+        return jnp.mean(encoder(views).astype(jnp.float32), axis=1)
+
+    return split(in_pieces(pooled, encoder, merged(group)), len(group))
 
 
 def project(projector: Projector, group: Float[Array, "_views batch _dim"]) -> Projections:

@@ -8,7 +8,7 @@ Where each number comes from: [paper] is its section 4 and appendix A; [config] 
 - Crops of scale 0.3-1.0, no flip, no colour change; ImageNet's mean and standard deviation. [config]
 - Predictor: width 384; depth 6 (B/16), 12 (L/16, H/14, H/16 at 448) or 16 (g/16); the encoder's number of heads.
   [paper, config]
-- Epochs: B/16 and L/16 600, H/14 and H/16 at 448 px 300. [paper] g/16 on ImageNet-22k: 44, of which 3 of warm-up. [config]
+- Epochs: B/16 and L/16 600, H/14 and H/16 at 448 px 300. [paper] g/16 on ImageNet-22k: 44, 3 of them warm-up. [config]
 
 What the publications do not fix, and what we take: the number of context patches. The released code cuts each batch's
 contexts to its shortest, so the number follows from the batch per GPU; we take the mean at 128 images per GPU: 50 on a
@@ -83,7 +83,7 @@ def ijepa_vith16_448_in1k() -> Config:
 def ijepa_vitg16_in22k() -> Config:
     """I-JEPA ViT-g/16 at 224 px on ImageNet-22k, 44 epochs, as in the public code. Reported: on transfer tasks only.
 
-    PATH/train/CLASS/* and PATH/val/CLASS/*, as for ImageNet-1k. Where a device is too small for the whole state, that is
+    PATH/train/CLASS/* and PATH/val/CLASS/*, as for ImageNet-1k. Where the whole state is too much for a device, it is
     split over all of them.
     """
     config = _sized(ijepa_vitb16_in1k(), "ijepa_vitg16_in22k", "giant", 16, 224, context=50, epochs=44.0)
