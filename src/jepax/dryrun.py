@@ -251,12 +251,18 @@ def say_memory(plan: Plan, say: Say) -> tuple[float, float]:
     if layout.parameters or layout.teacher:
         fixed["gathered for the matrix products"] = gathered_bytes(method, layout, compute)
     one, two = (activation_bytes(plan, batch, compute) for batch in (1, 2))
-    image = two - one + costs.tree_bytes(plan.images(1))
-    fixed["not per image"] = max(one - (two - one), 0)
+    image, pieces = two - one, layout.pieces
+    fixed["not per image"] = max(one - image, 0)
+    if pieces > 1:  # what is kept of each image, and one piece on its way back
+        with layout.applied():
+            one, two = (activation_bytes(plan, batch * pieces, compute) for batch in (1, 2))
+        image = (two - one + image) // pieces
+    image += costs.tree_bytes(plan.images(1))
     batch = plan.config.train.batch_size
     share = batch // jax.device_count()
+    lies = f"{layout}; " if jax.device_count() > 1 else ""
     say(
-        f"\nmemory per device, GB (estimated; {layout}; {jnp.dtype(compute).name}, {share} of {batch} images;"
+        f"\nmemory per device, GB (estimated; {lies}{jnp.dtype(compute).name}, {share} of {batch} images;"
         " the compiler's working space comes on top)"
     )
     for name, count in (fixed | {"batch and activations": image * share}).items():
