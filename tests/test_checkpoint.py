@@ -1,13 +1,14 @@
 """Checkpoints: whole or not there, checked on the way back."""
 
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jepax import checkpoint, manifest
+from jepax import checkpoint, hosts, manifest
 from jepax.types import UserError
 
 
@@ -105,6 +106,21 @@ def test_what_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match=r"(?s)checkpoint .*00000001 could not be written.*the ones before it"):
         checkpoint.save(tmp_path, 1, tree())
     assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
+
+
+@pytest.mark.parametrize("step", ["folder", "begin", "end"])
+def test_a_peer_that_is_lost_while_it_is_written_is_no_error_of_the_disk(tmp_path, monkeypatch, step):
+    """The same command goes on: exit code 75."""
+
+    def lost(*_: object) -> None:
+        raise TimeoutError("Timed out at barrier `folder`: DEADLINE_EXCEEDED") if step != "folder" else hosts.PeerLost()
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "exchange", lost if step == "folder" else lambda text: [text])
+    response = SimpleNamespace(result=lost)
+    monkeypatch.setattr(checkpoint.ocp, "save_async", lost if step == "begin" else lambda path, arrays: response)
+    with pytest.raises(hosts.PeerLost):
+        checkpoint.save(tmp_path, 1, tree())
 
 
 def test_digests_are_equal_for_equal_states_alone():

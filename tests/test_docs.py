@@ -1,10 +1,13 @@
 """The documentation is true: files it shows are the files, and commands it gives are commands."""
 
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jepax import config as configs
 from jepax import overrides
@@ -56,3 +59,20 @@ def test_the_pages_grid_is_one(tmp_path):
     path.write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
     assert configs.load(Grid, path).name == "momentum"
     assert len(grids.resolve([str(path)]).jobs) == 4
+
+
+@pytest.mark.parametrize("code, again", [(0, False), (1, False), (2, False), (75, True), (137, True), (143, True)])
+def test_schedulers_begin_again_where_that_helps(tmp_path, code, again):
+    """Code 2 is for somebody to mend; 137 and 143 are of processes that were killed, beside others with 75."""
+    text = (ROOT / "docs" / "many_hosts.md").read_text()
+    for name, line in (("srun", f"exit {code}"), ("scontrol", "echo scontrol $@")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    script = re.search(r"```sh\n(#!/bin/bash.*?)```", text, re.DOTALL)[1]
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "scontrol requeue 7\n" if again else "")
+    job = next(yaml.safe_load_all(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1]))["spec"]
+    rules = [rule for rule in job["podFailurePolicy"]["rules"] if code in rule.get("onExitCodes", {}).get("values", ())]
+    assert [rule["action"] for rule in rules] == {2: ["FailJob"], 75: ["Ignore"]}.get(code, [])
+    assert job["backoffLimit"] > 0 and job["template"]["spec"]["restartPolicy"] == "Never"

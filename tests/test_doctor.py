@@ -226,12 +226,14 @@ def test_data_that_is_missing(run):
 
 
 def test_broken_pictures_dumps_and_why_training_stopped(run):
-    (run / "broken.jsonl").write_text(json.dumps({"file": "train/cat/3.jpg", "why": "it is empty"}) + "\n")
+    for name, files in (("broken.jsonl", (3,)), ("broken_1.jsonl", (3, 4))):
+        lines = [{"file": f"train/cat/{file}.jpg", "why": "it is empty"} for file in files]
+        (run / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "dumps/step_00000003").mkdir(parents=True)
     (run / "health.json").write_text(json.dumps({"alarms": [], "ended": "2 steps in a row were not finite"}))
     said, sound = examined(run)
     assert sound
-    assert "pictures      1 cannot be read, such as train/cat/3.jpg" in said
+    assert f"pictures      2 cannot be read, such as train/cat/3.jpg; listed in {run / 'broken*.jsonl'}" in said
     assert f"dump          jepax replay {run / 'dumps/step_00000003'}" in said
     assert line(said, "health").endswith("no alarm; stopped: 2 steps in a row were not finite")
     (run / "health.json").write_text("{")

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from jepax import checkpoint, manifest, saving
+from jepax import checkpoint, hosts, manifest, saving
 from jepax.saving import SaveConfig, Saver
 from jepax.types import UserError
 
@@ -138,6 +138,18 @@ def test_another_error_is_not_hidden_by_a_failed_save(tmp_path, monkeypatch):
         writes.save(1, STATE, {})
         raise KeyError
     assert "could not be written" in said[0]
+
+
+def test_an_error_is_not_hidden_by_a_lost_peer(tmp_path, monkeypatch):
+    def lost(self):
+        raise hosts.PeerLost
+
+    monkeypatch.setattr(checkpoint.Writing, "result", lost)
+    with pytest.raises(UserError, match="too many"), saver(tmp_path) as writes:
+        writes.save(1, STATE, {})
+        raise UserError("too many")
+    with pytest.raises(hosts.PeerLost), saver(tmp_path) as writes:
+        writes.save(1, STATE, {})
 
 
 @pytest.mark.parametrize("name", ["every", "minutes", "keep", "keep_each"])

@@ -75,22 +75,29 @@ class Writing:
         self._part, self._error = self.path.with_name(self.path.name + PART), None
         self._note, self._arrays, self._calls = note or {}, _forms(tree), (first, then)
         try:
-            if hosts.first():
-                shutil.rmtree(self._part, ignore_errors=True)
-                self._part.mkdir(parents=True)
-            hosts.exchange("")  # the folder is there
-            context = ocp.Context()
-            context.array.saving.use_compression = False  # weights hardly shrink: by a tenth
-            with context:
-                self._response = ocp.save_async(self._part / ARRAYS, named(tree))
+            with hosts.lost_peers():
+                self._begin(tree)
+        except hosts.PeerLost:
+            raise
         except Exception as error:
             raise self._failed(error) from error
         self._thread = threading.Thread(target=self._finish, name=f"checkpoint {step}", daemon=True)
         self._thread.start()
 
+    def _begin(self, tree: object) -> None:
+        if hosts.first():
+            shutil.rmtree(self._part, ignore_errors=True)
+            self._part.mkdir(parents=True)
+        hosts.exchange("")  # the folder is there
+        context = ocp.Context()
+        context.array.saving.use_compression = False  # weights hardly shrink: by a tenth
+        with context:
+            self._response = ocp.save_async(self._part / ARRAYS, named(tree))
+
     def _finish(self) -> None:
         try:
-            self._response.result()
+            with hosts.lost_peers():
+                self._response.result()
             if hosts.first():
                 first, then = self._calls
                 first()
@@ -126,8 +133,11 @@ class Writing:
         self._thread.join(seconds)
 
     def result(self) -> Path:
-        """Waits until it is on the disk. Raises `UserError` where it could not be written; nothing of it remains."""
+        """Waits until it is on the disk. Raises `UserError` where it could not be written; nothing of it remains.
+        Raises `hosts.PeerLost` where another process did not write its part."""
         self._thread.join()
+        if isinstance(self._error, hosts.PeerLost):
+            raise self._error
         if self._error is not None:
             raise self._failed(self._error) from self._error
         return self.path

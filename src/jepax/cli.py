@@ -64,19 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:
-        stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2)
-    except (ValueError, RuntimeError) as error:
-        from jepax.types import UserError
+    except (OSError, ValueError, RuntimeError) as error:
+        from jepax.types import words
 
-        if isinstance(error, UserError):
-            stop(str(error), 2)
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if (said := words(error)) is None:
             raise
-        stop(
-            "the device ran out of memory; lower train.batch_size (see --dry-run), or a protocol's",
-            2,
-        )
+        stop(said, 2)
 
 
 def stop(message: str, code: int) -> NoReturn:

@@ -8,7 +8,7 @@ from pathlib import Path
 from jepax import checkpoint, lock, logs, settings
 from jepax import config as configs
 from jepax import events as happened
-from jepax.data import BROKEN, Source, open_source
+from jepax.data import Source, broken, open_source
 from jepax.evals import alarms
 from jepax.settings import Config
 from jepax.types import UserError
@@ -122,9 +122,9 @@ def history(run: Path, say: Say) -> None:
     """What happened beside the metrics."""
     counts = Counter(str(line.get("event")) for line in happened.read(run / happened.FILE))
     say(f"events        {', '.join(f'{name} {count}' for name, count in counts.items()) or 'none'}")
-    broken = happened.read(run / BROKEN)
-    if broken:
-        say(f"pictures      {len(broken)} cannot be read, such as {broken[0].get('file')}; {run / BROKEN} lists them")
+    if found := broken.listed(run):
+        example, where = next(iter(found)), broken.place(run)
+        say(f"pictures      {len(found)} cannot be read, such as {example}; listed in {where}")
     for path in sorted((run / "dumps").glob("step_*")):
         say(f"dump          jepax replay {path}")
 

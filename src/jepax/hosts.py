@@ -12,8 +12,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool
 
-from jepax.signals import AGAIN
-from jepax.types import UserError
+from jepax.signals import AGAIN, Stopped
+from jepax.types import UserError, words
 
 HEARTBEAT = 60
 """Seconds without a sign of life after which a process counts as lost, unless `JEPAX_HEARTBEAT_SECONDS` says more."""
@@ -30,8 +30,16 @@ BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 MESSAGE = "a peer process was lost; the same command on all hosts goes on from the newest checkpoint"
 SIGNS = ("gloo", "nccl", "connection", "socket", "unavailable", "deadline_exceeded", "coordination", "barrier")
 """Words of the errors by which the runtime says that another process does not answer."""
+FAILED = "jepax/failed"
+"""Key under which a process that fails tells the others why, and the barrier at which all wait to end with it."""
+LAST_WAIT = 10
+"""Seconds that a process which fails waits for the others to hear of it."""
 _kept: list[object] = []  # handlers given to C, which holds only their addresses
 _numbers = itertools.count()
+_shared: BaseException | None = None  # what `together` raises: no other process has to be told
+_over = threading.Event()
+_listener: threading.Thread | None = None
+_failing = threading.Lock()  # taken for ever by the first reason for which this process ends with 2
 
 
 class PeerLost(RuntimeError):
@@ -61,6 +69,7 @@ def start(heartbeat: int | None = None, wait: int = 300) -> None:
         reason = str(error).splitlines()[0]
         raise UserError(f"this process did not find the others of its run: {reason}\n{help}") from error
     _end_at_abort()
+    _hear()
     atexit.register(_part)
 
 
@@ -103,14 +112,16 @@ def exchange(mine: str) -> list[str]:
         return [json.loads(_wait_for(client, f"{place}/{i}")) for i in range(jax.process_count())]
 
 
-def _wait_for(client: Any, key: str) -> str:
-    """The value of a key, once it is there; in short waits, between which Python sees signals such as Ctrl-C."""
-    while True:
+def _wait_for(client: Any, key: str, over: Callable[[], bool] = lambda: False) -> str:
+    """The value of a key, once it is there, or nothing once it is over; in short waits, between which Python sees
+    signals such as Ctrl-C."""
+    while not over():
         try:
             return client.blocking_key_value_get(key, 1000)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
+    return ""
 
 
 def same(value: int) -> int:
@@ -120,21 +131,24 @@ def same(value: int) -> int:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What all processes do at once: at its end they wait for each other, and a `UserError` of one is an error of all.
+    """What all processes do at once: at its end they wait for each other, and an error of one that is the user's to
+    mend is an error of all: its own there, a `UserError` in the others.
 
-    Without it one process would end with its message, and the others with the news of a lost peer.
+    Where one fails, the others must come to the end without it: `exchange` within is for before anything can fail.
     """
-    said: UserError | None = None
+    global _shared
+    failed: Exception | None = None
     try:
         yield
-    except UserError as error:
-        said = error
-    texts = exchange(str(said or ""))
-    if said is not None:
-        raise said
-    for process, text in enumerate(texts):
-        if text:
-            raise UserError(f"process {process}: {text}")
+    except (UserError, OSError) as error:
+        failed = error
+    texts = exchange(words(failed) or "" if failed else "")
+    if failed is None and any(texts):
+        process = next(process for process, text in enumerate(texts) if text)
+        failed = UserError(f"process {process}: {texts[process]}")
+    if failed is not None:
+        _shared = failed if len(texts) > 1 else None
+        raise failed
 
 
 class Agreement:
@@ -177,28 +191,79 @@ def lost_peers() -> Iterator[None]:
 
 @contextmanager
 def peers() -> Iterator[None]:
-    """Around all that the processes do together: the loss of a peer ends this one with `AGAIN` and a line that says so.
+    """Around all that the processes do together: the loss of a peer ends this one with `AGAIN` and a line that says so,
+    an error of one that is the user's to mend ends all of them with 2 and its message, and when they are asked to end
+    they wait for each other first.
 
-    It ends at once, without Python's exit: that would wait for the lost process, too.
+    The ends by an error come at once, without Python's exit: that would wait for the lost process, too.
     """
     try:
         with lost_peers():
-            yield
+            try:
+                yield
+            except Stopped:
+                leave()
+                raise
     except PeerLost as error:
         sys.stdout.flush()
         _end(str(error))
+    except Exception as error:
+        if (said := words(error)) is None or _state().client is None:
+            raise
+        sys.stdout.flush()
+        _fail(said, "" if error is _shared else f"process {jax.process_index()}: {said}")
 
 
 def leave() -> None:
     """Ends what the processes do together, when all have come here; each may then go on alone or end."""
     if jax.process_count() > 1:
         exchange("")
+        _hear_no_more()
         jax.distributed.shutdown()
         _at_abort(None)
 
 
+def _hear() -> None:
+    """Begins to listen, in a thread, for a process that fails: the main one may wait for it in a collective."""
+    global _listener
+    client = _state().client
+
+    def listen() -> None:
+        with suppress(jax.errors.JaxRuntimeError):  # no connection any more: the runtime tells the process
+            if said := _wait_for(client, FAILED, _over.is_set):
+                _fail(said)
+
+    _listener = threading.Thread(target=listen, name="peers", daemon=True)
+    _listener.start()
+
+
+def _hear_no_more() -> None:
+    """To be called before Python or the connection ends, which a thread that waits in the runtime does not survive."""
+    _over.set()
+    if _listener is not None:
+        _listener.join()
+
+
+def _fail(said: str, tell: str = "") -> NoReturn:
+    """Ends this process with 2 and this message, and by what it tells them the others, which are in here then, too.
+
+    They end at the same time: `srun --kill-on-bad-exit` signals those that are left behind, whose code would be 143.
+    """
+    _failing.acquire()
+    os.write(2, f"jepax: {said}\n".encode())
+    client = _state().client
+    try:
+        if tell:
+            with suppress(jax.errors.JaxRuntimeError):  # another process was first
+                client.key_value_set(FAILED, tell)
+        client.wait_at_barrier(FAILED, 1000 * LAST_WAIT)
+    finally:
+        os._exit(2)
+
+
 def _part() -> None:
     """At the exit of a process that has not come to `leave`: it failed, and JAX's exit would wait for the others."""
+    _hear_no_more()
     state = _state()
     for each in (state.client, state.service):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))  # its destructor would wait, too
@@ -212,7 +277,9 @@ def _state() -> Any:
     return global_state
 
 
-def _end(message: str) -> None:
+def _end(message: str) -> NoReturn:
+    if _failing.locked():  # it waits for the others, of which one is gone, by a thread that may be this one
+        os._exit(2)
     os.write(2, f"jepax: {message}\n".encode())
     os._exit(AGAIN)
 

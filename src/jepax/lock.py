@@ -3,14 +3,17 @@
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jepax import files
+from jepax import files, hosts
 from jepax.types import UserError
 
 FILE = "lock"
+PATIENCE = 60
+"""Seconds after which a network's file system shows every host what another one wrote."""
 _held: set[Path] = set()
 
 
@@ -40,7 +43,8 @@ def held(run: Path) -> Iterator[None]:
             ) from error
         with files.named(path / FILE):
             os.truncate(file, 0)
-            os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n".encode())
+            os.fsync(file)  # for `refuse_others`: other hosts see it now
         _held.add(path)
         yield
     finally:
@@ -54,6 +58,18 @@ def holder(run: Path) -> str:
         return (run / FILE).read_text().strip() or "another process"
     except OSError:
         return "another process"
+
+
+def refuse_others(run: Path) -> None:
+    """Raises `UserError` where this process does not see the folder that process 0 holds. All have to call it."""
+    held, end = hosts.exchange(holder(run))[0], time.monotonic() + PATIENCE
+    while holder(run) != held:
+        if time.monotonic() > end:
+            raise UserError(
+                f"{run} on {socket.gethostname()} is not the folder of that name that process 0 writes into;\n"
+                "take a --run-dir on a file system that all hosts share"
+            )
+        time.sleep(0.2)
 
 
 def is_held(run: Path) -> bool:

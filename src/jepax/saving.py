@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jepax import checkpoint, files
+from jepax import checkpoint, files, hosts
 from jepax.types import UserError
 
 SCORE = "score"
@@ -59,6 +59,9 @@ class Saver:
             if kind is None:
                 raise
             self.say(f"warning: {error}")
+        except hosts.PeerLost:
+            if kind is None:
+                raise
 
     def due(self, step: int) -> bool:
         """Whether the state after `step` steps is to be saved, by their number.

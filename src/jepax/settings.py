@@ -1,5 +1,6 @@
 """Everything that a run depends on, and what must hold before its first step."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jepax import checkpoint, files, sharding
+from jepax import checkpoint, files, hosts, sharding
 from jepax import config as configs
 from jepax.data import DataConfig, Source, open_source
 from jepax.evals.protocols import EvalConfig
@@ -159,20 +160,40 @@ def refuse_other_data(run: Path, source: Source) -> None:
     """Raises `UserError` where the pictures are not those that the run began with."""
     if not (run / DATA).exists():
         return
-    before, now = read_contents(run), source.contents
-    if before != now:
-        changed = [name for name in before | now if before.get(name) != now.get(name)]
-        shown = [f"{name}: {before.get(name, '(absent)')} -> {now.get(name, '(absent)')}" for name in changed[:2]]
-        parts = "1 part differs" if len(changed) == 1 else f"{len(changed)} parts differ"
+    if changed := _changed(read_contents(run), source.contents):
         raise UserError(
             "\n".join(
                 [
-                    f"{run} was trained on other pictures, {parts} (then -> now):",
-                    *shown,
+                    f"{run} was trained on other pictures, {_parts(changed)} (then -> now):",
+                    *changed[:2],
                     "bring the pictures back, take another --run-dir, or insist: --resume.allow data",
                 ]
             )
         )
+
+
+def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    return [f"{name}: {before.get(name, '(absent)')} -> {now.get(name, '(absent)')}" for name in names]
+
+
+def _parts(changed: list[str]) -> str:
+    return "1 part differs" if len(changed) == 1 else f"{len(changed)} parts differ"
+
+
+def refuse_unequal_data(source: Source) -> None:
+    """Raises `UserError` where the processes of a run do not see the same pictures. All have to call it."""
+    mine = json.dumps(source.contents, sort_keys=True)
+    if len(set(hosts.exchange(hashlib.sha256(mine.encode()).hexdigest()))) == 1:
+        return
+    first, *others = map(json.loads, hosts.exchange(mine))
+    for process, contents in enumerate(others, 1):
+        if changed := _changed(first, contents):
+            raise UserError(
+                f"process {process} has other pictures than process 0, {_parts(changed)} (0 -> {process}):\n"
+                f"{changed[0]}\n"
+                "give every host the same files, or all of them a data.root that they share"
+            )
 
 
 def read_contents(run: Path) -> dict[str, str]:

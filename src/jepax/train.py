@@ -14,7 +14,7 @@ from jepax.data import BROKEN, Broken, BrokenFiles, Source, batches
 from jepax.logs import Log, warn
 from jepax.monitor import Diverged, Monitor, NotFinite, RollBack, online_of
 from jepax.saving import Saver
-from jepax.settings import Config, claim, compute_dtype, prepare, record
+from jepax.settings import Config, claim, compute_dtype, prepare, record, refuse_unequal_data
 from jepax.step import Fixed, TrainState, compiled_step, layout_of, placed_state
 from jepax.trackers import Trackers
 from jepax.types import Images, UserError
@@ -33,6 +33,8 @@ def train(config: Config, run: Path, *, allow: Sequence[str] = ()) -> TrainState
         with hosts.together():
             if hosts.first():
                 held.enter_context(lock.held(run))
+        with hosts.together():
+            lock.refuse_others(run)
         this.claim(allow)
         held.enter_context(signals.deferred())
         while True:
@@ -41,7 +43,9 @@ def train(config: Config, run: Path, *, allow: Sequence[str] = ()) -> TrainState
             except RollBack as leap:
                 this.go_back(leap.step)
             except NotFinite as end:
-                raise this.ended(end) from end
+                diverged = this.ended(end)
+                with hosts.together():  # each has written its part
+                    raise diverged from end
 
 
 class Run:
@@ -54,6 +58,8 @@ class Run:
             refuse_other_configs(config)
         with hosts.together():
             self.source, self.optimizer = prepare(config)
+        with hosts.together():
+            refuse_unequal_data(self.source)
             self.mesh = sharding.make_mesh()
             self.layout = layout_of(
                 config.train.sharding, config.train.accumulate, config.method, self.optimizer, self.mesh
@@ -125,7 +131,7 @@ class Run:
             monitor.online, agreement = online_of(config, self.source, steps), hosts.Agreement(self.mesh)
             for step, images in enumerate(stream, self.start):
                 self.state, metrics = compiled_step(self.fixed, sharding.shard_batch(images, self.mesh), self.state)
-                stop, late = agreement(signals.asked(), saver.late())
+                stop, late = agreement(signals.asked(), hosts.first() and saver.late())
                 monitor.took(step, metrics, images)  # looks at the step before: the device never waits for it
                 if step == self.start:
                     log.compiled(metrics["loss"])
@@ -148,7 +154,9 @@ class Run:
 
     def read(self, say: Callable[[str], None]) -> Generator[Images, None, None]:
         """This host's slices of the batches that are left."""
-        name = BROKEN if hosts.first() else f"broken_{jax.process_index()}.jsonl"
+        name = BROKEN
+        if not hosts.first():  # whose log is silent
+            name, say = f"broken_{jax.process_index()}.jsonl", lambda text: warn(text.removeprefix("warning: "))
         broken = BrokenFiles(self.source, self.folder / name, self.config.data.broken_share, say)
         return read(self.config, self.source, self.optimizer.total_steps, self.start, self.shift, broken)
 

@@ -17,6 +17,17 @@ class UserError(ValueError):
     """
 
 
+def words(error: BaseException) -> str | None:
+    """What the user is told of an error that is theirs to mend; None: it is none of those."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return "the device ran out of memory; lower train.batch_size (see --dry-run), or a protocol's"
+    return None
+
+
 class Images(eqx.Module):
     """One batch as the host hands it over; each picture lies in its canvas's top left corner."""
 
@@ -38,4 +49,16 @@ class Masks(eqx.Module):
     """Marks the real entries of target blocks that are shorter than the largest one."""
 
 
-__all__ = ["AnyArray", "Array", "Bool", "Float", "Images", "Int", "Masks", "Metrics", "PRNGKeyArray", "UserError"]
+__all__ = [
+    "AnyArray",
+    "Array",
+    "Bool",
+    "Float",
+    "Images",
+    "Int",
+    "Masks",
+    "Metrics",
+    "PRNGKeyArray",
+    "UserError",
+    "words",
+]

@@ -260,6 +260,21 @@ def test_too_many_end_the_run_and_name_setting_count_and_list(source, tmp_path):
         BrokenFiles(source, path, 2 / 24, print)(np.array([3]))
 
 
+def test_what_every_process_has_listed_counts(source, tmp_path):
+    """A run goes on with another number of processes; each writes its own list, and mends no other."""
+    mine, other = tmp_path / "broken.jsonl", tmp_path / "broken_1.jsonl"
+    BrokenFiles(source, tmp_path / "elsewhere/broken.jsonl", 0.5, print)(np.array([3, 4]))
+    (tmp_path / "elsewhere/broken.jsonl").rename(other)
+    known = [entry["file"] for entry in listed(other)]
+    other.write_text(torn := other.read_text() + '{"fi')
+    again = BrokenFiles(source, mine, 2 / 24, print)
+    assert list(again.why) == known
+    again(np.array([3, 4]))
+    with pytest.raises(UserError, match=r"but 3 are; all are listed in .*/broken\*\.jsonl"):
+        again(np.array([20]))
+    assert other.read_text() == torn and len(listed(mine)) == 1
+
+
 def test_without_a_path_nothing_is_written_and_the_rest_holds(source, tmp_path):
     before = set(tmp_path.rglob("*"))
     broken = BrokenFiles(source, None, 0.0)

@@ -3,13 +3,16 @@
 python -m tests.faults.driver FOLDER '{"train": {"steps": 8}, "data": {"workers": 2}}'
 
 In the environment: JEPAX_TEST_LEAVE_AT=STEPS sends this process a SIGTERM in time to leave after so many steps,
-JEPAX_TEST_DIE_AT=STEP kills process 1 in that step, JEPAX_TEST_SAVE=STEPS saves every so many steps.
+JEPAX_TEST_DIE_AT=STEP kills process 1 in that step, JEPAX_TEST_SAVE=STEPS saves every so many steps, and
+JEPAX_TEST_FAULT=NAME is one of the functions of `FAULTS`.
 """
 
 import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +39,7 @@ def main(folder: str, changes: str = "{}") -> None:
                 values["save"] = SaveConfig(**values["save"])
             config = replace(config, **{part: replace(getattr(config, part), **values)})
         disturb()
-        train(config, Path(folder))
+        train(config, Path(folder, *FAULTS[os.environ.get("JEPAX_TEST_FAULT", "none")]()))
         print("trained", flush=True)
         hosts.leave()
 
@@ -61,6 +64,83 @@ def disturb() -> None:
         return real(inputs, images, state)
 
     training.compiled_step = step
+
+
+def spoilt(owner: object, name: str, process: int, before: Callable[..., object]) -> tuple[()]:
+    """In this process, `before` is called before the function, with its arguments."""
+    import jax
+
+    real = getattr(owner, name)
+
+    def function(*arguments: object, **named: object) -> object:
+        before(*arguments)
+        return real(*arguments, **named)
+
+    if jax.process_index() == process:
+        setattr(owner, name, function)
+    return ()
+
+
+def full_disk() -> tuple[()]:
+    from jepax import manifest
+
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device", str(folder))
+
+    return spoilt(manifest, "sums", 0, full)
+
+
+def slow_disk() -> tuple[()]:
+    """Process 0 takes longer to finish a checkpoint."""
+    from jepax import manifest
+
+    return spoilt(manifest, "sums", 0, lambda folder: time.sleep(4))
+
+
+def not_finite() -> tuple[()]:
+    """Training ends with a dump, which takes process 0 longer."""
+    from jepax import config as configs
+    from jepax import monitor
+
+    def took(self: monitor.Monitor, step: int, metrics: object, images: monitor.Images) -> None:
+        raise monitor.NotFinite(step, images, {"loss": "nan", "grad_norm": "nan"})
+
+    monitor.Monitor.took = took
+    return spoilt(configs, "dump", 0, lambda config, path: "dumps" in path.parts and time.sleep(4))
+
+
+def other_pictures() -> tuple[()]:
+    import jax
+
+    from jepax.data.sources.synthetic import Synthetic
+
+    contents = {"pictures": f"those of {jax.process_index()}", "alike": "in all"}
+    Synthetic.contents = property(lambda self: contents)
+    return ()
+
+
+def own_folder() -> tuple[str]:
+    """Each process has a folder of its own, of which it thinks that all see it."""
+    import jax
+
+    from jepax import lock
+
+    lock.PATIENCE = 1
+    return (f"of {jax.process_index()}",)
+
+
+def other_clock() -> tuple[()]:
+    """By the clock of process 1 it is always time to save."""
+    import jax
+
+    from jepax.saving import Saver
+
+    Saver.late = lambda self: jax.process_index() == 1
+    return ()
+
+
+FAULTS = {each.__name__: each for each in (full_disk, slow_disk, not_finite, other_pictures, own_folder, other_clock)}
+FAULTS["none"] = tuple
 
 
 if __name__ == "__main__":  # the workers of the loader import this file again

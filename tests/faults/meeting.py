@@ -24,13 +24,13 @@ def stopped_after(wishes: list[int]) -> int:
     return -1
 
 
-def refusal() -> str:
+def refusal(failure: Exception) -> str:
     try:
         with hosts.together():
             if jax.process_index() == 1:
-                raise UserError("no pictures here")
-    except UserError as error:
-        return str(error)
+                raise failure
+    except (UserError, OSError) as error:
+        return f"{type(error).__name__} {error}"
     return ""
 
 
@@ -41,7 +41,7 @@ if __name__ == "__main__":
             "stopped": stopped_after([int(word) for word in sys.argv[1:]]),
             "same": hosts.same(jax.process_index() + 5),
             "texts": hosts.exchange(f"from {jax.process_index()}"),
-            "refusal": refusal(),
+            "refusals": [refusal(UserError("no pictures here")), refusal(OSError(28, "No space left", "a/file"))],
         }
         hosts.leave()
     print(json.dumps(said | {"alone": float(jax.numpy.ones(3).sum())}), flush=True)

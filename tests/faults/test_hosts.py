@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from jepax import hosts, sharding, signals
+from jepax import checkpoint, hosts, sharding, signals
+from jepax.data import broken
 from jepax.logs import read
 from jepax.types import UserError
 from tests.faults.conftest import Processes, of_session
@@ -53,8 +55,50 @@ def test_processes_stop_after_the_same_step_and_share_refusals(processes):
     assert first["stopped"] == second["stopped"] == 18  # the step after that of the first wish
     assert first["same"] == second["same"] == 5
     assert first["texts"] == second["texts"] == ["from 0", "from 1"]
-    assert (first["refusal"], second["refusal"]) == ("process 1: no pictures here", "no pictures here")
+    assert first["refusals"] == ["UserError process 1: no pictures here", "UserError process 1: No space left: a/file"]
+    assert second["refusals"] == ["UserError no pictures here", "OSError [Errno 28] No space left: 'a/file'"]
     assert first["alone"] == 3.0  # a process may work on after the parting
+
+
+FULL = "No space left on device: a/file"
+ENDS = {
+    "alone": (2, "no pictures here", "process {}: no pictures here"),
+    "system": (2, FULL, "process {}: " + FULL),
+    "together": (2, FULL, "process {}: " + FULL),
+    "all": (2, "the {} of all", "the {} of all"),
+    "stopped": (signals.AGAIN, "asked to end", "asked to end"),
+}
+"""By the way in which processes end: the code of all, what the one says that fails or is slow, and the others."""
+
+
+@pytest.mark.fault(12, "one of several processes fails, or all end")
+@pytest.mark.parametrize("slow", [0, 1], ids=["coordinator", "other"])
+@pytest.mark.parametrize("how", ENDS)
+def test_all_end_with_the_code_and_the_message_of_the_one(processes, how, slow):
+    code, own, others = ENDS[how]
+    group = processes.group("failing", how, str(slow), count=3)
+    assert [process.wait(90) for process in group] == [code] * 3, "".join(map(processes.said, group))
+    for index, process in enumerate(group):
+        wanted = own.format(index) if index == slow else others.format(index if how == "all" else slow)
+        lines = [line for line in processes.said(process).splitlines() if line.startswith("jepax: ")]
+        assert lines == [f"jepax: {wanted}"], processes.said(process)
+        assert "Traceback" not in processes.said(process)
+
+
+@pytest.mark.fault(12, "one of several processes fails, another hangs, and the coordinator is killed")
+def test_what_fails_ends_also_where_the_others_do_not_come_to_the_end(processes):
+    first, second, _ = processes.group("failing", "stuck", "1", count=3)
+    processes.until(lambda: "process 1: no pictures here" in processes.said(first), 60)
+    first.kill()
+    assert second.wait(8) == 2, processes.said(second)
+    assert processes.said(second).count("jepax: ") == 1
+
+
+@pytest.mark.fault(12, "one of several processes saves longer than the others")
+def test_no_process_ends_before_all_have_saved(processes):
+    """A scheduler ends those that are left when the first one ends."""
+    first, second = processes.group("failing", "stopped", "0")
+    assert second.wait(90) == signals.AGAIN and "saved" in processes.said(first)
 
 
 def losses(run: Path) -> list[float]:
@@ -137,6 +181,100 @@ def test_a_lost_peer_ends_the_other_in_time_with_a_line(processes, tmp_path, los
     while of_session(other) and time.monotonic() < deadline:  # its worker, and what tracks its shared memory
         time.sleep(0.1)
     assert of_session(other) == []
+
+
+def ended(processes: Processes, run: Path, fault: str, code: int, train: dict, **settings: dict) -> list[str]:
+    """What two processes say that train with this fault and end with this code."""
+    changes = json.dumps({"train": train, **settings})
+    both = processes.group("driver", str(run), changes, heartbeat=HEARTBEAT, JEPAX_TEST_FAULT=fault)
+    said = [processes.said(process) for process in both if process.wait(150) is not None]
+    assert [process.returncode for process in both] == [code] * 2, "".join(said)
+    assert hosts.MESSAGE not in "".join(said) and "Traceback" not in "".join(said)
+    return [text.split("jepax: ", 1)[-1] for text in said]
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(12, "process 0 fails alone: the disk is full")
+def test_what_one_process_cannot_write_ends_all_with_its_message(processes, tmp_path):
+    first, second = ended(processes, tmp_path / "run", "full_disk", 2, {"steps": 1000, "save": {"every": 3}})
+    assert first.startswith(f"checkpoint {tmp_path / 'run'}/checkpoints/00000003 could not be written: [Errno 28] No")
+    assert second == f"process 0: {first}"
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(12, "a process other than 0 fails alone: its data worker is killed")
+def test_a_killed_worker_of_one_process_ends_all_with_its_message(processes, tmp_path):
+    first, second = training(processes, tmp_path / "run", LONG, {"workers": 1})
+    worker = next(pid for pid in of_session(second) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(worker, signal.SIGKILL)
+    assert [process.wait(30) for process in (first, second)] == [2, 2], processes.said(first) + processes.said(second)
+    assert "jepax: process 1: one of the data.workers=1 processes" in processes.said(first)
+    assert "jepax: one of the data.workers=1 processes" in processes.said(second)
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(4, "processes are asked to end, and process 0 saves longer than the others")
+def test_no_process_ends_before_the_checkpoint_counts(processes, tmp_path):
+    """Or a scheduler that ends the others when one has ended would end the save."""
+    settings = json.dumps({"train": {"steps": 100}})
+    first, second = processes.group(
+        "driver", str(tmp_path), settings, JEPAX_TEST_LEAVE_AT="4", JEPAX_TEST_FAULT="slow_disk"
+    )
+    assert second.wait(150) == signals.AGAIN, processes.said(second)
+    assert (tmp_path / "checkpoints/00000004").is_dir(), processes.said(first)
+    assert first.wait(20) == signals.AGAIN
+    for process in (first, second):
+        assert processes.said(process).splitlines()[-1].startswith("jepax: asked to end: step 4 of 100 is saved")
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(12, "training diverges, and the dump takes process 0 longer than the others")
+def test_no_process_ends_before_the_dump_is_written(processes, tmp_path):
+    said = ended(processes, tmp_path, "not_finite", 2, {"steps": 100})
+    assert {path.name for path in (tmp_path / "dumps/step_00000000").iterdir()} == {
+        *("batch_0.npz", "batch_1.npz", "config.yaml", "dump.json", "state")
+    }
+    assert said[0] == said[1] and said[0].startswith("10 steps in a row, up to step 0, were not finite")
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(12, "the hosts hold other pictures")
+def test_hosts_with_other_pictures_are_refused(processes, tmp_path):
+    first, second = ended(processes, tmp_path / "run", "other_pictures", 2, {"steps": 100})
+    assert first == second and first.splitlines() == [
+        "process 1 has other pictures than process 0, 1 part differs (0 -> 1):",
+        "pictures: those of 0 -> those of 1",
+        "give every host the same files, or all of them a data.root that they share",
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(12, "the hosts do not share the folder of the run")
+def test_a_folder_that_the_hosts_do_not_share_is_refused(processes, tmp_path):
+    first, second = ended(processes, tmp_path, "own_folder", 2, {"steps": 100})
+    assert f"{tmp_path / 'of 1'} on " in second and "take a --run-dir on a file system that all hosts share" in second
+    assert first == f"process 1: {second}"
+    assert [path.name for path in tmp_path.glob("of */*")] == ["lock"]
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(10, "the hosts' clocks differ, and pictures cannot be read")
+def test_one_clock_decides_and_every_process_tells_of_pictures(processes, tmp_path):
+    root, run = tmp_path / "data", tmp_path / "run"
+    for row in range(80):
+        path = root / f"train/{'ab'[row % 2]}/{row:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (24, 24), row).save(path) if row % 8 > 1 else path.touch()
+    data = {"source": "image_folder", "root": str(root), "broken_share": 1.0}
+    train = {"steps": 8, "save": {"every": 100, "keep": 9}}
+    said = ended(processes, run, "other_clock", 0, train, data=data)
+    assert checkpoint.steps(run / "checkpoints") == [8]
+    mine, others = (path.read_text().splitlines() for path in broken.lists(run))
+    assert min(len(mine), len(others)) > 3
+    for line in others:
+        file = json.loads(line)["file"]
+        assert f"warning: {file}" in said[1] or f"warning: {root / 'train' / file}" in said[1]
 
 
 @pytest.mark.slow_fault

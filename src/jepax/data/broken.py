@@ -24,7 +24,8 @@ class BrokenFiles:
     """Keeps the list of a run's unreadable pictures: give it to `jepax.data.batches` as `broken`.
 
     - `path`: of the list, one line of JSON for each file, {"file": ..., "why": ...}. What an earlier part of the run
-      listed there counts and is not listed again; a line torn by a crash is dropped. None keeps no list on disk.
+      listed there, or in another process's list beside it, counts and is not listed again; a line torn by a crash is
+      dropped. None keeps no list on disk.
     - `share`: of the source's pictures that may be unreadable, `data.broken_share`.
     - `say`: is given one line for each of the first files, and then for every hundredth.
     """
@@ -33,7 +34,7 @@ class BrokenFiles:
         self, source: Source, path: Path | None, share: float, say: Callable[[str], None] = warnings.warn
     ) -> None:
         self.source, self.path, self.share, self.say = source, path, share, say
-        self.why: dict[str, str] = _mended(path) if path is not None else {}
+        self.why: dict[str, str] = listed(path.parent) | _mended(path) if path is not None else {}
         """Reason by file."""
 
     def __call__(self, rows: Int[np.ndarray, " replaced"]) -> None:
@@ -54,13 +55,13 @@ class BrokenFiles:
             self.say(f"warning: {file} cannot be read ({why}); another of its class stands in; {count} so far{where}")
 
     def _too_many(self) -> str:
-        listed = ", and delete that list" if self.path is not None else ""
-        where = f"; all are listed in {self.path}" if self.path is not None else ""
+        delete = f", and delete {place(self.path.parent)}" if self.path is not None else ""
+        where = f"; all are listed in {place(self.path.parent)}" if self.path is not None else ""
         files = "\n".join(f"{file}: {why}" for file, why in list(self.why.items())[-SHOWN:])
         return (
             f"data.broken_share={self.share} of {len(self.source)} pictures may be unreadable, but {len(self.why)} are"
             f"{where}:\n{files}\n"
-            f"Repair or remove them{listed}; or raise data.broken_share."
+            f"Repair or remove them{delete}; or raise data.broken_share."
         )
 
 
@@ -95,11 +96,31 @@ def _line(file: str, why: str) -> str:
     return json.dumps({"file": file, "why": why}) + "\n"
 
 
+def lists(run: Path) -> list[Path]:
+    """The lists of all processes of a run, of process 0 first."""
+    return sorted(run.glob(f"{Path(BROKEN).stem}*.jsonl"))
+
+
+def place(run: Path) -> str:
+    """Where the lists of a run lie, to be shown."""
+    found = lists(run)
+    return str(found[0] if len(found) == 1 else run / f"{Path(BROKEN).stem}*.jsonl")
+
+
+def listed(run: Path) -> dict[str, str]:
+    """What the lists of a run hold: reason by file."""
+    return {file: why for path in lists(run) for file, why in _entries(path).items()}
+
+
+def _entries(path: Path) -> dict[str, str]:
+    return {line["file"]: line["why"] for line in events.read(path) if {"file", "why"} <= set(line)}
+
+
 def _mended(path: Path) -> dict[str, str]:
     """The list as it lies there, its torn lines left out, there too."""
     if not path.exists():
         return {}
-    entries = {line["file"]: line["why"] for line in events.read(path) if {"file", "why"} <= set(line)}
+    entries = _entries(path)
     lines = [{"file": file, "why": why} for file, why in entries.items()]
     if path.read_text(errors="replace") != "".join(_line(**line) for line in lines):
         events.rewrite(path, lines)

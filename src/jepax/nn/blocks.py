@@ -73,6 +73,28 @@ def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x * (0.5 * (1.0 + lax.erf(x * math.sqrt(0.5))))
 
 
+@jax.custom_vjp
+def scores_of(
+    query: Float[Array, "batch heads last channels"], keys: Float[Array, "batch heads tokens channels"]
+) -> Float[Array, "batch heads last tokens"]:
+    """Q K^T in float32. Its gradient goes back through products in the operands' type, where JAX's own would take
+    float32 for two of a layer's largest products."""
+    return jnp.einsum("bhqc,bhkc->bhqk", query, keys, preferred_element_type=jnp.float32)
+
+
+def _scores_forward(query: Array, keys: Array) -> tuple[Array, tuple[Array, Array]]:
+    return scores_of(query, keys), (query, keys)
+
+
+def _scores_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    query, keys = kept
+    gradient = gradient.astype(query.dtype)
+    return jnp.einsum("bhqk,bhkc->bhqc", gradient, keys), jnp.einsum("bhqk,bhqc->bhkc", gradient, query)
+
+
+scores_of.defvjp(_scores_forward, _scores_backward)
+
+
 class Attention(eqx.Module):
     """Multi-head self-attention."""
 
@@ -109,7 +131,7 @@ class Attention(eqx.Module):
         """
         query, keys, values = self._projections(x, last)
         query = query * (query.shape[-1] ** -0.5)
-        scores = jnp.einsum("bhqc,bhkc->bhqk", query, keys, preferred_element_type=jnp.float32)
+        scores = scores_of(query, keys)
         if valid is not None:
             scores = jnp.where(valid[:, None, None, :], scores, -jnp.inf)
         weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
