@@ -41,6 +41,9 @@ USAGE = """usage: jepax COMMAND
       --encoder NAME            target or context; by default the one that evaluations read
   jepax doctor RUN              says what a run's folder holds, what is sound, and what the next command would do
   jepax replay DUMP             takes a step again that ended a run, from its folder in runs/NAME/dumps
+  jepax bench RECIPE            how fast a step is here, by part, against the machine's peak: one table
+      --peer torch              against plain PyTorch's I-JEPA at the same shapes, eager and compiled
+      --json FILE               the numbers;  --rounds N: timed steps (20);  --FIELD.PATH VALUE ... as for train
   jepax grid NAME               trains and evaluates the rows of a grid, or of a grid's YAML file: one table, one figure
       --FIELD.PATH VALUE ...    overrides a field of every row
       --run-dir DIR             folder of the grid (runs/NAME); the same command again continues it
@@ -276,6 +279,18 @@ def replay(arguments: list[str]) -> None:
     again.replay(again.of_arguments(arguments))
 
 
+def bench(arguments: list[str]) -> None:
+    """`jepax bench RECIPE [--peer torch] [--json FILE] [--rounds N] [--field.path value ...]`"""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE, end="")
+        return
+    if "--peer" in arguments:  # which shares an accelerator's memory with us
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from jepax.bench import run
+
+    run.bench(arguments)
+
+
 def grid(arguments: list[str]) -> None:
     """`jepax grid NAME|GRID.yaml [--field.path value ...] [--run-dir DIR] [--seeds 0 1 2] [--part 1/2]`"""
     from jepax.grids import run as grids
@@ -298,6 +313,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "doctor": doctor,
     "replay": replay,
     "grid": grid,
+    "bench": bench,
     "--version": version,
 }
 

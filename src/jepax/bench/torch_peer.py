@@ -1,8 +1,8 @@
-"""The peer: an I-JEPA training step in plain, eager PyTorch, written from the published description.
+"""The peer: an I-JEPA training step in plain PyTorch, eager or compiled, written from the published description.
 
-It does the same arithmetic as ours, in the forms that PyTorch is fastest at: fused attention, fused AdamW, patches
-chosen before they are embedded, no gradient through the teacher, and in the predictor's last block only the target
-tokens.
+It does the same arithmetic as ours, in the forms that PyTorch is fastest at: fused attention, fused AdamW, autocast to
+bfloat16, patches chosen before they are embedded, no gradient through the teacher, and in the predictor's last block
+only the target tokens.
 
 Source: Assran et al. 2023, arXiv:2301.08243, section 3 and appendix A.
 """
@@ -50,12 +50,12 @@ class Schedules:
 class Block(nn.Module):
     """A pre-norm transformer block; with `last`, only the last tokens are computed and every token is attended to."""
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, hidden: int):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.qkv, self.project = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.expand, self.contract = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.expand, self.contract = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(batch, tokens, dim) as (batch, heads, tokens, channels)."""
@@ -83,10 +83,10 @@ def gather(tokens: Tensor, indices: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """A vision transformer without a class token, on all patches or on those that are kept."""
 
-    def __init__(self, pixels: int, dim: int, depth: int, heads: int, positions: np.ndarray):
+    def __init__(self, pixels: int, dim: int, depth: int, heads: int, hidden: int, positions: np.ndarray):
         super().__init__()
         self.embed, self.norm = nn.Linear(pixels, dim), nn.LayerNorm(dim, eps=1e-6)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, hidden) for _ in range(depth))
         self.register_buffer("positions", torch.tensor(positions))
 
     def forward(self, patches: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -106,7 +106,7 @@ class Predictor(nn.Module):
         super().__init__()
         self.embed, self.project = nn.Linear(encoder_dim, dim), nn.Linear(dim, encoder_dim)
         self.mask_token, self.norm = nn.Parameter(torch.zeros(1, dim)), nn.LayerNorm(dim, eps=1e-6)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, 4 * dim) for _ in range(depth))
         self.register_buffer("positions", torch.tensor(positions))
 
     def forward(self, context: Tensor, seen: Tensor, targets: Tensor) -> Tensor:
@@ -123,13 +123,24 @@ class Predictor(nn.Module):
 class Peer:
     """Networks, AdamW and teacher; `step` is one update and returns the loss as a tensor."""
 
-    def __init__(self, encoder: Encoder, predictor: Predictor, schedules: Schedules, patch: int):
+    def __init__(
+        self,
+        encoder: Encoder,
+        predictor: Predictor,
+        schedules: Schedules,
+        patch: int,
+        *,
+        half: bool = False,
+        compiled: bool = False,
+    ):
+        """`half`: matrix products in bfloat16, by autocast. `compiled`: forward and backward by `torch.compile`."""
         self.encoder, self.predictor, self.schedules, self.patch = encoder, predictor, schedules, patch
         self.teacher = copy.deepcopy(encoder).requires_grad_(False)
         weights = [p for net in (encoder, predictor) for p in net.parameters() if p.ndim > 1]
         others = [p for net in (encoder, predictor) for p in net.parameters() if p.ndim == 1]
         self.adamw = torch.optim.AdamW([{"params": weights}, {"params": others}], fused=True)
-        self.count = 0
+        self.count, self.half = 0, half
+        self.forward = torch.compile(self.loss) if compiled else self.loss
 
     def patchify(self, view: Tensor) -> Tensor:
         """Row-major patches (batch, patches, pixels) of a view (batch, height, width, channels)."""
@@ -151,7 +162,8 @@ class Peer:
         for group, decay in zip(self.adamw.param_groups, decays, strict=True):
             group.update(lr=self.schedules.learning_rate(self.count + 1), weight_decay=decay)
         self.adamw.zero_grad(set_to_none=True)
-        loss = self.loss(view, context, targets)
+        with torch.autocast(view.device.type, torch.bfloat16, enabled=self.half):
+            loss = self.forward(view, context, targets)
         loss.backward()
         self.adamw.step()
         self._move_teacher(self.schedules.teacher_momentum(self.count))
@@ -160,8 +172,7 @@ class Peer:
 
     @torch.no_grad()
     def _move_teacher(self, momentum: float) -> None:
-        for average, online in zip(self.teacher.parameters(), self.encoder.parameters(), strict=True):
-            average.lerp_(online, 1.0 - momentum)
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1.0 - momentum)
 
 
 def put(layer: nn.Module, weight: np.ndarray, bias: np.ndarray) -> None:

@@ -1,0 +1,174 @@
+"""Our I-JEPA step against the same step in plain PyTorch: same weights, views, masks and arithmetic, in turn.
+
+Views and masks are made beforehand, every target block has the largest size, so that neither side pads, and before
+anything is timed the losses of the first steps must agree.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import cycle
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from jepax.bench import clock
+from jepax.bench.machine import cores
+from jepax.methods import AbstractMethod
+from jepax.methods.ijepa import IJEPA, IJEPAConfig
+from jepax.nn.position import sincos_2d
+from jepax.optim import OptimConfig, Optimizer
+from jepax.settings import Config, compute_dtype
+from jepax.step import Fixed, compiled_step, init_state
+from jepax.types import UserError
+
+TOTAL, WARMUP = 1000, 100
+"""Steps of the run that the schedules of both sides belong to."""
+CHECKED, TOLERANCE = 3, {"float32": 1e-5, "bfloat16": 1e-2}
+"""Steps whose losses must agree, and how closely, relative, by the type of matrix products."""
+BATCHES = 2
+Inputs = list[tuple[jax.Array, Any]]
+
+
+class Given(IJEPA):
+    """I-JEPA whose loss takes the view and masks as they are, so that no random choice is timed."""
+
+    def loss(self, images: Any, *, key: Any) -> Any:
+        return self.loss_of(*images, key=key)
+
+
+def plain(config: IJEPAConfig) -> IJEPAConfig:
+    """I-JEPA as published at this config's shapes, each target block of the largest size."""
+    largest = {"target_scale": config.masks.target_scale[1:] * 2, "target_aspect": config.masks.target_aspect[1:] * 2}
+    kept = {name: getattr(config, name) for name in ("encoder", "predictor", "crop")}
+    return IJEPAConfig(**kept, masks=replace(config.masks, **largest))
+
+
+def compare(config: Config, rounds: int) -> dict[str, Any]:
+    """Times our step and the peer's, eager and compiled. Raises `UserError` for methods that the peer does not know,
+    and where torch is missing; `AssertionError` where the losses differ: then the times would mean nothing."""
+    if not isinstance(config.method, IJEPAConfig):
+        raise UserError(f"--peer torch is for I-JEPA; {config.recipe} trains {config.method.name}")
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError('--peer torch needs PyTorch: pip install "jepax[bench]"') from error
+    torch.set_num_threads(cores())
+    method = Given(plain(config.method), total_steps=TOTAL, key=jr.key(0))
+    compute = jnp.dtype(compute_dtype(config)).name
+    inputs = make_inputs(method, config.train.batch_size)
+    calls = {
+        "ours": ours(method, inputs, compute),
+        "torch, eager": theirs(method, inputs, compute, compiled=False),
+        "torch, compiled": theirs(method, inputs, compute, compiled=True),
+    }
+    losses = agreed(calls, TOLERANCE[compute])
+    times = clock.in_turn(calls, rounds)
+    against = {
+        name: clock.ratio(times["ours"], taken) | {"theirs_s": float(np.median(taken))}
+        for name, taken in times.items()
+        if name != "ours"
+    }
+    return {"losses": losses, "ours_s": float(np.median(times["ours"])), "against": against, "seconds": times}
+
+
+def make_inputs(method: IJEPA, batch: int) -> Inputs:
+    """Batches of random views and masks, every target of full length."""
+    config = method.config
+    keys = jr.split(jr.key(1), (BATCHES, batch))
+    shape = (BATCHES, batch, *config.crop.size, config.encoder.channels)
+    views = np.random.default_rng(0).standard_normal(shape, np.float32)
+    inputs = [(jnp.asarray(view), jax.jit(method.masks)(key)) for view, key in zip(views, keys, strict=True)]
+    assert all(bool(masks.target_valid.all()) for _, masks in inputs)
+    return inputs
+
+
+def ours(method: AbstractMethod, inputs: Inputs, compute: str) -> Callable[[], float]:
+    """A function that takes our next step, as `jepax train` compiles it, and returns its loss."""
+    fixed, batches = Fixed(Optimizer(OptimConfig(), TOTAL, WARMUP), jr.key(0), jnp.dtype(compute)), cycle(inputs)
+    state = init_state(jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, method), fixed.optimizer)
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = compiled_step(fixed, next(batches), state)
+        jax.block_until_ready(state)
+        return float(metrics["loss"])
+
+    return step
+
+
+def theirs(method: IJEPA, inputs: Inputs, compute: str, *, compiled: bool) -> Callable[[], float]:
+    """A function that takes the peer's next step, from our weights, and returns its loss."""
+    import torch
+
+    from jepax.bench.torch_peer import Peer, Schedules
+
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    encoder, predictor = networks(method)
+    peer = Peer(
+        encoder.to(device),
+        predictor.to(device),
+        Schedules(TOTAL, WARMUP),
+        method.config.encoder.patch_size,
+        half=compute == "bfloat16",
+        compiled=compiled,
+    )
+
+    def moved() -> Iterator[Any]:
+        for view, masks in inputs:
+            arrays = (view, masks.context, masks.targets)
+            tensors = [torch.tensor(np.asarray(array), device=device) for array in arrays]
+            yield tensors[0], *(indices.long() for indices in tensors[1:])
+
+    batches = cycle(list(moved()))
+    return lambda: float(peer.step(*next(batches)))
+
+
+def networks(method: IJEPA) -> tuple[Any, Any]:
+    """The peer's encoder and predictor, with our initial parameters."""
+    import torch
+
+    from jepax.bench.torch_peer import Encoder, Predictor, put
+
+    e, p, grid = method.config.encoder, method.config.predictor, method.masks.grid
+    hidden = round(e.width * e.mlp_ratio)
+    encoder = Encoder(e.patch_size**2 * e.channels, e.width, e.depth, e.heads, hidden, sincos_2d(grid, e.width))
+    predictor = Predictor(p.width, p.depth, p.heads, e.width, sincos_2d(grid, p.width))
+    for net, source in ((encoder, method.encoder), (predictor, method.predictor)):
+        for name in ("embed", "norm"):
+            put(getattr(net, name), getattr(source, name).weight, getattr(source, name).bias)
+        for layer, block in enumerate(net.blocks):
+            put_block(block, jax.tree.map(lambda leaf, layer=layer: leaf[layer], source.stack.blocks))
+    put(predictor.project, method.predictor.project.weight, method.predictor.project.bias)
+    predictor.mask_token.data.copy_(torch.tensor(np.asarray(method.predictor.mask_token)))
+    return encoder, predictor
+
+
+def put_block(block: Any, ours: Any) -> None:
+    """Copies a block's parameters in."""
+    from jepax.bench.torch_peer import put
+
+    layers = {
+        "norm1": ours.norm1,
+        "qkv": ours.attention.qkv,
+        "project": ours.attention.project,
+        "norm2": ours.norm2,
+        "expand": ours.mlp.expand,
+        "contract": ours.mlp.contract,
+    }
+    for name, layer in layers.items():
+        put(getattr(block, name), layer.weight, layer.bias)
+
+
+def agreed(calls: dict[str, Callable[[], float]], tolerance: float) -> list[list[float]]:
+    """The first losses of all sides, ours first. Raises `AssertionError` where they differ."""
+    found = [[call() for call in calls.values()] for _ in range(CHECKED)]
+    for step, (mine, *others) in enumerate(found):
+        for other in others:
+            assert abs(mine - other) <= tolerance * abs(other), (
+                f"losses of step {step}: ours {mine!r}, theirs {other!r}"
+            )
+    return found

@@ -1,0 +1,63 @@
+"""A benchmark's numbers as a table, and as JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from jepax import files
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """The file with these numbers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write(path, json.dumps(found, indent=1) + "\n")
+
+
+def table(found: dict[str, Any]) -> Table:
+    """One table of everything that was measured."""
+    rows = Table(title=found["what"], show_header=False)
+    rows.add_column()
+    rows.add_column(justify="right")
+    for name, value in lines(found):
+        rows.add_row(name, value)
+    return rows
+
+
+def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of each row."""
+    steps, compiled, use = found["steps"], found["compile"], found["utilisation"]
+    each = steps["step_s"]
+    rows = [
+        ("images per second", f"{steps['images_per_s']:,.1f}"),
+        ("step, median (10% to 90%)", f"{ms(each['p50'])} ({ms(each['p10'])} to {ms(each['p90'])})"),
+        ("step, one after the other", ms(steps["pipelined_step_s"])),
+        ("with its input: images per second", f"{found['input']['images_per_s']:,.1f}"),
+        ("with its input: waits for it", f"{100 * found['input']['waited_share']:.1f}%"),
+        ("arithmetic", f"{use['gflop_per_image']:.4g} GFLOP per image"),
+        ("done", f"{use['tflop_per_s']:.4g} TFLOP/s per device"),
+        ("measured peak of a matrix product", f"{use['peak_tflop_per_s']:.4g} TFLOP/s"),
+        ("utilisation", f"{100 * use['utilisation']:.1f}%"),
+        ("compilation, cold", f"{compiled['trace_cold_s']:.1f} + {compiled['compile_cold_s']:.1f} s"),
+        ("compilation, warm", f"{compiled['trace_warm_s']:.1f} + {compiled['compile_warm_s']:.1f} s"),
+        ("training programs", str(steps["programs"])),
+        ("memory of the program", gigabytes(compiled["program_bytes"])),
+        ("peak memory", gigabytes(steps["peak_bytes"])),
+    ]
+    whole = sum(found["parts"].values())
+    rows += [(f"  {name}", f"{ms(value)} {100 * value / whole:5.1f}%") for name, value in found["parts"].items()]
+    for name, peer in found.get("peer", {}).get("against", {}).items():
+        spread = f"({peer['low']:.2f} to {peer['high']:.2f})"
+        rows.append((f"time over {name}'s", f"{peer['ratio']:.2f} {spread}, {ms(peer['theirs_s'])}"))
+    return rows
+
+
+def ms(seconds: float) -> str:
+    """Milliseconds with three digits, or as many as are whole."""
+    return f"{1000 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"
+
+
+def gigabytes(count: float | None) -> str:
+    """Or a dash."""
+    return "-" if count is None else f"{count / 1e9:.2f} GB"

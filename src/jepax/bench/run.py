@@ -1,0 +1,80 @@
+"""`jepax bench RECIPE [--peer torch] [--json FILE] [--rounds N] [--field.path value ...]`"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from jepax import config as configs
+from jepax import dryrun, overrides
+from jepax.bench import peer, report
+from jepax.bench.machine import machine
+from jepax.bench.peak import matrix_peak
+from jepax.bench.subject import Subject
+from jepax.settings import Config, compute_dtype
+from jepax.types import UserError
+
+OWN = ("--peer", "--json", "--rounds")
+ROUNDS = 20
+
+
+def bench(arguments: list[str], say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measures a recipe's step here, prints one table, and writes and returns its numbers."""
+    config, given = resolve(arguments)
+    rounds = int(given.get("--rounds", ROUNDS))
+    found = measure(config, rounds, say)
+    if "--peer" in given:
+        say("our step and PyTorch's in turn ...")
+        found["peer"] = peer.compare(config, rounds)
+    Console().print(report.table(found))
+    if "--json" in given:
+        report.write(Path(given["--json"]), found)
+    return found
+
+
+def resolve(arguments: list[str]) -> tuple[Config, dict[str, str]]:
+    """The config, and what was given of `OWN`. Raises `UserError` naming what is not understood."""
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("give the recipe, or a config file, first: jepax bench RECIPE --field.path value ...")
+    groups = overrides.grouped(arguments[1:])
+    mine = [group for group in groups if group[0] in OWN]
+    given = {group[0]: group[1] for group in mine if len(group) == 2}
+    if len(given) < len(mine):
+        raise UserError(f"each of {', '.join(OWN)} takes one value, once")
+    if given.get("--peer", "torch") != "torch":
+        raise UserError(f"--peer {given['--peer']} is not known; there is torch")
+    if not given.get("--rounds", "1").isdecimal() or int(given.get("--rounds", "1")) < 1:
+        raise UserError(f"--rounds {given['--rounds']} is no number of rounds; try {ROUNDS}")
+    base = overrides.begin(arguments[0])
+    return overrides.override(base, [group for group in groups if group not in mine]), given
+
+
+def measure(config: Config, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Everything but the peer."""
+    compute = compute_dtype(config)
+    say("the peak of a matrix product ...")
+    peak = matrix_peak(compute)
+    plan = dryrun.make_plan(config, say)
+    subject = Subject(plan)
+    say("compiling the step, cold and warm ...")
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = subject.compile(Path(folder))
+    say("steps ...")
+    steps = subject.steps(rounds)
+    say("steps with their input, and by part ...")
+    where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {
+        "what": f"{config.recipe}, batch {config.train.batch_size}, {jnp.dtype(compute).name}, {where}",
+        "machine": machine(),
+        "config": configs.to_dict(config),
+        "rounds": rounds,
+        "compile": compiled,
+        "steps": steps,
+        "input": subject.with_input(rounds),
+        "parts": subject.parts(rounds),
+        "utilisation": subject.utilisation(steps["pipelined_step_s"], peak),
+    }
