@@ -21,6 +21,7 @@ import jax
 import jax.random as jr
 
 from jepax import sharding
+from jepax.bench.machine import machine
 from jepax.data import DataConfig, open_source
 from jepax.evals.frozen import FrozenViT, encoder_of
 from jepax.evals.online import Online
@@ -33,7 +34,6 @@ from jepax.step import Fixed, compiled_step
 from jepax.step import first_state as state_before
 from jepax.train import read
 from jepax.views import CropConfig
-from machine import machine  # beside this file
 
 
 def config_of(args: argparse.Namespace) -> Config:

@@ -18,11 +18,11 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from jepax.bench.machine import machine
 from jepax.objectives.directions import unit_directions
 from jepax.objectives.rdmreg import rdmreg, rectified
 from jepax.objectives.sigreg import sigreg
 from jepax.objectives.visreg import shape
-from machine import machine  # beside this file
 
 Loss = Callable[..., Float[Array, ""]]
 """Of embeddings, a target sample and directions."""

@@ -30,6 +30,7 @@ import jax.random as jr
 
 from jepax import guard, sharding
 from jepax import step as steps
+from jepax.bench.machine import machine
 from jepax.data import DataConfig
 from jepax.recipes import RECIPES
 from jepax.saving import Saver
@@ -37,7 +38,6 @@ from jepax.settings import Config, prepare
 from jepax.step import USUAL, TrainState, first_state
 from jepax.train import read
 from jepax.types import Metrics
-from machine import machine  # beside this file
 
 
 def config_of(name: str, batch: int, side: int, quick: bool) -> Config:

@@ -95,6 +95,25 @@ def _scores_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array,
 scores_of.defvjp(_scores_forward, _scores_backward)
 
 
+def attend(
+    query: Float[Array, "batch heads last channels"],
+    keys: Float[Array, "batch heads tokens channels"],
+    values: Float[Array, "batch heads tokens channels"],
+    valid: Bool[Array, "batch tokens"] | None = None,
+) -> Float[Array, "batch heads last channels"]:
+    """softmax(Q K^T / sqrt(channels)) V; tokens that are not `valid` are not attended to.
+
+    The softmax is normalised after the product with the values, which touches fewer numbers; its statistics are in
+    float32.
+    """
+    scores = scores_of(query * (query.shape[-1] ** -0.5), keys)
+    if valid is not None:
+        scores = jnp.where(valid[:, None, None, :], scores, -jnp.inf)
+    weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    mixed = jnp.einsum("bhqk,bhkc->bhqc", weights.astype(values.dtype), values)
+    return mixed / jnp.sum(weights, axis=-1, keepdims=True).astype(mixed.dtype)
+
+
 class Attention(eqx.Module):
     """Multi-head self-attention."""
 
@@ -124,19 +143,8 @@ class Attention(eqx.Module):
     def __call__(
         self, x: Float[Array, "batch tokens dim"], valid: Bool[Array, "batch tokens"] | None = None, *, last: int
     ) -> Float[Array, "batch last dim"]:
-        """softmax(Q K^T / sqrt(channels)) V; tokens that are not `valid` are not attended to.
-
-        The softmax is normalised after the product with the values, which touches fewer numbers; its statistics
-        are in float32.
-        """
-        query, keys, values = self._projections(x, last)
-        query = query * (query.shape[-1] ** -0.5)
-        scores = scores_of(query, keys)
-        if valid is not None:
-            scores = jnp.where(valid[:, None, None, :], scores, -jnp.inf)
-        weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-        mixed = jnp.einsum("bhqk,bhkc->bhqc", weights.astype(values.dtype), values)
-        mixed = mixed / jnp.sum(weights, axis=-1, keepdims=True).astype(mixed.dtype)
+        """`attend` by each head, and a linear layer on all of them; tokens that are not `valid` are not attended to."""
+        mixed = attend(*self._projections(x, last), valid)
         return self.project(jnp.swapaxes(mixed, 1, 2).reshape(x.shape[0], last, x.shape[2]))
 
 

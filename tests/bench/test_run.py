@@ -1,0 +1,88 @@
+"""`jepax bench` on a tiny recipe: its numbers hang together, and its table says them."""
+
+import json
+
+import pytest
+
+from jepax.bench import peak, peer, run
+from jepax.types import UserError
+
+TINY = """
+    --data.source synthetic --data.canvas 28 --data.channels 1 --data.synthetic-images 80
+    --method.encoder.width 24 --method.encoder.depth 2 --method.predictor.width 12 --method.predictor.depth 2
+    --train.batch-size 16 --train.steps 30 --optim.warmup-epochs 0.2 --rounds 3
+""".split()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Numbers of the demo's method, tiny, as they are written; and the table."""
+    path = tmp_path_factory.mktemp("bench") / "found.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peak, "SIZES", {"cpu": (64,)})
+        returned = run.bench(["ijepa_fashion_mnist", *TINY, "--json", str(path)], say=lambda line: None)
+    assert json.loads(path.read_text()) == json.loads(json.dumps(returned))
+    return returned
+
+
+def test_the_parts_add_up_and_are_named(found):
+    assert list(found["parts"]) == [
+        "views and masks",
+        "teacher, forward",
+        "context encoder, forward",
+        "predictor, forward",
+        "objective",
+        "backward",
+        "optimiser and teacher's move",
+    ]
+    step = sum(found["parts"].values())
+    assert 0.2 * found["steps"]["step_s"]["p50"] < step < 5 * found["steps"]["step_s"]["p50"]
+
+
+def test_speed_and_utilisation_follow_from_time_and_arithmetic(found):
+    steps, use = found["steps"], found["utilisation"]
+    assert steps["images_per_s"] == pytest.approx(16 / steps["pipelined_step_s"])
+    assert use["tflop_per_s"] == pytest.approx(use["gflop_per_image"] * steps["images_per_s"] / 1000 / 8)  # devices
+    assert use["utilisation"] == pytest.approx(use["tflop_per_s"] / use["peak_tflop_per_s"])
+    assert 0 <= found["input"]["waited_share"] <= 1
+
+
+def test_one_program_is_compiled_and_is_found_again(found):
+    compiled = found["compile"]
+    assert found["steps"]["programs"] == 1
+    assert compiled["compile_warm_s"] < compiled["compile_cold_s"]
+    assert compiled["program_bytes"] > 0
+
+
+def test_the_machine_and_the_config_are_told(found):
+    assert found["machine"]["versions"]["jax"] and found["machine"]["cores"] >= 1
+    assert found["config"]["method"]["encoder"]["width"] == 24
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "jepax bench RECIPE"),
+        (["ijepa_fashion_mnist", "--peer", "tensorflow"], "tensorflow"),
+        (["ijepa_fashion_mnist", "--peer"], "one value"),
+        (["ijepa_fashion_mnist", "--rounds", "few"], "few"),
+        (["ijepa_fashion_mnist", "--rounds", "0"], "--rounds 0"),
+    ],
+)
+def test_what_is_not_understood_is_refused(words, said):
+    with pytest.raises(UserError, match=said):
+        run.resolve(words)
+
+
+def test_the_peer_is_one_of_ijepa():
+    config, _ = run.resolve(["lejepa_fashion_mnist"])
+    with pytest.raises(UserError, match="is for I-JEPA; lejepa_fashion_mnist trains lejepa"):
+        peer.compare(config, 1)
+
+
+def test_our_step_and_the_peers_agree_and_are_timed():
+    pytest.importorskip("torch")
+    config, _ = run.resolve(["ijepa_fashion_mnist", *TINY])
+    found = peer.compare(config, 2, compiled=False)
+    assert set(found["against"]) == {"torch, eager"} and found["against"]["torch, eager"]["ratio"] > 0
+    assert len(found["losses"]) == peer.CHECKED
