@@ -213,6 +213,6 @@ def online_of(config: Config, train: Source, steps: int) -> Online | None:
 
 
 def evaluated(config: Config, method: AbstractMethod) -> FrozenViT:
-    """The encoder that the run's evaluations read."""
+    """The encoder that the run's evaluations read, for this process alone: each evaluates the same pictures."""
     encoder = sharding.local(encoder_of(method, config.eval.encoder))
     return FrozenViT(encoder, config.method.crop, config.eval.pool)

@@ -34,7 +34,10 @@ def main(folder: str, changes: str = "{}") -> None:
         config = replace(config, eval=replace(config.eval, online=replace(config.eval.online, every=0)))
         save = SaveConfig(every=int(os.environ.get("JEPAX_TEST_SAVE", 100_000)))
         config = replace(config, train=replace(config.train, save=save))
-        for part, values in json.loads(changes).items():
+        changed = json.loads(changes)
+        if online := changed.pop("online", {}):
+            config = replace(config, eval=replace(config.eval, online=replace(config.eval.online, **online)))
+        for part, values in changed.items():
             if "save" in values:
                 values["save"] = SaveConfig(**values["save"])
             config = replace(config, **{part: replace(getattr(config, part), **values)})

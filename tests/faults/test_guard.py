@@ -106,6 +106,7 @@ def test_as_many_in_a_row_as_the_guard_bears_end_the_run(ended):
     assert json.loads((folder / "health.json").read_text())["ended"].startswith("3 steps in a row")
 
 
+@pytest.mark.slow_fault
 @pytest.mark.fault(15, "less patience than a run has used up already")
 def test_a_run_that_goes_on_with_less_patience_ends_at_once(ended):
     config = run_of(GuardConfig(patience=1), large_gradient=(SPIKE,), **BAD)
@@ -114,6 +115,7 @@ def test_a_run_that_goes_on_with_less_patience_ends_at_once(ended):
     assert end.value.step == 41
 
 
+@pytest.mark.slow_fault
 @pytest.mark.fault(15, "the step that ended a run, again")
 def test_its_last_step_can_be_replayed(ended, capsys):
     folder = ended[0] / "dumps" / "step_00000042"

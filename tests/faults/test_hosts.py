@@ -128,6 +128,18 @@ def test_two_processes_take_the_steps_of_one(processes, tmp_path, devices, alone
 
 
 @pytest.mark.slow_fault
+@pytest.mark.fault(10, "several processes evaluate while they train")
+def test_two_processes_score_what_one_does(processes, tmp_path):
+    changes = json.dumps({"train": {"steps": 6, "log_every": 1}, "online": {"every": 3}})
+    alone = [processes.start("driver", str(tmp_path / "one"), changes)]
+    assert [process.wait(150) for process in alone] == [0], processes.said(alone[0])
+    both = processes.group("driver", str(tmp_path / "two"), changes, devices=2)
+    assert [process.wait(150) for process in both] == [0, 0], processes.said(both[0]) + processes.said(both[1])
+    one, two = ([line.get("knn_top1") for line in read(tmp_path / run / "metrics.jsonl")] for run in ("one", "two"))
+    assert one == two and [score is not None for score in one] == [False, False, True] * 2
+
+
+@pytest.mark.slow_fault
 @pytest.mark.fault(10, "another number of devices and processes at every resume")
 def test_a_run_goes_on_with_any_number_of_devices_and_processes(processes, tmp_path, alone):
     """Two steps each on 1, 2, 4 and 8 devices of one process, then of 2 processes, and the rest in one."""

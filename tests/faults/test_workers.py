@@ -45,6 +45,7 @@ def test_a_killed_worker_ends_the_reader_with_a_line_and_leaves_nothing(processe
     assert left(reader, names, 10) == ([], set())
 
 
+@pytest.mark.slow_fault
 @pytest.mark.fault(11, "a data worker is killed")
 def test_a_killed_reader_leaves_neither_workers_nor_shared_memory(processes):
     reader = reading(processes)
