@@ -42,6 +42,7 @@ USAGE = """usage: jepax COMMAND
   jepax doctor RUN              says what a run's folder holds, what is sound, and what the next command would do
   jepax replay DUMP             takes a step again that ended a run, from its folder in runs/NAME/dumps
   jepax bench RECIPE            how fast a step is here, by part, against the machine's peak: one table
+  jepax bench data RECIPE       pictures read per second and core, against Pillow, and what the step asks for
       --peer torch              against plain PyTorch's I-JEPA at the same shapes, eager and compiled
       --json FILE               the numbers;  --rounds N: timed steps (20);  --FIELD.PATH VALUE ... as for train
   jepax grid NAME               trains and evaluates the rows of a grid, or of a grid's YAML file: one table, one figure

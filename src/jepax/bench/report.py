@@ -15,12 +15,12 @@ def write(path: Path, found: dict[str, Any]) -> None:
     files.write(path, json.dumps(found, indent=1) + "\n")
 
 
-def table(found: dict[str, Any]) -> Table:
+def table(what: str, lines: list[tuple[str, str]]) -> Table:
     """One table of everything that was measured."""
-    rows = Table(title=found["what"], show_header=False)
+    rows = Table(title=what, show_header=False)
     rows.add_column()
     rows.add_column(justify="right")
-    for name, value in lines(found):
+    for name, value in lines:
         rows.add_row(name, value)
     return rows
 

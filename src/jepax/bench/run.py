@@ -1,4 +1,4 @@
-"""`jepax bench RECIPE [--peer torch] [--json FILE] [--rounds N] [--field.path value ...]`"""
+"""`jepax bench [data] RECIPE [--peer torch] [--json FILE] [--rounds N] [--field.path value ...]`"""
 
 import tempfile
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from jepax import config as configs
 from jepax import dryrun, overrides
-from jepax.bench import peer, report
+from jepax.bench import peer, reading, report
 from jepax.bench.machine import machine
 from jepax.bench.peak import matrix_peak
 from jepax.bench.subject import Subject
@@ -24,13 +24,14 @@ ROUNDS = 20
 
 def bench(arguments: list[str], say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measures a recipe's step here, prints one table, and writes and returns its numbers."""
-    config, given = resolve(arguments)
+    of_data = arguments[:1] == ["data"]
+    config, given = resolve(arguments[1:] if of_data else arguments)
     rounds = int(given.get("--rounds", ROUNDS))
-    found = measure(config, rounds, say)
-    if "--peer" in given:
+    found = (reading.measure if of_data else measure)(config, rounds, say)
+    if "--peer" in given and not of_data:
         say("our step and PyTorch's in turn ...")
         found["peer"] = peer.compare(config, rounds)
-    Console().print(report.table(found))
+    Console().print(report.table(found["what"], (reading if of_data else report).lines(found)))
     if "--json" in given:
         report.write(Path(given["--json"]), found)
     return found

@@ -1,0 +1,117 @@
+"""`jepax bench data RECIPE`: pictures read per second and core, against Pillow and what the step asks for."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jepax import dryrun
+from jepax.bench.clock import in_turn
+from jepax.bench.machine import cores, machine
+from jepax.bench.subject import Subject
+from jepax.data import batches, open_source
+from jepax.data.decode import read_onto_canvas
+from jepax.settings import Config
+
+FILES, SIZE, QUALITY = 256, (375, 500), 90
+"""Of the generated photos: how many, height and width (ImageNet's usual ones), JPEG's quality."""
+SIDE = 224
+"""Of the view that Pillow's usual path ends in."""
+
+
+def measure(config: Config, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Images per second of each, on the recipe's own folder, or on generated photos where it has none."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = replace(config.data, source="image_folder", root=config.data.root or str(generated(Path(folder))))
+        source = open_source(data, "train")
+        files = [source.folder / source.files[row] for row in range(min(len(source), FILES))]
+        say(f"{len(files)} photos, one core ...")
+        alone = one_core(files, data.canvas, rounds)
+        say("through the loader ...")
+        loaded = {}
+        for threads, workers in ((1, 0), (cores(), 0), (1, cores())):
+            loaded[f"{threads} threads, {workers} workers"] = through(source, threads, workers)
+    say("the step ...")
+    steps = Subject(dryrun.make_plan(config, say)).steps(rounds)
+    return {
+        "what": f"{config.recipe}: reading",
+        "machine": machine(),
+        "files": len(files),
+        "one_core_images_per_s": alone,
+        "over_pillow": alone["ours"] / alone["pillow"],
+        "loader_images_per_s": loaded,
+        "loader_over_pillow": loaded["1 threads, 0 workers"] / alone["pillow"],
+        "step_images_per_s": steps["images_per_s"],
+    }
+
+
+def generated(folder: Path) -> Path:
+    """A folder of JPEGs with as much detail as photos have: smooth shapes and some noise."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", FILES), ("val", 2)):
+        (folder / split / "photo").mkdir(parents=True)
+        for number in range(count):
+            small = Image.fromarray(random.integers(0, 256, (12, 16, 3), np.uint8))
+            smooth = np.asarray(small.resize(SIZE[::-1], Image.Resampling.BICUBIC), np.int16)
+            noisy = np.clip(smooth + random.normal(0, 8, (*SIZE, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(folder / split / "photo" / f"{number:04d}.jpg", quality=QUALITY)
+    return folder
+
+
+def one_core(files: list[Path], canvas: int, rounds: int) -> dict[str, float]:
+    """Images per second of one thread: decoded onto the canvas by us; decoded, cropped and resized by Pillow."""
+    random = np.random.default_rng(0)
+
+    def ours() -> None:
+        for file in files:
+            read_onto_canvas(file, np.zeros((canvas, canvas, 3), np.uint8))
+
+    def pillow() -> None:
+        for file in files:
+            with Image.open(file) as image:
+                usual(image.convert("RGB"), random)
+
+    times = in_turn({"ours": ours, "pillow": pillow}, rounds)
+    return {name: len(files) / float(np.median(taken)) for name, taken in times.items()}
+
+
+def usual(image: Image.Image, random: np.random.Generator) -> np.ndarray:
+    """What loaders of photos do on the host: a random resized crop, a flip, and an array of floats."""
+    scale, ratio = random.uniform(0.3, 1.0), np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+    area = scale * image.width * image.height
+    width, height = min(round((area * ratio) ** 0.5), image.width), min(round((area / ratio) ** 0.5), image.height)
+    left, top = random.integers(0, image.width - width + 1), random.integers(0, image.height - height + 1)
+    view = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    return np.asarray(view, np.float32) / 255
+
+
+def through(source: Any, threads: int, workers: int, batch: int = 32, steps: int = 40) -> float:
+    """Images per second that come out of the loader, once it runs."""
+    warm = 4
+    reading = batches(source, batch_size=batch, steps=steps + warm, seed=0, threads=threads, workers=workers)
+    with closing(reading):
+        for _ in range(warm):
+            next(reading)
+        start = time.perf_counter()
+        for _ in reading:
+            pass
+        return steps * batch / (time.perf_counter() - start)
+
+
+def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of each row of the table."""
+    alone = found["one_core_images_per_s"]
+    rows = [
+        ("one core: ours, onto the canvas", f"{alone['ours']:,.0f} images/s"),
+        ("one core: Pillow, cropped and resized", f"{alone['pillow']:,.0f} images/s"),
+        ("ours over Pillow's", f"{found['over_pillow']:.2f}"),
+        ("one loader thread over Pillow's", f"{found['loader_over_pillow']:.2f}"),
+    ]
+    rows += [(f"loader: {name}", f"{value:,.0f} images/s") for name, value in found["loader_images_per_s"].items()]
+    return [*rows, ("the step takes", f"{found['step_images_per_s']:,.1f} images/s")]
