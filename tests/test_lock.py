@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -53,3 +54,10 @@ def test_it_may_be_taken_again_inside(tmp_path):
             pass
         assert lock.is_held(tmp_path)
     assert not lock.is_held(tmp_path) and not lock.is_held(tmp_path / "nowhere")
+
+
+def test_whoever_has_just_taken_it_is_named(tmp_path):
+    """The lock is taken before its holder's name is in the file."""
+    (tmp_path / lock.FILE).touch()
+    threading.Timer(0.2, (tmp_path / lock.FILE).write_text, ["process 7\n"]).start()
+    assert lock.holder(tmp_path) == "process 7"

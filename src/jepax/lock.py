@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jepax import files, hosts
@@ -53,11 +53,13 @@ def held(run: Path) -> Iterator[None]:
 
 
 def holder(run: Path) -> str:
-    """Who holds the lock, in words."""
-    try:
-        return (run / FILE).read_text().strip() or "another process"
-    except OSError:
-        return "another process"
+    """Who holds the lock, in words; whoever has just taken it gets a second to write its name."""
+    for _ in range(20):
+        with suppress(OSError):
+            if said := (run / FILE).read_text().strip():
+                return said
+        time.sleep(0.05)
+    return "another process"
 
 
 def refuse_others(run: Path) -> None:
