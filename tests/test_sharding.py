@@ -46,6 +46,7 @@ def trained(config, layout):
     return state, np.array(losses)
 
 
+@pytest.mark.long
 def test_a_run_may_go_on_split_or_whole(tmp_path):
     """Every other part of it split: the losses and scores of a run that lies whole on each device."""
     config = wide("ijepa_fashion_mnist")
@@ -67,7 +68,9 @@ def test_a_run_may_go_on_split_or_whole(tmp_path):
     assert sharding.local(state).method.encoder.stack.blocks.mlp.expand.weight.is_fully_replicated
 
 
-@pytest.fixture(scope="module", params=["ijepa_fashion_mnist", "lejepa_fashion_mnist"])
+@pytest.fixture(
+    scope="module", params=["ijepa_fashion_mnist", pytest.param("lejepa_fashion_mnist", marks=pytest.mark.long)]
+)
 def config(request):
     return wide(request.param)
 
@@ -77,7 +80,10 @@ def alone(config):
     return trained(config, Layout(make_mesh(1)))
 
 
-@pytest.mark.parametrize(("parameters", "teacher"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("parameters", "teacher"),
+    [(True, True), *(pytest.param(*other, marks=pytest.mark.long) for other in ((True, False), (False, True)))],
+)
 def test_split_over_eight_devices_it_trains_as_on_one(config, alone, parameters, teacher):
     layout = Layout(make_mesh(), parameters, teacher)
     state, losses = trained(config, layout)
@@ -155,7 +161,9 @@ def gradients(config, layout, compute=jnp.float32):
     return run(method, images)
 
 
-@pytest.mark.parametrize("name", ["ijepa", "ijepa_multilayer", "lejepa", "byol"])
+@pytest.mark.parametrize(
+    "name", ["ijepa", "lejepa", *(pytest.param(name, marks=pytest.mark.long) for name in ("ijepa_multilayer", "byol"))]
+)
 def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(name):
     """Also where the loss reads statistics of the batch, as LeJEPA's and a head's BatchNorm do."""
     method, *variant = name.split("_")

@@ -45,6 +45,8 @@ USAGE = """usage: jepax COMMAND
   jepax bench data RECIPE       pictures read per second and core, against Pillow, and what the step asks for
       --peer torch              against plain PyTorch's I-JEPA at the same shapes, eager and compiled
       --json FILE               the numbers;  --rounds N: timed steps (20);  --FIELD.PATH VALUE ... as for train
+  jepax data pack PHOTOS PACK   packs a folder of photos into a few large files, for data.source=packed
+      --canvas 512              longest side of a picture;  --quality 95;  --records 4096 in a file;  --threads N
   jepax grid NAME               trains and evaluates the rows of a grid, or of a grid's YAML file: one table, one figure
       --FIELD.PATH VALUE ...    overrides a field of every row
       --run-dir DIR             folder of the grid (runs/NAME); the same command again continues it
@@ -292,6 +294,19 @@ def bench(arguments: list[str]) -> None:
     run.bench(arguments)
 
 
+def data(arguments: list[str]) -> None:
+    """`jepax data pack PHOTOS PACK [--canvas N] [--quality N] [--records N] [--threads N]`"""
+    from jepax import pack
+    from jepax.types import UserError
+
+    if arguments[:1] != ["pack"]:
+        raise UserError("jepax data knows one word: jepax data pack PHOTOS PACK")
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE, end="")
+        return
+    pack.pack(*pack.of_arguments(arguments[1:]))
+
+
 def grid(arguments: list[str]) -> None:
     """`jepax grid NAME|GRID.yaml [--field.path value ...] [--run-dir DIR] [--seeds 0 1 2] [--part 1/2]`"""
     from jepax.grids import run as grids
@@ -315,6 +330,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "replay": replay,
     "grid": grid,
     "bench": bench,
+    "data": data,
     "--version": version,
 }
 

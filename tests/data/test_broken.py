@@ -92,8 +92,8 @@ def test_loading_without_replacement_stays_strict(source):
 
 
 def test_each_picture_is_decoded_once(source, monkeypatch):
-    reads, real = [], type(source)._read
-    monkeypatch.setattr(type(source), "_read", lambda self, row, canvas: reads.append(row) or real(self, row, canvas))
+    reads, real = [], type(source).read
+    monkeypatch.setattr(type(source), "read", lambda self, row, canvas: reads.append(row) or real(self, row, canvas))
     source.load_readable(np.arange(6))
     assert [int(row) for row in reads] == [0, 1, 2, 3, 4, 5, 4, 5, 5]
 
@@ -101,8 +101,8 @@ def test_each_picture_is_decoded_once(source, monkeypatch):
 def test_where_nothing_nearby_can_be_read_it_ends_at_once_and_names_the_files(root, monkeypatch):
     source = opened(root)
     spoil(source, range(24))
-    reads, real = [], type(source)._read
-    monkeypatch.setattr(type(source), "_read", lambda self, row, canvas: reads.append(row) or real(self, row, canvas))
+    reads, real = [], type(source).read
+    monkeypatch.setattr(type(source), "read", lambda self, row, canvas: reads.append(row) or real(self, row, canvas))
     with pytest.raises(BrokenImage) as caught:
         source.load_readable(np.arange(24))
     text = str(caught.value)

@@ -27,6 +27,7 @@ def main(folder: str, changes: str = "{}") -> None:
         hosts.start()
     with hosts.peers():
         from jepax.saving import SaveConfig
+        from jepax.sharding import ShardingConfig
         from jepax.train import train
         from tests.contracts.shrink import shrunk
 
@@ -37,9 +38,12 @@ def main(folder: str, changes: str = "{}") -> None:
         changed = json.loads(changes)
         if online := changed.pop("online", {}):
             config = replace(config, eval=replace(config.eval, online=replace(config.eval.online, **online)))
+        if encoder := changed.pop("encoder", {}):
+            config = replace(config, method=replace(config.method, encoder=replace(config.method.encoder, **encoder)))
         for part, values in changed.items():
-            if "save" in values:
-                values["save"] = SaveConfig(**values["save"])
+            for name, group in (("save", SaveConfig), ("sharding", ShardingConfig)):
+                if name in values:
+                    values[name] = group(**values[name])
             config = replace(config, **{part: replace(getattr(config, part), **values)})
         disturb()
         train(config, Path(folder, *FAULTS[os.environ.get("JEPAX_TEST_FAULT", "none")]()))

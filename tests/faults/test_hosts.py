@@ -157,6 +157,28 @@ def test_a_run_goes_on_with_any_number_of_devices_and_processes(processes, tmp_p
 
 
 @pytest.mark.slow_fault
+@pytest.mark.fault(10, "the state lies split over several processes")
+def test_processes_that_share_the_state_take_the_steps_of_one(processes, tmp_path):
+    """Split over two processes, which save it together; then over the devices of one; then over two again."""
+    train, run = {"steps": 8, "log_every": 1}, str(tmp_path / "run")
+    whole, split = (
+        json.dumps({"encoder": {"width": 96, "heads": 4}, "train": train | {"sharding": {"parameters": parameters}}})
+        for parameters in ("replicated", "sharded")
+    )
+    alone = processes.start("driver", str(tmp_path / "one"), whole)
+    assert alone.wait(150) == 0, processes.said(alone)
+    for count, devices, leave in ((2, 2, "3"), (1, 4, "5"), (2, 1, None)):
+        leaving = {"JEPAX_TEST_LEAVE_AT": leave} if leave else {}
+        if count == 1:
+            started = [processes.start("driver", run, split, devices=devices, **leaving)]
+        else:
+            started = processes.group("driver", run, split, count=count, devices=devices, **leaving)
+        codes = [process.wait(150) for process in started]
+        assert codes == [signals.AGAIN if leave else 0] * count, "".join(map(processes.said, started))
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "one"), rtol=1e-5)
+
+
+@pytest.mark.slow_fault
 @pytest.mark.fault(12, "a peer process is lost: the same command again")
 def test_after_a_loss_the_same_command_goes_on(processes, tmp_path, alone):
     run = tmp_path / "run"

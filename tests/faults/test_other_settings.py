@@ -15,6 +15,7 @@ from jepax import events as happened
 from jepax.data import batches, open_source
 from jepax.saving import SaveConfig
 from jepax.settings import Config
+from jepax.sharding import ShardingConfig
 from jepax.train import train
 from tests.contracts.shrink import SIDE
 from tests.faults import limits
@@ -105,13 +106,14 @@ def test_a_model_that_does_not_fit_is_an_error_also_for_who_insists(whole, tmp_p
 @pytest.mark.fault(17, "settings that training does not depend on")
 def test_settings_that_do_not_matter_may_change(whole, digests, tmp_path, capsys):
     run = half_of(whole, tmp_path)
-    config = tiny(log_every=3, save=SaveConfig(every=3, keep=1))
+    config = tiny(log_every=3, save=SaveConfig(every=3, keep=1), sharding=ShardingConfig("replicated"))
     config = replace(config, data=replace(config.data, threads=1, broken_share=0.5, root="elsewhere"))
     config = replace(config, eval=replace(config.eval, protocols=("linear",)))
     changed = {line.split(":")[0] for line in configs.differences(tiny(), config)}
     assert {name for name in settings.FREE if not any(settings.under(path, [name]) for path in changed)} == {
         "data.workers",  # by a process of its own, below
         "train.trackers",
+        "train.accumulate",  # gives the same losses but for the rounding of sums: tests/test_sharding.py
     }
     command(capsys, "train", limits.written(config, tmp_path), "--run-dir", run, code=0)
     assert digests == [whole.digest] and configs.load(Config, run / "config.yaml") == config

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from jepax.bench.clock import in_turn
@@ -27,7 +28,8 @@ from jepax.types import Images
 if TYPE_CHECKING:
     from jepax.bench.subject import Subject
 
-Forward = Callable[[AbstractMethod, Any], Any]
+Forward = tuple[Callable[[AbstractMethod, Any], Any], Any]
+"""A function of the method and what it is given."""
 
 
 def parts_of(subject: "Subject", rounds: int) -> dict[str, float]:
@@ -45,13 +47,15 @@ def parts_of(subject: "Subject", rounds: int) -> dict[str, float]:
 
         return run
 
-    def forward(function: Forward) -> Callable[..., Any]:
+    def forward(function: Callable[[AbstractMethod, Any], Any]) -> Callable[..., Any]:
         return program(lambda method, given: function(gathered(cast(method, compute), but=Stack), given))
 
     draw = program(lambda images, key: views_of(method, images, key))
     views = draw(images, key)
     calls = {"views and masks": (draw, images, key)}
-    calls |= {name: (forward(function), method, views) for name, function in forwards(method, views).items()}
+    calls |= {
+        name: (forward(function), method, given) for name, (function, given) in forwards(method, views, compute).items()
+    }
     alone = list(calls)
     calls["loss"] = (program(lambda m, i, k: cast(m, compute).loss(i, key=k)), method, images, key)
     calls["gradients"] = (program(lambda m, i, k: loss_and_gradients(m, i, k, compute)), method, images, key)
@@ -71,19 +75,19 @@ def views_of(method: AbstractMethod, images: Images, key: PRNGKeyArray) -> Any:
     return method.config.draw_views(images, key=key) if isinstance(method, MultiView) else ()
 
 
-def forwards(method: AbstractMethod, views: Any) -> dict[str, Forward]:
+def forwards(method: AbstractMethod, views: Any, compute: DTypeLike) -> dict[str, Forward]:
     """The forward passes of the networks, by what they are called; none of a method that is not known here."""
     if isinstance(method, IJEPA):
-        context = jax.eval_shape(lambda m, v: m.encoder(v[0], v[1].context), method, views)
-        context = np.zeros(context.shape, np.float32)
+        seen = jax.eval_shape(lambda m, v: m.encoder(v[0], v[1].context), method, views)
+        context = jr.normal(jr.key(0), seen.shape, compute)
         return {
-            "teacher, forward": lambda m, v: m.targets(v[0]),
-            "context encoder, forward": lambda m, v: m.encoder(v[0], v[1].context),
-            "predictor, forward": lambda m, v: m.predictions(context.astype(m.encoder.embed.bias.dtype), v[1]),
+            "teacher, forward": (lambda m, v: m.targets(v[0]), views),
+            "context encoder, forward": (lambda m, v: m.encoder(v[0], v[1].context), views),
+            "predictor, forward": (lambda m, given: m.predictions(*given), (context, views[1])),
         }
     if isinstance(method, MultiView):
-        found: dict[str, Forward] = {"encoder, forward": lambda m, v: [embed(m.encoder, group) for group in v]}
+        found: dict[str, Forward] = {"encoder, forward": (lambda m, v: [embed(m.encoder, group) for group in v], views)}
         if hasattr(method, "target"):
-            found["teacher, forward"] = lambda m, v: embed(m.target.average[0], v[0])
+            found["teacher, forward"] = (lambda m, v: embed(m.target.average[0], v[0]), views)
         return found
     return {}

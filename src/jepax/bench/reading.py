@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jepax import dryrun
+from jepax import dryrun, pack
 from jepax.bench.clock import in_turn
 from jepax.bench.machine import cores, machine
 from jepax.bench.subject import Subject
@@ -28,15 +28,19 @@ SIDE = 224
 def measure(config: Config, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Images per second of each, on the recipe's own folder, or on generated photos where it has none."""
     with tempfile.TemporaryDirectory() as folder:
-        data = replace(config.data, source="image_folder", root=config.data.root or str(generated(Path(folder))))
+        photos = sample(config, Path(folder) / "photos")
+        data = replace(config.data, source="image_folder", root=str(photos), validation=0.0)
         source = open_source(data, "train")
-        files = [source.folder / source.files[row] for row in range(min(len(source), FILES))]
+        files = [source.folder / file for file in source.files]
         say(f"{len(files)} photos, one core ...")
         alone = one_core(files, data.canvas, rounds)
         say("through the loader ...")
         loaded = {}
         for threads, workers in ((1, 0), (cores(), 0), (1, cores())):
             loaded[f"{threads} threads, {workers} workers"] = through(source, threads, workers)
+        pack.pack(photos, Path(folder) / "pack", pack.PackConfig(canvas=data.canvas), lambda _: None)
+        packed = open_source(replace(data, source="packed", root=f"{folder}/pack"), "train")
+        loaded["1 threads, 0 workers, packed"] = through(packed, 1, 0)
     say("the step ...")
     steps = Subject(dryrun.make_plan(config, say)).steps(rounds)
     return {
@@ -49,6 +53,20 @@ def measure(config: Config, rounds: int, say: Callable[[str], None]) -> dict[str
         "loader_over_pillow": loaded["1 threads, 0 workers"] / alone["pillow"],
         "step_images_per_s": steps["images_per_s"],
     }
+
+
+def sample(config: Config, folder: Path) -> Path:
+    """A folder of a few photos: links to the recipe's own, evenly over its classes, or generated ones."""
+    if config.data.source != "image_folder" or config.data.root is None:
+        return generated(folder)
+    for part, split, count in (("train", "train", FILES), ("val", "test", 2)):
+        source = open_source(replace(config.data, validation=0.0), split)
+        for number, row in enumerate(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)):
+            file = source.folder / source.files[row]
+            place = folder / part / "photo" / f"{number:04d}{file.suffix}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(file.absolute())
+    return folder
 
 
 def generated(folder: Path) -> Path:

@@ -58,6 +58,6 @@ def ms(seconds: float) -> str:
     return f"{1000 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"
 
 
-def gigabytes(count: float | None) -> str:
+def gigabytes(count: float | int | None) -> str:
     """Or a dash."""
     return "-" if count is None else f"{count / 1e9:.2f} GB"

@@ -5,10 +5,10 @@ from typing import Literal, get_args
 
 from jepax.data.broken import BROKEN, BrokenFiles
 from jepax.data.loader import Broken, batches, sweep
-from jepax.data.sources import Source, Split, fashion_mnist, image_folder, synthetic
+from jepax.data.sources import Source, Split, fashion_mnist, image_folder, packed, synthetic
 from jepax.types import UserError
 
-Kind = Literal["fashion_mnist", "image_folder", "synthetic"]
+Kind = Literal["fashion_mnist", "image_folder", "packed", "synthetic"]
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,10 @@ class DataConfig:
     """Where the pictures come from and how they are read."""
 
     source: Kind = "fashion_mnist"
-    """Kind of data: Fashion-MNIST, a folder of photos (train/CLASS/*.jpg, val/CLASS/*.jpg), or generated shapes."""
+    """Kind of data: Fashion-MNIST, a folder of photos (train/CLASS/*.jpg, val/CLASS/*.jpg), what `jepax data pack` made
+    of one, or generated shapes."""
     root: str | None = None
-    """Folder the data lies in. image_folder needs it; fashion_mnist without it looks in the system and the cache."""
+    """Folder the data lies in. image_folder and packed need it; fashion_mnist also looks in system and cache."""
     canvas: int = 512
     """Side of the canvas in pixels; larger photos are scaled down onto it. fashion_mnist always has 28."""
     channels: Literal[1, 3] | None = None
@@ -74,8 +75,10 @@ def open_source(config: DataConfig, split: Split) -> Source:
             varied=config.synthetic_varied,
         )
     if config.root is None:
-        raise UserError("data.root=None, but data.source=image_folder needs the folder that holds train/ and val/.")
-    return image_folder.open_split(config.root, split, config.validation, config.canvas, config.channels or 3)
+        holds = "train/ and val/" if config.source == "image_folder" else packed.PACK
+        raise UserError(f"data.root=None, but data.source={config.source} needs the folder that holds {holds}.")
+    photos = image_folder if config.source == "image_folder" else packed
+    return photos.open_split(config.root, split, config.validation, config.canvas, config.channels or 3)
 
 
 __all__ = ["BROKEN", "Broken", "BrokenFiles", "DataConfig", "Source", "Split", "batches", "open_source", "sweep"]

@@ -3,6 +3,8 @@
 import io
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -50,16 +52,29 @@ def read_onto_canvas(
 
     A picture larger than the canvas is scaled down, aspect kept. Errors: BrokenImage, naming the path and the cause.
     """
+    with blamed(str(path)):
+        return onto_canvas(bytes_of(Path(path)), canvas)
+
+
+def onto_canvas(data: bytes, canvas: UInt8[np.ndarray, "rows columns channels"]) -> Int32[np.ndarray, "2"]:
+    """The same of a file's content. Errors: those of `decode`."""
     rows, columns, channels = canvas.shape
-    try:
-        picture = shrink(decode(_bytes_of(Path(path)), channels), rows, columns)
-    except Exception as error:  # decoders raise all sorts, from OSError to SyntaxError and struct.error
-        raise BrokenImage(
-            f"{path} cannot be read as a picture: {error or type(error).__name__}.\nRepair the file or remove it."
-        ) from error
+    picture = shrink(decode(data, channels), rows, columns)
     height, width = picture.shape[:2]
     canvas[:height, :width] = picture
     return np.array([height, width], np.int32)
+
+
+@contextmanager
+def blamed(name: str) -> Iterator[None]:
+    """Within, every error is a BrokenImage that names the picture: decoders raise all sorts, from OSError to
+    SyntaxError and struct.error."""
+    try:
+        yield
+    except Exception as error:
+        raise BrokenImage(
+            f"{name} cannot be read as a picture: {error or type(error).__name__}.\nRepair the file or remove it."
+        ) from error
 
 
 def decode(data: bytes, channels: int) -> UInt8[np.ndarray, "height width channels"]:
@@ -98,7 +113,7 @@ def _image(picture: UInt8[np.ndarray, "height width channels"]) -> Image.Image:
     return Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
 
 
-def _bytes_of(path: Path) -> bytes:
+def bytes_of(path: Path) -> bytes:
     """The file's content. Errors: OSError; ValueError for a pipe or device, and for a file over `MOST_BYTES`."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, for ever
@@ -106,6 +121,12 @@ def _bytes_of(path: Path) -> bytes:
     if status.st_size > MOST_BYTES:
         raise ValueError(f"its {status.st_size} bytes are over the limit of {MOST_BYTES}")
     return path.read_bytes()
+
+
+def is_grey(data: bytes) -> bool:
+    """Whether its header says that the picture has no colours. Errors: those of `decode`."""
+    image = _open(data)
+    return image.mode in ("1", "L") or image.mode.startswith("I")
 
 
 def _open(data: bytes) -> Image.Image:

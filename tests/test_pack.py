@@ -1,0 +1,224 @@
+"""A pack holds a folder's pictures in its order, however it was written, and names what is wrong with it."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jepax import pack
+from jepax.data import DataConfig, batches, open_source
+from jepax.data.decode import BrokenImage
+from jepax.types import UserError
+
+CANVAS = 48
+
+
+def photo(path: Path, size: tuple[int, int], mode: str = "RGB", **saved) -> None:
+    """Smooth shapes in the picture's own colours, so that a JPEG of them is close to them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(len(path.name) + sum(size))
+    small = Image.fromarray(random.integers(0, 256, (4, 4, 3), np.uint8))
+    small.resize(size, Image.Resampling.BICUBIC).convert(mode).save(path, **saved)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes; in each, pictures that fit the canvas, one turned by its EXIF, and larger ones, one of them grey."""
+    root = tmp_path / "photos"
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            folder = root / split / name
+            photo(folder / "fits.jpg", (40, 30))
+            photo(folder / "fits_too.png", (48, 20))
+            photo(folder / "turned.jpg", (40, 20), exif=turned)
+            for number in range(4):
+                photo(folder / f"large_{number}.jpg", (120 + number, 90))
+            photo(folder / "large_grey.jpg", (70, 90), "L")
+            photo(folder / "large_turned.jpg", (120, 60), exif=turned)
+    return root
+
+
+def packed(photos: Path, folder: Path, **settings) -> Path:
+    pack.pack(photos, folder, pack.PackConfig(**{"canvas": CANVAS, "records": 4, "threads": 2} | settings), lambda _: 0)
+    return folder
+
+
+def open_(source: str, root: Path, split: str = "train", **settings):
+    return open_source(DataConfig(**{"source": source, "root": str(root), "canvas": CANVAS} | settings), split)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_it_holds_the_folders_pictures(photos, tmp_path, split):
+    folder = open_("image_folder", photos, split, validation=0.3)
+    ours = open_("packed", packed(photos, tmp_path / "pack"), split, validation=0.3)
+    rows = np.arange(len(folder))
+    (canvas, size, labels), (wanted, wanted_size, wanted_labels) = ours.load(rows), folder.load(rows)
+    assert ours.files == folder.files and ours.class_names == folder.class_names
+    assert (size == wanted_size).all() and (labels == wanted_labels).all()
+    for row, file in enumerate(folder.files):
+        exact = "fits" in file or "/turned" in file
+        off = np.abs(canvas[row].astype(int) - wanted[row])
+        assert off.max() == 0 if exact else 0 < off.mean() < 2, file
+        assert ours.name_of(row) == folder.name_of(row)
+
+
+def test_grey_pictures_are_one_channel(photos, tmp_path):
+    ours = open_("packed", packed(photos, tmp_path / "pack"), "test", channels=1)
+    folder = open_("image_folder", photos, "test", channels=1)
+    row = folder.files.index("cat/large_grey.jpg")
+    off = ours.load(np.array([row]))[0].astype(int) - folder.load(np.array([row]))[0]
+    assert 0 < np.abs(off).mean() < 1
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.iterdir() if path.name != "lock")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_threads_do_not_matter_and_nothing_else_stays(photos, tmp_path):
+    one, many = (digests(packed(photos, tmp_path / str(count), threads=count)) for count in (1, 5))
+    assert one == many
+    shards = [f"{part}-{number:05d}.array_record" for part in ("train", "val") for number in range(5)]
+    assert list(one) == sorted(["pack.json", "train.json", "val.json", *shards])
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from jepax import pack
+plain = pack.record
+def slow(path, config):
+    time.sleep(0.1)
+    return plain(path, config)
+pack.record = slow
+pack.pack(Path(sys.argv[1]), Path(sys.argv[2]), pack.PackConfig(canvas=48, records=4, threads=2))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_packing_that_was_killed_goes_on(photos, tmp_path, number):
+    folder = tmp_path / "pack"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(photos), str(folder)], stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not list(folder.glob("*.note")) and time.monotonic() < end:
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    assert process.wait(30) != 0 and not (folder / "pack.json").exists()
+    with pytest.raises(UserError, match=r"is no whole pack"):
+        open_("packed", folder)
+    done = {path: path.stat().st_mtime_ns for path in folder.glob("*.note")}
+    written = {path.with_suffix(".array_record"): path.with_suffix(".array_record").stat().st_mtime_ns for path in done}
+    assert written and digests(packed(photos, folder)) == digests(packed(photos, tmp_path / "whole"))
+    assert {path: path.stat().st_mtime_ns for path in written} == written  # what was there was not written again
+
+
+def test_the_same_batches_from_threads_and_workers(photos, tmp_path):
+    source = open_("packed", packed(photos, tmp_path / "pack"), validation=0.0)
+
+    def canvases(**how):
+        return [images.canvas.copy() for images in batches(source, batch_size=6, steps=3, seed=0, **how)]
+
+    alone = canvases(threads=0)
+    for how in ({"threads": 4}, {"threads": 1, "workers": 2}):
+        assert all((one == other).all() for one, other in zip(alone, canvases(**how), strict=True))
+
+
+def test_a_broken_picture_is_named_and_replaced_as_in_the_folder(photos, tmp_path):
+    for number in range(200):  # so that one of them is below the share that is put up with
+        photo(photos / f"val/cat/more_{number}.jpg", (8, 8))
+    (photos / "train/cat/large_1.jpg").write_bytes(b"<html>not found</html>")
+    said: list[str] = []
+    folder = tmp_path / "pack"
+    pack.pack(photos, folder, pack.PackConfig(canvas=CANVAS, records=4), said.append)
+    (warned,) = (line for line in said if "warning" in line)
+    assert warned.startswith("warning: train/cat/large_1.jpg cannot be read (its content is none of")
+    ours, theirs = open_("packed", folder, validation=0.0), open_("image_folder", photos, validation=0.0)
+    rows = np.arange(len(ours))
+    assert ours.load_readable(rows)[3].tolist() == theirs.load_readable(rows)[3].tolist()
+    assert ours.load_readable(rows)[3].sum() == 1
+    with pytest.raises(BrokenImage, match=r"train/cat/large_1\.jpg cannot be read as a picture: it is empty"):
+        ours.load(rows)
+
+
+def test_too_many_broken_pictures_end_it(photos, tmp_path):
+    for number in range(4):
+        (photos / f"train/cat/large_{number}.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"(?s)4 of 36 pictures cannot be read.*large_0\.jpg: it is empty"):
+        packed(photos, tmp_path / "pack")
+    assert not (tmp_path / "pack/pack.json").exists()
+
+
+def test_the_same_again_does_nothing_and_another_pack_is_refused(photos, tmp_path):
+    folder = packed(photos, tmp_path / "pack")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != "lock"}
+    packed(photos, folder)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    with pytest.raises(UserError, match="holds another pack"):
+        packed(photos, folder, quality=90)
+    photo(photos / "train/cat/new.jpg", (9, 9))
+    with pytest.raises(UserError, match="holds another pack"):
+        packed(photos, folder)
+
+
+def test_a_damaged_shard_is_named(photos, tmp_path):
+    shard = packed(photos, tmp_path / "pack") / "train-00001.array_record"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"train-00001\.array_record has \d+ bytes instead of \d+"):
+        open_("packed", shard.parent)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"train-00001\.array_record is missing"):
+        open_("packed", shard.parent)
+
+
+def test_flipped_bits_are_noticed(photos, tmp_path):
+    """ArrayRecord's checksums; the picture is then as good as a broken file."""
+    shard = packed(photos, tmp_path / "pack") / "train-00000.array_record"
+    at = shard.read_bytes().index(b"\xff\xd8\xff") + 300
+    with shard.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    source = open_("packed", shard.parent, validation=0.0)
+    assert source.load_readable(np.arange(len(source)))[3].sum() == 1
+
+
+def test_a_larger_canvas_than_the_packs_is_refused(photos, tmp_path):
+    folder = packed(photos, tmp_path / "pack")
+    with pytest.raises(UserError, match=r"was packed for data\.canvas=48, and 64 asks for more"):
+        open_("packed", folder, canvas=64)
+    assert open_("packed", folder, canvas=32).load(np.array([0]))[0].shape == (1, 32, 32, 3)
+
+
+def test_its_contents_are_the_folders_and_the_shards(photos, tmp_path):
+    folder = packed(photos, tmp_path / "pack")
+    contents = open_("packed", folder).contents
+    shards = contents.pop("shards")
+    assert contents == open_("image_folder", photos).contents
+    other = packed(photos, tmp_path / "other", quality=90)
+    assert open_("packed", other).contents["shards"] != shards
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["photos"], "give a folder of photos and a new one"),
+        (["photos", "pack", "--canvas", "0"], "--canvas 0 must be at least 1"),
+        (["photos", "pack", "--quality", "101"], "--quality 101 is none of 1 to 100"),
+        (["photos", "pack", "--side", "9"], r"--side 9 is not understood; jepax data pack takes --canvas, --quality"),
+    ],
+    ids=["folders", "canvas", "quality", "unknown"],
+)
+def test_what_is_not_understood_is_named(words, said):
+    with pytest.raises(UserError, match=said):
+        pack.of_arguments(words)
