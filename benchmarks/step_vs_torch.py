@@ -81,7 +81,7 @@ def peak_of(config: Config, side: str) -> int:
     torch.set_num_threads(cores())
     method = peer.Given(peer.plain(config.method), total_steps=peer.TOTAL, key=jr.key(0))
     inputs = peer.make_inputs(method, config.train.batch_size)
-    sides = {"ours": lambda: peer.ours(method, inputs, "float32")}
+    sides = {"ours": lambda: peer.ours(method, inputs, "float32", config.train.log_every)}
     sides["theirs"] = lambda: peer.theirs(method, inputs, "float32", compiled=False)
     step = sides[side]()
     for _ in range(clock.WARM):

@@ -15,6 +15,7 @@ import pytest
 from jepax import checkpoint, evaluation, logs, settings, signals, step
 from jepax import config as configs
 from jepax import train as training
+from jepax.guard import GuardConfig
 from jepax.saving import SaveConfig, Saver
 from jepax.settings import Config
 from jepax.train import train
@@ -121,22 +122,40 @@ def test_a_folder_of_another_config_is_refused(config, finished):
         train(other, finished[0])
 
 
-def test_an_update_that_is_not_finite_stops_the_run_and_names_the_step(config, tmp_path, monkeypatch):
-    """It is made NaN in the third step; the step after it may have begun, but nothing later is logged or saved."""
-    calls = tamper(monkeypatch, {3: lambda metrics: {"update_norm": jnp.float32(np.nan)}})
-    with pytest.raises(UserError, match="update's norm of step 2 is nan"):
-        train(config, tmp_path)
-    assert len(calls) <= 4
+@pytest.mark.parametrize(
+    ("lost", "every", "said"),
+    [(4, 6, "update's norm of step 3 is nan"), (3, 3, "parameters are not finite after step 2")],
+    ids=["at a line", "at a save"],
+)
+def test_an_update_that_is_not_finite_stops_the_run(lost, every, said, config, tmp_path, monkeypatch):
+    """Lines are written at steps 1, 3 and 5. The step after it may have begun, but nothing later is logged or saved."""
+    calls = tamper(monkeypatch, {}, lost)
+    with pytest.raises(UserError, match=said):
+        train(replace(config, train=replace(config.train, save=SaveConfig(every=every))), tmp_path)
+    assert len(calls) <= lost + 1
     assert checkpoint.steps(tmp_path / "checkpoints") == []
 
 
-def tamper(monkeypatch, changes):
-    """Changes the metrics of the steps with these numbers, counted from 1. Returns a list that grows with the steps."""
+def test_what_neither_a_line_nor_a_save_sees_ends_the_run_soon(config, tmp_path, monkeypatch):
+    """No step after it is finite, so the guard lets none of them change anything."""
+    tamper(monkeypatch, {}, 3)
+    patient = GuardConfig(patience=2)
+    longer = replace(config, train=replace(config.train, log_every=100, steps=20, guard=patient))
+    longer = replace(longer, train=replace(longer.train, save=SaveConfig(every=100)))
+    with pytest.raises(UserError, match="2 steps in a row, up to step 4, were not finite"):
+        train(longer, tmp_path)
+
+
+def tamper(monkeypatch, changes, lost=None):
+    """Changes the metrics of the steps with these numbers, counted from 1, and makes a parameter NaN in step `lost`.
+    Returns a list that grows with the steps."""
     real, calls = training.compiled_step, []
 
     def broken(inputs, images, state):
         state, metrics = real(inputs, images, state)
         calls.append(1)
+        if len(calls) == lost:
+            state = eqx.tree_at(lambda s: s.method.encoder.norm.bias, state, replace_fn=lambda bias: bias * np.nan)
         return state, metrics | changes.get(len(calls), lambda metrics: {})(metrics)
 
     monkeypatch.setattr(training, "compiled_step", broken)
@@ -147,15 +166,15 @@ def tamper(monkeypatch, changes):
 def test_a_step_between_two_lines_is_not_overlooked(last, line, config, tmp_path, monkeypatch):
     """The loss of the third step alone, of ten to a line, leaps; the run ends later, or at once: both are named."""
     leap = {3: lambda metrics: {"loss": 100 * metrics["loss"]}}
-    tamper(monkeypatch, leap | {last: lambda metrics: {"update_norm": jnp.float32(np.nan)}})
-    longer = replace(config, train=replace(config.train, steps=20, log_every=10, save=SaveConfig(every=100)))
-    with pytest.raises(UserError, match=f"update's norm of step {last - 1} is nan"):
+    tamper(monkeypatch, leap, last)
+    longer = replace(config, train=replace(config.train, steps=20, log_every=10, save=SaveConfig(every=last)))
+    with pytest.raises(UserError, match=f"parameters are not finite after step {last - 1}"):
         train(longer, tmp_path)
     lines = logs.read(tmp_path / "metrics.jsonl")
     assert [each["step"] for each in lines] == [step for step in (0, 9) if step < last]
     written = json.loads((tmp_path / "health.json").read_text())
     assert [(alarm["kind"], alarm["step"]) for alarm in written["alarms"]] == [("spike", line)]
-    assert written["ended"].startswith(f"the update's norm of step {last - 1} is nan")
+    assert written["ended"].startswith(f"parameters are not finite after step {last - 1}")
 
 
 def test_another_precision_than_before_is_told(config, finished, tmp_path, capsys):

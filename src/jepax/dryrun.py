@@ -324,7 +324,7 @@ def run_step(plan: Plan, batch: int) -> str:
     images = sharding.shard_batch(next(read(config, plan.source, 1, 0)), mesh)
     state = placed_state(config.method, plan.optimizer, jr.key(config.seed), plan.layout)
     root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), mesh)
-    fixed = Fixed(plan.optimizer, root, compute_dtype(config), config.train.guard, plan.layout)
+    fixed = Fixed(plan.optimizer, root, compute_dtype(config), config.train.guard, plan.layout, config.train.log_every)
     state, metrics = compiled_step(fixed, images, state)
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if not (jnp.isfinite(loss) and jnp.isfinite(norm)):

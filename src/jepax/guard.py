@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jepax.types import Metrics, UserError
 
@@ -87,16 +87,24 @@ def kept(verdict: Int[Array, ""]) -> Bool[Array, ""]:
     return (verdict == FINE) | (verdict == CLIPPED)
 
 
-def only_if(condition: Bool[Array, ""], update: Callable[[T], tuple[T, Metrics]], old: T) -> tuple[T, Metrics]:
-    """`update(old)` where the condition holds, and else `old`, with metrics that are not a number.
+def only_if(condition: Bool[Array, ""], update: Callable[[T], T], old: T) -> T:
+    """`update(old)` where the condition holds, and else `old`.
 
     On a CPU by a branch: a choice for every array would read the state once more, a tenth of a ViT-B step of few
     images. Elsewhere by choices, which cost nothing there, while a branch would let the device wait for the host.
     """
-    nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(update, old)[1])
     if jax.default_backend() == "cpu":
-        return jax.lax.cond(condition, update, lambda old: (old, nothing), old)
-    return choose(condition, update(old), (old, nothing))
+        return jax.lax.cond(condition, update, lambda old: old, old)
+    return choose(condition, update(old), old)
+
+
+def measured(told: Bool[Array, ""], measure: Callable[..., Metrics], *given: PyTree) -> Metrics:
+    """`measure(*given)`; on a CPU only where it is `told`, and else metrics that are not a number."""
+    if jax.default_backend() == "cpu":
+        shapes = jax.eval_shape(measure, *given)
+        nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes)
+        return jax.lax.cond(told, measure, lambda *_: nothing, *given)
+    return measure(*given)
 
 
 def choose(condition: Bool[Array, ""], new: T, old: T) -> T:

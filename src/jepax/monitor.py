@@ -20,6 +20,8 @@ from jepax.logs import Log, Values, plain
 from jepax.methods import AbstractMethod
 from jepax.saving import SCORE
 from jepax.settings import Config
+from jepax.step import told
+from jepax.trees import finite
 from jepax.types import Images, Metrics, UserError
 
 NOT_LOGGED = {"verdict", "in_a_row", "grad_norm_limit"}
@@ -103,13 +105,8 @@ class Monitor:
         verdict = int(metrics["verdict"])
         if verdict != guard.FINE:
             self._tell(step, verdict, metrics, images)
-        if verdict in (guard.FINE, guard.CLIPPED) and not np.isfinite(metrics["update_norm"]):
-            raise self.ended(
-                step,
-                f"the update's norm of step {step} is {float(metrics['update_norm'])}: training stopped, nothing was"
-                " saved after it;\n"
-                "try a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.clip=1.0",
-            )
+        if verdict in (guard.FINE, guard.CLIPPED) and self.writes(step) and not np.isfinite(metrics["update_norm"]):
+            raise self._lost(step, f"the update's norm of step {step} is {float(metrics['update_norm'])}")
         self.peaks.add(metrics)
 
     def _tell(self, step: int, verdict: int, metrics: Metrics, images: Images) -> None:
@@ -139,9 +136,21 @@ class Monitor:
         if verdict == guard.ROLL_BACK:
             raise RollBack(step)
 
+    def refuse_not_finite(self, step: int, method: AbstractMethod) -> None:
+        """Raises `Diverged` where a step gave parameters that are not finite: before they are saved."""
+        if not finite(method):
+            raise self._lost(step, f"parameters are not finite after step {step}")
+
+    def _lost(self, step: int, what: str) -> Diverged:
+        return self.ended(
+            step,
+            f"{what}: training stopped, nothing was saved after it;\n"
+            "try a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.clip=1.0",
+        )
+
     def writes(self, step: int) -> bool:
         """Whether the step gets a line."""
-        return step == 0 or (step + 1) % self.config.train.log_every == 0 or step + 1 == self.log.steps
+        return told(step, self.config.train.log_every, self.log.steps)
 
     def line(self, step: int, metrics: Metrics, method: AbstractMethod) -> bool:
         """Writes the step's line, with scores where they are due. Returns whether the state is the best so far."""

@@ -38,7 +38,7 @@ def replay(folder: Path, say: Callable[[str], None] = print) -> Metrics:
     say(f"step {facts.step} of {facts.total_steps}, {len(images.index)} examples, positions {positions(images)}")
     say_not_finite("state before it", state, say)
     say_gradients(config, state, batch, root, say)
-    fixed = Fixed(optimizer, root, compute_dtype(config), config.train.guard, layout)
+    fixed = Fixed(optimizer, root, compute_dtype(config), config.train.guard, layout, config.train.log_every)
     _, metrics = compiled_step(fixed, batch, state)  # takes the state's memory, so it comes last
     for name in ("loss", "grad_norm"):
         say(f"{name}: {float(metrics[name])} now, {facts.seen[name]} when the run took it")

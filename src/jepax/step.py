@@ -11,11 +11,11 @@ import jax.random as jr
 import optax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from jepax import sharding
 from jepax.costs import tree_bytes
-from jepax.guard import Guard, GuardConfig, kept, only_if
+from jepax.guard import Guard, GuardConfig, kept, measured, only_if
 from jepax.methods import AbstractMethod, MethodConfig
 from jepax.nn.blocks import Stack
 from jepax.optim import Optimizer
@@ -73,12 +73,21 @@ def placed_state(config: MethodConfig, optimizer: Optimizer, key: PRNGKeyArray, 
     return replicate(first_state(config, optimizer, key), layout.mesh)
 
 
-def predictor_norms(grads: PyTree) -> Metrics:
-    """Gradient norms of a predictor, where there is one, and of its blocks, where it is made of blocks."""
-    if grads is None:
-        return {}
-    blocks = {"grad_norm_predictor_by_block": norms_by_layer(grads.stack.blocks)} if hasattr(grads, "stack") else {}
-    return {"grad_norm_predictor": norm(grads)} | blocks
+def norms_by_block(grads: AbstractMethod) -> Metrics:
+    """Gradient norms of the encoder's blocks, of a predictor, and of its blocks, where it is made of blocks."""
+    found = {"grad_norm_encoder_by_block": norms_by_layer(grads.encoder.stack.blocks)}
+    predictor = getattr(grads, "predictor", None)
+    if predictor is None:
+        return found
+    blocks = (
+        {"grad_norm_predictor_by_block": norms_by_layer(predictor.stack.blocks)} if hasattr(predictor, "stack") else {}
+    )
+    return found | {"grad_norm_predictor": norm(predictor)} | blocks
+
+
+def told(step: Int[Array, ""] | int, every: int, total: int) -> Bool[Array, ""] | bool:
+    """Whether a step gets a line in the log: the first one, every `every`-th, and the last one."""
+    return (step == 0) | ((step + 1) % every == 0) | (step + 1 == total)
 
 
 def loss_and_gradients(
@@ -101,11 +110,13 @@ def train_step(
     root: PRNGKeyArray,
     compute: DTypeLike = jnp.float32,
     guard: GuardConfig = USUAL,
+    log_every: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """One update: loss and gradients over the global batch, AdamW, then what gradients do not change.
 
     Everything random comes from `fold_in(root, step)`, and an example's own part from its index in the run's order:
     the same on any number of workers, devices or hosts. A step that the guard refuses changes nothing but `step`.
+    Gradient norms by block are no numbers, on a CPU, at steps that get no line; `movement` measures the others.
     """
     loss, metrics, grads = loss_and_gradients(state.method, images, jr.fold_in(root, state.step), compute)
     size = norm(grads)
@@ -114,23 +125,22 @@ def train_step(
     remembered = state.guard.after(verdict, size, state.step)
     arrays, static = eqx.partition((state.method, state.opt_state), eqx.is_array)
 
-    def update(arrays: PyTree) -> tuple[PyTree, Metrics]:
+    def update(arrays: PyTree) -> PyTree:
         method, opt_state = eqx.combine(arrays, static)
         params, rest = eqx.partition(method, trainable(method))
         scaled = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = optimizer.update(scaled, opt_state, params, state.step)
-        method, moved = eqx.combine(eqx.apply_updates(params, updates), rest).after_update(state.step)
-        return eqx.filter((method, opt_state), eqx.is_array), moved | {"update_norm": norm(updates)}
+        method, _ = eqx.combine(eqx.apply_updates(params, updates), rest).after_update(state.step)
+        return eqx.filter((method, opt_state), eqx.is_array)
 
-    arrays, moved = only_if(kept(verdict), update, arrays)
+    arrays = only_if(kept(verdict), update, arrays)
     method, opt_state = eqx.combine(arrays, static)
-    metrics |= moved | {
+    metrics |= measured(told(state.step, log_every, optimizer.total_steps), norms_by_block, grads)
+    metrics |= {
         "loss": loss,
         "learning_rate": optimizer.learning_rate(state.step),
         "weight_decay": optimizer.weight_decay(state.step),
         "grad_norm": size,
-        "grad_norm_encoder_by_block": norms_by_layer(grads.encoder.stack.blocks),
-        **predictor_norms(getattr(grads, "predictor", None)),
         "verdict": verdict,
         "grad_norm_limit": state.guard.limit(guard),
         "in_a_row": remembered.in_a_row,
@@ -148,9 +158,13 @@ class Fixed(NamedTuple):
     guard: GuardConfig = USUAL
     layout: Layout | None = None
     """None: the state stays where it is."""
+    log_every: int = 1
 
 
-@partial(jax.jit, static_argnames=("optimizer", "rest", "compute", "guard", "layout"), donate_argnames=("arrays",))
+STATIC = ("optimizer", "rest", "compute", "guard", "layout", "log_every")
+
+
+@partial(jax.jit, static_argnames=STATIC, donate_argnames=("arrays",))
 def step_program(
     arrays: PyTree,
     images: Images,
@@ -161,13 +175,14 @@ def step_program(
     compute: DTypeLike,
     guard: GuardConfig,
     layout: Layout | None,
+    log_every: int,
 ) -> tuple[PyTree, Metrics]:
     """The training program of a run, compiled once: `step_program._cache_size()` counts. Donates the old state.
 
     Plain `jax.jit`, not `eqx.filter_jit`, which waits for every result and so would keep an accelerator idle.
     """
     with layout.applied() if layout else nullcontext():
-        state, metrics = train_step(optimizer, eqx.combine(arrays, rest), images, root, compute, guard)
+        state, metrics = train_step(optimizer, eqx.combine(arrays, rest), images, root, compute, guard, log_every)
     arrays = eqx.filter(state, eqx.is_array)
     return layout.pinned(arrays) if layout else arrays, metrics
 
@@ -175,14 +190,5 @@ def step_program(
 def compiled_step(fixed: Fixed, images: Images, state: TrainState) -> tuple[TrainState, Metrics]:
     """`train_step` as one program; the old state's buffers become the new one's."""
     arrays, rest = eqx.partition(state, eqx.is_array)
-    arrays, metrics = step_program(
-        arrays,
-        images,
-        fixed.root,
-        optimizer=fixed.optimizer,
-        rest=rest,
-        compute=fixed.compute,
-        guard=fixed.guard,
-        layout=fixed.layout,
-    )
+    arrays, metrics = step_program(arrays, images, rest=rest, **fixed._asdict())
     return eqx.combine(arrays, rest), metrics

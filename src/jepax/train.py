@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from jepax import checkpoint, dump, events, guard, hosts, lock, logs, sharding, signals
+from jepax import checkpoint, dump, events, guard, hosts, lock, logs, movement, sharding, signals
 from jepax import config as configs
 from jepax.data import BROKEN, Broken, BrokenFiles, Source, batches
 from jepax.logs import Log, warn
@@ -65,7 +65,9 @@ class Run:
                 config.train.sharding, config.train.accumulate, config.method, self.optimizer, self.mesh
             )
             root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), self.mesh)
-            self.fixed = Fixed(self.optimizer, root, compute_dtype(config), config.train.guard, self.layout)
+            self.fixed = Fixed(
+                self.optimizer, root, compute_dtype(config), config.train.guard, self.layout, config.train.log_every
+            )
             self.state = self.first()
         self.events = events.Events(folder)
         self.passed: dict[int, list[int]] = {}
@@ -130,7 +132,9 @@ class Run:
             monitor = self.monitor = Monitor(config, self.folder, log, self.events, self.note, trackers.send)
             monitor.online, agreement = online_of(config, self.source, steps), hosts.Agreement(self.mesh)
             for step, images in enumerate(stream, self.start):
+                moved = movement.since(self.state.method, step) if monitor.writes(step) else None
                 self.state, metrics = compiled_step(self.fixed, sharding.shard_batch(images, self.mesh), self.state)
+                metrics |= moved(self.state.method, metrics["verdict"]) if moved else {}
                 stop, late = agreement(signals.asked(), hosts.first() and saver.late())
                 monitor.took(step, metrics, images)  # looks at the step before: the device never waits for it
                 if step == self.start:
@@ -138,6 +142,7 @@ class Run:
                 best = monitor.writes(step) and monitor.line(step, metrics, self.state.method)
                 if best or stop or late or saver.due(step + 1) or step + 1 == steps:
                     monitor.settle()
+                    monitor.refuse_not_finite(step, self.state.method)
                     saver.save(step + 1, self.state, monitor.note(best) | {"shift": self.shift})
                 log.advance(step)
                 if stop:

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 T = TypeVar("T")
 
@@ -68,6 +68,13 @@ def norm(tree: PyTree) -> Float[Array, ""]:
     """Euclidean norm over every array of the tree, accumulated in float32."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves))
+
+
+@eqx.filter_jit
+def finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every number of the tree is one."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
+    return jnp.all(jnp.stack([jnp.isfinite(jnp.sum(jnp.abs(leaf), dtype=jnp.float32)) for leaf in arrays]))
 
 
 def norms_by_layer(stacked: PyTree) -> Float[Array, "layers"]:

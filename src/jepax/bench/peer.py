@@ -64,7 +64,7 @@ def compare(config: Config, rounds: int, *, compiled: bool = True) -> dict[str, 
     compute = jnp.dtype(compute_dtype(config)).name
     inputs = make_inputs(method, config.train.batch_size)
     calls = {
-        "ours": ours(method, inputs, compute),
+        "ours": ours(method, inputs, compute, config.train.log_every),
         "torch, eager": theirs(method, inputs, compute, compiled=False),
     }
     if compiled:
@@ -90,9 +90,10 @@ def make_inputs(method: IJEPA, batch: int) -> Inputs:
     return inputs
 
 
-def ours(method: AbstractMethod, inputs: Inputs, compute: str) -> Callable[[], float]:
+def ours(method: AbstractMethod, inputs: Inputs, compute: str, log_every: int) -> Callable[[], float]:
     """A function that takes our next step, as `jepax train` compiles it, and returns its loss."""
-    fixed, batches = Fixed(Optimizer(OptimConfig(), TOTAL, WARMUP), jr.key(0), jnp.dtype(compute)), cycle(inputs)
+    optimizer, batches = Optimizer(OptimConfig(), TOTAL, WARMUP), cycle(inputs)
+    fixed = Fixed(optimizer, jr.key(0), jnp.dtype(compute), log_every=log_every)
     state = init_state(jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, method), fixed.optimizer)
 
     def step() -> float:

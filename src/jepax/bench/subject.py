@@ -32,7 +32,9 @@ class Subject:
         config, layout = plan.config, plan.layout
         self.state = placed_state(config.method, plan.optimizer, jr.key(config.seed), layout)
         root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), layout.mesh)
-        self.fixed = Fixed(plan.optimizer, root, compute_dtype(config), config.train.guard, layout)
+        self.fixed = Fixed(
+            plan.optimizer, root, compute_dtype(config), config.train.guard, layout, config.train.log_every
+        )
         (first,) = read(config, plan.source, 1, 0)
         self.images = sharding.shard_batch(first, layout.mesh)
 
