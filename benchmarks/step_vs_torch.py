@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from jepax.bench import clock, memory, peer
-from jepax.bench.machine import cores, machine
+from jepax.bench.machine import machine
+from jepax.hosts import cores
 from jepax.masking import MultiBlockConfig
 from jepax.methods.ijepa import IJEPAConfig
 from jepax.nn import SIZES, PredictorConfig, ViTConfig

@@ -93,6 +93,11 @@ def _whole(environment: Mapping[str, str], name: str, default: int = 0) -> int:
     return int(value)
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def first() -> bool:
     """Whether this process is the one that writes the run's files."""
     return jax.process_index() == 0

@@ -7,7 +7,6 @@ and a pack reads alike on every machine, so runs on it are equal bit for bit. Pa
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ import numpy as np
 import simplejpeg
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from jepax import files, lock, overrides
+from jepax import files, hosts, lock, overrides
 from jepax.data import DataConfig
 from jepax.data.decode import BrokenImage, blamed, bytes_of, decode, is_grey, shrink
 from jepax.data.sources import image_folder
@@ -46,7 +45,7 @@ class PackConfig:
     """Of the JPEGs of pictures that were scaled down; in [1, 100]."""
     records: int = 4096
     """Pictures in one file."""
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    threads: int = field(default_factory=hosts.cores)
     """Files that are written at once."""
 
     def __post_init__(self) -> None:

@@ -22,9 +22,12 @@ from tests.contracts.shrink import distinct
 
 STEPS = 6
 DISTINCT = distinct()
+SIZES = {"lejepa_vitl14_in1k", "visreg_vitb16_in1k"}
+"""Differ from another recipe of their method by sizes and numbers of views: `make test-long` takes them."""
+NAMES = [pytest.param(name, marks=[pytest.mark.long] * (name in SIZES)) for name in DISTINCT]
 
 
-@pytest.fixture(scope="module", params=list(DISTINCT))
+@pytest.fixture(scope="module", params=NAMES)
 def config(request):
     yield DISTINCT[request.param]
     jax.clear_caches()  # the programs of all of them at once are more than a process may map

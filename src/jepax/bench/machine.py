@@ -11,11 +11,7 @@ from typing import Any
 import jax
 
 import jepax
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from jepax.hosts import cores
 
 
 def machine(*packages: str) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from PIL import Image
 
 from jepax import dryrun, pack
 from jepax.bench.clock import in_turn
-from jepax.bench.machine import cores, machine
+from jepax.bench.machine import machine
 from jepax.bench.subject import Subject
 from jepax.data import batches, open_source
 from jepax.data.decode import read_onto_canvas
+from jepax.hosts import cores
 from jepax.settings import Config
 
 FILES, SIZE, QUALITY = 256, (375, 500), 90

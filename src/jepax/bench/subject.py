@@ -72,14 +72,21 @@ class Subject:
             start = time.perf_counter()
             jax.block_until_ready(self.step())
             times.append(time.perf_counter() - start)
-        start = time.perf_counter()
+        start, under_way = time.perf_counter(), []
         for _ in range(rounds):
-            metrics = self.step()
-        jax.block_until_ready(metrics)
+            under_way = self.followed(under_way, self.step())
+        jax.block_until_ready(under_way)
         each = (time.perf_counter() - start) / rounds
         batch = self.config.train.batch_size
         found = {"step_s": percentiles(times), "pipelined_step_s": each, "images_per_s": batch / each}
         return found | {"peak_bytes": peak_bytes(), "programs": step_program._cache_size()}
+
+    @staticmethod
+    def followed(under_way: list[Metrics], metrics: Metrics) -> list[Metrics]:
+        """The steps that are under way once the new one is: as in training, it waits for the one before it."""
+        under_way = [*under_way, metrics][-AHEAD:]
+        under_way[0]["loss"].block_until_ready()
+        return under_way
 
     def with_input(self, rounds: int) -> dict[str, float]:
         """The same steps on batches as they are read, and the share of the time that the step waits for them."""
@@ -94,8 +101,7 @@ class Subject:
             images = sharding.shard_batch(next(stream), mesh)
             idle = not under_way or all(metrics["loss"].is_ready() for metrics in under_way)
             waited += (time.perf_counter() - before) if idle else 0.0
-            under_way = [*under_way, self.step(images)][-AHEAD:]
-            under_way[0]["loss"].block_until_ready()
+            under_way = self.followed(under_way, self.step(images))
         jax.block_until_ready(under_way)
         whole = time.perf_counter() - start
         return {"images_per_s": rounds * config.train.batch_size / whole, "waited_share": waited / whole}
