@@ -61,6 +61,7 @@ def runs(tmp_path_factory):
     return ended
 
 
+@pytest.mark.long
 def test_both_learn_alike(runs):
     losses = {name: np.array([line["loss"] for line in lines]) for name, (_, lines) in runs.items()}
     assert losses["float32"][-1] < 0.9 * losses["float32"][0]
@@ -68,6 +69,7 @@ def test_both_learn_alike(runs):
     assert np.abs(losses["bfloat16"] - losses["float32"]).max() > 0  # they are two runs
 
 
+@pytest.mark.long
 def test_state_and_metrics_are_in_float32(runs):
     state = runs["bfloat16"][0]
     floats = [x for x in jax.tree.leaves(state) if eqx.is_inexact_array(x)]

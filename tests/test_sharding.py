@@ -140,7 +140,14 @@ def test_gathers_move_parameters_and_no_activations():
     state = placed_state(config.method, optimizer, jr.key(0), layout)
     arrays, rest = eqx.partition(state, eqx.is_array)
     (images,) = read(config, source, 1, 0)
-    fixed = {"optimizer": optimizer, "rest": rest, "compute": jnp.float32, "guard": USUAL, "layout": layout}
+    fixed = {
+        "optimizer": optimizer,
+        "rest": rest,
+        "compute": jnp.float32,
+        "guard": USUAL,
+        "log_every": 1,
+        "layout": layout,
+    }
     program = step_program.lower(arrays, sharding.shard_batch(images, layout.mesh), jr.key(0), **fixed).compile()
     text = program.as_text()
     assert " all-gather(" in text and " all-to-all(" not in text
@@ -176,6 +183,7 @@ def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(name):
         np.testing.assert_allclose(metrics_in_pieces[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.long
 def test_gradients_of_pieces_are_summed_in_float32():
     """In bfloat16, 8 pieces are no farther from float32 than the batch at once."""
     config, mesh = shrunk("lejepa_fashion_mnist"), make_mesh(1)
@@ -187,13 +195,14 @@ def test_gradients_of_pieces_are_summed_in_float32():
     assert apart[1] <= 1.1 * apart[0]
 
 
+@pytest.mark.long
 def test_a_batch_in_pieces_takes_less_memory():
     config = wide("ijepa_fashion_mnist")
     config = replace(config, train=replace(config.train, batch_size=64))
     source, optimizer = prepare(config)
     arrays, rest = eqx.partition(first_state(config.method, optimizer, jr.key(0)), eqx.is_array)
     (images,) = read(config, source, 1, 0)
-    fixed = {"optimizer": optimizer, "rest": rest, "compute": jnp.float32, "guard": USUAL}
+    fixed = {"optimizer": optimizer, "rest": rest, "compute": jnp.float32, "guard": USUAL, "log_every": 1}
     taken = [
         step_program.lower(arrays, images, jr.key(0), **fixed, layout=Layout(make_mesh(1), pieces=n))
         .compile()

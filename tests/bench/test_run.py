@@ -9,7 +9,7 @@ from jepax.types import UserError
 
 TINY = """
     --data.source synthetic --data.canvas 28 --data.channels 1 --data.synthetic-images 80
-    --method.encoder.width 24 --method.encoder.depth 2 --method.predictor.width 12 --method.predictor.depth 2
+    --method.encoder.width 24 --method.encoder.depth 1 --method.predictor.width 12 --method.predictor.depth 1
     --train.batch-size 16 --train.steps 30 --optim.warmup-epochs 0.2 --rounds 3
 """.split()
 

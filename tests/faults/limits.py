@@ -18,6 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jepax import checkpoint, cli, lock, signals
 from jepax import config as configs
+from jepax import train as training
 from jepax.saving import SaveConfig, Saver
 from jepax.settings import Config
 from jepax.train import train
@@ -91,8 +92,15 @@ def message(said: str) -> str:
 @pytest.fixture
 def digests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Of the states that commands end with; they do not evaluate them."""
-    found = []
-    monkeypatch.setattr(cli, "finish", lambda config, state, folder: found.append(checkpoint.digest(state)))
+    found, real = [], training.train
+
+    def train(*given, **named):
+        state = real(*given, **named)
+        found.append(checkpoint.digest(state))
+        return state
+
+    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(cli, "finish", lambda config, state, folder: None)
     return found
 
 
