@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -121,6 +122,19 @@ def test_packing_that_was_killed_goes_on(photos, tmp_path, number):
     assert {path: path.stat().st_mtime_ns for path in written} == written  # what was there was not written again
 
 
+def test_a_full_disk_is_told_in_a_line_and_packing_goes_on(photos, tmp_path):
+    """Files may not grow beyond 8 kB."""
+    folder = tmp_path / "pack"
+    words = ["data", "pack", str(photos), str(folder), "--canvas", str(CANVAS), "--records", "4"]
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))"
+    command = [sys.executable, "-c", f"{limit}; from jepax.cli import main; main(sys.argv[1:])", *words]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+    assert re.search(r"^jepax: .*array_record cannot be written: .*File too large", ended.stderr), ended.stderr
+    assert not list(folder.glob("*.part"))
+    assert digests(packed(photos, folder)) == digests(packed(photos, tmp_path / "whole"))
+
+
 def test_the_same_batches_from_threads_and_workers(photos, tmp_path):
     source = open_("packed", packed(photos, tmp_path / "pack"), validation=0.0)
 
@@ -178,6 +192,51 @@ def test_a_damaged_shard_is_named(photos, tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match=r"train-00001\.array_record is missing"):
         open_("packed", shard.parent)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(photos, tmp_path):
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack/train.json").write_text("mine")
+    with pytest.raises(UserError, match=r"is not empty, it holds train\.json"):
+        packed(photos, tmp_path / "pack")
+    assert (tmp_path / "pack/train.json").read_text() == "mine"
+    with pytest.raises(UserError, match="is not empty"):
+        packed(photos, photos)
+
+
+@pytest.mark.parametrize(
+    "told", ["[]", '{"version": 1}', '{"version": 1, "canvas": "48", "classes": [], "shards": {}}']
+)
+def test_what_is_no_description_of_a_pack_is_refused(photos, tmp_path, told):
+    folder = packed(photos, tmp_path / "pack")
+    (folder / "pack.json").write_text(told)
+    with pytest.raises(UserError, match=r"copy the pack again|is a pack of version"):
+        open_("packed", folder)
+
+
+def test_names_that_do_not_fit_are_refused(photos, tmp_path):
+    names = packed(photos, tmp_path / "pack") / "train.json"
+    whole = names.read_text()
+    for damaged in (whole[:-9], whole.replace("cat/", "bird/"), "[]"):
+        names.write_text(damaged)
+        with pytest.raises(UserError, match=r"train\.json (cannot be read|does not name the pictures)"):
+            open_("packed", names.parent)
+
+
+def test_a_picture_that_cannot_be_opened_ends_it(photos, tmp_path, monkeypatch):
+    """A disk that fails must not leave empty pictures behind."""
+    real = pack.bytes_of
+
+    def failing(path):
+        if path.name == "large_2.jpg":
+            raise OSError(5, "Input/output error", str(path))
+        return real(path)
+
+    monkeypatch.setattr(pack, "bytes_of", failing)
+    with pytest.raises(UserError, match=r"large_2\.jpg cannot be read"):
+        packed(photos, tmp_path / "pack")
+    monkeypatch.undo()
+    assert digests(packed(photos, tmp_path / "pack")) == digests(packed(photos, tmp_path / "whole"))
 
 
 def test_flipped_bits_are_noticed(photos, tmp_path):

@@ -1,5 +1,7 @@
 """Where the state of a run lies, and that its losses do not depend on it."""
 
+import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -150,7 +152,11 @@ def test_gathers_move_parameters_and_no_activations():
     }
     program = step_program.lower(arrays, sharding.shard_batch(images, layout.mesh), jr.key(0), **fixed).compile()
     text = program.as_text()
-    assert " all-gather(" in text and " all-to-all(" not in text
+    moving = re.findall(r" = (\S.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", text)
+    shapes = [shape for shapes, _ in moving for shape in re.findall(r"f32\[([\d,]+)\]", shapes)]
+    moved = sum(4 * math.prod(map(int, shape.split(","))) for shape in shapes)
+    assert "all-gather" in {kind for _, kind in moving} and "all-to-all" not in {kind for _, kind in moving}
+    assert moved < 4 * tree_bytes(state.method), moved / tree_bytes(state.method)
 
 
 def gradients(config, layout, compute=jnp.float32):

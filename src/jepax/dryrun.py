@@ -247,6 +247,7 @@ def say_memory(plan: Plan, say: Say) -> tuple[float, float]:
         "teacher and other": layout.bytes(method) - trained,
         "gradients": trained,
         "optimiser state": layout.bytes(plan.state.opt_state),
+        "the method before a step that gets a line": layout.bytes(method),
     }
     if layout.parameters or layout.teacher:
         fixed["gathered for the matrix products"] = gathered_bytes(method, layout, compute)
@@ -308,9 +309,11 @@ def take_step(plan: Plan, fixed: float, image: float, say: Say) -> None:
         )
         return
     fits = min(wanted // devices, 2 ** ((int(room // image)).bit_length() - 1)) * devices
+    least = devices * plan.layout.pieces
     why = "half of the free memory holds no more"
     if jax.default_backend() == "cpu" and count_parameters(split(plan.state.method)[0]) > LARGE and fits > LARGE_BATCH:
         fits, why = max(LARGE_BATCH // devices, 1) * devices, "a CPU takes long over this model"
+    fits = max(fits // least, 1) * least
     said = "" if fits == wanted else f", not {wanted}: {why}"
     say(f"\none step of {fits} images{said} ...")
     say(run_step(plan, fits))

@@ -73,9 +73,9 @@ def of_arguments(arguments: Sequence[str]) -> tuple[Path, Path, PackConfig]:
 def pack(photos: Path, folder: Path, config: PackConfig, say: Say = print) -> None:
     """Packs train/ and val/ of `photos` into `folder`, or goes on with it. See the module's first lines.
 
-    Pictures that cannot be read keep their place, empty, so that they are replaced as in the folder; they are named.
+    Pictures that cannot be decoded keep their place, empty, so that they are replaced as in the folder; they are named.
     Errors: UserError where more of them are broken than `data.broken_share` allows by default, where `folder` holds
-    something else, and those of `image_folder`.
+    something else, where a file cannot be opened, and those of `image_folder`.
     """
     sources = {
         part: image_folder.open_split(str(photos), split, 0.0, config.canvas, 3)
@@ -116,10 +116,14 @@ def same(told: dict[str, Any], found: dict[str, Any], sources: dict[str, Any], f
 def begin(folder: Path, told: dict[str, Any], sources: dict[str, Any]) -> None:
     """Writes down what is to be packed. Raises `UserError` where the folder holds something else."""
     partial = folder / PARTIAL
-    if partial.exists():
-        if not same(told, json.loads(partial.read_text()), sources, folder):
+    found = json.loads(partial.read_text()) if partial.exists() else None
+    if found is None and (others := sorted(path.name for path in folder.iterdir() if path.name != lock.FILE)):
+        raise UserError(f"{folder} is not empty, it holds {others[0]}; take another folder")
+    if found:
+        if not same(told, found, sources, folder):
             raise UserError(f"{folder} was begun with other settings or pictures; take another folder, or remove it")
         return
+    files.write(partial, "{}")  # until the names are there
     for part, source in sources.items():
         files.write(folder / f"{part}.json", json.dumps(source.files))
     files.write(partial, json.dumps(told))
@@ -164,11 +168,16 @@ def write_shard(
                 try:
                     writer.write(record(source.folder / source.files[row], config))
                 except BrokenImage as error:
+                    if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
+                        raise  # the disk's fault, or a right that is missing: not the picture's
                     broken.append([source.name_of(row), str(error.__cause__)])
                     writer.write(b"")
             writer.close()
             files.sync(part)
         part.replace(path)
+    except RuntimeError as error:  # the writer's words for a full disk
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error};\nmend the cause, and the same command goes on") from error
     except BaseException:
         part.unlink(missing_ok=True)
         raise

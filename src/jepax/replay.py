@@ -37,7 +37,8 @@ def replay(folder: Path, say: Callable[[str], None] = print) -> Metrics:
     root, batch = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), mesh), sharding.shard_batch(images, mesh)
     say(f"step {facts.step} of {facts.total_steps}, {len(images.index)} examples, positions {positions(images)}")
     say_not_finite("state before it", state, say)
-    say_gradients(config, state, batch, root, say)
+    with layout.applied():
+        say_gradients(config, state, batch, root, say)
     fixed = Fixed(optimizer, root, compute_dtype(config), config.train.guard, layout, config.train.log_every)
     _, metrics = compiled_step(fixed, batch, state)  # takes the state's memory, so it comes last
     for name in ("loss", "grad_norm"):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Literal, TypeVar
 
@@ -16,6 +16,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from jepax import hosts
 from jepax.trees import EMA
 from jepax.types import Images, UserError
 
@@ -63,7 +64,8 @@ class Layout:
         return NamedSharding(self.mesh, self.spec(shape) if split else PartitionSpec())
 
     def spec(self, shape: tuple[int, ...]) -> PartitionSpec:
-        """Splits the larger of the last two axes that the devices can share: never a stack's axis of layers."""
+        """Splits the larger of the last two axes that the devices can share: of stacked matrices never the axis of
+        layers."""
         devices = self.mesh.shape["data"]
         axes = [axis for axis in range(len(shape))[-2:] if shape[axis] % devices == 0]
         if math.prod(shape) < SMALL or not axes:
@@ -172,6 +174,12 @@ def layout_of(config: ShardingConfig, mesh: Mesh, state_bytes: int, pieces: int 
     if config.parameters == "auto":
         split = mesh.size > 1 and state_bytes > ROOM * device_bytes()
     return Layout(mesh, split, split if config.teacher == "same" else config.teacher == "sharded", pieces)
+
+
+def agreed(layout: Layout) -> Layout:
+    """The layout of process 0, whose device may be larger or smaller than others'. All have to call it."""
+    parameters, teacher = (bool(hosts.same(int(split))) for split in (layout.parameters, layout.teacher))
+    return replace(layout, parameters=parameters, teacher=teacher)
 
 
 def device_bytes() -> float:

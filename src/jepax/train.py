@@ -61,9 +61,9 @@ class Run:
         with hosts.together():
             refuse_unequal_data(self.source)
             self.mesh = sharding.make_mesh()
-            self.layout = layout_of(
-                config.train.sharding, config.train.accumulate, config.method, self.optimizer, self.mesh
-            )
+            wanted = layout_of(config.train.sharding, config.train.accumulate, config.method, self.optimizer, self.mesh)
+        self.layout = sharding.agreed(wanted)
+        with hosts.together():
             root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), self.mesh)
             self.fixed = Fixed(
                 self.optimizer, root, compute_dtype(config), config.train.guard, self.layout, config.train.log_every

@@ -16,13 +16,10 @@ from jepax.hosts import cores
 
 def machine(*packages: str) -> dict[str, Any]:
     """Commit, versions of ours and of `packages`, processor, cores, device, and the load before the run."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     cpuinfo = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
-        "commit": git.stdout.strip() or None,
+        "commit": commit(Path(jepax.__file__).parents[2]),
         "versions": {package: version(package) for package in ("jax", "jaxlib", "equinox", "optax", *packages)}
         | {"jepax": jepax.__version__, "python": platform.python_version()},
         "cpu": name[1] if name else platform.processor(),
@@ -30,3 +27,14 @@ def machine(*packages: str) -> dict[str, Any]:
         "device": str(jax.devices()[0]),
         "load_average": os.getloadavg(),
     }
+
+
+def commit(source: Path) -> str | None:
+    """Of jepax's own sources; None where it is installed without them, or where there is no git."""
+    if not (source / ".git").exists():
+        return None
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=source, capture_output=True, text=True)
+    except OSError:
+        return None
+    return git.stdout.strip() or None
