@@ -80,6 +80,7 @@ def weight(encoder):
     return np.asarray(encoder.stack.blocks.mlp.expand.weight, np.float64)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_teacher_in_bfloat16_stalls_and_ours_does_not(precision):
     """At the published momentum, 0.996, and a rate of the schedule's end: how far the teacher moves, over how far it

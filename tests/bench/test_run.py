@@ -25,6 +25,7 @@ def found(tmp_path_factory):
     return returned
 
 
+@pytest.mark.long
 def test_the_parts_add_up_and_are_named(found):
     assert list(found["parts"]) == [
         "views and masks",
@@ -39,6 +40,7 @@ def test_the_parts_add_up_and_are_named(found):
     assert 0.2 * found["steps"]["step_s"]["p50"] < step < 5 * found["steps"]["step_s"]["p50"]
 
 
+@pytest.mark.long
 def test_speed_and_utilisation_follow_from_time_and_arithmetic(found):
     steps, use = found["steps"], found["utilisation"]
     assert steps["images_per_s"] == pytest.approx(16 / steps["pipelined_step_s"])
@@ -47,6 +49,7 @@ def test_speed_and_utilisation_follow_from_time_and_arithmetic(found):
     assert 0 <= found["input"]["waited_share"] <= 1
 
 
+@pytest.mark.long
 def test_one_program_is_compiled_and_is_found_again(found):
     compiled = found["compile"]
     assert found["steps"]["programs"] == 1
@@ -54,6 +57,7 @@ def test_one_program_is_compiled_and_is_found_again(found):
     assert compiled["program_bytes"] > 0
 
 
+@pytest.mark.long
 def test_the_machine_and_the_config_are_told(found):
     assert found["machine"]["versions"]["jax"] and found["machine"]["cores"] >= 1
     assert found["config"]["method"]["encoder"]["width"] == 24

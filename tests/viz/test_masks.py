@@ -62,7 +62,9 @@ def test_the_key_and_the_images_are_those_of_the_first_training_step(config, mon
         raise InterruptedError
 
     monkeypatch.setattr(train, "compiled_step", first_step)
-    monkeypatch.setattr(train.Run, "first", lambda run: None)
+    monkeypatch.setattr(
+        train.Run, "first", lambda run: SimpleNamespace(method=config.method.build(total_steps=9, key=jr.key(0)))
+    )
     with pytest.raises(InterruptedError):
         train.train(config, tmp_path)
     monkeypatch.setattr(figures, "seen", lambda *given: drawn.extend(given))
