@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from jepax import config as configs
-from jepax import overrides
+from jepax import overrides, pack
+from jepax.bench import run as bench
 from jepax.grids import Grid
 from jepax.grids import run as grids
 
@@ -41,6 +42,12 @@ def test_the_pages_commands_are_understood(tmp_path, monkeypatch):
         assert overrides.resolve([word.replace("PATH", "/data") for word in words]).config
     for words in commands("grid"):
         assert grids.resolve(words).jobs
+    assert commands("bench") and commands("data")
+    for words in commands("bench"):
+        recipe, *others = words[words[0] == "data" :]
+        assert bench.resolve([recipe.replace("RECIPE", "ijepa_fashion_mnist"), *others])
+    for word, *words in commands("data"):
+        assert word == "pack" and pack.of_arguments(words)
 
 
 @pytest.mark.filterwarnings("ignore:method.prediction_norm=both")

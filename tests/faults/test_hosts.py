@@ -139,6 +139,17 @@ def test_two_processes_score_what_one_does(processes, tmp_path):
     assert one == two and [score is not None for score in one] == [False, False, True] * 2
 
 
+def part(processes: Processes, run: str, changes: str, count: int, devices: int, leave: int | None) -> None:
+    """Takes the run on in so many processes of so many devices, up to the step `leave` or to its end."""
+    leaving = {} if leave is None else {"JEPAX_TEST_LEAVE_AT": str(leave)}
+    if count == 1:
+        started = [processes.start("driver", run, changes, devices=devices, **leaving)]
+    else:
+        started = processes.group("driver", run, changes, count=count, devices=devices, **leaving)
+    codes = [process.wait(150) for process in started]
+    assert codes == [signals.AGAIN if leaving else 0] * count, "".join(map(processes.said, started))
+
+
 @pytest.mark.slow_fault
 @pytest.mark.fault(10, "another number of devices and processes at every resume")
 def test_a_run_goes_on_with_any_number_of_devices_and_processes(processes, tmp_path, alone):
@@ -146,13 +157,7 @@ def test_a_run_goes_on_with_any_number_of_devices_and_processes(processes, tmp_p
     run, taken = str(tmp_path / "run"), 0
     for count, devices in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (1, 1)):
         taken += 2
-        leave = {"JEPAX_TEST_LEAVE_AT": str(taken)} if taken < 14 else {}
-        if count == 1:
-            started = [processes.start("driver", run, STEPS, devices=devices, **leave)]
-        else:
-            started = processes.group("driver", run, STEPS, count=count, devices=devices, **leave)
-        codes = [process.wait(150) for process in started]
-        assert codes == [signals.AGAIN if leave else 0] * count, "".join(map(processes.said, started))
+        part(processes, run, STEPS, count, devices, taken if taken < 14 else None)
     np.testing.assert_allclose(losses(tmp_path / "run"), alone, rtol=1e-5)
 
 
@@ -167,14 +172,8 @@ def test_processes_that_share_the_state_take_the_steps_of_one(processes, tmp_pat
     )
     alone = processes.start("driver", str(tmp_path / "one"), whole)
     assert alone.wait(150) == 0, processes.said(alone)
-    for count, devices, leave in ((2, 2, "3"), (1, 4, "5"), (2, 1, None)):
-        leaving = {"JEPAX_TEST_LEAVE_AT": leave} if leave else {}
-        if count == 1:
-            started = [processes.start("driver", run, split, devices=devices, **leaving)]
-        else:
-            started = processes.group("driver", run, split, count=count, devices=devices, **leaving)
-        codes = [process.wait(150) for process in started]
-        assert codes == [signals.AGAIN if leave else 0] * count, "".join(map(processes.said, started))
+    for count, devices, leave in ((2, 2, 3), (1, 4, 5), (2, 1, None)):
+        part(processes, run, split, count, devices, leave)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "one"), rtol=1e-5)
 
 
