@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from jepax.allocator import keep_freed_memory
+from jepax.allocator import keep_freed_memory, return_freed_memory
 
 keep_freed_memory()  # as the command line does, and before jax and torch start threads: it serves both sides
 
@@ -87,7 +87,8 @@ def peak_of(config: Config, side: str) -> int:
     step = sides[side]()
     for _ in range(clock.WARM):
         step()
-    memory.forget_peak()  # of compiling
+    return_freed_memory()  # of compiling
+    memory.forget_peak()
     for _ in range(clock.WARM):
         step()
     return memory.peak_bytes()

@@ -140,17 +140,9 @@ def test_gathers_move_parameters_and_no_activations():
     source, optimizer = prepare(config)
     layout = Layout(make_mesh(), True, True)
     state = placed_state(config.method, optimizer, jr.key(0), layout)
-    arrays, rest = eqx.partition(state, eqx.is_array)
     (images,) = read(config, source, 1, 0)
-    fixed = {
-        "optimizer": optimizer,
-        "rest": rest,
-        "compute": jnp.float32,
-        "guard": USUAL,
-        "log_every": 1,
-        "layout": layout,
-    }
-    program = step_program.lower(arrays, sharding.shard_batch(images, layout.mesh), jr.key(0), **fixed).compile()
+    fixed = {"optimizer": optimizer, "compute": jnp.float32, "guard": USUAL, "log_every": 1, "layout": layout}
+    program = step_program.lower(state, sharding.shard_batch(images, layout.mesh), jr.key(0), **fixed).compile()
     text = program.as_text()
     moving = re.findall(r" = (\S.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", text)
     shapes = [shape for shapes, _ in moving for shape in re.findall(r"f32\[([\d,]+)\]", shapes)]
@@ -206,11 +198,11 @@ def test_a_batch_in_pieces_takes_less_memory():
     config = wide("ijepa_fashion_mnist")
     config = replace(config, train=replace(config.train, batch_size=64))
     source, optimizer = prepare(config)
-    arrays, rest = eqx.partition(first_state(config.method, optimizer, jr.key(0)), eqx.is_array)
+    state = first_state(config.method, optimizer, jr.key(0))
     (images,) = read(config, source, 1, 0)
-    fixed = {"optimizer": optimizer, "rest": rest, "compute": jnp.float32, "guard": USUAL, "log_every": 1}
+    fixed = {"optimizer": optimizer, "compute": jnp.float32, "guard": USUAL, "log_every": 1}
     taken = [
-        step_program.lower(arrays, images, jr.key(0), **fixed, layout=Layout(make_mesh(1), pieces=n))
+        step_program.lower(state, images, jr.key(0), **fixed, layout=Layout(make_mesh(1), pieces=n))
         .compile()
         .memory_analysis()
         .temp_size_in_bytes

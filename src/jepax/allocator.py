@@ -11,15 +11,26 @@ import sys
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8  # glibc, malloc.h
 
 
+def _glibc() -> ctypes.CDLL | None:
+    """This process's C library, where it is glibc."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "gnu_get_libc_version") else None
+
+
 def keep_freed_memory() -> bool:
     """Tells glibc to keep what is freed: one heap for all threads, no `mmap`, never trimmed. Whether it took it.
 
     Call it before `jax` is imported, which starts threads. The process then holds its peak until it ends. Where the C
     library is not glibc nothing is done.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "gnu_get_libc_version"):
+    if (libc := _glibc()) is None:
         return False
     return all([libc.mallopt(ARENA_MAX, 1), libc.mallopt(MMAP_MAX, 0), libc.mallopt(TRIM_THRESHOLD, -1)])
+
+
+def return_freed_memory() -> None:
+    """Gives the kernel, once, what is free now: what compiling took, and later steps do not need."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)

@@ -36,7 +36,14 @@ class TrainState(eqx.Module):
 
 
 def init_state(method: AbstractMethod, optimizer: Optimizer) -> TrainState:
-    """The state before step 0. Only trainable parameters get optimiser state."""
+    """The state before step 0. Only trainable parameters get optimiser state.
+
+    Raises `TypeError` where a method holds what is neither an array nor static: no program can take it.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(method):
+        if not hasattr(leaf, "dtype"):
+            where = jax.tree_util.keystr(path)
+            raise TypeError(f"{type(method).__name__}{where} is {leaf!r}, no array: mark it eqx.field(static=True)")
     params = eqx.filter(method, trainable(method))
     return TrainState(method=method, opt_state=optimizer.init(params), step=jnp.int32(0), guard=Guard.new())
 
@@ -161,34 +168,37 @@ class Fixed(NamedTuple):
     log_every: int = 1
 
 
-STATIC = ("optimizer", "rest", "compute", "guard", "layout", "log_every")
+STATIC = ("optimizer", "compute", "guard", "layout", "log_every")
 
 
-@partial(jax.jit, static_argnames=STATIC, donate_argnames=("arrays",))
+@partial(jax.jit, static_argnames=STATIC, donate_argnames=("state",))
 def step_program(
-    arrays: PyTree,
+    state: TrainState,
     images: Images,
     root: PRNGKeyArray,
     *,
     optimizer: Optimizer,
-    rest: PyTree,
     compute: DTypeLike,
     guard: GuardConfig,
     layout: Layout | None,
     log_every: int,
-) -> tuple[PyTree, Metrics]:
+) -> tuple[TrainState, Metrics]:
     """The training program of a run, compiled once: `step_program._cache_size()` counts. Donates the old state.
 
-    Plain `jax.jit`, not `eqx.filter_jit`, which waits for every result and so would keep an accelerator idle.
+    Plain `jax.jit`, not `eqx.filter_jit`, which waits for every result and so would keep an accelerator idle, and on
+    the state as it is: to take it apart and put it together took as long as all else that the host does for a step.
     """
     with layout.applied() if layout else nullcontext():
-        state, metrics = train_step(optimizer, eqx.combine(arrays, rest), images, root, compute, guard, log_every)
-    arrays = eqx.filter(state, eqx.is_array)
-    return layout.pinned(arrays) if layout else arrays, metrics
+        state, metrics = train_step(optimizer, state, images, root, compute, guard, log_every)
+    return layout.pinned(state) if layout else state, metrics
 
 
 def compiled_step(fixed: Fixed, images: Images, state: TrainState) -> tuple[TrainState, Metrics]:
-    """`train_step` as one program; the old state's buffers become the new one's."""
-    arrays, rest = eqx.partition(state, eqx.is_array)
-    arrays, metrics = step_program(arrays, images, rest=rest, **fixed._asdict())
-    return eqx.combine(arrays, rest), metrics
+    """`train_step` as one program; the old state's buffers become the new one's.
+
+    A CPU is done with the step before when the next one is sent off: else both, or three, hold their temporary memory
+    at once. The host's other work goes on beside a step all the same.
+    """
+    if jax.default_backend() == "cpu":
+        jax.block_until_ready(state)
+    return step_program(state, images, **fixed._asdict())

@@ -10,6 +10,7 @@ import jax.random as jr
 
 from jepax import checkpoint, dump, events, guard, hosts, lock, logs, movement, sharding, signals
 from jepax import config as configs
+from jepax.allocator import return_freed_memory
 from jepax.data import BROKEN, Broken, BrokenFiles, Source, batches
 from jepax.logs import Log, warn
 from jepax.monitor import Diverged, Monitor, NotFinite, RollBack, online_of
@@ -139,6 +140,7 @@ class Run:
                 monitor.took(step, metrics, images)  # looks at the step before: the device never waits for it
                 if step == self.start:
                     log.compiled(metrics["loss"])
+                    return_freed_memory()  # of compiling
                 best = monitor.writes(step) and monitor.line(step, metrics, self.state.method)
                 if best or stop or late or saver.due(step + 1) or step + 1 == steps:
                     monitor.settle()

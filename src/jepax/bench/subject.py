@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.random as jr
 from jax.experimental.compilation_cache import compilation_cache
 
 from jepax import sharding
+from jepax.allocator import return_freed_memory
 from jepax.bench.clock import WARM, percentiles
 from jepax.bench.memory import forget_peak, peak_bytes
 from jepax.dryrun import Plan, step_flops
@@ -46,7 +46,6 @@ class Subject:
     def compile(self, folder: Path) -> dict[str, float]:
         """Seconds to trace and to compile the step, with an empty cache of programs in `folder`, and with what it left
         there; then what the program reserves, in bytes per device."""
-        arrays, rest = eqx.partition(self.state, eqx.is_array)
         fixed = self.fixed._asdict()
         root = fixed.pop("root")
         found: dict[str, float] = {}
@@ -54,7 +53,7 @@ class Subject:
             for name in ("cold", "warm"):
                 jax.clear_caches()
                 start = time.perf_counter()
-                lowered = step_program.lower(arrays, self.images, root, rest=rest, **fixed)
+                lowered = step_program.lower(self.state, self.images, root, **fixed)
                 traced = time.perf_counter()
                 program = lowered.compile()
                 found |= {f"trace_{name}_s": traced - start, f"compile_{name}_s": time.perf_counter() - traced}
@@ -66,6 +65,7 @@ class Subject:
         """Seconds of single steps, and images per second of steps that follow each other, as in training."""
         for _ in range(WARM):
             jax.block_until_ready(self.step())
+        return_freed_memory()
         forget_peak()
         times = []
         for _ in range(rounds):
