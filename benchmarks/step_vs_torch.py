@@ -1,27 +1,28 @@
 """Our I-JEPA training step against plain PyTorch's on this machine: same weights, views, masks and arithmetic, in turn.
 
-    python benchmarks/step_vs_torch.py [--quick] [--memory] [--rounds N] [--json FILE] [SETTING ...]
+    python benchmarks/step_vs_torch.py [--quick] [--python PATH] [--rounds N] [--json FILE] [SETTING ...]
 
-First both sides must agree on the losses of three steps; only then is anything timed. See README.md beside this file.
+First all sides must agree on the losses of three steps; only then is anything timed. See README.md beside this file.
 """
 
 import argparse
 import json
+import subprocess
+import sys
+from contextlib import ExitStack
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from jepax.allocator import keep_freed_memory, return_freed_memory
 
-keep_freed_memory()  # as the command line does, and before jax and torch start threads: it serves both sides
+keep_freed_memory()  # as the command line does, and before jax and torch start threads: it serves all sides
 
 # ruff: noqa: E402
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import torch
 
 from jepax.bench import clock, memory, peer
 from jepax.bench.machine import machine
@@ -74,44 +75,104 @@ def views_and_masks(config: Config) -> list[float]:
     return clock.in_turn({"": lambda: make(images, jr.key(0))}, rounds=10)[""]
 
 
-def peak_of(config: Config, side: str) -> int:
-    """Most resident memory in bytes while one side steps, after its warm-up; Linux only.
+SIDES = ("ours", "torch, eager", "torch, compiled")
 
-    Runs in a process of its own, which holds both libraries, the inputs and the side's training state.
-    """
-    torch.set_num_threads(cores())
+
+class Side:
+    """One side's training state in a process of its own, so that neither's threads nor its memory disturb another."""
+
+    def __init__(self, python: str, side: str, setting: str, quick: bool):
+        command = [python, __file__, "--serve", side, setting, *(["--quick"] if quick else [])]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.about = self.ask("about")
+
+    def ask(self, what: str) -> Any:
+        """One line there, one line back."""
+        print(what, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.process.args} ended with {self.process.wait()}")
+        return json.loads(answer)
+
+    def step(self) -> float:
+        """Takes a step there and returns its loss."""
+        return self.ask("step")
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(side: str, config: Config) -> None:
+    """Answers what `Side.ask` asks."""
+    answers, sys.stdout = sys.stdout, sys.stderr
     method = peer.Given(peer.plain(config.method), total_steps=peer.TOTAL, key=jr.key(0))
     inputs = peer.make_inputs(method, config.train.batch_size)
-    sides = {"ours": lambda: peer.ours(method, inputs, "float32", config.train.log_every)}
-    sides["theirs"] = lambda: peer.theirs(method, inputs, "float32", compiled=False)
-    step = sides[side]()
-    for _ in range(clock.WARM):
-        step()
-    return_freed_memory()  # of compiling
+    on = machine(*([] if side == "ours" else ["torch"]))
+    if side != "ours":
+        import torch
+
+        torch.set_num_threads(cores())
+        on |= {"torch_threads": torch.get_num_threads()}
+    jax.clear_caches()  # the programs that made weights and inputs: no side steps by them
+    forget()
+    before = memory.peak_bytes() or 0
+    if side == "ours":
+        step = peer.ours(method, inputs, "float32", config.train.log_every)
+    else:
+        step = peer.theirs(method, inputs, "float32", compiled=side == "torch, compiled")
+    asked = {"about": lambda: on, "step": step, "forget": forget, "peak": lambda: (memory.peak_bytes() or 0) - before}
+    for line in sys.stdin:
+        print(json.dumps(asked[line.strip()]()), file=answers, flush=True)
+
+
+def forget() -> None:
+    """Lets the peak of memory count from here on, without what compiling took."""
+    return_freed_memory()
     memory.forget_peak()
-    for _ in range(clock.WARM):
-        step()
-    return memory.peak_bytes()
+
+
+def compare(name: str, python: str, small: bool, rounds: int) -> dict[str, Any]:
+    """Losses, seconds of steps in turn, and the most memory that each side held while it stepped, beyond what its
+    process held before: libraries, inputs, and the weights that all start from."""
+    with ExitStack() as stack:
+        pythons = {side: python if side == "ours" else sys.executable for side in SIDES}
+        sides = {side: stack.enter_context(Side(pythons[side], side, name, small)) for side in SIDES}
+        losses = peer.agreed({name: side.step for name, side in sides.items()}, peer.TOLERANCE["float32"])
+        for side in sides.values():
+            side.ask("forget")
+        times = clock.in_turn({name: side.step for name, side in sides.items()}, rounds)
+        held = {name: side.ask("peak") for name, side in sides.items()}
+        ours = times["ours"]
+        against = {
+            side: clock.ratio(ours, times[side]) | {"theirs_s": float(np.median(times[side]))} for side in SIDES[1:]
+        }
+        about = {name: side.about for name, side in sides.items()}
+    found = {"ours_s": float(np.median(ours)), "against": against, "peak_bytes": held, "losses": losses}
+    return found | {"machine": about, "seconds": times}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("settings", nargs="*", help=f"of {', '.join(SETTINGS)}; all unless given")
     parser.add_argument("--quick", action="store_true", help="tiny batches, few rounds: only to see that it runs")
-    parser.add_argument("--memory", action="store_true", help="also each side's peak memory, in a process of its own")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter that ours runs in; this one, unless")
     parser.add_argument("--rounds", type=int, help="timed steps of each side per setting (20; 3 with --quick)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here, too")
+    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve:
+        config = SETTINGS[args.settings[0]]
+        return serve(args.serve, quick(config) if args.quick else config)
     rounds = args.rounds or (3 if args.quick else 20)
-    torch.set_num_threads(cores())
-    on = machine("torch") | {"torch_threads": torch.get_num_threads()}
-    report: dict[str, Any] = {"quick": args.quick, "rounds": rounds, "machine": on, "settings": {}}
+    report: dict[str, Any] = {"quick": args.quick, "rounds": rounds, "settings": {}}
     for name in args.settings or SETTINGS:
         config = quick(SETTINGS[name]) if args.quick else SETTINGS[name]
-        found = peer.compare(config, rounds) | {"views_and_masks_s": float(np.median(views_and_masks(config)))}
-        for side in ("ours", "theirs") if args.memory else ():
-            with get_context("spawn").Pool(1) as pool:
-                found[f"{side}_peak_bytes"] = pool.apply(peak_of, (config, side))
+        found = compare(name, args.python, args.quick, rounds)
+        found["views_and_masks_s"] = float(np.median(views_and_masks(config)))
         show(name, found)
         report["settings"][name] = {"method": asdict(config.method), "batch": config.train.batch_size} | found
     if args.json:
@@ -124,9 +185,9 @@ def show(name: str, found: dict[str, Any]) -> None:
     for other, against in found["against"].items():
         spread = f"quartiles of pairs {against['low']:.2f} to {against['high']:.2f}"
         print(f"  {other} {against['theirs_s']:.4f} s: ratio {against['ratio']:.2f} ({spread})")
-    if "ours_peak_bytes" in found:
-        ours, theirs = found["ours_peak_bytes"], found["theirs_peak_bytes"]
-        print(f"  peak memory {ours / 2**20:.0f} MiB against {theirs / 2**20:.0f} MiB: ratio {ours / theirs:.2f}")
+        ours, theirs = found["peak_bytes"]["ours"], found["peak_bytes"][other]
+        if ours and theirs:
+            print(f"    peak memory {ours / 2**20:.0f} MiB against {theirs / 2**20:.0f} MiB: ratio {ours / theirs:.2f}")
 
 
 if __name__ == "__main__":

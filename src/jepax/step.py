@@ -186,7 +186,7 @@ def step_program(
     """The training program of a run, compiled once: `step_program._cache_size()` counts. Donates the old state.
 
     Plain `jax.jit`, not `eqx.filter_jit`, which waits for every result and so would keep an accelerator idle, and on
-    the state as it is: to take it apart and put it together took as long as all else that the host does for a step.
+    the state as it is: to take it apart and put it together is a third of what the host does for a step.
     """
     with layout.applied() if layout else nullcontext():
         state, metrics = train_step(optimizer, state, images, root, compute, guard, log_every)
@@ -196,8 +196,8 @@ def step_program(
 def compiled_step(fixed: Fixed, images: Images, state: TrainState) -> tuple[TrainState, Metrics]:
     """`train_step` as one program; the old state's buffers become the new one's.
 
-    A CPU is done with the step before when the next one is sent off: else both, or three, hold their temporary memory
-    at once. The host's other work goes on beside a step all the same.
+    A CPU is done with the step before when the next one is sent off: else both may hold their temporary memory at once.
+    The host's other work goes on beside a step all the same.
     """
     if jax.default_backend() == "cpu":
         jax.block_until_ready(state)
