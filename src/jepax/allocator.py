@@ -31,6 +31,6 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Gives the kernel, once, what is free now: what compiling took, and later steps do not need (500 MB of a ViT-Ti)."""
+    """Gives the kernel, once, what is free now: what compiling took (500 MB of a ViT-Ti's step)."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)

@@ -126,4 +126,9 @@ def test_gradients_of_a_block_are_those_of_finite_differences():
     """All of its own rules for gradients: of products, scores, and mixed values."""
     block = Block(8, 2, 16, std=None, key=jr.key(0))
     x = jr.normal(jr.key(1), (2, 5, 8))
-    check_grads(lambda block, x: block(x, last=3), (block, x), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+    def applied(*given):
+        block, x = jax.tree.map(jnp.asarray, given)
+        return block(x, last=3)
+
+    check_grads(applied, (block, x), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
