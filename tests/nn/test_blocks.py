@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
-from jepax.nn.blocks import Attention, Block, LayerNorm, Stack, across, gelu, normalise
+from jepax.nn.blocks import Attention, LayerNorm, Stack, gelu, normalise
 
 DIM, HEADS, TOKENS = 16, 2, 7
 
@@ -113,22 +112,3 @@ def test_norms_use_float32_statistics_and_keep_the_dtype():
     assert normal.dtype == jnp.float32
     np.testing.assert_allclose(normal.mean(-1), 0.0, atol=1e-4)
     np.testing.assert_allclose(normal.std(-1), 1.0, atol=1e-3)
-
-
-@pytest.mark.parametrize("shape", [(5,), (2, 3, 5)])
-@pytest.mark.parametrize(("m", "n"), [(3, 7), (7, 3), (4, 4)])
-def test_products_across_are_those_of_the_transpose(shape, m, n):
-    x, y = (jr.normal(jr.key(i), (*shape, width)) for i, width in enumerate((m, n)))
-    np.testing.assert_allclose(across(x, y), jnp.einsum("...rm,...rn->...mn", x, y), rtol=1e-5, atol=1e-5)
-
-
-def test_gradients_of_a_block_are_those_of_finite_differences():
-    """All of its own rules for gradients: of products, scores, and mixed values."""
-    block = Block(8, 2, 16, std=None, key=jr.key(0))
-    x = jr.normal(jr.key(1), (2, 5, 8))
-
-    def applied(*given):
-        block, x = jax.tree.map(jnp.asarray, given)
-        return block(x, last=3)
-
-    check_grads(applied, (block, x), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
