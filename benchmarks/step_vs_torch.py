@@ -159,7 +159,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("settings", nargs="*", help=f"of {', '.join(SETTINGS)}; all unless given")
     parser.add_argument("--quick", action="store_true", help="tiny batches, few rounds: only to see that it runs")
-    parser.add_argument("--python", default=sys.executable, help="the interpreter that ours runs in; this one, unless")
+    parser.add_argument(
+        "--python", default=sys.executable, metavar="PATH", help="the interpreter of our side; this one unless given"
+    )
     parser.add_argument("--rounds", type=int, help="timed steps of each side per setting (20; 3 with --quick)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here, too")
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
