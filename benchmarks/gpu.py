@@ -75,14 +75,14 @@ ATTENTION = """
 import json, sys
 import jax, jax.numpy as jnp
 from jepax.bench.clock import in_turn
-from jepax.nn.blocks import attend
+from jepax.nn.operations import attend
 import numpy as np
 batch, heads, tokens, channels = map(int, sys.argv[1:])
 compute = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 keys = jax.random.split(jax.random.key(0), 3)
 q, k, v = (jax.random.normal(key, (batch, tokens, heads, channels), compute) for key in keys)
 def ours(q, k, v):
-    return jnp.swapaxes(attend(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v))), 1, 2)
+    return attend(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v))).reshape(q.shape)
 forms = {"ours": ours, "xla": lambda *x: jax.nn.dot_product_attention(*x, implementation="xla")}
 if jax.default_backend() == "gpu":
     forms["cudnn"] = lambda *x: jax.nn.dot_product_attention(*x, implementation="cudnn")

@@ -17,7 +17,8 @@ from typing import Any
 import jepax
 from jepax import config as configs
 from jepax.nn import ViTConfig
-from jepax.nn.blocks import EPSILON, Remat
+from jepax.nn.blocks import Remat
+from jepax.nn.operations import EPSILON
 from jepax.nn.position import sincos_2d
 from jepax.types import UserError
 from jepax.untrusted import read_json, shown

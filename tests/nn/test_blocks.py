@@ -7,7 +7,8 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax.nn.blocks import Attention, LayerNorm, Stack, gelu, normalise
+from jepax.nn.blocks import Attention, LayerNorm, Stack
+from jepax.nn.operations import gelu, normalise
 
 DIM, HEADS, TOKENS = 16, 2, 7
 

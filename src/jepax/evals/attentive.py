@@ -35,7 +35,8 @@ from jepax.evals.streaming import (
     training_view,
     without_labels,
 )
-from jepax.nn.blocks import MLP, LayerNorm, Linear, init_weight, normalise
+from jepax.nn.blocks import MLP, LayerNorm, Linear, init_weight
+from jepax.nn.operations import normalise
 from jepax.types import Images
 from jepax.views import centre_crop
 

@@ -16,7 +16,8 @@ from jepax.methods.base import AbstractMethod, MethodConfig
 from jepax.methods.momentum import MomentumConfig, follow, teacher_of
 from jepax.methods.regulariser import RegulariserConfig, regularise
 from jepax.nn import Predictor, PredictorConfig, ViT, ViTConfig
-from jepax.nn.blocks import LayerNorm, normalise
+from jepax.nn.blocks import LayerNorm
+from jepax.nn.operations import normalise
 from jepax.objectives import masked_mean, share_explained, smooth_l1, squared_error
 from jepax.sharding import in_pieces
 from jepax.trees import EMA
