@@ -167,7 +167,7 @@ def gradients(config, layout, compute=jnp.float32):
 
 
 @pytest.mark.parametrize(
-    "name", ["ijepa", "lejepa", *(pytest.param(name, marks=pytest.mark.long) for name in ("ijepa_multilayer", "byol"))]
+    "name", ["ijepa", *(pytest.param(name, marks=pytest.mark.long) for name in ("lejepa", "ijepa_multilayer", "byol"))]
 )
 def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(name):
     """Also where the loss reads statistics of the batch, as LeJEPA's and a head's BatchNorm do."""

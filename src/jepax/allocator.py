@@ -2,8 +2,9 @@
 
 XLA asks for a step's temporary memory anew at every step. glibc serves such requests by `mmap` and returns them at
 once, so the kernel zeroes and maps every page again: 39,000 page faults per step at 28 px, batch 128. Measured there
-on one core: 323 ms per step before, 248 ms after; the losses are equal to the bit. The price on glibc before 2.38,
-where aligned blocks seldom fit where such a block was before: a step's temporary memory may be held two or three times.
+on one core: 323 ms per step before, 248 ms after; the losses are equal to the bit. The price: a step that
+begins before the last one's memory is back, which XLA returns a little after its results, takes as much again, and on
+glibc before 2.38 aligned blocks do not always fit where such a block was before.
 """
 
 import ctypes
