@@ -1,6 +1,6 @@
 """What blocks are made of, with gradients of their own: they say what a step keeps for its backward pass, and how.
 
-Left to XLA, a step on a CPU kept GELU's erf, LayerNorm's every stage, attention's weights twice, and so held 1.4 to 1.6
+Left to XLA, a step on a CPU kept GELU's erf, LayerNorm's every stage, attention's weights twice, and so held 1.3 to 1.6
 times the temporary memory. Kept are the operands of matrix products, what LayerNorm and GELU were given, attention's
 weights, and numbers by row. The rest is computed again where it is wanted: `after` sees to it that it is not sooner.
 """
