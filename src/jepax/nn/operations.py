@@ -90,7 +90,7 @@ def layer_norm(
     x: Float[Array, "*batch dim"], weight: Float[Array, "dim"], bias: Float[Array, "dim"]
 ) -> Float[Array, "*batch dim"]:
     """n(x) w + b with n `normalise`; float32 inside, the result in the type of x."""
-    return (normalise(x) * weight + bias).astype(x.dtype)
+    return _layer_norm_forward(x, weight, bias)[0]
 
 
 def _layer_norm_forward(x: Array, weight: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
