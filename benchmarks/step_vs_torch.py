@@ -14,9 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from jepax.allocator import keep_freed_memory, return_freed_memory
+from jepax.allocator import in_the_calling_thread, keep_freed_memory, return_freed_memory
 
 keep_freed_memory()  # as the command line does, and before jax and torch start threads: it serves all sides
+in_the_calling_thread()  # so does this
 
 # ruff: noqa: E402
 import jax

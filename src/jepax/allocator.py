@@ -2,9 +2,9 @@
 
 XLA asks for a step's temporary memory anew at every step. glibc serves such requests by `mmap` and returns them at
 once, so the kernel zeroes and maps every page again: 39,000 page faults per step at 28 px, batch 128. Measured there
-on one core: 323 ms per step before, 248 ms after; the losses are equal to the bit. The price: a step that
-begins before the last one's memory is back, which XLA returns a little after its results, takes as much again, and on
-glibc before 2.38 aligned blocks do not always fit where such a block was before.
+on one core: 323 ms per step before, 248 ms after; the losses are equal to the bit. The price: what was held twice once
+stays held, and XLA's own threads return a step's temporary memory a little after its results, by when the next step may
+have begun: so programs run in the thread that calls them (`in_the_calling_thread`).
 """
 
 import ctypes
@@ -30,6 +30,18 @@ def keep_freed_memory() -> bool:
     if (libc := _glibc()) is None:
         return False
     return all([libc.mallopt(ARENA_MAX, 1), libc.mallopt(MMAP_MAX, 0), libc.mallopt(TRIM_THRESHOLD, -1)])
+
+
+def in_the_calling_thread() -> None:
+    """Has JAX run a CPU's programs inside their calls, which return when the temporary memory is back, too.
+
+    Call it before a device is touched; later it does nothing. Programs on several devices are left to XLA's threads, as
+    are accelerators. The step takes as long: the host's threads go on meanwhile, and nothing else has a use for the
+    caller's.
+    """
+    import jax  # here, for `keep_freed_memory` comes before it
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def return_freed_memory() -> None:

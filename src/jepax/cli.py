@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jepax import signals
-from jepax.allocator import keep_freed_memory
+from jepax.allocator import in_the_calling_thread, keep_freed_memory
 from jepax.programs import keep_programs
 
 if TYPE_CHECKING:  # jax and what stands on it take seconds to import: only where a command needs them
@@ -99,6 +99,7 @@ def run(argv: list[str]) -> None:
         from jepax.types import UserError
 
         raise UserError(f"{command!r} is no command; {nearest(command, COMMANDS)}")
+    in_the_calling_thread()
     COMMANDS[command](arguments)
 
 
