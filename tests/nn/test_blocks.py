@@ -75,6 +75,15 @@ def test_every_execution_computes_the_same(tokens, scan, remat, outputs):
         np.testing.assert_allclose(ours, expected, rtol=2e-3, atol=2e-3 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.parametrize(("remat", "widths"), [("dots", 10), ("full", 1)])
+def test_rematerialisation_keeps_no_more_than_it_says(tokens, remat, widths):
+    """dots: what a block is given, queries, keys, values, what attention gives, and what two products with weights
+    give, of one width and of four; no scores, of which there are tokens squared."""
+    _, back = jax.vjp(lambda x, s: s(x)[0], tokens, stack(depth=1, remat=remat))
+    kept = {id(leaf): leaf for leaf in jax.tree.leaves(back)}.values()
+    assert sum(leaf.size for leaf in kept if leaf.shape[0] in (2, 2 * TOKENS)) == 2 * TOKENS * widths * DIM
+
+
 def test_intermediate_layers_are_those_of_shallower_stacks(tokens):
     deep = stack(3)
     outputs = deep(tokens, outputs=3)

@@ -14,10 +14,14 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from jepax.nn.operations import attend, gelu, layer_norm, product
+from jepax.nn.operations import MIXED, attend, gelu, layer_norm, product
 from jepax.sharding import gathered
 
 Remat = Literal["none", "dots", "full"]
+PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(MIXED)
+)
+"""What `dots` keeps: products with weights, and what attention gives; no scores, of which there are tokens squared."""
 
 
 def init_weight(key: PRNGKeyArray, shape: tuple[int, ...], std: float | None) -> Float[Array, "..."]:
@@ -179,8 +183,7 @@ class Stack(eqx.Module):
 
         if self.remat == "none":
             return call(block, x, valid)
-        policy = jax.checkpoint_policies.dots_saveable if self.remat == "dots" else None
-        return eqx.filter_checkpoint(call, policy=policy)(block, x, valid)
+        return eqx.filter_checkpoint(call, policy=PRODUCTS if self.remat == "dots" else None)(block, x, valid)
 
     def __call__(
         self,

@@ -10,9 +10,12 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 EPSILON = 1e-6
+MIXED = "attended"
+"""Name of what attention gives, for policies of rematerialisation."""
 
 
 def after(gradient: Array, *kept: Array) -> tuple[Array, ...]:
@@ -147,6 +150,7 @@ def _attention_forward(
     mixed = (weights @ values) / total.astype(values.dtype)
     mixed = jnp.swapaxes(mixed, 1, 2).reshape(query.shape[0], query.shape[2], -1)
     mixed = lax.optimization_barrier(mixed)  # one array for both who take it: the layer that follows, and the gradient
+    mixed = checkpoint_name(mixed, MIXED)
     return mixed, (query, keys, values, weights, total, mixed)
 
 

@@ -29,7 +29,8 @@ class PredictorConfig:
     scan: bool = False
     """Run the blocks by a scan."""
     remat: Remat = "none"
-    """What the backward pass computes again: none, all but matrix products (dots), or whole blocks (full)."""
+    """What the backward pass computes again: none, all but products with weights and attention's
+    result (dots), or whole blocks (full)."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:

@@ -43,7 +43,8 @@ class ViTConfig:
     scan: bool = False
     """Run the blocks by a scan: compiles in seconds at any depth, costs 15 to 30% per step on a CPU."""
     remat: Remat = "none"
-    """What the backward pass computes again: none, all but matrix products (dots), or whole blocks (full)."""
+    """What the backward pass computes again: none, all but products with weights and attention's
+    result (dots), or whole blocks (full)."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
