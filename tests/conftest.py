@@ -16,13 +16,15 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
-CACHE = "JAX_COMPILATION_CACHE_DIR"
+CACHE, SHORTEST = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 
 def pytest_configure(config):
-    """Programs are kept in a folder for this run of the tests: many modules train the same tiny recipe."""
+    """Programs are kept in a folder for this run of the tests, the smallest, too: many modules train the same tiny
+    recipe, and every module begins without programs."""
     if not hasattr(config, "workerinput") and CACHE not in os.environ:  # the workers of xdist get it from their parent
         config.compiled = os.environ[CACHE] = tempfile.mkdtemp(prefix="jepax-tests-")
+        os.environ.setdefault(SHORTEST, "0")
 
 
 def pytest_unconfigure(config):

@@ -32,8 +32,18 @@ def images():
 
 
 @eqx.filter_jit
-def loss_of(method, images, key):
-    return method.loss(images, key=key)[0]
+def whole_loss(method, images, key):
+    return method.loss(images, key=key)
+
+
+@eqx.filter_jit
+def loss_of(method, view, masks, key):
+    return method.loss_of(view, masks, key=key)
+
+
+@eqx.filter_jit
+def predictions_of(method, view, masks):
+    return method.predictions(method.encoder(view, masks.context), masks)
 
 
 @eqx.filter_jit
@@ -77,7 +87,7 @@ def drawn(images, seed):
     ],
 )
 def test_each_setting_changes_the_loss_and_stays_finite(images, settings):
-    plain, other = (float(loss_of(build(**s), images, jr.key(0))) for s in ({}, settings))
+    plain, other = (float(loss_of(build(**s), *drawn(images, 0), jr.key(0))[0]) for s in ({}, settings))
     assert np.isfinite(other)
     # The trainable norm begins as the plain one does.
     assert abs(plain - other) > 1e-6 * abs(plain)
@@ -93,7 +103,7 @@ def test_two_norms_on_the_predictions_are_allowed_with_a_warning():
 def test_a_regulariser_adds_its_weighted_value_of_the_pooled_context(images):
     chosen = RegulariserConfig("vicreg", weight=0.5, variance=3.0, covariance=0.25)
     method = build(regulariser=chosen)
-    loss, metrics = eqx.filter_jit(method.loss)(images, key=jr.key(0))
+    loss, metrics = whole_loss(method, images, jr.key(0))
     view, masks = drawn(images, 0)
     pooled = pooled_context(method.encoder, view, masks)
     np.testing.assert_allclose(metrics["variance_loss"], variance(pooled), rtol=1e-3)
@@ -101,13 +111,13 @@ def test_a_regulariser_adds_its_weighted_value_of_the_pooled_context(images):
     weighted = 0.5 * (3.0 * metrics["variance_loss"] + 0.25 * metrics["covariance_loss"])
     assert weighted > 0
     np.testing.assert_allclose(loss, metrics["prediction_loss"] + weighted, rtol=1e-6)
-    plain, metrics = eqx.filter_jit(build().loss)(images, key=jr.key(0))
+    plain, metrics = loss_of(build(), view, masks, jr.key(0))
     np.testing.assert_allclose([plain, metrics["prediction_loss"]], loss - weighted, rtol=1e-5)
     assert "variance_loss" not in metrics and "covariance_loss" not in metrics
 
 
 def test_layers_are_those_blocks_outputs_and_their_losses_are_weighed(images):
-    view = drawn(images, 0)[0]
+    view, masks = drawn(images, 0)
     single = {layers: targets_of(build(layers=layers), view) for layers in ((1,), (2,), (1, 2), (2, 1))}
     np.testing.assert_allclose(single[1, 2], jnp.concatenate([single[1,], single[2,]]), atol=1e-5)
     np.testing.assert_allclose(single[2, 1], jnp.concatenate([single[2,], single[1,]]), atol=1e-5)
@@ -115,7 +125,7 @@ def test_layers_are_those_blocks_outputs_and_their_losses_are_weighed(images):
     assert jnp.abs(single[1,] - single[2,]).max() > 0.01
 
     def loss_with(weights):
-        return float(loss_of(build(layers=(1, 2), layer_weights=weights), images, jr.key(0)))
+        return float(loss_of(build(layers=(1, 2), layer_weights=weights), view, masks, jr.key(0))[0])
 
     first, second, mixed = loss_with((2.0, 0.0)), loss_with((0.0, 1.0)), loss_with((3.0, 1.0))
     np.testing.assert_allclose(mixed, (3 * first + second) / 4, rtol=1e-5)
@@ -123,9 +133,8 @@ def test_layers_are_those_blocks_outputs_and_their_losses_are_weighed(images):
 
 
 def test_what_is_read_for_collapse_is_the_deepest_layer_whatever_the_order(images):
-    ranks = [
-        eqx.filter_jit(build(layers=layers).loss)(images, key=jr.key(0))[1]["embeddings"] for layers in ((1, 2), (2, 1))
-    ]
+    drawing = drawn(images, 0)
+    ranks = [loss_of(build(layers=layers), *drawing, jr.key(0))[1]["embeddings"] for layers in ((1, 2), (2, 1))]
     np.testing.assert_allclose(*ranks, atol=1e-5)
 
 
@@ -134,9 +143,9 @@ def test_norms_of_tokens_and_the_share_explained_are_those_of_their_equations(se
     """Token by token in float64; the mean of the batch is taken per position, and the norms at the deepest layer."""
     method = build(**settings)
     view, masks = drawn(images, 0)
-    metrics = method.loss_of(view, masks, key=jr.key(0))[1]
-    targets = np.asarray(method.targets(view), np.float64)
-    predictions = np.asarray(method.predictions(method.encoder(view, masks.context), masks)[0], np.float64)
+    metrics = loss_of(method, view, masks, jr.key(0))[1]
+    targets = np.asarray(targets_of(method, view), np.float64)
+    predictions = np.asarray(predictions_of(method, view, masks)[0], np.float64)
 
     def smooth_l1(error):
         return np.mean(np.where(error < 1, 0.5 * error**2, error - 0.5))
@@ -159,9 +168,9 @@ def test_norms_of_tokens_and_the_share_explained_are_those_of_their_equations(se
 def test_the_context_loss_is_that_of_its_equation(images):
     method = build(context_weight=0.5)
     view, masks = drawn(images, 0)
-    loss, metrics = method.loss_of(view, masks, key=jr.key(0))
-    targets, rows = np.asarray(method.targets(view)[0]), method.masks.grid[1]
-    predictions = np.asarray(method.predictions(method.encoder(view, masks.context), masks)[1][0])
+    loss, metrics = loss_of(method, view, masks, jr.key(0))
+    targets, rows = np.asarray(targets_of(method, view)[0]), method.masks.grid[1]
+    predictions = np.asarray(predictions_of(method, view, masks)[1][0])
     total, count = 0.0, 0
     for image in range(8):
         for block in range(masks.targets.shape[1]):
@@ -179,7 +188,7 @@ def test_the_context_loss_is_that_of_its_equation(images):
 def test_only_a_shared_encoder_learns_from_its_targets(images, teacher):
     method = build(teacher=teacher, regulariser=RegulariserConfig("sigreg", directions=8))
     view, _ = drawn(images, 0)
-    grads = eqx.filter_grad(lambda m: jnp.sum(jnp.square(m.targets(view)[..., :3])))(method)
+    grads = eqx.filter_jit(eqx.filter_grad(lambda m: jnp.sum(jnp.square(m.targets(view)[..., :3]))))(method)
     reached = any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
     assert reached == (teacher == "shared")
     moved, metrics = method.after_update(jnp.int32(0))
@@ -191,10 +200,10 @@ def test_a_shared_encoders_targets_can_be_regularised_instead(images):
     chosen = {"teacher": "shared", "target_norm": "none", "regulariser": RegulariserConfig("vicreg")}
     method = build(**chosen, regularised="targets")
     view, masks = drawn(images, 0)
-    _, metrics = method.loss_of(view, masks, key=jr.key(0))
+    _, metrics = loss_of(method, view, masks, jr.key(0))
     pooled = jnp.mean(method.encoder(view), axis=1)
     np.testing.assert_allclose(metrics["variance_loss"], variance(pooled), rtol=1e-4)
-    assert metrics["variance_loss"] != build(**chosen).loss_of(view, masks, key=jr.key(0))[1]["variance_loss"]
+    assert metrics["variance_loss"] != loss_of(build(**chosen), view, masks, jr.key(0))[1]["variance_loss"]
     with pytest.raises(UserError, match=r"method\.regularised=targets has no effect with method\.teacher=stopped"):
         IJEPAConfig(teacher="stopped", regularised="targets")
 
@@ -202,13 +211,13 @@ def test_a_shared_encoders_targets_can_be_regularised_instead(images):
 def test_directions_are_new_at_each_step_and_belong_to_the_batch(images):
     method = build(regulariser=RegulariserConfig("sigreg", directions=4))
     view, masks = drawn(images, 0)
-    first, again, other = (method.loss_of(view, masks, key=jr.key(k))[1]["sigreg_loss"] for k in (0, 0, 1))
+    first, again, other = (loss_of(method, view, masks, jr.key(k))[1]["sigreg_loss"] for k in (0, 0, 1))
     assert first == again != other
 
 
 def test_targets_are_normalised_per_token(images):
     method = build()
-    targets = method.targets(jr.normal(jr.key(0), (2, 24, 24, 3)))
+    targets = targets_of(method, jr.normal(jr.key(0), (2, 24, 24, 3)))
     np.testing.assert_allclose(targets.mean(-1), 0.0, atol=1e-5)
     np.testing.assert_allclose(targets.std(-1), 1.0, atol=1e-3)
 
@@ -216,7 +225,7 @@ def test_targets_are_normalised_per_token(images):
 def test_the_loss_reads_no_label(images):
     method = build()
     relabelled = eqx.tree_at(lambda i: i.label, images, images.label + 1)
-    assert loss_of(method, images, jr.key(0)) == loss_of(method, relabelled, jr.key(0))
+    assert whole_loss(method, images, jr.key(0))[0] == whole_loss(method, relabelled, jr.key(0))[0]
 
 
 def test_an_example_keeps_its_view_and_mask_in_any_batch(images):

@@ -23,21 +23,27 @@ from jepax.nn.position import sincos_2d
 from jepax.optim import OptimConfig, Optimizer
 from jepax.settings import Config, compute_dtype
 from jepax.step import Fixed, compiled_step, init_state
-from jepax.types import UserError
+from jepax.types import Images, UserError
 
 TOTAL, WARMUP = 1000, 100
 """Steps of the run that the schedules of both sides belong to."""
 CHECKED, TOLERANCE = 3, {"float32": 1e-5, "bfloat16": 1e-2}
 """Steps whose losses must agree, and how closely, relative, by the type of matrix products."""
 BATCHES = 2
-Inputs = list[tuple[jax.Array, Any]]
+
+
+class Drawn(Images):
+    """A batch whose views and masks are drawn already; of its pictures nothing is left."""
+
+    view: Any = None
+    masks: Any = None
 
 
 class Given(IJEPA):
     """I-JEPA whose loss takes the view and masks as they are, so that no random choice is timed."""
 
-    def loss(self, images: Any, *, key: Any) -> Any:
-        return self.loss_of(*images, key=key)
+    def loss(self, images: Drawn, *, key: Any) -> Any:
+        return self.loss_of(images.view, images.masks, key=key)
 
 
 def plain(config: IJEPAConfig) -> IJEPAConfig:
@@ -79,18 +85,20 @@ def compare(config: Config, rounds: int, *, compiled: bool = True) -> dict[str, 
     return {"losses": losses, "ours_s": float(np.median(times["ours"])), "against": against, "seconds": times}
 
 
-def make_inputs(method: IJEPA, batch: int) -> Inputs:
+def make_inputs(method: IJEPA, batch: int) -> list[Drawn]:
     """Batches of random views and masks, every target of full length."""
     config = method.config
     keys = jr.split(jr.key(1), (BATCHES, batch))
     shape = (BATCHES, batch, *config.crop.size, config.encoder.channels)
     views = np.random.default_rng(0).standard_normal(shape, np.float32)
-    inputs = [(jnp.asarray(view), jax.jit(method.masks)(key)) for view, key in zip(views, keys, strict=True)]
-    assert all(bool(masks.target_valid.all()) for _, masks in inputs)
+    empty = (jnp.zeros((batch, 0, 0, shape[-1]), jnp.uint8), jnp.zeros((batch, 2), jnp.int32), jnp.arange(batch))
+    draw = jax.jit(method.masks)
+    inputs = [Drawn(*empty, view=jnp.asarray(view), masks=draw(key)) for view, key in zip(views, keys, strict=True)]
+    assert all(bool(drawn.masks.target_valid.all()) for drawn in inputs)
     return inputs
 
 
-def ours(method: AbstractMethod, inputs: Inputs, compute: str, log_every: int) -> Callable[[], float]:
+def ours(method: AbstractMethod, inputs: list[Drawn], compute: str, log_every: int) -> Callable[[], float]:
     """A function that takes our next step, as `jepax train` compiles it, and returns its loss."""
     optimizer, batches = Optimizer(OptimConfig(), TOTAL, WARMUP), cycle(inputs)
     fixed = Fixed(optimizer, jr.key(0), jnp.dtype(compute), log_every=log_every)
@@ -105,7 +113,7 @@ def ours(method: AbstractMethod, inputs: Inputs, compute: str, log_every: int) -
     return step
 
 
-def theirs(method: IJEPA, inputs: Inputs, compute: str, *, compiled: bool) -> Callable[[], float]:
+def theirs(method: IJEPA, inputs: list[Drawn], compute: str, *, compiled: bool) -> Callable[[], float]:
     """A function that takes the peer's next step, from our weights, and returns its loss."""
     import torch
 
@@ -123,8 +131,8 @@ def theirs(method: IJEPA, inputs: Inputs, compute: str, *, compiled: bool) -> Ca
     )
 
     def moved() -> Iterator[Any]:
-        for view, masks in inputs:
-            arrays = (view, masks.context, masks.targets)
+        for drawn in inputs:
+            arrays = (drawn.view, drawn.masks.context, drawn.masks.targets)
             tensors = [torch.tensor(np.asarray(array), device=device) for array in arrays]
             yield tensors[0], *(indices.long() for indices in tensors[1:])
 

@@ -11,6 +11,7 @@ import copy
 import math
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -175,7 +176,7 @@ class Peer:
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1.0 - momentum)
 
 
-def put(layer: nn.Module, weight: np.ndarray, bias: np.ndarray) -> None:
+def put(layer: nn.Module, weight: jax.Array, bias: jax.Array) -> None:
     """Copies a layer's parameters in; a matrix arrives as (inputs, outputs)."""
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(np.asarray(weight).T))
