@@ -22,8 +22,8 @@ from tests.contracts.shrink import distinct
 
 STEPS = 6
 DISTINCT = distinct()
-SIZES = {"lejepa_vitl14_in1k", "visreg_vitb16_in1k"}
-"""Differ from another recipe of their method by sizes and numbers of views: `make test-long` takes them."""
+SIZES = {"ijepa_vitb16_in1k", "ijepa_fashion_mnist_multilayer", "lejepa_vitl14_in1k", "visreg_vitb16_in1k"}
+"""Differ from another recipe of their method by sizes, layers and numbers of views: `make test-long` takes them."""
 NAMES = [pytest.param(name, marks=[pytest.mark.long] * (name in SIZES)) for name in DISTINCT]
 
 

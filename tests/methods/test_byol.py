@@ -48,8 +48,9 @@ def test_the_mean_explains_what_one_prediction_for_all_images_can(groups):
 def test_what_byol_logs_of_its_loss(images):
     method = CONFIG.build(total_steps=10, key=jr.key(0))
     loss, metrics = loss_of(method, images, jr.key(1))
-    views = CONFIG.draw_views(images, key=jr.key(1))
-    targets = project(method.projector, embed(method.encoder, views[0]))  # the averages begin equal
+    views = eqx.filter_jit(lambda images, key: CONFIG.draw_views(images, key=key))(images, jr.key(1))
+    projected = eqx.filter_jit(lambda method, views: project(method.projector, embed(method.encoder, views)))
+    targets = projected(method, views[0])  # the averages begin equal
     lengths = np.linalg.norm(np.asarray(targets, np.float64), axis=2)
     np.testing.assert_allclose(metrics["target_norm"], lengths.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["projections"], targets[0], rtol=1e-4, atol=1e-5)

@@ -67,13 +67,17 @@ def test_every_recorded_parameter_has_a_place(golden, method):
 
 
 def test_values_of_step_0(golden, method):
-    view, masks = views_of(golden, 0), masks_of(golden, 0)
-    close(method.target_encoder.average(view), golden["step0.target_encoder_output"], 1e-5, "target encoder")
-    targets = gather(method.targets(view), masks.targets)[0]
+    @eqx.filter_jit
+    def values(method, view, masks):
+        context = method.encoder(view, masks.context)
+        targets = gather(method.targets(view), masks.targets)[0]
+        return method.target_encoder.average(view), targets, context, method.predictions(context, masks)[0][0]
+
+    output, targets, context, predictions = values(method, views_of(golden, 0), masks_of(golden, 0))
+    close(output, golden["step0.target_encoder_output"], 1e-5, "target encoder")
     close(by_block(targets), golden["step0.targets"], 1e-5, "targets")
-    close(method.encoder(view, masks.context), golden["step0.context_embeddings"], 1e-5, "context")
-    context = method.encoder(view, masks.context)
-    close(by_block(method.predictions(context, masks)[0][0]), golden["step0.predictions"], 1e-5, "predictions")
+    close(context, golden["step0.context_embeddings"], 1e-5, "context")
+    close(by_block(predictions), golden["step0.predictions"], 1e-5, "predictions")
 
 
 def test_gradients_of_step_0(golden, method):
