@@ -1,6 +1,8 @@
 """Checkpoints: whole or not there, checked on the way back."""
 
 import shutil
+import threading
+import time
 from types import SimpleNamespace
 
 import jax
@@ -128,3 +130,19 @@ def test_digests_are_equal_for_equal_states_alone():
     different = [tree(2.0), {**tree(), "a": jnp.full((8, 4), 1.0)}, {**tree(), "a": tree()["a"].astype(jnp.bfloat16)}]
     different.append({"c": tree()["a"], "b": tree()["b"]})
     assert len({checkpoint.digest(each) for each in [tree(), *different]}) == 5
+
+
+def test_what_a_failed_save_left_is_removed_though_a_thread_of_it_makes_it_anew(tmp_path):
+    folder = tmp_path / "00000003.part"
+    folder.mkdir()
+
+    def late():
+        while folder.exists():
+            time.sleep(0.001)
+        (folder / "arrays").mkdir(parents=True)
+
+    thread = threading.Thread(target=late)
+    thread.start()
+    checkpoint._remove(folder)
+    thread.join()
+    assert not folder.exists()

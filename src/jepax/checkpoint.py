@@ -144,10 +144,13 @@ class Writing:
 
 
 def _remove(folder: Path) -> None:
-    """Takes away what a failed save left, also where the threads that write it are not at their end yet."""
-    for _ in range(20):
+    """Takes away what a failed save left, also where the threads that write it are not at their end yet: they may make
+    it anew, so it has to be gone three times in a row."""
+    gone = 0
+    for _ in range(30):
         shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+        gone = 0 if folder.exists() else gone + 1
+        if gone == 3:
             return
         time.sleep(0.1)
 
