@@ -17,7 +17,7 @@ from typing import Any
 from jepax.allocator import in_the_calling_thread, keep_freed_memory, return_freed_memory
 
 keep_freed_memory()  # as the command line does, and before jax and torch start threads: it serves all sides
-in_the_calling_thread()  # so does this
+in_the_calling_thread()  # as the command line does, too: of ours alone
 
 # ruff: noqa: E402
 import jax
