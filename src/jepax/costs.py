@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import equinox as eqx
@@ -14,9 +15,23 @@ def flops(function: Callable[..., Any], *arguments: Any) -> float:
     """Floating-point operations of the matrix products and convolutions in `function(*arguments)`.
 
     A multiply and an add count as two; a scan counts its length times, a `cond` its dearest branch, a `while` once.
-    Work that is rematerialised counts as often as it is done. Arguments may be abstract shapes.
+    Work that is rematerialised counts as often as it is done, but for that of our networks: see `counting`. Arguments
+    may be abstract shapes.
     """
-    return _count(eqx.filter_make_jaxpr(function)(*arguments)[0].jaxpr)
+    token = _counting.set(True)
+    try:
+        return _count(eqx.filter_make_jaxpr(function)(*arguments)[0].jaxpr)
+    finally:
+        _counting.reset(token)
+
+
+_counting: ContextVar[bool] = ContextVar("counting", default=False)
+
+
+def counting() -> bool:
+    """Whether `flops` is reading what is traced: then our networks write every product out, as it sees into no kernel,
+    and do none twice, as utilisation is of the work that a step takes, not of what is done again to save memory."""
+    return _counting.get()
 
 
 def _count(jaxpr: Jaxpr) -> float:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 """JAX's own: where it is set, it holds. `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing."""
+OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+"""For the compiler, of programs that train: on a GPU, matrix products by cuBLAS alone, which then adds the bias and
+what a block was given, and no products joined whose results it would copy apart. Other devices take no notice."""
 LIMIT = 4 * 10**9
 """Bytes that are kept; the oldest programs go first."""
 

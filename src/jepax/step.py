@@ -19,6 +19,7 @@ from jepax.guard import Guard, GuardConfig, kept, measured, only_if
 from jepax.methods import AbstractMethod, MethodConfig
 from jepax.nn.blocks import Stack
 from jepax.optim import Optimizer
+from jepax.programs import OPTIONS
 from jepax.sharding import Layout, ShardingConfig, gathered, replicate
 from jepax.trees import cast, norm, norms_by_layer, trainable
 from jepax.types import Images, Metrics
@@ -171,7 +172,7 @@ class Fixed(NamedTuple):
 STATIC = ("optimizer", "compute", "guard", "layout", "log_every")
 
 
-@partial(jax.jit, static_argnames=STATIC, donate_argnames=("state",))
+@partial(jax.jit, static_argnames=STATIC, donate_argnames=("state",), compiler_options=OPTIONS)
 def step_program(
     state: TrainState,
     images: Images,

@@ -46,7 +46,7 @@ class Masks(eqx.Module):
     context: Int[Array, "batch context"]
     targets: Int[Array, "batch blocks target"]
     target_valid: Bool[Array, "batch blocks target"]
-    """Marks the real entries of target blocks that are shorter than the largest one."""
+    """Marks the real entries of target blocks that are shorter than the largest one; they come first."""
 
 
 __all__ = [

@@ -64,6 +64,16 @@ def test_images_with_too_few_patches_draw_again():
         assert len(set(context.tolist()) - set(targets[valid].tolist())) == 23
 
 
+def test_masks_drawn_at_once_are_those_drawn_one_after_the_other(monkeypatch):
+    keys = jr.split(jr.key(1), 300)
+    sampler = MultiBlock(MultiBlockConfig(context=23), (8, 8))
+    assert 20 < sampler.attempts < 60
+    looped = jax.jit(lambda keys: sampler(keys))(keys)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(lambda keys: sampler(keys))(keys), looped)
+    assert "while[" not in str(jax.make_jaxpr(lambda keys: sampler(keys))(keys))
+
+
 def test_blocks_may_fill_the_grid_without_a_margin():
     sampler = MultiBlock(MultiBlockConfig(context=9, blocks=1, context_scale=(1.0, 1.0), margin=0), (4, 4))
     sizes = np.asarray(sampler.context_sizes(jr.split(jr.key(0), 100)))

@@ -49,10 +49,9 @@ def test_only_the_last_tokens_are_computed_and_they_are_the_same(tokens, last):
     np.testing.assert_allclose(part, whole[:, -last:], atol=1e-5)
 
 
-def test_tokens_that_are_not_valid_change_nothing(tokens):
-    valid = jnp.arange(TOKENS) < 5
-    changed = jnp.where(valid[None, :, None], tokens, 100.0)
-    masked = [stack()(x, jnp.broadcast_to(valid, (2, TOKENS)))[0][:, :5] for x in (tokens, changed)]
+def test_tokens_beyond_the_length_change_nothing(tokens):
+    changed = jnp.where(jnp.arange(TOKENS)[:, None] < 5, tokens, 100.0)
+    masked = [stack()(x, jnp.full(2, 5))[0][:, :5] for x in (tokens, changed)]
     np.testing.assert_array_equal(*masked)
     np.testing.assert_allclose(masked[0], stack()(tokens[:, :5])[0], atol=1e-5)
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jepax.nn.blocks import Block
-from jepax.nn.operations import across, attend, gelu, layer_norm
+from jepax.nn import operations
+from jepax.nn.blocks import Attention, Block
+from jepax.nn.operations import across, attend, attend_fused, gelu, layer_norm
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 
@@ -24,10 +25,10 @@ def plain_layer_norm(x, weight, bias):
     return centred / jnp.sqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-6) * weight + bias
 
 
-def plain_attention(query, keys, values, valid=None):
+def plain_attention(query, keys, values, lengths=None):
     scores = jnp.einsum("bhqc,bhkc->bhqk", query, keys) / math.sqrt(query.shape[-1])
-    if valid is not None:
-        scores = jnp.where(valid[:, None, None], scores, -jnp.inf)
+    if lengths is not None:
+        scores = jnp.where(jnp.arange(keys.shape[2]) < lengths[:, None, None, None], scores, -jnp.inf)
     mixed = jnp.einsum("bhqk,bhkc->bqhc", jax.nn.softmax(scores, axis=-1), values)
     return mixed.reshape(*mixed.shape[:2], -1)
 
@@ -36,7 +37,7 @@ def normal(i, *shape):
     return 2.0 * jr.normal(jr.key(i), shape)
 
 
-VALID = jnp.arange(7) < jnp.array([[7], [3]])
+LENGTHS = jnp.array([7, 3])
 CASES = {
     "gelu": (gelu, plain_gelu, (normal(0, 3, 5),)),
     "layer norm": (layer_norm, plain_layer_norm, (normal(0, 2, 3, 8) + 1.0, normal(1, 8), normal(2, 8))),
@@ -47,17 +48,24 @@ CASES = {
         (normal(0, 2, 3, 2, 4), *(normal(i, 2, 3, 7, 4) for i in (1, 2))),
     ),
     "masked attention": (
-        lambda *x: attend(*x, VALID),
-        lambda *x: plain_attention(*x, VALID),
+        lambda *x: attend(*x, LENGTHS),
+        lambda *x: plain_attention(*x, LENGTHS),
         tuple(normal(i, 2, 3, 7, 4) for i in range(3)),
     ),
 }
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def backend(request, monkeypatch):
+    """The forms that each takes, on the CPU at hand."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients_are_those_of_the_plain_formula(name):
+def test_values_and_gradients_are_those_of_the_plain_formula(name, backend):
     ours, plain, arguments = CASES[name]
-    value, back = jax.vjp(jax.jit(ours), *arguments)
+    value, back = jax.vjp(jax.jit(lambda *x: ours(*x)), *arguments)
     expected, plainly = jax.vjp(jax.jit(plain), *arguments)
     np.testing.assert_allclose(value, expected, **CLOSE)
     gradient = normal(9, *value.shape)
@@ -66,7 +74,7 @@ def test_values_and_gradients_are_those_of_the_plain_formula(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_in_bfloat16_gradients_keep_the_type_and_are_near(name):
+def test_in_bfloat16_gradients_keep_the_type_and_are_near(name, backend):
     """Eight bits, and a difference in the softmax's gradient: 0.5 to 3.3%."""
     ours, _, arguments = CASES[name]
     first, *rest = arguments
@@ -77,6 +85,63 @@ def test_in_bfloat16_gradients_keep_the_type_and_are_near(name):
     for got, wanted, given in zip(back(gradient), widely(gradient.astype(jnp.float32)), half, strict=True):
         assert got.dtype == given.dtype
         assert np.linalg.norm(got - wanted) <= 0.04 * np.linalg.norm(wanted)
+
+
+def test_the_distribution_of_16_bits_is_near_and_ends_at_0_and_1(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x = jnp.linspace(-8.0, 8.0, 4001)
+    near = operations._cumulative(x, jnp.bfloat16(0))
+    assert jnp.abs(near - jax.scipy.stats.norm.cdf(x)).max() < 4e-5
+    np.testing.assert_allclose(
+        near[jnp.abs(x) > operations.EDGE], jnp.round(near)[jnp.abs(x) > operations.EDGE], atol=1e-6
+    )
+    wide = jnp.array([-1e4, 1e4, jnp.inf, jnp.nan], jnp.bfloat16)
+    np.testing.assert_allclose(gelu(wide).astype(jnp.float32), [0.0, 1e4, jnp.inf, jnp.nan], atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize(("last", "tokens"), [(8, 8), (4, 8), (7, 7), (3, 8), (4, 7)])
+@pytest.mark.parametrize("lengths", [None, jnp.array([7, 3])])
+def test_fused_attention_is_attention_also_of_odd_numbers_of_tokens(last, tokens, lengths):
+    """As the GPU's kernel is called, here with JAX's plain one in its place."""
+    given = normal(0, 2, last, 3, 4), *(normal(i, 2, tokens, 3, 4) for i in (1, 2))
+
+    def plain(*x):
+        return attend(*(jnp.swapaxes(each, 1, 2) for each in x), lengths)
+
+    np.testing.assert_allclose(attend_fused(*given, lengths, by="xla"), plain(*given), **CLOSE)
+    gradients = [
+        jax.grad(lambda *x, f=f: jnp.sum(f(*x) ** 2), (0, 1, 2))(*given)
+        for f in (lambda *x: attend_fused(*x, lengths, by="xla"), plain)
+    ]
+    for ours, expected in zip(*gradients, strict=True):
+        assert np.linalg.norm(ours - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("last", [2, 5])
+def test_products_of_their_own_give_the_same_queries_keys_and_values(last):
+    attention, x = Attention(12, 3, std=None, key=jr.key(0)), normal(1, 2, 5, 12)
+    for apart, joined in zip(attention._apart(x, last), attention._projections(x, last), strict=True):
+        np.testing.assert_allclose(jnp.swapaxes(apart, 1, 2), joined, **CLOSE)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here")
+@pytest.mark.parametrize(("last", "tokens", "channels"), [(196, 196, 64), (40, 90, 32), (69, 69, 80), (72, 141, 24)])
+def test_cudnn_is_nearer_to_float32_than_our_attention_of_16_bits(last, tokens, channels):
+    given = [normal(0, 4, last, 4, channels), *(normal(i, 4, tokens, 4, channels) for i in (1, 2))]
+    lengths = jnp.array([tokens, tokens - 1, tokens // 2, 3])
+
+    def plain(*x):
+        return attend(*(jnp.swapaxes(each, 1, 2) for each in x), lengths)
+
+    def run(function, dtype):
+        value, back = jax.vjp(function, *(x.astype(dtype) for x in given))
+        return value, *back(normal(9, *value.shape).astype(dtype))
+
+    with jax.default_matmul_precision("highest"):
+        exact = run(plain, jnp.float32)
+    fused = run(lambda *x: attend_fused(*x, lengths), jnp.bfloat16)
+    for got, ours, wanted in zip(fused, run(plain, jnp.bfloat16), exact, strict=True):
+        assert jnp.linalg.norm(got - wanted) <= 1.1 * jnp.linalg.norm(ours - wanted)
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 5)])

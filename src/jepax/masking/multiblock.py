@@ -4,6 +4,7 @@ Source: Assran et al. 2023, section 3 and appendix A. The block sizes are those 
 on purpose, is said at `MultiBlock`.
 """
 
+import math
 from dataclasses import dataclass
 
 import equinox as eqx
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 from jepax.types import Masks, UserError
 
 _TRIES = 512  # images simulated to learn how many context patches the settings allow
+_UNMET = 1e-9  # chance of an image that is given up on, where all attempts are drawn at once
 _LEAST_ACCEPTED = 0.02  # below this share of first draws accepted, redrawing would dominate the step
 
 
@@ -82,18 +84,22 @@ class MultiBlock(eqx.Module):
     grid: tuple[int, int] = eqx.field(static=True)
     largest: int = eqx.field(static=True)
     """Patches of the largest target block: the static size that shorter ones are padded to."""
+    attempts: int = eqx.field(static=True)
+    """Draws after which 1 in 10^9 images has none that leaves its context enough patches, as far as `_TRIES` tell."""
 
     def __init__(self, config: MultiBlockConfig, grid: tuple[int, int]):
         self.config, self.grid = config, grid
         self.largest = int(self._table(target=True)[0].prod(axis=1).max())
-        self._refuse_unmet()
+        refused = min(1 - self._accepted() + 3 / _TRIES, 1 - _LEAST_ACCEPTED)  # 3: with 95% certainty no more, of none
+        self.attempts = math.ceil(math.log(_UNMET) / math.log(refused))
 
     def _table(self, *, target: bool) -> tuple[np.ndarray, np.ndarray]:
         c = self.config
         scale, aspect = (c.target_scale, c.target_aspect) if target else (c.context_scale, (1.0, 1.0))
         return block_sizes(self.grid, scale, aspect, c.margin)
 
-    def _refuse_unmet(self) -> None:
+    def _accepted(self) -> float:
+        """Share of first draws that leave the context enough patches; raises where hardly any does."""
         with jax.ensure_compile_time_eval():  # also where the method is built from abstract shapes
             counts = np.asarray(self.context_sizes(jr.split(jr.key(0), _TRIES)))
         accepted = np.mean(counts >= self.config.context)
@@ -104,12 +110,14 @@ class MultiBlock(eqx.Module):
                 f" {counts.mean():.0f} patches on average, {counts.max()} at most;\n"
                 f"try masks.context={max(int(np.percentile(counts, 5)), 1)}, or fewer or smaller targets"
             )
+        return float(accepted)
 
     def _block(self, key: tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray], *, target: bool) -> Int[Array, "4"]:
         """Top, left, height and width of one block; the size comes from a key of its own, shared by the targets."""
         sizes, chance = self._table(target=target)
         key_size, key_top, key_left = key[0], key[1], key[2]
-        pick = jnp.searchsorted(jnp.asarray(np.cumsum(chance)[:-1], jnp.float32), jr.uniform(key_size))
+        edges = jnp.asarray(np.cumsum(chance)[:-1], jnp.float32)
+        pick = jnp.searchsorted(edges, jr.uniform(key_size), method="compare_all")
         height, width = jnp.asarray(sizes)[pick]
         top = jr.randint(key_top, (), 0, self.grid[0] - height + 1)
         left = jr.randint(key_left, (), 0, self.grid[1] - width + 1)
@@ -142,15 +150,27 @@ class MultiBlock(eqx.Module):
         """One image's context, target blocks, and which of their entries are real."""
         key_context, key_blocks = jr.split(key)
 
-        def too_few(attempt: Int[Array, ""]) -> Bool[Array, ""]:
-            return jnp.sum(self._draw(jr.fold_in(key_blocks, attempt))[1]) < self.config.context
-
-        attempt = lax.while_loop(too_few, lambda attempt: attempt + 1, jnp.int32(0))
-        targets, allowed = self._draw(jr.fold_in(key_blocks, attempt))
+        targets, allowed = self._draw(jr.fold_in(key_blocks, self._attempt(key_blocks)))
         rank = jnp.where(allowed, jr.uniform(key_context, allowed.shape), 2.0)
         context = jnp.sort(jnp.argsort(rank)[: self.config.context])
         indices, valid = jax.vmap(self._patches)(targets)
         return context.astype(jnp.int32), indices, valid
+
+    def _attempt(self, key: PRNGKeyArray) -> Int[Array, ""]:
+        """The first draw that leaves the context enough patches.
+
+        On a CPU one after the other. Elsewhere so many at once that one in 10^9 images finds none, and takes the best:
+        before a loop that ends when the device says so, the host would wait for all steps under way.
+        """
+
+        def left(attempt: Int[Array, ""]) -> Int[Array, ""]:
+            return jnp.sum(self._draw(jr.fold_in(key, attempt))[1])
+
+        if jax.default_backend() == "cpu":
+            return lax.while_loop(lambda n: left(n) < self.config.context, lambda n: n + 1, jnp.int32(0))
+        counts = jax.vmap(left)(jnp.arange(self.attempts))
+        enough = counts >= self.config.context
+        return jnp.where(jnp.any(enough), jnp.argmax(enough), jnp.argmax(counts))
 
     def __call__(self, keys: Key[Array, "batch"]) -> Masks:
         """One mask per key of the batch."""

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jepax.nn.operations import MIXED, attend, gelu, layer_norm, product
+from jepax.costs import counting
+from jepax.nn.operations import MIXED, attend, attend_fused, gelu, is_fused, layer_norm, product, row_major
 from jepax.sharding import gathered
 
 Remat = Literal["none", "dots", "full"]
@@ -91,11 +92,20 @@ class Attention(eqx.Module):
         query = affine(x[:, tokens - last :], weight[:, :dim], bias[:dim])
         return self._split(query, 1)[0], *self._split(affine(x, weight[:, dim:], bias[dim:]), 2)
 
+    def _apart(self, x: Array, last: int) -> list[Array]:
+        """`_projections` as (batch, tokens, heads, channels), by a product each: slices of one would be copied."""
+        weights, biases = (jnp.split(part, 3, axis=-1) for part in (self.qkv.weight, self.qkv.bias))
+        given = (x[:, x.shape[1] - last :], x, x)
+        mapped = [affine(*each) for each in zip(given, weights, biases, strict=True)]
+        return [y.reshape(*y.shape[:2], self.heads, -1) for y in mapped]
+
     def __call__(
-        self, x: Float[Array, "batch tokens dim"], valid: Bool[Array, "batch tokens"] | None = None, *, last: int
+        self, x: Float[Array, "batch tokens dim"], lengths: Int[Array, "batch"] | None = None, *, last: int
     ) -> Float[Array, "batch last dim"]:
-        """`attend` by each head, and a linear layer on all of them; tokens that are not `valid` are not attended to."""
-        return self.project(attend(*self._projections(x, last), valid))
+        """`attend` by each head, and a linear layer on all of them; only the first `lengths` tokens are attended to."""
+        if is_fused(self.qkv.weight.dtype, x.shape[2] // self.heads):
+            return self.project(attend_fused(*self._apart(x, last), lengths))
+        return self.project(attend(*self._projections(x, last), lengths))
 
 
 class MLP(eqx.Module):
@@ -131,15 +141,15 @@ class Block(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "batch tokens dim"],
-        valid: Bool[Array, "batch tokens"] | None = None,
+        lengths: Int[Array, "batch"] | None = None,
         *,
         last: int | None = None,
     ) -> Float[Array, "batch last dim"]:
         """Only the `last` tokens are computed (all of them by default); every token is attended to."""
         last = x.shape[1] if last is None else last
-        attended = self.attention(self.norm1(x), valid, last=last)
-        x = x[:, x.shape[1] - last :] + attended
-        return x + self.mlp(self.norm2(x))
+        attended = self.attention(self.norm1(x), lengths, last=last)
+        x = row_major(x[:, x.shape[1] - last :] + attended)
+        return row_major(x + self.mlp(self.norm2(x)))
 
 
 def _rescaled(blocks: Block, depth: int) -> Block:
@@ -177,18 +187,18 @@ class Stack(eqx.Module):
         self.blocks = _rescaled(make(jr.split(key, depth)), depth)
         self.depth, self.scan, self.remat = depth, scan, remat
 
-    def _apply(self, block: Block, x: Array, valid: Array | None, last: int | None) -> Array:
-        def call(block: Block, x: Array, valid: Array | None) -> Array:
-            return gathered(block)(x, valid, last=last)
+    def _apply(self, block: Block, x: Array, lengths: Array | None, last: int | None) -> Array:
+        def call(block: Block, x: Array, lengths: Array | None) -> Array:
+            return gathered(block)(x, lengths, last=last)
 
-        if self.remat == "none":
-            return call(block, x, valid)
-        return eqx.filter_checkpoint(call, policy=PRODUCTS if self.remat == "dots" else None)(block, x, valid)
+        if self.remat == "none" or counting():
+            return call(block, x, lengths)
+        return eqx.filter_checkpoint(call, policy=PRODUCTS if self.remat == "dots" else None)(block, x, lengths)
 
     def __call__(
         self,
         x: Float[Array, "batch tokens dim"],
-        valid: Bool[Array, "batch tokens"] | None = None,
+        lengths: Int[Array, "batch"] | None = None,
         *,
         outputs: int = 1,
         last: int | None = None,
@@ -199,11 +209,11 @@ class Stack(eqx.Module):
             first = min(first, self.depth - 1)
         first = max(first, 0)
         if self.scan and first:
-            x = self._scanned(x, valid, first)
+            x = self._scanned(x, lengths, first)
         layers = self._unstacked()
         for layer in range(first if self.scan else 0, self.depth):
             block = layers[layer]
-            x = self._apply(block, x, valid, last if layer == self.depth - 1 else None)
+            x = self._apply(block, x, lengths, last if layer == self.depth - 1 else None)
             if layer >= self.depth - outputs:
                 kept.append(x)
         return tuple(kept)
@@ -217,8 +227,8 @@ class Stack(eqx.Module):
         leaves, tree = jax.tree.flatten(self.blocks)
         return [jax.tree.unflatten(tree, layer) for layer in zip(*map(parts, leaves), strict=True)]
 
-    def _scanned(self, x: Array, valid: Array | None, count: int) -> Array:
+    def _scanned(self, x: Array, lengths: Array | None, count: int) -> Array:
         def step(x: Array, block: Block) -> tuple[Array, None]:
-            return self._apply(block, x, valid, None), None
+            return self._apply(block, x, lengths, None), None
 
         return lax.scan(step, x, jax.tree.map(lambda leaf: leaf[:count], self.blocks))[0]

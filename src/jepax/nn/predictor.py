@@ -93,7 +93,7 @@ class Predictor(eqx.Module):
         queries = self.mask_token + positions[masks.targets]
         repeated = jnp.broadcast_to(context[:, None], (batch, blocks, *context.shape[1:]))
         tokens = jnp.concatenate([repeated, queries], axis=2).reshape(batch * blocks, seen + target, -1)
-        valid = jnp.pad(masks.target_valid, ((0, 0), (0, 0), (seen, 0)), constant_values=True)
+        lengths = seen + jnp.sum(masks.target_valid, axis=2, dtype=jnp.int32)
         wanted = seen + target if also_context else target
-        tokens = self.stack(tokens, valid.reshape(batch * blocks, -1), last=wanted)[0]
+        tokens = self.stack(tokens, lengths.reshape(-1), last=wanted)[0]
         return self.project(self.norm(tokens)).reshape(batch, blocks, wanted, -1)
