@@ -1,26 +1,29 @@
-"""Everything that is to be known about speed on a GPU, in one call; each measurement in a process of its own.
+"""Everything that is to be known about speed on a GPU, in one call; each recipe in a process of its own.
 
-    python benchmarks/gpu.py [--minutes 9] [--quick] --json benchmarks/results/NAME.json
+    python benchmarks/gpu.py [--minutes 9] [--recipes NAME ...] [--tasks NAME ...] [--quick] --json FILE
 
-`jepax bench` of I-JEPA's ImageNet recipes: batch 128 against PyTorch, where it is installed, scanned and unrolled, with
-and without rematerialisation, and the largest batch that fits; then attention by XLA and by cuDNN at the recipes'
-shapes. The file is written after each, so what a limit of time cuts off is the rest alone. See README.md beside this
-file.
+I-JEPA's ImageNet recipes at batch 128, unrolled, against plain PyTorch, eager and compiled; at the largest batch that
+fits; by part; scanned, with and without rematerialisation; attention in three forms. The file is written after each and
+keeps what it held, so what a limit of time cuts off is the rest alone. See README.md beside this file.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RECIPES = ("ijepa_vitb16_in1k", "ijepa_vitl16_in1k", "ijepa_vith14_in1k")
+RECIPES = ("ijepa_vitb16_in1k", "ijepa_vith14_in1k", "ijepa_vitl16_in1k")
+TASKS = ("128", "eager", "compiled"), ("largest", "parts", "scan, dots", "scan, full", "attention")
+"""In the order in which they are taken: first those of all recipes, then these. The former share a GPU with PyTorch."""
+MEMORY = ("0.5", "0.92")
+"""Share of a GPU's memory that is ours, while the one and the other are measured."""
 DATA = "--data.source synthetic --data.canvas 256 --data.synthetic-images 4096 --data.threads 8".split()
 QUICK = """
     --data.canvas 28 --data.synthetic-images 64 --method.encoder.width 24 --method.encoder.depth 2
@@ -28,105 +31,171 @@ QUICK = """
     --method.encoder.patch-size 4 --method.crop.size 28 28 --method.masks.context 12 --train.steps 100
     --optim.warmup-epochs 0.1 --train.precision float32
 """.split()
-LARGER = (1024, 512, 256)
-"""Batches beyond 128, tried from the largest on."""
+FULL = 0.9
+"""Of the memory that is ours, what the largest batch is to fill at most."""
 
 
-def executed(scan: bool, remat: str) -> list[str]:
-    """How the blocks of both networks run."""
-    words = []
-    for network in ("encoder", "predictor"):
-        words += [f"--method.{network}.scan={scan}", f"--method.{network}.remat={remat}"]
-    return words
+class Case:
+    """A recipe on this device: what it was found to do, by task."""
 
+    def __init__(self, recipe: str, quick: bool):
+        self.recipe, self.quick, self.rounds = recipe, quick, 2 if quick else 20
+        self.batch = 8 if quick else 128
 
-def cases() -> Iterator[tuple[str, str, int, list[str]]]:
-    """Name, recipe, batch and further words of each measurement, the most telling first."""
-    for recipe in RECIPES:
-        yield f"{recipe}, 128", recipe, 128, ["--peer", "torch"] if find_spec("torch") else []
-    for recipe in RECIPES:
-        for scan, remat in ((False, "none"), (True, "dots"), (True, "full")):
-            yield f"{recipe}, 128, scan {scan}, remat {remat}", recipe, 128, executed(scan, remat)
-    for recipe in RECIPES:
-        for batch in LARGER:
-            yield f"{recipe}, {batch}", recipe, batch, []
+    def config(self, batch: int, scan: bool = False, remat: str = "none") -> Any:
+        """The recipe's, at this batch and with its blocks executed so."""
+        from jepax.bench.run import resolve
 
+        words = [*DATA, *(QUICK if self.quick else []), "--train.batch-size", str(batch)]
+        for network in ("encoder", "predictor"):
+            words += [f"--method.{network}.scan={scan}", f"--method.{network}.remat={remat}"]
+        return resolve([self.recipe, *words])[0]
 
-def measured(recipe: str, batch: int, words: list[str], seconds: float, quick: bool) -> dict[str, Any]:
-    """What `jepax bench` finds, or the end of what it said where it fails."""
-    batch = min(batch, 8) if quick else batch
-    with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "found.json"
-        own = ["--json", str(found), "--train.batch-size", str(batch), "--rounds", "2" if quick else "20"]
-        command = [sys.executable, "-m", "jepax.cli", "bench", recipe, *DATA, *(QUICK if quick else []), *own, *words]
+    def measured(self, config: Any, parts: bool = False) -> dict[str, Any]:
+        """Compilation, steps, utilisation, and seconds by part if wanted."""
+        import jax
+
+        from jepax import dryrun
+        from jepax.bench.machine import machine
+        from jepax.bench.peak import matrix_peak
+        from jepax.bench.subject import Subject
+        from jepax.settings import compute_dtype
+
+        subject = Subject(dryrun.make_plan(config, lambda _: None))
+        with tempfile.TemporaryDirectory() as folder:
+            compiled = subject.compile(Path(folder))
+        steps = subject.steps(self.rounds)
+        use = subject.utilisation(steps["pipelined_step_s"], matrix_peak(compute_dtype(config)))
+        found = {"batch": config.train.batch_size, "device": jax.devices()[0].device_kind, "machine": machine()}
+        found |= {"compile": compiled, "steps": steps, "utilisation": use}
+        print(f"  {steps['images_per_s']:.0f} images/s, utilisation {use['utilisation']:.3f}", flush=True)
+        return found | ({"parts": subject.parts(self.rounds)} if parts else {})
+
+    def against(self, name: str) -> dict[str, Any]:
+        """Our step and PyTorch's in turn."""
+        from jepax.bench import peer
+
+        found = peer.compare(self.config(self.batch), 2 if self.quick else 6, (name,))
+        print(f"  {found['ours_s']:.4f} s, {found['against']}", flush=True)
+        return found
+
+    def largest(self) -> dict[str, Any]:
+        """At the largest power of two that fits, by what the program for half as many takes."""
+        import jax
+
+        from jepax import dryrun
+        from jepax.bench.subject import Subject
+
+        subject = Subject(dryrun.make_plan(self.config(self.batch), lambda _: None))
+        with tempfile.TemporaryDirectory() as folder:
+            taken = subject.compile(Path(folder))["program_bytes"]
+        state = sum(x.nbytes for x in jax.tree.leaves(subject.state) if hasattr(x, "nbytes"))
+        room = FULL * (jax.devices()[0].memory_stats() or {"bytes_limit": 2 * taken / FULL})["bytes_limit"]
+        del subject
+        batch = self.batch * 2 ** int(math.log2(max((room - state) / (taken - state), 1)))
+        while True:
+            try:
+                return self.measured(self.config(batch))
+            except RuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error) or batch <= self.batch:
+                    raise
+                batch //= 2
+
+    def attention(self) -> dict[str, Any]:
+        """Seconds of attention, forward and with its gradient, at the shapes of this recipe's networks."""
+        import jax
+        import jax.numpy as jnp
+        import jax.random as jr
+        import numpy as np
+
+        from jepax.bench.clock import in_turn
+        from jepax.nn.operations import attend, attend_fused
+
+        config = self.config(self.batch).method
+        masks, encoder, predictor = config.sampler(), config.encoder, config.predictor
+        seen = config.masks.context
+        shapes = {
+            "teacher": (self.batch, math.prod(masks.grid), encoder),
+            "context": (self.batch, seen, encoder),
+            "predictor": (self.batch * config.masks.blocks, seen + masks.largest, predictor),
+        }
+        on_gpu = jax.default_backend() == "gpu"
+        compute = jnp.bfloat16 if on_gpu else jnp.float32
+        found: dict[str, Any] = {}
+        for name, (batch, tokens, network) in shapes.items():
+            shape = (batch, tokens, network.heads, network.width // network.heads)
+            given = tuple(jr.normal(key, shape, compute) for key in jr.split(jr.key(0), 3))
+            forms: dict[str, Callable[..., jax.Array]] = {
+                "ours": lambda *x: attend(*(jnp.swapaxes(each, 1, 2) for each in x)),
+                "xla": lambda *x: attend_fused(*x, by="xla"),
+            }
+            if on_gpu:
+                forms["cudnn"] = attend_fused
+            calls: dict[str, Callable[[], object]] = {}
+            for form, function in forms.items():
+                both = jax.grad(lambda *x, f=function: jnp.sum(f(*x).astype(jnp.float32) ** 2), (0, 1, 2))
+                for what, program in (("forward", jax.jit(function)), ("both", jax.jit(both))):
+                    calls[f"{form}, {what}"] = lambda f=program, x=given: f(*x)
+            found[name] = {call: float(np.median(times)) for call, times in in_turn(calls, self.rounds).items()}
+        return found
+
+    def do(self, task: str) -> dict[str, Any]:
+        """What the task finds, or why it failed."""
+        tasks: dict[str, Callable[[], dict[str, Any]]] = {
+            "128": lambda: self.measured(self.config(self.batch)),
+            "eager": lambda: self.against("eager"),
+            "compiled": lambda: self.against("compiled"),
+            "largest": self.largest,
+            "parts": lambda: self.measured(self.config(self.batch), parts=True),
+            "scan, dots": lambda: self.measured(self.config(self.batch, True, "dots")),
+            "scan, full": lambda: self.measured(self.config(self.batch, True, "full")),
+            "attention": self.attention,
+        }
         try:
-            ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return {"failed": f"not done after {seconds:.0f} s"}
-        if ended.returncode:
-            return {"failed": ended.stderr[-1000:]}
-        print(ended.stdout.splitlines()[0] if not ended.stdout else ended.stdout, flush=True)
-        return json.loads(found.read_text())
+            return tasks[task]()
+        except Exception as error:  # told in the file; the others go on
+            return {"failed": f"{type(error).__name__}: {str(error)[-1000:]}"}
 
 
-SHAPES = {"B/16": (12, 196, 64), "L/16": (16, 196, 64), "H/14": (16, 256, 80), "context of B/16": (12, 50, 64)}
-"""Heads, tokens and channels of attention."""
-ATTENTION = """
-import json, sys
-import jax, jax.numpy as jnp
-from jepax.bench.clock import in_turn
-from jepax.nn.operations import attend
-import numpy as np
-batch, heads, tokens, channels = map(int, sys.argv[1:])
-compute = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-keys = jax.random.split(jax.random.key(0), 3)
-q, k, v = (jax.random.normal(key, (batch, tokens, heads, channels), compute) for key in keys)
-def ours(q, k, v):
-    return attend(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v))).reshape(q.shape)
-forms = {"ours": ours, "xla": lambda *x: jax.nn.dot_product_attention(*x, implementation="xla")}
-if jax.default_backend() == "gpu":
-    forms["cudnn"] = lambda *x: jax.nn.dot_product_attention(*x, implementation="cudnn")
-calls = {}
-for name, form in forms.items():
-    forward = jax.jit(form)
-    both = jax.jit(jax.grad(lambda *x, form=form: jnp.sum(form(*x).astype(jnp.float32) ** 2), argnums=(0, 1, 2)))
-    calls[f"{name}, forward"] = lambda f=forward: f(q, k, v)
-    calls[f"{name}, both"] = lambda f=both: f(q, k, v)
-print(json.dumps({name: float(np.median(times)) for name, times in in_turn(calls, 20).items()}))
-"""
-
-
-def attention(batch: int) -> dict[str, Any]:
-    """Median seconds of attention by ours, XLA's and cuDNN's, forward and with its gradient."""
-    found: dict[str, Any] = {}
-    for name, shape in SHAPES.items():
-        command = [sys.executable, "-c", ATTENTION, str(batch), *map(str, shape)]
-        ended = subprocess.run(command, capture_output=True, text=True)
-        found[name] = json.loads(ended.stdout) if not ended.returncode else {"failed": ended.stderr[-1000:]}
-    return found
+def take(recipe: str, tasks: list[str], quick: bool, path: Path) -> None:
+    """The tasks of a recipe, each written to the file at once."""
+    case = Case(recipe, quick)
+    for task in tasks:
+        print(f"{recipe}, {task} ...", flush=True)
+        started = time.monotonic()
+        found = case.do(task) | {"took_s": round(time.monotonic() - started, 1)}
+        print(f"  {found.get('failed', 'done')} in {found['took_s']} s", flush=True)
+        results = json.loads(path.read_text()) if path.exists() else {}
+        results.setdefault(recipe, {})[task] = found
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9.0, help="what is not begun by then is left out (9)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="when to stop (9)")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="NAME")
+    parser.add_argument("--tasks", nargs="+", default=[*TASKS[0], *TASKS[1]], metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="tiny networks: only to see that it runs, also on a CPU")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jepax-"))
-    end, fits, results = time.monotonic() + 60 * args.minutes, set(), {}
-    todo = list(cases())[: 2 if args.quick else None]
-    for number, (name, recipe, batch, words) in enumerate(todo):
-        left = end - time.monotonic()
-        if left < 30 or recipe in fits:
-            continue
-        results[name] = measured(recipe, batch, words, left, args.quick)
-        if batch > 128 and "failed" not in results[name]:
-            fits.add(recipe)  # the largest that fits
-        print(f"{name}: {results[name].get('failed') or results[name]['utilisation']}", flush=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-        if number == len(RECIPES) - 1 or args.quick:
-            results["attention"] = attention(2 if args.quick else 128)
-    args.json.write_text(json.dumps(results, indent=1) + "\n")
+    if args.here:
+        return take(args.recipes[0], args.tasks, args.quick, args.json)
+    end = time.monotonic() + 60 * args.minutes
+    with tempfile.TemporaryDirectory(prefix="jepax-") as folder:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
+        for group, memory in zip(TASKS, MEMORY, strict=True):
+            for recipe in args.recipes:
+                wanted = [task for task in group if task in args.tasks]
+                left = end - time.monotonic()
+                if not wanted or left < 30:
+                    continue
+                own = [sys.executable, __file__, "--here", "--json", str(args.json), "--recipes", recipe]
+                command = [*own, *(["--quick"] if args.quick else []), "--tasks", *wanted]
+                try:
+                    subprocess.run(command, env={**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": memory}, timeout=left)
+                except subprocess.TimeoutExpired:
+                    print(f"{recipe}: not done with all of {', '.join(wanted)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ Views and masks are made beforehand, every target block has the largest size, so
 anything is timed the losses of the first steps must agree.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -30,6 +32,13 @@ TOTAL, WARMUP = 1000, 100
 CHECKED, TOLERANCE = 3, {"float32": 1e-5, "bfloat16": 1e-2}
 """Steps whose losses must agree, and how closely, relative, by the type of matrix products."""
 BATCHES = 2
+IN_A_ROW_S = 0.7
+"""Seconds for which an accelerator takes one step after the other in each round, as in training: the host waits for the
+last alone."""
+
+
+Step = Callable[..., float]
+"""Takes so many steps, one by default, and returns the last one's loss."""
 
 
 class Drawn(Images):
@@ -53,8 +62,8 @@ def plain(config: IJEPAConfig) -> IJEPAConfig:
     return IJEPAConfig(**kept, masks=replace(config.masks, **largest))
 
 
-def compare(config: Config, rounds: int, *, compiled: bool = True) -> dict[str, Any]:
-    """Times our step and the peer's, eager and, unless that is not wanted, compiled.
+def compare(config: Config, rounds: int, peers: tuple[str, ...] = ("eager", "compiled")) -> dict[str, Any]:
+    """Times our step and the peer's, eager and compiled, or one of them.
 
     Raises `UserError` for methods that the peer does not know, and where torch is missing; `AssertionError` where the
     losses differ: then the times would mean nothing.
@@ -69,14 +78,12 @@ def compare(config: Config, rounds: int, *, compiled: bool = True) -> dict[str, 
     method = Given(plain(config.method), total_steps=TOTAL, key=jr.key(0))
     compute = jnp.dtype(compute_dtype(config)).name
     inputs = make_inputs(method, config.train.batch_size)
-    calls = {
-        "ours": ours(method, inputs, compute, config.train.log_every),
-        "torch, eager": theirs(method, inputs, compute, compiled=False),
-    }
-    if compiled:
-        calls["torch, compiled"] = theirs(method, inputs, compute, compiled=True)
+    calls = {"ours": ours(method, inputs, compute, config.train.log_every)}
+    calls |= {f"torch, {name}": theirs(method, inputs, compute, compiled=name == "compiled") for name in peers}
     losses = agreed(calls, TOLERANCE[compute])
-    times = clock.in_turn(calls, rounds)
+    in_a_row = 1 if jax.default_backend() == "cpu" else math.ceil(IN_A_ROW_S / clock.seconds(calls["ours"]))
+    several = {name: partial(call, in_a_row) for name, call in calls.items()}
+    times = {name: [each / in_a_row for each in taken] for name, taken in clock.in_turn(several, rounds).items()}
     against = {
         name: clock.ratio(times["ours"], taken) | {"theirs_s": float(np.median(taken))}
         for name, taken in times.items()
@@ -98,23 +105,24 @@ def make_inputs(method: IJEPA, batch: int) -> list[Drawn]:
     return inputs
 
 
-def ours(method: AbstractMethod, inputs: list[Drawn], compute: str, log_every: int) -> Callable[[], float]:
-    """A function that takes our next step, as `jepax train` compiles it, and returns its loss."""
+def ours(method: AbstractMethod, inputs: list[Drawn], compute: str, log_every: int) -> Step:
+    """A function that takes our next step or steps, as `jepax train` compiles them, and returns the last loss."""
     optimizer, batches = Optimizer(OptimConfig(), TOTAL, WARMUP), cycle(inputs)
     fixed = Fixed(optimizer, jr.key(0), jnp.dtype(compute), log_every=log_every)
     state = init_state(jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, method), fixed.optimizer)
 
-    def step() -> float:
+    def step(count: int = 1) -> float:
         nonlocal state
-        state, metrics = compiled_step(fixed, next(batches), state)
+        for _ in range(count):
+            state, metrics = compiled_step(fixed, next(batches), state)
         jax.block_until_ready(state)
         return float(metrics["loss"])
 
     return step
 
 
-def theirs(method: IJEPA, inputs: list[Drawn], compute: str, *, compiled: bool) -> Callable[[], float]:
-    """A function that takes the peer's next step, from our weights, and returns its loss."""
+def theirs(method: IJEPA, inputs: list[Drawn], compute: str, *, compiled: bool) -> Step:
+    """A function that takes the peer's next step, from our weights, or the next ones, and returns the last loss."""
     import torch
 
     from jepax.bench.torch_peer import Peer, Schedules
@@ -137,7 +145,7 @@ def theirs(method: IJEPA, inputs: list[Drawn], compute: str, *, compiled: bool) 
             yield tensors[0], *(indices.long() for indices in tensors[1:])
 
     batches = cycle(list(moved()))
-    return lambda: float(peer.step(*next(batches)))
+    return lambda count=1: float([peer.step(*next(batches)) for _ in range(count)][-1])
 
 
 def networks(method: IJEPA) -> tuple[Any, Any]:
@@ -176,7 +184,7 @@ def put_block(block: Any, ours: Any) -> None:
         put(getattr(block, name), layer.weight, layer.bias)
 
 
-def agreed(calls: dict[str, Callable[[], float]], tolerance: float) -> list[list[float]]:
+def agreed(calls: dict[str, Step], tolerance: float) -> list[list[float]]:
     """The first losses of all sides, ours first. Raises `AssertionError` where they differ."""
     found = [[call() for call in calls.values()] for _ in range(CHECKED)]
     for step, (mine, *others) in enumerate(found):

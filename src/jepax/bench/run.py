@@ -1,5 +1,6 @@
 """`jepax bench [data] RECIPE [--peer torch] [--json FILE] [--rounds N] [--field.path value ...]`"""
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ def bench(arguments: list[str], say: Callable[[str], None] = print) -> dict[str,
     """Measures a recipe's step here, prints one table, and writes and returns its numbers."""
     of_data = arguments[:1] == ["data"]
     config, given = resolve(arguments[1:] if of_data else arguments)
+    if "--peer" in given:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # of a GPU's memory: the peer gets the rest
     rounds = int(given.get("--rounds", ROUNDS))
     found = (reading.measure if of_data else measure)(config, rounds, say)
     if "--peer" in given and not of_data:
