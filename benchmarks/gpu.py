@@ -1,4 +1,4 @@
-"""Everything that is to be known about speed on a GPU, in one call; each recipe in a process of its own.
+"""Everything that is to be known about speed on a GPU, in one call, each recipe in processes of its own.
 
     python benchmarks/gpu.py [--minutes 9] [--recipes NAME ...] [--tasks NAME ...] [--quick] --json FILE
 
@@ -174,7 +174,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="when to stop (9)")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="NAME")
-    parser.add_argument("--tasks", nargs="+", default=[*TASKS[0], *TASKS[1]], metavar="NAME")
+    tasks = [*TASKS[0], *TASKS[1]]
+    parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks, metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="tiny networks: only to see that it runs, also on a CPU")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
@@ -183,17 +184,23 @@ def main() -> None:
         return take(args.recipes[0], args.tasks, args.quick, args.json)
     end = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory(prefix="jepax-") as folder:
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
+        environment = {"JAX_COMPILATION_CACHE_DIR": folder} | os.environ
+        environment.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the other name of the same, of which one may be set
         for group, memory in zip(TASKS, MEMORY, strict=True):
             for recipe in args.recipes:
                 wanted = [task for task in group if task in args.tasks]
                 left = end - time.monotonic()
-                if not wanted or left < 30:
+                if not wanted:
+                    continue
+                if left < 30:
+                    print(f"{recipe}: no time left for {', '.join(wanted)}", flush=True)
                     continue
                 own = [sys.executable, __file__, "--here", "--json", str(args.json), "--recipes", recipe]
                 command = [*own, *(["--quick"] if args.quick else []), "--tasks", *wanted]
                 try:
-                    subprocess.run(command, env={**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": memory}, timeout=left)
+                    ended = subprocess.run(command, env=environment | {"XLA_CLIENT_MEM_FRACTION": memory}, timeout=left)
+                    if ended.returncode:
+                        print(f"{recipe}: ended with {ended.returncode}", flush=True)
                 except subprocess.TimeoutExpired:
                     print(f"{recipe}: not done with all of {', '.join(wanted)}", flush=True)
 

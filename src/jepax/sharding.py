@@ -17,7 +17,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jepax import hosts
-from jepax.costs import counting
 from jepax.trees import EMA
 from jepax.types import Images, UserError
 
@@ -158,7 +157,7 @@ def in_pieces(function: Callable[..., T], module: M, *batch: PyTree) -> T:
             narrow = jax.tree.map(lambda w, m: w.astype(m.dtype) if eqx.is_inexact_array(m) else w, wide, module)
             return function(narrow, *piece)
 
-        return (call if counting() else eqx.filter_checkpoint(call))(wide, piece)
+        return eqx.filter_checkpoint(call)(wide, piece)
 
     def apart(x: Array) -> Array:  # image i goes to piece i modulo pieces: each takes its images from every device
         return jnp.swapaxes(x.reshape(len(x) // layout.pieces, layout.pieces, *x.shape[1:]), 0, 1)

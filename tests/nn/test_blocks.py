@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jepax import costs
 from jepax.nn.blocks import Attention, LayerNorm, Stack
 from jepax.nn.operations import gelu, normalise
 
@@ -81,6 +83,25 @@ def test_rematerialisation_keeps_no_more_than_it_says(tokens, remat, widths):
     _, back = jax.vjp(lambda x, s: s(x)[0], tokens, stack(depth=1, remat=remat))
     kept = {id(leaf): leaf for leaf in jax.tree.leaves(back)}.values()
     assert sum(leaf.size for leaf in kept if leaf.shape[0] in (2, 2 * TOKENS)) == 2 * TOKENS * widths * DIM
+
+
+def test_arithmetic_is_counted_once_however_blocks_are_executed(tokens):
+    counts = {
+        costs.flops(jax.grad(lambda s, x: jnp.sum(s(x)[0] ** 2)), stack(scan=scan, remat=remat), tokens)
+        for scan in (False, True)
+        for remat in ("none", "dots", "full")
+    }
+    assert len(counts) == 1 and min(counts) > 0
+
+
+def test_the_form_for_gpus_moves_no_activations_between_devices(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    assert mesh.size > 1
+    x = jax.device_put(jnp.ones((2 * mesh.size, TOKENS, DIM)), NamedSharding(mesh, PartitionSpec("data")))
+    blocks = jax.device_put(stack(), NamedSharding(mesh, PartitionSpec()))
+    program = jax.jit(lambda s, x: jax.grad(lambda s: jnp.sum(s(x)[0] ** 2))(s)).lower(blocks, x).compile().as_text()
+    assert "all-reduce" in program and "all-gather" not in program
 
 
 def test_intermediate_layers_are_those_of_shallower_stacks(tokens):

@@ -125,10 +125,11 @@ def test_products_of_their_own_give_the_same_queries_keys_and_values(last):
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here")
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("last", "tokens", "channels"), [(196, 196, 64), (40, 90, 32), (69, 69, 80), (72, 141, 24)])
-def test_cudnn_is_nearer_to_float32_than_our_attention_of_16_bits(last, tokens, channels):
+def test_cudnn_is_nearer_to_float32_than_our_attention_of_16_bits(last, tokens, channels, masked):
+    lengths = jnp.array([tokens, tokens - 1, tokens // 2, 3]) if masked else None
     given = [normal(0, 4, last, 4, channels), *(normal(i, 4, tokens, 4, channels) for i in (1, 2))]
-    lengths = jnp.array([tokens, tokens - 1, tokens // 2, 3])
 
     def plain(*x):
         return attend(*(jnp.swapaxes(each, 1, 2) for each in x), lengths)

@@ -19,6 +19,8 @@ from jepax.bench.subject import Subject
 from jepax.settings import Config, compute_dtype
 from jepax.types import UserError
 
+OURS = {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"}
+"""Names of JAX's for its share of a GPU's memory, of which one may be set."""
 OWN = ("--peer", "--json", "--rounds")
 ROUNDS = 20
 
@@ -27,8 +29,8 @@ def bench(arguments: list[str], say: Callable[[str], None] = print) -> dict[str,
     """Measures a recipe's step here, prints one table, and writes and returns its numbers."""
     of_data = arguments[:1] == ["data"]
     config, given = resolve(arguments[1:] if of_data else arguments)
-    if "--peer" in given:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # of a GPU's memory: the peer gets the rest
+    if "--peer" in given and not OURS & os.environ.keys():
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.5"  # of a GPU's memory: the peer gets the rest
     rounds = int(given.get("--rounds", ROUNDS))
     found = (reading.measure if of_data else measure)(config, rounds, say)
     if "--peer" in given and not of_data:

@@ -76,11 +76,11 @@ class Subject:
         under_way: list[Metrics] = []
         for _ in range(AHEAD):
             under_way = self.followed(under_way, self.step())
-        start = time.perf_counter()  # one step is done, the next under way
+        start, begun = time.perf_counter(), unfinished(under_way)
         for _ in range(rounds):
             under_way = self.followed(under_way, self.step())
         jax.block_until_ready(under_way)
-        each = (time.perf_counter() - start) / (rounds + AHEAD - 1)
+        each = (time.perf_counter() - start) / (rounds + begun)
         batch = self.config.train.batch_size
         found = {"step_s": percentiles(times), "pipelined_step_s": each, "images_per_s": batch / each}
         return found | {"peak_bytes": peak_bytes(), "programs": step_program._cache_size()}
@@ -99,16 +99,16 @@ class Subject:
         waited, under_way = 0.0, []
         for number in range(WARM + rounds):
             if number == WARM:
-                jax.block_until_ready(under_way)
-                start, waited = time.perf_counter(), 0.0
+                start, begun, waited = time.perf_counter(), unfinished(under_way), 0.0
             before = time.perf_counter()
             images = sharding.shard_batch(next(stream), mesh)
-            idle = not under_way or all(metrics["loss"].is_ready() for metrics in under_way)
+            idle = not unfinished(under_way)
             waited += (time.perf_counter() - before) if idle else 0.0
             under_way = self.followed(under_way, self.step(images))
         jax.block_until_ready(under_way)
         whole = time.perf_counter() - start
-        return {"images_per_s": rounds * config.train.batch_size / whole, "waited_share": waited / whole}
+        images_per_s = (rounds + begun) * config.train.batch_size / whole
+        return {"images_per_s": images_per_s, "waited_share": waited / whole}
 
     def parts(self, rounds: int) -> dict[str, float]:
         """Seconds of a step by part; they add up to the step's. See `jepax.bench.parts`."""
@@ -125,6 +125,11 @@ class Subject:
             "peak_tflop_per_s": peak / 1e12,
             "utilisation": flops / step_s / peak,
         }
+
+
+def unfinished(under_way: list[Metrics]) -> int:
+    """How many of these steps are not done."""
+    return sum(not metrics["loss"].is_ready() for metrics in under_way)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from jepax.evals.streaming import (
 )
 from jepax.nn import ViT
 from jepax.nn.blocks import Linear
+from jepax.programs import OPTIONS
 from jepax.trees import cast
 from jepax.types import Images, UserError
 from jepax.views import CropConfig, centre_crop
@@ -120,7 +121,7 @@ def layer_rates(classifier: Classifier, decay: float) -> Classifier:
     return eqx.tree_at(below, jax.tree.map(lambda _: jnp.ones(()), classifier), (embed, blocks))
 
 
-@partial(jax.jit, static_argnames=("config", "steps"), donate_argnames=("run",))
+@partial(jax.jit, static_argnames=("config", "steps"), donate_argnames=("run",), compiler_options=OPTIONS)
 def run_step(
     run: Run,
     images: Images,
