@@ -1,4 +1,7 @@
-"""Compiled programs stay on disk: the same command begins its first step in seconds the second time."""
+"""Compiled programs: what the compiler is told, and that they stay on disk.
+
+So the same command begins its first step in seconds the second time.
+"""
 
 import hashlib
 import os

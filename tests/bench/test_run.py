@@ -1,10 +1,14 @@
 """`jepax bench` on a tiny recipe: its numbers hang together, and its table says them."""
 
 import json
+import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jepax.bench import peak, peer, run
+from jepax.bench.subject import Subject
 from jepax.types import UserError
 
 TINY = """
@@ -90,3 +94,17 @@ def test_our_step_and_the_peers_agree_and_are_timed():
     found = peer.compare(config, 2, ("eager",))
     assert set(found["against"]) == {"torch, eager"} and found["against"]["torch, eager"]["ratio"] > 0
     assert len(found["losses"]) == peer.CHECKED
+
+
+def test_no_step_is_counted_that_was_done_before_the_clock_started():
+    """As on a CPU, where a step that is sent off is done."""
+
+    class Slow(Subject):
+        def __init__(self):
+            self.config = run.resolve(["ijepa_fashion_mnist"])[0]
+
+        def step(self, images=None):
+            time.sleep(0.02)
+            return {"loss": jax.block_until_ready(jnp.zeros(()))}
+
+    assert Slow().steps(3)["pipelined_step_s"] >= 0.02
