@@ -103,6 +103,16 @@ def test_another_model_is_refused(tmp_path):
         checkpoint.restore(tmp_path, 1, {"a": jnp.zeros((5, 8)), "b": [jnp.arange(3), "text"]})
 
 
+def test_a_part_is_restored_and_the_rest_of_the_model_compared_all_the_same(tmp_path):
+    checkpoint.save(tmp_path, 1, tree())
+    like = checkpoint.abstract({"a": jnp.zeros((4, 8)), "b": [jnp.arange(3), "text"]})
+    part = checkpoint.restore(tmp_path, 1, like, only=("['b']",))
+    assert part["a"] is None and part["b"][1] == "text"
+    np.testing.assert_array_equal(part["b"][0], tree()["b"][0])
+    with pytest.raises(UserError, match="another model"):
+        checkpoint.restore(tmp_path, 1, {"a": jnp.zeros((5, 8)), "b": like["b"]}, only=("['b']",))
+
+
 def test_what_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path):
     (tmp_path / "00000001").write_text("a file in its place")  # the rename at the end meets it
     with pytest.raises(UserError, match=r"(?s)checkpoint .*00000001 could not be written.*the ones before it"):

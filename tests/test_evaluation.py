@@ -1,5 +1,6 @@
 """`jepax evaluate`: any checkpoint of any run, any exported weights, any data, by any protocol."""
 
+import gc
 import json
 import shutil
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 from jepax import cli, evaluation, monitor, settings, weights
 from jepax import config as configs
 from jepax import train as training
+from jepax.costs import tree_bytes
 from jepax.saving import SaveConfig
 from jepax.step import build_method
 from jepax.types import UserError
@@ -81,6 +83,17 @@ def test_what_is_evaluated_is_what_the_checkpoint_holds(finished):
     first = build_method(config.method, 9, jr.key(config.seed)).target_encoder.average
     for ours, its in zip(jax.tree.leaves(subject.untrained), jax.tree.leaves(first), strict=True):
         np.testing.assert_array_equal(ours, its)
+
+
+def test_the_optimisers_state_stays_on_the_disk(finished):
+    run, config, state = finished
+    gc.collect()
+    before = sum(x.nbytes for x in jax.live_arrays())
+    restored = evaluation.restored(config, run)
+    gc.collect()
+    held = sum(x.nbytes for x in jax.live_arrays()) - before
+    assert restored.opt_state is None or not jax.tree.leaves(restored.opt_state)
+    assert held < 1.01 * tree_bytes(state.method) < tree_bytes(state)
 
 
 def test_the_runs_own_training_pictures_are_not_needed(finished, tmp_path):

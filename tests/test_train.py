@@ -1,5 +1,6 @@
 """The loop on generated pictures: a run's folder, resuming, one program, and a loss that stops being finite."""
 
+import gc
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from jepax import checkpoint, evaluation, logs, settings, signals, step
 from jepax import config as configs
 from jepax import train as training
+from jepax.costs import tree_bytes
 from jepax.guard import GuardConfig
 from jepax.saving import SaveConfig, Saver
 from jepax.settings import Config
@@ -37,6 +39,12 @@ def finished(config, tmp_path_factory):
     before = step.step_program._cache_size()
     state = train(config, run)
     return run, state, step.step_program._cache_size() - before
+
+
+def held_bytes():
+    """Of all arrays of this process."""
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
 
 
 def arrays(state):
@@ -99,7 +107,11 @@ def test_a_run_that_stopped_goes_on_where_it_was(config, finished, tmp_path, mon
         train(config, tmp_path)
     monkeypatch.undo()
     assert checkpoint.steps(tmp_path / "checkpoints") == [4, 5]
+    held_before, held = held_bytes(), []
+    load = checkpoint.ocp.load
+    monkeypatch.setattr(checkpoint.ocp, "load", lambda *given: held.append(held_bytes()) or load(*given))
     resumed = train(config, tmp_path)
+    assert len(held) == 1 and held[0] - held_before < 0.1 * tree_bytes(whole)  # the state goes where the first one was
     assert checkpoint.digest(whole) == checkpoint.digest(resumed)
     speed = {"seconds_per_step", "images_per_second"}
     lines = [
@@ -221,7 +233,7 @@ def test_a_teacher_in_bfloat16_is_saved_and_restored_as_it_is(tmp_path):
     momentum = replace(config.method.momentum, precision="bfloat16")
     config = replace(config, method=replace(config.method, momentum=momentum))
     state = train(config, tmp_path)
-    restored = evaluation.restored(config, tmp_path)
+    restored = evaluation.restored(config, tmp_path, only=checkpoint.ALL)
     for ours, its in zip(jax.tree.leaves(arrays(state)), jax.tree.leaves(arrays(restored)), strict=True):
         np.testing.assert_array_equal(ours, its)
     kept = {leaf.dtype for leaf in jax.tree.leaves(eqx.filter(restored.method.target_encoder, eqx.is_array))}

@@ -19,6 +19,7 @@ import equinox as eqx
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
+from jaxtyping import PyTree
 
 from jepax import files, hosts, manifest
 from jepax.types import UserError
@@ -28,12 +29,25 @@ ARRAYS, NOTE = "arrays", "note.json"
 PART, DAMAGED = ".part", ".damaged"
 LONGEST = 240
 """Characters of an error that are shown."""
+ALL = ("",)
+"""What every array's name begins with."""
 
 
-def named(tree: object) -> dict[str, jax.Array]:
-    """The tree's arrays under names such as `method.encoder.norm.weight`."""
-    found = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, eqx.is_array))
+def abstract(tree: PyTree) -> PyTree:
+    """The tree with each array's shape, type and place instead of the array: what `restore` needs, without memory."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if eqx.is_array(x) else x, tree
+    )
+
+
+def named(tree: object) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
+    """The tree's arrays, or abstract ones, under names such as `method.encoder.norm.weight`."""
+    found = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, _is_array))
     return {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in found}
+
+
+def _is_array(x: object) -> bool:
+    return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
 def _forms(tree: object) -> dict[str, str]:
@@ -228,10 +242,12 @@ def set_aside(folder: Path, damaged: dict[int, list[str]]) -> None:
         path.rename(target)
 
 
-def restore(folder: Path, step: int, like: T, *, verify: bool = True) -> T:
-    """The tree `like` with the arrays of `step`, on the devices where `like`'s lie.
+def restore(folder: Path, step: int, like: T, *, verify: bool = True, only: tuple[str, ...] = ALL) -> T:
+    """The tree `like`, which may be `abstract`, with the arrays of `step`, on the devices where `like`'s lie.
 
-    Raises `UserError` where a file differs from the manifest, or where the arrays' names or shapes are not `like`'s.
+    `only`: what the names of arrays that are read begin with; the others are None. A large tree is best given
+    abstract, or its arrays and the checkpoint's are held at once. Raises `UserError` where a file differs from the
+    manifest, or where the arrays' names or shapes, read or not, are not `like`'s.
     """
     path = folder.absolute() / f"{step:08d}"
     if verify and (found := problems(folder, step)):
@@ -240,10 +256,13 @@ def restore(folder: Path, step: int, like: T, *, verify: bool = True) -> T:
             f"there are {', '.join(map(str, steps(folder)))}: --step takes another"
         )
     _refuse_other_model(path, manifest.content(path)["arrays"], _forms(like))
-    arrays, rest = eqx.partition(like, eqx.is_array)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), named(arrays))
-    loaded = ocp.load(path / ARRAYS, abstract)
-    restored = jax.tree.unflatten(jax.tree.structure(arrays), [loaded[name] for name in named(arrays)])
+    arrays, rest = eqx.partition(abstract(like), _is_array)
+    names = named(arrays)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        loaded = ocp.load(path / ARRAYS, {name: x for name, x in names.items() if name.startswith(only)})
+    restored = jax.tree.unflatten(jax.tree.structure(arrays), [loaded.get(name) for name in names])
     return eqx.combine(restored, rest)
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax.random as jr
 
 from jepax import checkpoint, sharding
@@ -79,8 +80,11 @@ def of_weights(folder: Path, settings: Config) -> Subject:
     return Subject(encoder, untrained, crop, 0, settings, folder, name, told)
 
 
-def restored(config: Config, run: Path, step: int | None = None) -> TrainState:
-    """A checkpoint of the run, its newest or that of `step`, to be looked at: its schedules know no length.
+def restored(
+    config: Config, run: Path, step: int | None = None, *, only: tuple[str, ...] = ("method.", "step")
+) -> TrainState:
+    """A checkpoint of the run, its newest or that of `step`, to be looked at: its schedules know no length, and the
+    optimiser's state is not read, unless `only`, as in `checkpoint.restore`, asks for it.
 
     Raises `UserError` where it is not there, and where another config wrote it. The run's data is not read.
     """
@@ -91,9 +95,10 @@ def restored(config: Config, run: Path, step: int | None = None) -> TrainState:
         )
     if step is not None and step not in saved:
         raise UserError(f"{run} holds no finished checkpoint of step {step}; there are {', '.join(map(str, saved))}")
-    state = first_state(config.method, Optimizer(config.optim, 1, 0), jr.key(config.seed))
-    state = sharding.replicate(state, sharding.make_mesh())
-    return checkpoint.restore(run / "checkpoints", saved[-1] if step is None else step, state)
+    state = eqx.filter_eval_shape(first_state, config.method, Optimizer(config.optim, 1, 0), jr.key(config.seed))
+    state = sharding.Layout(sharding.make_mesh()).abstract(state)
+    step = saved[-1] if step is None else step
+    return checkpoint.restore(run / "checkpoints", step, state, only=only)
 
 
 def tag(own: Config, settings: Config) -> str:

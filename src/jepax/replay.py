@@ -14,7 +14,7 @@ from jepax import checkpoint, dump, sharding
 from jepax import config as configs
 from jepax.optim import Optimizer
 from jepax.settings import Config, compute_dtype
-from jepax.step import Fixed, TrainState, compiled_step, layout_of, loss_and_gradients, placed_state
+from jepax.step import Fixed, TrainState, compiled_step, first_state, layout_of, loss_and_gradients
 from jepax.types import Images, Metrics, UserError
 
 SHOWN = 8
@@ -32,8 +32,8 @@ def replay(folder: Path, say: Callable[[str], None] = print) -> Metrics:
     optimizer = Optimizer(config.optim, facts.total_steps, facts.warmup_steps)
     mesh = sharding.make_mesh(math.gcd(len(images.index), jax.device_count()))
     layout = layout_of(config.train.sharding, config.train.accumulate, config.method, optimizer, mesh)
-    state = placed_state(config.method, optimizer, jr.key(config.seed), layout)
-    state = checkpoint.restore(folder / dump.STATE, facts.step, state)
+    state = eqx.filter_eval_shape(first_state, config.method, optimizer, jr.key(config.seed))
+    state = checkpoint.restore(folder / dump.STATE, facts.step, layout.abstract(state))
     root, batch = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), mesh), sharding.shard_batch(images, mesh)
     say(f"step {facts.step} of {facts.total_steps}, {len(images.index)} examples, positions {positions(images)}")
     say_not_finite("state before it", state, say)

@@ -59,6 +59,11 @@ class Layout:
 
         return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, EMA))
 
+    def abstract(self, tree: PyTree) -> PyTree:
+        """The tree, whose leaves are all arrays or abstract ones, with shapes, types and places alone."""
+        places = self.shardings(tree)
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places)
+
     def sharding(self, shape: tuple[int, ...], split: bool) -> NamedSharding:
         """Where an array of this shape lies."""
         return NamedSharding(self.mesh, self.spec(shape) if split else PartitionSpec())

@@ -104,8 +104,9 @@ class Run:
         self.note = {}
         if self.start:
             self.note = checkpoint.note(self.checkpoints, self.start)
+            like, self.state = checkpoint.abstract(self.state), None  # two states at once might be too much
             with hosts.together():
-                self.state = checkpoint.restore(self.checkpoints, self.start, self.state, verify=False)
+                self.state = checkpoint.restore(self.checkpoints, self.start, like, verify=False)
 
     def newest(self) -> int:
         """The step of the newest sound checkpoint; 0 where none was finished."""

@@ -27,7 +27,7 @@ def tiny(**changes: object) -> Config:
 
 def result(run: Path) -> tuple[int, str]:
     """The last checkpoint's step, and the digest of its state."""
-    state = evaluation.restored(configs.load(Config, run / "config.yaml"), run)
+    state = evaluation.restored(configs.load(Config, run / "config.yaml"), run, only=checkpoint.ALL)
     return int(state.step), checkpoint.digest(state)
 
 

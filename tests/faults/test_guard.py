@@ -88,7 +88,7 @@ def test_what_is_not_finite_is_told_with_its_examples(ended):
 def test_what_is_not_finite_changes_nothing(ended):
     """The state that was saved between the bad steps is, but for counts, that of the dump after them."""
     folder = ended[0]
-    before = evaluation.restored(configs.load(Config, folder / "config.yaml"), folder, 41)
+    before = evaluation.restored(configs.load(Config, folder / "config.yaml"), folder, 41, only=checkpoint.ALL)
     after = checkpoint.named(checkpoint.restore(folder / "dumps" / "step_00000042" / dump.STATE, 42, before))
     before = {name: np.asarray(x) for name, x in checkpoint.named(before).items()}
     assert {name for name, x in before.items() if not np.array_equal(x, after[name])} <= {
