@@ -149,28 +149,35 @@ class MultiBlock(eqx.Module):
     def _one(self, key: PRNGKeyArray) -> tuple[Array, Array, Array]:
         """One image's context, target blocks, and which of their entries are real."""
         key_context, key_blocks = jr.split(key)
-
-        targets, allowed = self._draw(jr.fold_in(key_blocks, self._attempt(key_blocks)))
+        targets, allowed = self._enough(key_blocks)
         rank = jnp.where(allowed, jr.uniform(key_context, allowed.shape), 2.0)
         context = jnp.sort(jnp.argsort(rank)[: self.config.context])
         indices, valid = jax.vmap(self._patches)(targets)
         return context.astype(jnp.int32), indices, valid
 
-    def _attempt(self, key: PRNGKeyArray) -> Int[Array, ""]:
+    def _enough(self, key: PRNGKeyArray) -> tuple[Int[Array, "blocks 4"], Bool[Array, "patches"]]:
         """The first draw that leaves the context enough patches.
 
         On a CPU one after the other. Elsewhere so many at once that one in 10^9 images finds none, and takes the best:
         before a loop that ends when the device says so, the host would wait for all steps under way.
         """
 
-        def left(attempt: Int[Array, ""]) -> Int[Array, ""]:
-            return jnp.sum(self._draw(jr.fold_in(key, attempt))[1])
+        def draw(attempt: Int[Array, ""]) -> tuple[Int[Array, "blocks 4"], Bool[Array, "patches"]]:
+            return self._draw(jr.fold_in(key, attempt))
 
-        if jax.default_backend() == "cpu":
-            return lax.while_loop(lambda n: left(n) < self.config.context, lambda n: n + 1, jnp.int32(0))
-        counts = jax.vmap(left)(jnp.arange(self.attempts))
+        if jax.default_backend() == "cpu":  # what ends the loop is carried: in its condition a draw would be made twice
+            none = jnp.zeros((self.config.blocks, 4), jnp.int32), jnp.zeros(self.grid[0] * self.grid[1], bool)
+            _, targets, allowed = lax.while_loop(
+                lambda drawn: jnp.sum(drawn[2]) < self.config.context,
+                lambda drawn: (drawn[0] + 1, *draw(drawn[0])),
+                (jnp.int32(0), *none),
+            )
+            return targets, allowed
+        targets, allowed = jax.vmap(draw)(jnp.arange(self.attempts))
+        counts = jnp.sum(allowed, axis=1)
         enough = counts >= self.config.context
-        return jnp.where(jnp.any(enough), jnp.argmax(enough), jnp.argmax(counts))
+        best = jnp.where(jnp.any(enough), jnp.argmax(enough), jnp.argmax(counts))
+        return targets[best], allowed[best]
 
     def __call__(self, keys: Key[Array, "batch"]) -> Masks:
         """One mask per key of the batch."""
