@@ -11,6 +11,7 @@ import pytest
 from jepax import costs, dryrun
 from jepax.data import DataConfig
 from jepax.recipes import RECIPES
+from jepax.sharding import ShardingConfig
 from jepax.step import first_state
 from jepax.types import UserError
 from tests.contracts.shrink import shrunk
@@ -182,3 +183,21 @@ def test_memory_of_the_state_is_exact():
     state = first_state(config.method, plan.optimizer, jax.random.key(0))
     assert costs.tree_bytes(plan.state.method) == sum(x.nbytes for x in jax.tree.leaves(state.method))
     assert costs.tree_bytes(plan.state.opt_state) == sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
+
+
+def test_what_the_other_layout_would_take_is_told():
+    """As a plan of that layout tells it: a CPU's devices share one memory, so that `auto` leaves everything whole."""
+
+    def told(parameters):
+        config = small()
+        config = dataclasses.replace(
+            config, train=dataclasses.replace(config.train, sharding=ShardingConfig(parameters=parameters))
+        )
+        lines = []
+        dryrun.say_memory(dryrun.make_plan(config, lambda line: None), lines.append)
+        numbers = {" ".join(line.split()[:-1]): float(line.split()[-1]) for line in lines[1:]}
+        return numbers
+
+    whole, split = told("replicated"), told("sharded")
+    assert whole["in all with train.sharding.parameters=sharded"] == split["in all"]
+    assert split["in all with train.sharding.parameters=replicated"] == whole["in all"]

@@ -15,6 +15,7 @@ from jepax import cli, evaluation, monitor, settings, weights
 from jepax import config as configs
 from jepax import train as training
 from jepax.costs import tree_bytes
+from jepax.evals import report
 from jepax.saving import SaveConfig
 from jepax.step import build_method
 from jepax.types import UserError
@@ -130,9 +131,34 @@ def test_every_protocol_runs(finished, capsys):
     assert "low shot: 2 per class" in out and "±" in out
 
 
+def test_floors_are_measured_once(finished, capsys, tmp_path, monkeypatch):
+    """Another step of the run, or the same evaluation after it was interrupted, takes them from where they lie."""
+    run, _, _ = finished
+    words = [*KNN, "--run-dir", tmp_path]
+    first, _ = told(capsys, run, *words)
+    measured, row = [], report.Evaluation.row
+    monkeypatch.setattr(
+        report.Evaluation, "row", lambda self, name, frozen: measured.append(name) or row(self, name, frozen)
+    )
+    other, _ = told(capsys, run, "--step", 4, *words)
+    again, _ = told(capsys, run, *words)
+    assert measured == ["trained", "trained"] and again == first
+    assert other["rows"]["untrained"] == first["rows"]["untrained"] and other["step"] == 4
+
+
+def test_a_run_may_end_without_an_evaluation(finished, capsys, tmp_path):
+    run, config, state = finished
+    shutil.copytree(run, tmp_path / "run")
+    cli.finish(replace(config, eval=replace(config.eval, protocols=())), state, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert f"not evaluated: eval.protocols names none; jepax evaluate {tmp_path / 'run'}" in out and "curves.png" in out
+    assert not (tmp_path / "run" / "evals").exists() or not list((tmp_path / "run" / "evals").glob("*.json"))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("--protocols", ["--protocols linear knn"]),
         ("--step 5", ["no finished checkpoint of step 5", "4, 6"]),
         ("--step x", ["--step x is no checkpoint's number"]),
         ("--run-dir", ["--run-dir takes one value"]),

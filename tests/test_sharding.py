@@ -71,9 +71,11 @@ def test_a_run_may_go_on_split_or_whole(tmp_path):
 
 
 @pytest.fixture(
-    scope="module", params=["ijepa_fashion_mnist", pytest.param("lejepa_fashion_mnist", marks=pytest.mark.long)]
+    scope="module",
+    params=["ijepa_fashion_mnist", "ijepa_vith14_in1k", pytest.param("lejepa_fashion_mnist", marks=pytest.mark.long)],
 )
 def config(request):
+    """Unrolled and with Muon; scanned, rematerialised and with AdamW, as large recipes are."""
     return wide(request.param)
 
 

@@ -190,7 +190,8 @@ def train(arguments: list[str]) -> None:
         hosts.start()
     with hosts.peers():
         with hosts.together():
-            settings.check_splits(config.data)
+            if config.eval.protocols:
+                settings.check_splits(config.data)
         state = training.train(config, folder, allow=wanted.allow)
         state = sharding.local(eqx.tree_at(lambda s: s.opt_state, state, None))  # evaluations read the method
         hosts.leave()
@@ -206,20 +207,24 @@ def finish(config: "Config", state: "TrainState", folder: Path) -> None:
     from jepax import evaluation
     from jepax.viz import figures
 
-    written = show(evaluation.of_run(config, state, folder))
-    for path in (written, *figures.draw(config, folder)):
+    if config.eval.protocols:
+        print(show(evaluation.of_run(config, state, folder)))
+    else:
+        print(f"not evaluated: eval.protocols names none; jepax evaluate {folder} --protocols linear knn")
+    for path in figures.draw(config, folder):
         print(path)
 
 
 def show(subject: "Subject") -> Path:
-    """Evaluates, prints the tables, and returns the file that holds the results."""
+    """Evaluates, prints the tables, and returns the file that holds the results. Floors are kept beside it: what was
+    interrupted, and other steps of the run, need not measure them again."""
     from rich.console import Console
 
     from jepax import evaluation
     from jepax.evals import report
     from jepax.evals.say import Say
 
-    results, written = evaluation.evaluate(subject, Say())
+    results, written = evaluation.evaluate(subject, Say(), floors=subject.folder / "evals" / "floors")
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     for table in (report.table(results), report.beside(results)):

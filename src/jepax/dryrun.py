@@ -240,20 +240,10 @@ def shaped(method: IJEPA, target: int) -> tuple[PyTree, Masks]:
 
 def say_memory(plan: Plan, say: Say) -> tuple[float, float]:
     """Bytes on a device whatever the batch, and bytes per image."""
-    method, compute, layout = plan.state.method, compute_dtype(plan.config), plan.layout
-    trained = layout.bytes(split(method)[0])
-    fixed = {
-        "trained parameters": trained,
-        "teacher and other": layout.bytes(method) - trained,
-        "gradients": trained,
-        "optimiser state": layout.bytes(plan.state.opt_state),
-        "the method before a step that gets a line": layout.bytes(method),
-    }
-    if layout.parameters or layout.teacher:
-        fixed["gathered for the matrix products"] = gathered_bytes(method, layout, compute)
+    compute, layout = compute_dtype(plan.config), plan.layout
     one, two = (activation_bytes(plan, batch, compute) for batch in (1, 2))
     image, pieces = two - one, layout.pieces
-    fixed["not per image"] = max(one - image, 0)
+    fixed = fixed_bytes(plan, layout) | {"not per image": max(one - image, 0)}
     if pieces > 1:  # what is kept of each image, and one piece on its way back
         with layout.applied():
             one, two = (activation_bytes(plan, batch * pieces, compute) for batch in (1, 2))
@@ -266,10 +256,34 @@ def say_memory(plan: Plan, say: Say) -> tuple[float, float]:
         f"\nmemory per device, GB (estimated; {lies}{jnp.dtype(compute).name}, {share} of {batch} images;"
         " the compiler's working space comes on top)"
     )
-    for name, count in (fixed | {"batch and activations": image * share}).items():
-        say(f"  {name:<40}{count / 1e9:>10.3f}")
-    say(f"  {'in all':<40}{(sum(fixed.values()) + image * share) / 1e9:>10.3f}")
+    whole = sum(fixed.values()) + image * share
+    rows = fixed | {"batch and activations": image * share, "in all": whole}
+    if jax.device_count() > 1:
+        other = dataclasses.replace(layout, parameters=not layout.parameters, teacher=not layout.parameters)
+        name = f"in all with train.sharding.parameters={'sharded' if other.parameters else 'replicated'}"
+        rows[name] = whole + sum(fixed_bytes(plan, other).values()) - sum(fixed_bytes(plan, layout).values())
+    for name, count in rows.items():
+        say(f"  {name:<50}{count / 1e9:>8.3f}")
+    reading = plan.config.data
+    ahead = (reading.threads + 1) * max(reading.workers, 1)
+    say(f"batches read ahead: {ahead} at most, {ahead * costs.tree_bytes(plan.images(batch)) / 1e9:.3f} GB on the host")
     return float(sum(fixed.values())), float(image)
+
+
+def fixed_bytes(plan: Plan, layout: Layout) -> dict[str, int]:
+    """Bytes on a device of what does not grow with the batch, but for what the loss itself keeps."""
+    method = plan.state.method
+    trained = layout.bytes(split(method)[0])
+    fixed = {
+        "trained parameters": trained,
+        "teacher and other": layout.bytes(method) - trained,
+        "gradients": trained,
+        "optimiser state": layout.bytes(plan.state.opt_state),
+        "the method before a step that gets a line": layout.bytes(method),
+    }
+    if layout.parameters or layout.teacher:
+        fixed["gathered for the matrix products"] = gathered_bytes(method, layout, compute_dtype(plan.config))
+    return fixed
 
 
 def gathered_bytes(method: AbstractMethod, layout: Layout, compute: DTypeLike) -> int:

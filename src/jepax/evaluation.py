@@ -182,6 +182,8 @@ def resolve(arguments: list[str]) -> Subject:
         config = config_of(folder)
         settings = override(config, changes) if changes else config
         subject = of_run(config, restored(config, folder, step_of(own)), folder, settings)
+    if not subject.config.eval.protocols:
+        raise UserError(f"say by which protocols: jepax evaluate {folder} --protocols linear knn")
     if "run_dir" not in own:
         return subject
     return replace(subject, folder=Path(own["run_dir"]), name=f"{subject.told['folder']}-{subject.name}")

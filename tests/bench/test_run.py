@@ -82,6 +82,11 @@ def test_what_is_not_understood_is_refused(words, said):
         run.resolve(words)
 
 
+def test_reading_has_no_peer():
+    with pytest.raises(UserError, match="--peer is for steps"):
+        run.bench(["data", "ijepa_fashion_mnist", "--peer", "torch"])
+
+
 def test_the_peer_is_one_of_ijepa():
     config, _ = run.resolve(["lejepa_fashion_mnist"])
     with pytest.raises(UserError, match="is for I-JEPA; lejepa_fashion_mnist trains lejepa"):

@@ -24,7 +24,7 @@ def machine(*packages: str) -> dict[str, Any]:
         | {"jepax": jepax.__version__, "python": platform.python_version()},
         "cpu": name[1] if name else platform.processor(),
         "cores": cores(),
-        "device": str(jax.devices()[0]),
+        "device": f"{jax.devices()[0]}, {jax.devices()[0].device_kind}",
         "load_average": os.getloadavg(),
     }
 

@@ -28,6 +28,7 @@ SIDE = 224
 
 def measure(config: Config, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Images per second of each, on the recipe's own folder, or on generated photos where it has none."""
+    before = machine()
     with tempfile.TemporaryDirectory() as folder:
         photos = sample(config, Path(folder) / "photos")
         data = replace(config.data, source="image_folder", root=str(photos), validation=0.0)
@@ -45,8 +46,8 @@ def measure(config: Config, rounds: int, say: Callable[[str], None]) -> dict[str
     say("the step ...")
     steps = Subject(dryrun.make_plan(config, say)).steps(rounds)
     return {
-        "what": f"{config.recipe}: reading",
-        "machine": machine(),
+        "what": f"{config.recipe}: reading {its_photos(config)}",
+        "machine": before,
         "files": len(files),
         "one_core_images_per_s": alone,
         "over_pillow": alone["ours"] / alone["pillow"],
@@ -56,9 +57,19 @@ def measure(config: Config, rounds: int, say: Callable[[str], None]) -> dict[str
     }
 
 
+def has_photos(config: Config) -> bool:
+    """Whether the recipe reads a folder that is given."""
+    return config.data.source == "image_folder" and config.data.root is not None
+
+
+def its_photos(config: Config) -> str:
+    """What is read, in words."""
+    return "its photos" if has_photos(config) else f"generated photos of {SIZE[0]} x {SIZE[1]}"
+
+
 def sample(config: Config, folder: Path) -> Path:
     """A folder of a few photos: links to the recipe's own, evenly over its classes, or generated ones."""
-    if config.data.source != "image_folder" or config.data.root is None:
+    if not has_photos(config):
         return generated(folder)
     for part, split, count in (("train", "train", FILES), ("val", "test", 2)):
         source = open_source(replace(config.data, validation=0.0), split)

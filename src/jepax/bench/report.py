@@ -8,6 +8,11 @@ from rich.table import Table
 
 from jepax import files
 
+BUSY = 0.5
+"""Load average per core above which a machine is not idle."""
+NOISE = 0.02
+"""Share of a step that a part may be below zero without a word."""
+
 
 def write(path: Path, found: dict[str, Any]) -> None:
     """The file with these numbers."""
@@ -51,6 +56,20 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         spread = f"({peer['low']:.2f} to {peer['high']:.2f})"
         rows.append((f"time over {name}'s", f"{peer['ratio']:.2f} {spread}, {ms(peer['theirs_s'])}"))
     return rows
+
+
+def doubts(found: dict[str, Any]) -> list[str]:
+    """What says that something else used the machine, so that its numbers are not those of the step."""
+    (load, *_), cores = found["machine"]["load_average"], found["machine"]["cores"]
+    said = []
+    if load > BUSY * cores:
+        said.append(f"the load average was {load:.1f} on {cores} cores as this began: times may be too long")
+    if found.get("utilisation", {}).get("utilisation", 0) > 1:
+        said.append("utilisation above 100%: something else slowed the product that was to show the machine's peak")
+    parts = found.get("parts", {})
+    if (least := min(parts, key=parts.__getitem__, default=None)) and parts[least] < -NOISE * sum(parts.values()):
+        said.append(f"{least} below zero: parts are differences of times, which something else disturbed")
+    return said
 
 
 def ms(seconds: float) -> str:

@@ -33,7 +33,7 @@ class EvalConfig:
     """What is evaluated, and by which protocols. Each protocol's settings stand under its own name."""
 
     protocols: tuple[Name, ...] = ("linear", "knn")
-    """Protocols, in the table's order."""
+    """Protocols, in the table's order; none: the run is not evaluated when it ends."""
     encoder: Choice = "default"
     """Encoder that is evaluated; default: the one that the method's paper evaluates."""
     pool: Pool = "mean"
@@ -60,8 +60,8 @@ class EvalConfig:
     def __post_init__(self):
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size} must be at least 1")
-        if not self.protocols or len(set(self.protocols)) < len(self.protocols):
-            raise UserError(f"protocols={self.protocols} must name at least one protocol, and none twice")
+        if len(set(self.protocols)) < len(self.protocols):
+            raise UserError(f"protocols={self.protocols} must name none twice")
 
 
 def applies(protocol: str, frozen: Frozen) -> bool:

@@ -85,7 +85,8 @@ def ijepa_vitg16_in22k() -> Config:
     """I-JEPA ViT-g/16 at 224 px on ImageNet-22k, 44 epochs, as in the public code. Reported: on transfer tasks only.
 
     PATH/train/CLASS/* and PATH/val/CLASS/*, as for ImageNet-1k. Where the whole state is too much for a device, it is
-    split over all of them.
+    split over all of them. It is not evaluated at its end, as the features of 14 million pictures fit no memory:
+    `jepax evaluate RUN --protocols linear --data.root IMAGENET_1K`.
     """
     config = _sized(ijepa_vitb16_in1k(), "ijepa_vitg16_in22k", "giant", 16, 224, context=50, epochs=44.0)
     predictor = replace(config.method.predictor, depth=16)
@@ -93,4 +94,5 @@ def ijepa_vitg16_in22k() -> Config:
         config,
         method=replace(config.method, predictor=predictor),
         optim=replace(config.optim, warmup_epochs=3.0),
+        eval=replace(config.eval, protocols=()),
     )

@@ -82,15 +82,19 @@ def blend(views: Views, other: Array, factor: Float[Array, "batch"]) -> Views:
 
 
 def turn_hue(views: Float[Array, "batch height width 3"], turn: Float[Array, "batch"]) -> Views:
-    """The hue turned by a share of the circle; value and saturation stay, by way of HSV (Smith 1978)."""
+    """The hue turned by a share of the circle; value and saturation stay, by way of HSV (Smith 1978).
+
+    Channels are compared with each other, never for being equal to their maximum: compilers compute a value twice where
+    that spares memory, and may round it differently.
+    """
     value, least = jnp.max(views, axis=-1), jnp.min(views, axis=-1)
     chroma = value - least
     red, green, blue = jnp.moveaxis(views, -1, 0)
     safe = jnp.where(chroma > 0, chroma, 1)
     sixths = jnp.where(
-        value == red,
+        (red >= green) & (red >= blue),
         (green - blue) / safe,
-        jnp.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+        jnp.where(green >= blue, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     sixths = sixths + 6 * turn[:, None, None]
 
