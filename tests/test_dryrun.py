@@ -195,8 +195,8 @@ def test_what_the_other_layout_would_take_is_told():
         )
         lines = []
         dryrun.say_memory(dryrun.make_plan(config, lambda line: None), lines.append)
-        numbers = {" ".join(line.split()[:-1]): float(line.split()[-1]) for line in lines[1:]}
-        return numbers
+        rows = [line.split() for line in lines if line.startswith("  ")]
+        return {" ".join(name): float(number) for *name, number in rows}
 
     whole, split = told("replicated"), told("sharded")
     assert whole["in all with train.sharding.parameters=sharded"] == split["in all"]
