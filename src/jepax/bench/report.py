@@ -10,7 +10,7 @@ from jepax import files
 
 BUSY = 0.5
 """Load average per core above which a machine is not idle."""
-NOISE = 0.02
+NOISE = 0.05
 """Share of a step that a part may be below zero without a word."""
 
 
