@@ -177,16 +177,21 @@ def resolve(arguments: list[str]) -> Subject:
     if (folder / MODEL).is_file():
         if "step" in own:
             raise UserError(f"--step is for runs, and {folder} holds exported weights")
-        subject = of_weights(folder, override(Config(), changes))
+        subject = of_weights(folder, by_protocols(override(Config(), changes), folder))
     else:
         config = config_of(folder)
-        settings = override(config, changes) if changes else config
+        settings = by_protocols(override(config, changes) if changes else config, folder)
         subject = of_run(config, restored(config, folder, step_of(own)), folder, settings)
-    if not subject.config.eval.protocols:
-        raise UserError(f"say by which protocols: jepax evaluate {folder} --protocols linear knn")
     if "run_dir" not in own:
         return subject
     return replace(subject, folder=Path(own["run_dir"]), name=f"{subject.told['folder']}-{subject.name}")
+
+
+def by_protocols(settings: Config, folder: Path) -> Config:
+    """The settings. Raises `UserError` where they name no protocol, as a run's may that was not to be evaluated."""
+    if not settings.eval.protocols:
+        raise UserError(f"say by which protocols: jepax evaluate {folder} --protocols linear knn")
+    return settings
 
 
 def config_of(run: Path) -> Config:

@@ -21,7 +21,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from jepax import files, hosts, lock, overrides
 from jepax.data import DataConfig
-from jepax.data.decode import BrokenImage, blamed, bytes_of, decode, is_grey, shrink
+from jepax.data.decode import BrokenImage, blamed, bytes_of, fitted, is_grey, longer_side
 from jepax.data.sources import image_folder
 from jepax.data.sources.packed import PACK, VERSION, read_names, read_pack, shard_name
 from jepax.types import UserError
@@ -193,9 +193,8 @@ def record(path: Path, config: PackConfig) -> bytes:
     with blamed(str(path)):
         data = bytes_of(path)
         grey = is_grey(data)
-        picture = decode(data, 1 if grey else 3)
-        small = shrink(picture, config.canvas, config.canvas)
-        if small is picture:
+        small = fitted(data, config.canvas, config.canvas, 1 if grey else 3)
+        if longer_side(data) <= config.canvas:
             return data
         return simplejpeg.encode_jpeg(
             np.ascontiguousarray(small), config.quality, "GRAY" if grey else "RGB", "Gray" if grey else "444"

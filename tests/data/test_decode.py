@@ -9,7 +9,7 @@ import pytest
 import skimage
 from PIL import Image, ImageOps
 
-from jepax.data.decode import BrokenImage, decode, read_onto_canvas, shrink
+from jepax.data.decode import BrokenImage, decode, fitted, read_onto_canvas, shrink
 
 PHOTOS = [Path(skimage.__path__[0], "data", name) for name in ("rocket.jpg", "coffee.png", "chelsea.png")]
 HOLDS = {
@@ -124,6 +124,30 @@ def test_larger_pictures_are_scaled_down(height, width, expected, channels):
     np.testing.assert_array_equal(
         small.squeeze(), np.asarray(Image.fromarray(pixels).resize(expected[::-1], Image.Resampling.BICUBIC)).squeeze()
     )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "height, width, room, expected",
+    [
+        (152, 200, 200, (152, 200)),
+        (152, 200, 199, (133, 175)),
+        (152, 200, 80, (57, 75)),
+        (200, 152, 100, (100, 76)),
+        (152, 200, 20, (15, 20)),  # an eighth is 19 x 25: scaled once more
+    ],
+)
+@pytest.mark.parametrize("photo", PHOTOS, ids=lambda path: path.name)
+def test_larger_jpegs_are_decoded_by_eighths(photo, height, width, room, expected, channels):
+    """To what antialiased scaling of the whole picture gives, in place and in value."""
+    data = save(Image.open(photo).convert("RGB").crop((0, 0, width, height)), "JPEG")
+    small = fitted(data, room, room, channels)
+    assert small.shape == (*expected, channels)
+    whole = Image.open(io.BytesIO(data)).convert("L" if channels == 1 else "RGB")
+    scaled = np.asarray(whole.resize(expected[::-1], Image.Resampling.BICUBIC), np.float32)
+    difference = np.abs(small.squeeze() - scaled).mean()
+    shifted = np.abs(small.squeeze()[1:] - scaled[:-1]).mean()
+    assert difference < 2 and difference < shifted / 2
 
 
 def test_smaller_pictures_lie_in_the_corner_untouched(tmp_path):

@@ -1,6 +1,7 @@
 """From a file's bytes to an upright uint8 picture on a canvas, once per example whatever the views."""
 
 import io
+import math
 import stat
 import warnings
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def read_onto_canvas(
 ) -> Int32[np.ndarray, "2"]:
     """Decodes `path` into the top left corner of `canvas` (zeros beforehand) and returns its height and width there.
 
-    A picture larger than the canvas is scaled down, aspect kept. Errors: BrokenImage, naming the path and the cause.
+    A picture larger than the canvas is scaled down by `fitted`. Errors: BrokenImage, naming the path and the cause.
     """
     with blamed(str(path)):
         return onto_canvas(bytes_of(Path(path)), canvas)
@@ -59,7 +60,7 @@ def read_onto_canvas(
 def onto_canvas(data: bytes, canvas: UInt8[np.ndarray, "rows columns channels"]) -> Int32[np.ndarray, "2"]:
     """The same of a file's content. Errors: those of `decode`."""
     rows, columns, channels = canvas.shape
-    picture = shrink(decode(data, channels), rows, columns)
+    picture = fitted(data, rows, columns, channels)
     height, width = picture.shape[:2]
     canvas[:height, :width] = picture
     return np.array([height, width], np.int32)
@@ -77,8 +78,22 @@ def blamed(name: str) -> Iterator[None]:
         ) from error
 
 
-def decode(data: bytes, channels: int) -> UInt8[np.ndarray, "height width channels"]:
-    """The whole picture, upright as its EXIF orientation says, in grey (`channels=1`) or RGB (3).
+def fitted(data: bytes, rows: int, columns: int, channels: int) -> UInt8[np.ndarray, "height width channels"]:
+    """The picture within rows x columns pixels, aspect kept; one that is no larger is left as it is.
+
+    A larger JPEG is decoded to as many eighths of its size as fit, which costs less than to decode it whole; to scale
+    pixels afterwards costs several times as much. Anything else, and what is more than eight times too large, is
+    scaled by `shrink`. Errors: those of `decode`.
+    """
+    return shrink(decode(data, channels, (rows, columns)), rows, columns)
+
+
+def decode(
+    data: bytes, channels: int, room: tuple[int, int] | None = None
+) -> UInt8[np.ndarray, "height width channels"]:
+    """The picture, upright as its EXIF orientation says, in grey (`channels=1`) or RGB (3).
+
+    `room`: rows and columns into which a JPEG may be scaled down on the way, by eighths; None: it keeps its size.
 
     Transparent pictures are laid on white, as pages and browsers show them. 16-bit grey keeps its high byte, as Pillow
     does for 16-bit colour. Of an animation the first frame counts. Grey is Pillow's 0.299 R + 0.587 G + 0.114 B.
@@ -88,7 +103,7 @@ def decode(data: bytes, channels: int) -> UInt8[np.ndarray, "height width channe
     -Error for pictures over `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     image = _open(data)
-    picture = _fast_jpeg(image, data)
+    picture = _fast_jpeg(image, data, room)
     if picture is not None and picture.shape[2] == channels:
         return picture
     image = _plain(image) if picture is None else _image(picture)
@@ -123,6 +138,11 @@ def bytes_of(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def longer_side(data: bytes) -> int:
+    """In pixels, as its header says. Errors: those of `decode`."""
+    return max(_open(data).size)
+
+
 def is_grey(data: bytes) -> bool:
     """Whether its header says that the picture has no colours. Errors: those of `decode`."""
     image = _open(data)
@@ -145,16 +165,28 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _fast_jpeg(image: Image.Image, data: bytes) -> UInt8[np.ndarray, "height width channels"] | None:
+def _fast_jpeg(
+    image: Image.Image, data: bytes, room: tuple[int, int] | None
+) -> UInt8[np.ndarray, "height width channels"] | None:
     """libjpeg-turbo without Pillow's copies, bit-equal to it; None where Pillow has to do it or to judge the damage."""
     if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
         return None
     if image.getexif().get(ORIENTATION, 1) != 1:
         return None
+    height, width = (image.height, image.width) if room is None else _eighths((image.height, image.width), room)
     try:
-        return simplejpeg.decode_jpeg(data, "GRAY" if image.mode == "L" else "RGB")
+        return simplejpeg.decode_jpeg(data, "GRAY" if image.mode == "L" else "RGB", min_height=height, min_width=width)
     except ValueError:
         return None
+
+
+def _eighths(size: tuple[int, int], room: tuple[int, int]) -> tuple[int, int]:
+    """The largest of libjpeg's sizes, eighths rounded up, that the room holds; an eighth where it holds none."""
+    for eighths in range(8, 0, -1):
+        height, width = (math.ceil(side * eighths / 8) for side in size)
+        if height <= room[0] and width <= room[1]:
+            break
+    return height, width
 
 
 def _plain(image: Image.Image) -> Image.Image:
