@@ -189,10 +189,10 @@ def test_what_the_other_layout_would_take_is_told():
     """As a plan of that layout tells it: a CPU's devices share one memory, so that `auto` leaves everything whole."""
 
     def told(parameters):
-        config = small()
-        config = dataclasses.replace(
-            config, train=dataclasses.replace(config.train, sharding=ShardingConfig(parameters=parameters))
-        )
+        config = small()  # but as wide as the recipe is: narrower arrays would stay whole either way
+        method = RECIPES["ijepa_fashion_mnist"]().method
+        train = dataclasses.replace(config.train, sharding=ShardingConfig(parameters=parameters))
+        config = dataclasses.replace(config, method=method, train=train)
         lines = []
         dryrun.say_memory(dryrun.make_plan(config, lambda line: None), lines.append)
         rows = [line.split() for line in lines if line.startswith("  ")]
@@ -201,3 +201,4 @@ def test_what_the_other_layout_would_take_is_told():
     whole, split = told("replicated"), told("sharded")
     assert whole["in all with train.sharding.parameters=sharded"] == split["in all"]
     assert split["in all with train.sharding.parameters=replicated"] == whole["in all"]
+    assert split["in all"] < whole["in all"]
