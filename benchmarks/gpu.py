@@ -109,7 +109,7 @@ class Case:
         import numpy as np
 
         from jepax.bench.clock import in_turn
-        from jepax.nn.operations import attend, attend_fused
+        from jepax.nn.kernels import attention, cudnn_attention
 
         config = self.config(self.batch).method
         masks, encoder, predictor = config.sampler(), config.encoder, config.predictor
@@ -126,11 +126,11 @@ class Case:
             shape = (batch, tokens, network.heads, network.width // network.heads)
             given = tuple(jr.normal(key, shape, compute) for key in jr.split(jr.key(0), 3))
             forms: dict[str, Callable[..., jax.Array]] = {
-                "ours": lambda *x: attend(*(jnp.swapaxes(each, 1, 2) for each in x)),
-                "xla": lambda *x: attend_fused(*x, by="xla"),
+                "ours": lambda *x: attention(*(jnp.swapaxes(each, 1, 2) for each in x)),
+                "xla": lambda *x: cudnn_attention(*x, implementation="xla"),
             }
             if on_gpu:
-                forms["cudnn"] = attend_fused
+                forms["cudnn"] = cudnn_attention
             calls: dict[str, Callable[[], object]] = {}
             for form, function in forms.items():
                 both = jax.grad(lambda *x, f=function: jnp.sum(f(*x).astype(jnp.float32) ** 2), (0, 1, 2))

@@ -47,7 +47,7 @@ def test_an_update_is_optax_adamw(params):
 
 def test_muon_takes_the_matrices_of_the_blocks_alone(params):
     marks = {jax.tree_util.keystr(path): mark for path, mark in jax.tree_util.tree_leaves_with_path(matrices(params))}
-    layers = ("attention.qkv", "attention.project", "mlp.expand", "mlp.contract")
+    layers = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2")
     expected = {f".{of}.stack.blocks.{layer}.weight" for of in ("encoder", "predictor") for layer in layers}
     assert {name for name, mark in marks.items() if mark} == expected
 

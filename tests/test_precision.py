@@ -77,7 +77,7 @@ def test_state_and_metrics_are_in_float32(runs):
 
 
 def weight(encoder):
-    return np.asarray(encoder.stack.blocks.mlp.expand.weight, np.float64)
+    return np.asarray(encoder.stack.blocks.mlp.fc1.weight, np.float64)
 
 
 @pytest.mark.long

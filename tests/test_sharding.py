@@ -62,12 +62,12 @@ def test_a_run_may_go_on_split_or_whole(tmp_path):
     shutil.rmtree(tmp_path / "parts/checkpoints/00000006")
     split = replace(config, train=replace(config.train, sharding=ShardingConfig("sharded")))
     state = train(split, tmp_path / "parts")
-    assert not state.method.encoder.stack.blocks.mlp.expand.weight.is_fully_replicated
+    assert not state.method.encoder.stack.blocks.mlp.fc1.weight.is_fully_replicated
     whole, parts = (logs.read(tmp_path / name / logs.FILE) for name in ("whole", "parts"))
     assert [line["step"] for line in parts] == list(range(6))
     np.testing.assert_allclose(*([line["loss"] for line in lines] for lines in (whole, parts)), rtol=1e-5)
     assert parts[5]["knn_top1"] == pytest.approx(whole[5]["knn_top1"], abs=5)
-    assert sharding.local(state).method.encoder.stack.blocks.mlp.expand.weight.is_fully_replicated
+    assert sharding.local(state).method.encoder.stack.blocks.mlp.fc1.weight.is_fully_replicated
 
 
 @pytest.fixture(
@@ -93,7 +93,7 @@ def test_split_over_eight_devices_it_trains_as_on_one(config, alone, parameters,
     state, losses = trained(config, layout)
     np.testing.assert_allclose(losses, alone[1], rtol=1e-5)
     arrays = eqx.filter(state, eqx.is_array)
-    weight = state.method.encoder.stack.blocks.mlp.expand.weight
+    weight = state.method.encoder.stack.blocks.mlp.fc1.weight
     assert weight.addressable_shards[0].data.size == weight.size // (8 if parameters else 1)
     assert jax.tree.map(lambda x: x.sharding, arrays) == layout.shardings(arrays)  # it stays where it was
 

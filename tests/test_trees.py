@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from jepax.nn.blocks import Linear
+from jepax.nn.transformer import Linear
 from jepax.trees import EMA, cast, count_parameters, norm, norms_by_layer, trainable
 
 

@@ -89,7 +89,7 @@ def test_the_tensors_are_named_and_laid_out_as_theirs(folder):
         np.testing.assert_array_equal(
             kernel[:, channel, row, column], encoder.embed.weight[(row * 4 + column) * 3 + channel]
         )
-    np.testing.assert_array_equal(tensors["encoder.layer.0.output.dense.weight"], block.mlp.contract.weight[0].T)
+    np.testing.assert_array_equal(tensors["encoder.layer.0.output.dense.weight"], block.mlp.fc2.weight[0].T)
     assert tensors["embeddings.position_embeddings"].shape == (1, 9, 32)
 
 

@@ -2,36 +2,40 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxtyping import PyTree
 
+from jepax.nn.transformer import BlockStack
+
+T = TypeVar("T")
+
 
 def flops(function: Callable[..., Any], *arguments: Any) -> float:
     """Floating-point operations of the matrix products and convolutions in `function(*arguments)`.
 
     A multiply and an add count as two; a scan counts its length times, a `cond` its dearest branch, a `while` once.
-    Work that is rematerialised counts as often as it is done, but for that of our networks: see `counting`. Arguments
-    may be abstract shapes.
+    Networks among the arguments are counted in their `plain_form`; rematerialized work of other functions counts as
+    often as it is done. Arguments may be abstract shapes.
     """
-    token = _counting.set(True)
-    try:
-        return _count(eqx.filter_make_jaxpr(function)(*arguments)[0].jaxpr)
-    finally:
-        _counting.reset(token)
+    return _count(eqx.filter_make_jaxpr(function)(*plain_form(arguments))[0].jaxpr)
 
 
-_counting: ContextVar[bool] = ContextVar("counting", default=False)
+def plain_form(tree: T) -> T:
+    """The tree with every stack of blocks in plain JAX and without rematerialization.
 
+    FLOPs are counted in this form: a fused kernel hides its products from the count, and utilization is about the work
+    that a step needs, without what is computed again to save memory.
+    """
 
-def counting() -> bool:
-    """Whether `flops` is reading what is traced: then our networks write every product out, as it sees into no kernel,
-    and do none twice, as utilisation is of the work that a step takes, not of what is done again to save memory."""
-    return _counting.get()
+    def plain(node: Any) -> Any:
+        return replace(node, fast=False, remat="none") if isinstance(node, BlockStack) else node
+
+    return jax.tree.map(plain, tree, is_leaf=lambda node: isinstance(node, BlockStack))
 
 
 def _count(jaxpr: Jaxpr) -> float:

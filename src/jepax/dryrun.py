@@ -21,7 +21,7 @@ from jepax.masking import block_sizes
 from jepax.methods import AbstractMethod
 from jepax.methods.ijepa import IJEPA
 from jepax.methods.multiview import MultiView, embed
-from jepax.nn.blocks import Stack
+from jepax.nn.transformer import BlockStack
 from jepax.optim import Optimizer
 from jepax.settings import Config, compute_dtype, prepare
 from jepax.sharding import Layout
@@ -291,11 +291,11 @@ def gathered_bytes(method: AbstractMethod, layout: Layout, compute: DTypeLike) -
 
     def numbers(tree: PyTree, split: bool) -> int:
         total = 0
-        for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, (EMA, Stack))):
+        for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, (EMA, BlockStack))):
             if isinstance(node, EMA):
                 total += numbers(node.average, layout.teacher)
             elif split:
-                one = isinstance(node, Stack) and node.scan and node.remat != "none"
+                one = isinstance(node, BlockStack) and node.scan_layers and node.remat != "none"
                 total += count_parameters(node) // (node.depth if one else 1)
         return total
 

@@ -17,9 +17,9 @@ from typing import Any
 import jepax
 from jepax import config as configs
 from jepax.nn import ViTConfig
-from jepax.nn.blocks import Remat
-from jepax.nn.operations import EPSILON
-from jepax.nn.position import sincos_2d
+from jepax.nn.kernels import EPSILON
+from jepax.nn.pos_embed import sincos_2d
+from jepax.nn.transformer import Remat
 from jepax.types import UserError
 from jepax.untrusted import read_json, shown
 from jepax.views import CropConfig
@@ -47,6 +47,7 @@ class Origin:
     init_std: float | None
     scan: bool
     remat: Remat
+    fast: bool = True
     version: str = jepax.__version__
 
 
@@ -57,7 +58,7 @@ def write(folder: Path, encoder: ViTConfig, crop: CropConfig, *, recipe: str, st
     hidden = round(encoder.width * encoder.mlp_ratio)
     sides = (encoder.patch_size, encoder.channels, encoder.width, encoder.depth, encoder.heads, hidden)
     sizes = {"image_size": crop.size[0], **dict(zip(SIZES, sides, strict=True))}
-    origin = Origin(recipe, step, name, crop, encoder.init_std, encoder.scan, encoder.remat)
+    origin = Origin(recipe, step, name, crop, encoder.init_std, encoder.scan, encoder.remat, encoder.fast)
     config = {"architectures": ["IJepaModel"], **FIXED, **sizes, "jepax": configs.to_dict(origin)}
     _write_json(folder / CONFIG, config)
     _write_json(folder / PREPROCESSOR, _preprocessor(crop))
@@ -92,7 +93,8 @@ def read(folder: Path) -> tuple[ViTConfig, CropConfig]:
     with _naming(path):
         if "jepax" in values:
             own = configs.from_dict(Origin, values["jepax"], f"{path}: jepax")
-            crop, execution = own.crop, {"init_std": own.init_std, "scan": own.scan, "remat": own.remat}
+            crop = own.crop
+            execution = {name: getattr(own, name) for name in ("init_std", "scan", "remat", "fast")}
         else:
             crop = _crop(folder / PREPROCESSOR, side)
         config = ViTConfig(patch, channels, width, depth, heads, hidden / width, **execution)

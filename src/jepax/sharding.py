@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jepax import hosts
+from jepax.nn.transformer import BlockStack
 from jepax.trees import EMA
 from jepax.types import Images, UserError
 
@@ -88,9 +89,13 @@ class Layout:
         """The tree with its arrays held to where they lie; within `jit`."""
         return jax.tree.map(jax.lax.with_sharding_constraint, tree, self.shardings(tree))
 
+    def gather(self, tree: T) -> T:
+        """The tree with its floating-point arrays on every device, their gradients where the arrays are; in `jit`."""
+        return jax.tree.map(lambda x: _gather(self, x) if eqx.is_inexact_array(x) else x, tree)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, what is traced is laid out so: `gathered` gathers, and `in_pieces` divides."""
+        """Within, what is traced is laid out so: `current_layout` returns it, and `in_pieces` divides."""
         token = _current.set(self)
         try:
             yield
@@ -106,24 +111,24 @@ class Layout:
 _current: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
-def gathered(tree: T, *, but: type | tuple[type, ...] = ()) -> T:
-    """The parameters of the tree whole on every device, for the matrix products to come; a gradient goes back to where
-    the parameter lies. Nodes of the types `but` are left as they are: they gather their own, layer by layer.
+def current_layout() -> Layout | None:
+    """The layout that a step is traced with, set by `Layout.applied`."""
+    return _current.get()
 
-    Without this XLA would move activations, too, and several times as many bytes. Outside `Layout.applied`: the tree.
+
+def gather_params(method: T, plan: Layout | None) -> T:
+    """The method for its matrix products: parameters gathered on every device, those of blocks just before each runs.
+
+    A parameter's gradient goes back to where the parameter is. Without this XLA would move activations too, several
+    times as many bytes. Returns the method as it is where nothing is sharded.
     """
-    layout = _current.get()
-    if layout is None or not (layout.parameters or layout.teacher):
-        return tree
-    return jax.tree.map(
-        lambda node: node if isinstance(node, but) else _gather_array(layout, node),
-        tree,
-        is_leaf=lambda node: isinstance(node, but),
-    )
+    if plan is None or not (plan.parameters or plan.teacher):
+        return method
 
+    def prepare(node: object) -> object:
+        return replace(node, gather=plan.gather) if isinstance(node, BlockStack) else plan.gather(node)
 
-def _gather_array(layout: Layout, x: object) -> object:
-    return _gather(layout, x) if eqx.is_inexact_array(x) else x
+    return jax.tree.map(prepare, method, is_leaf=lambda node: isinstance(node, BlockStack))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

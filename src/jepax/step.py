@@ -17,10 +17,9 @@ from jepax import sharding
 from jepax.costs import tree_bytes
 from jepax.guard import Guard, GuardConfig, kept, measured, only_if
 from jepax.methods import AbstractMethod, MethodConfig
-from jepax.nn.blocks import Stack
 from jepax.optim import Optimizer
 from jepax.programs import OPTIONS
-from jepax.sharding import Layout, ShardingConfig, gathered, replicate
+from jepax.sharding import Layout, ShardingConfig, current_layout, gather_params, replicate
 from jepax.trees import cast, norm, norms_by_layer, trainable
 from jepax.types import Images, Metrics
 
@@ -105,7 +104,7 @@ def loss_and_gradients(
     params, rest = eqx.partition(method, trainable(method))
 
     def loss_of(params: AbstractMethod) -> tuple[Array, Metrics]:
-        return gathered(cast(eqx.combine(params, rest), compute), but=Stack).loss(images, key=key)
+        return gather_params(cast(eqx.combine(params, rest), compute), current_layout()).loss(images, key=key)
 
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     return loss, metrics, grads

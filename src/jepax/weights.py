@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from jepax import huggingface
 from jepax.nn import ViT, ViTConfig
-from jepax.nn.position import sincos_2d
+from jepax.nn.pos_embed import sincos_2d
 from jepax.trees import cast
 from jepax.types import UserError
 from jepax.untrusted import shown
@@ -32,10 +32,10 @@ WHOLE = {"embed": PATCHES, "norm": "layernorm"}
 LAYER = {
     "norm1": ["layernorm_before"],
     "attention.qkv": [f"attention.attention.{name}" for name in ("query", "key", "value")],
-    "attention.project": ["attention.output.dense"],
+    "attention.proj": ["attention.output.dense"],
     "norm2": ["layernorm_after"],
-    "mlp.expand": ["intermediate.dense"],
-    "mlp.contract": ["output.dense"],
+    "mlp.fc1": ["intermediate.dense"],
+    "mlp.fc2": ["output.dense"],
 }
 """Our modules, and theirs whose outputs ours hold side by side."""
 OTHERS = (".bin", ".pt", ".pth", ".pth.tar", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack")
@@ -157,11 +157,11 @@ def _refuse_sizes(path: Path, config: ViTConfig, size: tuple[int, int]) -> None:
     The file must hold every byte of every tensor that it lists, so what passes takes no more memory than the file.
     """
     rows, columns = config.grid(size)
-    expand = f"encoder.layer.{config.depth - 1}.{LAYER['mlp.expand'][0]}.weight"
+    fc1 = f"encoder.layer.{config.depth - 1}.{LAYER['mlp.fc1'][0]}.weight"
     wanted = {
         POSITIONS: [1, rows * columns, config.width],
         f"{PATCHES}.weight": [config.width, config.channels, config.patch_size, config.patch_size],
-        expand: [round(config.width * config.mlp_ratio), config.width],
+        fc1: [round(config.width * config.mlp_ratio), config.width],
     }
     with _opened(path) as (file, names):
         for name, shape in wanted.items():

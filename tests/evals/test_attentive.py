@@ -58,9 +58,9 @@ def numpy_logits(head, tokens):
     scores = np.einsum("hc,bphc->bhp", query, keys) / np.sqrt(query.shape[-1])
     mixed = np.einsum("bhp,bphc->bhc", softmax(scores, axis=2), values).reshape(len(x), -1)
     read = head.query + linear(head.project, mixed)
-    hidden = linear(head.mlp.expand, norm(head.norm2, read))
+    hidden = linear(head.mlp.fc1, norm(head.norm2, read))
     gelu = hidden * 0.5 * (1 + erf(hidden / np.sqrt(2)))
-    return linear(head.classify, read + linear(head.mlp.contract, gelu))
+    return linear(head.classify, read + linear(head.mlp.fc2, gelu))
 
 
 def test_logits_equal_the_definition():

@@ -69,12 +69,12 @@ def test_shares_of_a_deeper_stack_by_the_formula():
     shares = layer_rates(first_run(row(), CLASSES, key=jr.key(0)).classifier, 0.75)
     assert shares.head.weight == 1 and shares.encoder.norm.bias == 1
     assert shares.encoder.embed.weight == pytest.approx(0.75**3)
-    np.testing.assert_allclose(shares.encoder.stack.blocks.mlp.expand.weight.ravel(), [0.75**2, 0.75])
+    np.testing.assert_allclose(shares.encoder.stack.blocks.mlp.fc1.weight.ravel(), [0.75**2, 0.75])
 
 
 def test_with_a_tiny_decay_only_the_top_moves():
     moved = changes(layer_decay=1e-4, weight_decay=0.0)
-    blocks = moved.encoder.stack.blocks.mlp.expand.weight
+    blocks = moved.encoder.stack.blocks.mlp.fc1.weight
     assert np.abs(moved.encoder.embed.weight).max() < 1e-10
     assert np.abs(blocks[0]).max() < 1e-9 < 1e-7 < np.abs(blocks[1]).max() < 1e-5
     assert np.abs(moved.head.weight).max() > 1e-3

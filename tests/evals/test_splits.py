@@ -46,7 +46,7 @@ def test_a_withheld_source_has_the_pictures_and_no_label(row):
 def test_features_are_those_of_the_encoder_and_embedded_once(row):
     split = Split(row, source(), 16)
     images, _ = next(sweep(split.source, 37))
-    tokens = row.encoder.layers(centre_crop(images, CROP), 4)
+    tokens = row.encoder.intermediate_layers(centre_crop(images, CROP), 4)
     np.testing.assert_allclose(split.features.layers, tokens.mean(2), atol=1e-5)
     assert split.features is split.features
     summed = Split(FrozenViT(row.encoder, CROP, "sum"), source(), 16)

@@ -26,7 +26,7 @@ from jepax.evals.streaming import (
     run_steps,
     training_view,
 )
-from jepax.nn.blocks import LayerNorm, Linear
+from jepax.nn.transformer import LayerNorm, Linear
 from jepax.optim import decayed
 from jepax.types import Images, UserError
 from jepax.views import centre_crop

@@ -1,5 +1,7 @@
 """The predictor: one pass per target block, and padding that changes nothing."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -51,12 +53,19 @@ def test_a_prediction_depends_on_its_position_and_on_the_context(predictor, mask
 
 
 def test_predictions_at_the_contexts_places_come_first_and_change_no_others(predictor, masks, context):
-    both = predictor(context, masks, GRID, also_context=True)
+    both = predictor(context, masks, GRID, predict_context=True)
     assert both.shape == (2, 2, 3 + 4, 16)
     np.testing.assert_allclose(both[:, :, 3:], predictor(context, masks, GRID), atol=1e-5)
     assert jnp.abs(both[:, :, 0] - both[:, :, 1]).max() > 1e-3
 
 
+@pytest.mark.parametrize("predict_context", [False, True])
+def test_the_plain_form_of_a_predictor_is_the_same_predictor(predictor, masks, context, predict_context):
+    plain, given = Predictor(replace(predictor.config, fast=False), 16, key=jr.key(0)), (context, masks, GRID)
+    found, wanted = (each(*given, predict_context=predict_context) for each in (plain, predictor))
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_several_outputs_lie_side_by_side(masks, context):
-    twice = Predictor(PredictorConfig(width=8, depth=2, heads=2, init_std=None), 16, outputs=2, key=jr.key(0))
+    twice = Predictor(PredictorConfig(width=8, depth=2, heads=2, init_std=None), 16, num_outputs=2, key=jr.key(0))
     assert twice(context, masks, GRID).shape == (2, 2, 4, 32)

@@ -1,4 +1,4 @@
-"""The encoder: any grid, only the kept patches, intermediate layers in one pass."""
+"""The encoder: any grid, only the selected patches, intermediate layers in one pass."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -6,8 +6,9 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax.nn import SIZES, ViT, ViTConfig
-from jepax.nn.position import sincos_2d
+from jepax.nn import SIZES, ViT, ViTConfig, kernels, transformer
+from jepax.nn.pos_embed import sincos_2d
+from jepax.nn.transformer import FAST
 from jepax.nn.vit import patchify
 from jepax.trees import count_parameters
 from jepax.types import UserError
@@ -35,23 +36,32 @@ def test_patches_are_row_major_and_whole():
 
 def test_kept_patches_are_those_of_the_whole_image():
     vit, images = tiny(), jr.normal(jr.key(1), (2, 8, 12, 3))
-    keep = jnp.array([[5, 0], [3, 4]])
-    expected = jnp.take_along_axis(vit.tokens(images), keep[..., None], axis=1)
-    np.testing.assert_allclose(vit.tokens(images, keep), expected, atol=1e-6)
-    assert vit(images, keep).shape == (2, 2, 16)
+    indices = jnp.array([[5, 0], [3, 4]])
+    expected = jnp.take_along_axis(vit.embed_patches(images), indices[..., None], axis=1)
+    np.testing.assert_allclose(vit.embed_patches(images, indices), expected, atol=1e-6)
+    assert vit(images, indices).shape == (2, 2, 16)
 
 
 def test_patches_that_are_not_kept_are_not_seen():
-    vit, images, keep = tiny(), jr.normal(jr.key(1), (1, 8, 8, 3)), jnp.array([[0, 3]])
-    np.testing.assert_array_equal(vit(images, keep), vit(images.at[:, :4, 4:].set(9.0), keep))
+    vit, images, indices = tiny(), jr.normal(jr.key(1), (1, 8, 8, 3)), jnp.array([[0, 3]])
+    np.testing.assert_array_equal(vit(images, indices), vit(images.at[:, :4, 4:].set(9.0), indices))
 
 
 def test_layers_come_out_of_one_pass():
     vit, images = tiny(), jr.normal(jr.key(1), (2, 8, 8, 3))
-    layers = vit.layers(images, 4)
+    layers = vit.intermediate_layers(images, 4)
     assert layers.shape == (3, 2, 4, 16)  # as many as there are
     np.testing.assert_allclose(layers[-1], vit(images), atol=1e-6)
-    np.testing.assert_allclose(vit.layers(images, 2), layers[1:], atol=1e-6)
+    np.testing.assert_allclose(vit.intermediate_layers(images, 2), layers[1:], atol=1e-6)
+
+
+def test_the_plain_form_of_an_encoder_is_the_same_encoder(monkeypatch):
+    images, patch_indices = jr.normal(jr.key(1), (2, 8, 8, 3)), jnp.array([[0, 3], [1, 2]])
+    np.testing.assert_allclose(tiny(fast=False)(images, patch_indices), tiny()(images, patch_indices), atol=1e-5)
+    for name in FAST._fields:  # and none of it is a kernel
+        monkeypatch.setattr(kernels, name, None)
+    monkeypatch.setattr(transformer, "FAST", None)
+    assert tiny(fast=False)(images, patch_indices).shape == (2, 2, 16)
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,14 @@ GOLDEN = Path(os.environ.get("JEPAX_GOLDEN", Path(__file__).parent.parent / "gol
 BLOCK = {
     "norm1": "norm1",
     "attn.qkv": "attention.qkv",
-    "attn.proj": "attention.project",
+    "attn.proj": "attention.proj",
     "norm2": "norm2",
-    "mlp.fc1": "mlp.expand",
-    "mlp.fc2": "mlp.contract",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
 }
 WHOLE = {
     "encoder": {"patch_embed.proj": "embed", "norm": "norm"},
-    "predictor": {"predictor_embed": "embed", "predictor_norm": "norm", "predictor_proj": "project"},
+    "predictor": {"predictor_embed": "embed", "predictor_norm": "norm", "predictor_proj": "proj"},
 }
 PREFIX = {"encoder": "blocks", "predictor": "predictor_blocks"}
 

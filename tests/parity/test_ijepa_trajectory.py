@@ -51,7 +51,7 @@ def by_block(ours):
 
 
 def test_position_tables(golden, method):
-    from jepax.nn.position import sincos_2d
+    from jepax.nn.pos_embed import sincos_2d
 
     for name, dim in (
         ("encoder.pos_embed", "config.embed_dim"),

@@ -19,9 +19,8 @@ from jepax.bench.clock import in_turn
 from jepax.methods import AbstractMethod
 from jepax.methods.ijepa import IJEPA
 from jepax.methods.multiview import MultiView, embed
-from jepax.nn.blocks import Stack
 from jepax.programs import OPTIONS
-from jepax.sharding import gathered
+from jepax.sharding import gather_params
 from jepax.step import loss_and_gradients
 from jepax.trees import cast
 from jepax.types import Images
@@ -49,7 +48,7 @@ def parts_of(subject: "Subject", rounds: int) -> dict[str, float]:
         return run
 
     def forward(function: Callable[[AbstractMethod, Any], Any]) -> Callable[..., Any]:
-        return program(lambda method, given: function(gathered(cast(method, compute), but=Stack), given))
+        return program(lambda method, given: function(gather_params(cast(method, compute), layout), given))
 
     draw = program(lambda images, key: views_of(method, images, key))
     views = draw(images, key)
@@ -58,7 +57,8 @@ def parts_of(subject: "Subject", rounds: int) -> dict[str, float]:
         name: (forward(function), method, given) for name, (function, given) in forwards(method, views, compute).items()
     }
     alone = list(calls)
-    calls["loss"] = (program(lambda m, i, k: cast(m, compute).loss(i, key=k)), method, images, key)
+    loss = program(lambda m, i, k: gather_params(cast(m, compute), layout).loss(i, key=k))
+    calls["loss"] = (loss, method, images, key)
     calls["gradients"] = (program(lambda m, i, k: loss_and_gradients(m, i, k, compute)), method, images, key)
     timed = {name: (lambda call=call: call[0](*call[1:])) for name, call in calls.items()}
     timed["step"] = subject.step

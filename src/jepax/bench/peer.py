@@ -21,7 +21,7 @@ from jepax.bench import clock
 from jepax.hosts import cores
 from jepax.methods import AbstractMethod
 from jepax.methods.ijepa import IJEPA, IJEPAConfig
-from jepax.nn.position import sincos_2d
+from jepax.nn.pos_embed import sincos_2d
 from jepax.optim import OptimConfig, Optimizer
 from jepax.settings import Config, compute_dtype
 from jepax.step import Fixed, compiled_step, init_state
@@ -163,7 +163,7 @@ def networks(method: IJEPA) -> tuple[Any, Any]:
             put(getattr(net, name), getattr(source, name).weight, getattr(source, name).bias)
         for layer, block in enumerate(net.blocks):
             put_block(block, jax.tree.map(lambda leaf, layer=layer: leaf[layer], source.stack.blocks))
-    put(predictor.project, method.predictor.project.weight, method.predictor.project.bias)
+    put(predictor.project, method.predictor.proj.weight, method.predictor.proj.bias)
     predictor.mask_token.data.copy_(torch.tensor(np.asarray(method.predictor.mask_token)))
     return encoder, predictor
 
@@ -175,10 +175,10 @@ def put_block(block: Any, ours: Any) -> None:
     layers = {
         "norm1": ours.norm1,
         "qkv": ours.attention.qkv,
-        "project": ours.attention.project,
+        "project": ours.attention.proj,
         "norm2": ours.norm2,
-        "expand": ours.mlp.expand,
-        "contract": ours.mlp.contract,
+        "expand": ours.mlp.fc1,
+        "contract": ours.mlp.fc2,
     }
     for name, layer in layers.items():
         put(getattr(block, name), layer.weight, layer.bias)

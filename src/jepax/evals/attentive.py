@@ -35,8 +35,7 @@ from jepax.evals.streaming import (
     training_view,
     without_labels,
 )
-from jepax.nn.blocks import MLP, LayerNorm, Linear, init_weight
-from jepax.nn.operations import normalise
+from jepax.nn.transformer import MLP, LayerNorm, Linear, init_weight, normalize
 from jepax.types import Images
 from jepax.views import centre_crop
 
@@ -113,7 +112,7 @@ class AttentiveHead(eqx.Module):
         self.heads = attention_heads(dim)
 
     def __call__(self, tokens: Float[Array, "batch patches dim"]) -> Float[Array, "batch classes"]:
-        z, dim = normalise(tokens), tokens.shape[2]  # norm1 without its weight and bias: the same for a whole sweep
+        z, dim = normalize(tokens), tokens.shape[2]  # norm1 without its weight and bias: the same for a whole sweep
         query = self.ask(self.query).reshape(self.heads, -1)
         toward = jnp.einsum("dhc,hc->hd", self.keys.weight.reshape(dim, *query.shape), query)
         scores = jnp.einsum("bpd,hd->bhp", z, toward * self.norm1.weight) * query.shape[1] ** -0.5

@@ -33,7 +33,7 @@ from jepax.evals.streaming import (
     without_labels,
 )
 from jepax.nn import ViT
-from jepax.nn.blocks import Linear
+from jepax.nn.transformer import Linear
 from jepax.programs import OPTIONS
 from jepax.trees import cast
 from jepax.types import Images, UserError

@@ -48,7 +48,7 @@ class FrozenViT(Frozen):
 
     def pooled(self, view: View) -> Float[Array, "layers batch dim"]:
         pool = jnp.mean if self.pool == "mean" else jnp.sum
-        return pool(cast(self.encoder, jnp.float32).layers(view, LAYERS), axis=2)
+        return pool(cast(self.encoder, jnp.float32).intermediate_layers(view, LAYERS), axis=2)
 
     def tokens(self, view: View) -> Float[Array, "batch patches dim"]:
         return cast(self.encoder, jnp.float32)(view)

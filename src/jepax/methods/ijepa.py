@@ -16,8 +16,7 @@ from jepax.methods.base import AbstractMethod, MethodConfig
 from jepax.methods.momentum import MomentumConfig, follow, teacher_of
 from jepax.methods.regulariser import RegulariserConfig, regularise
 from jepax.nn import Predictor, PredictorConfig, ViT, ViTConfig
-from jepax.nn.blocks import LayerNorm
-from jepax.nn.operations import normalise
+from jepax.nn.transformer import LayerNorm, normalize
 from jepax.objectives import masked_mean, share_explained, smooth_l1, squared_error
 from jepax.sharding import in_pieces
 from jepax.trees import EMA
@@ -152,7 +151,7 @@ class IJEPA(AbstractMethod):
         width = config.encoder.width
         self.encoder = ViT(config.encoder, key=key_encoder)
         self.target_encoder = teacher_of(self.encoder, config.momentum.precision) if config.teacher == "ema" else None
-        self.predictor = Predictor(config.predictor, width, outputs=len(config.predicted), key=key_predictor)
+        self.predictor = Predictor(config.predictor, width, num_outputs=len(config.predicted), key=key_predictor)
         self.prediction_norm = LayerNorm(width) if config.prediction_norm in ("trainable", "both") else None
         self.masks = config.sampler()
         self.config, self.total_steps = config, total_steps
@@ -198,11 +197,11 @@ class IJEPA(AbstractMethod):
     def targets(self, view: Float[Array, "batch height width channels"]) -> Float[Array, "layers batch patches dim"]:
         """Each predicted layer's embedding of every patch, in float32; only a shared encoder gets a gradient."""
         depth, wanted = self.config.encoder.depth, self.config.predicted
-        outputs = self.teacher.layers(view, depth - min(wanted) + 1)
+        outputs = self.teacher.intermediate_layers(view, depth - min(wanted) + 1)
         chosen = outputs[jnp.array([layer - min(wanted) for layer in wanted])] if len(wanted) > 1 else outputs[:1]
         chosen = chosen.astype(jnp.float32)
         chosen = chosen if self.config.teacher == "shared" else lax.stop_gradient(chosen)
-        return normalise(chosen) if self.config.target_norm == "layer" else chosen
+        return normalize(chosen) if self.config.target_norm == "layer" else chosen
 
     def predictions(
         self, context: Float[Array, "batch context dim"], masks: Masks
@@ -212,10 +211,10 @@ class IJEPA(AbstractMethod):
         In float32; where the latter are not wanted there are none: size 0.
         """
         wanted, dim = bool(self.config.context_weight), context.shape[2]
-        predicted = self.predictor(context, masks, self.masks.grid, also_context=wanted).astype(jnp.float32)
+        predicted = self.predictor(context, masks, self.masks.grid, predict_context=wanted).astype(jnp.float32)
         predicted = jnp.moveaxis(predicted.reshape(*predicted.shape[:3], -1, dim), 3, 0)
         if self.config.prediction_norm in ("plain", "both"):
-            predicted = normalise(predicted)
+            predicted = normalize(predicted)
         predicted = predicted if self.prediction_norm is None else self.prediction_norm(predicted)
         split = predicted.shape[3] - masks.targets.shape[2]
         return predicted[..., split:, :], predicted[..., :split, :]

@@ -1,4 +1,4 @@
-"""The projector: an MLP with batch normalisation between an encoder's embedding and a loss on it."""
+"""The projector: an MLP with batch normalization between an encoder's embedding and a loss on it."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,16 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jepax.nn.blocks import Linear
+from jepax.nn.transformer import FAST, Linear
 from jepax.types import UserError
 
-EPSILON = 1e-5
+BATCH_NORM_EPSILON = 1e-5
 
 
 class BatchNorm(eqx.Module):
-    """Each dimension to mean 0 and variance 1 over the global batch, then weight and bias; statistics in float32.
+    """Scales each dimension to mean 0 and variance 1 over the global batch, then by weight and bias; float32 inside.
 
-    No running averages: a projector is dropped after training, so it never meets a single example.
+    No running averages: a projector is dropped after training, so it never sees a single example.
     """
 
     weight: Float[Array, "dim"]
@@ -28,8 +28,8 @@ class BatchNorm(eqx.Module):
         self.weight, self.bias = jnp.ones((dim,)), jnp.zeros((dim,))
 
     def __call__(self, x: Float[Array, "batch dim"]) -> Float[Array, "batch dim"]:
-        centred = x.astype(jnp.float32) - jnp.mean(x, axis=0, dtype=jnp.float32)
-        normal = centred * lax.rsqrt(jnp.mean(jnp.square(centred), axis=0) + EPSILON)
+        centered = x.astype(jnp.float32) - jnp.mean(x, axis=0, dtype=jnp.float32)
+        normal = centered * lax.rsqrt(jnp.mean(jnp.square(centered), axis=0) + BATCH_NORM_EPSILON)
         return (normal * self.weight + self.bias).astype(x.dtype)
 
 
@@ -38,11 +38,11 @@ class ProjectorConfig:
     """Widths of a projector."""
 
     hidden: tuple[int, ...] = (2048, 2048)
-    """Widths of the hidden layers, each a linear map, a BatchNorm over the global batch and a ReLU."""
+    """Widths of the hidden layers, each a linear layer, a BatchNorm over the global batch and a ReLU."""
     width: int = 512
     """Dimension of the projection."""
     rectified: bool = False
-    """Whether a ReLU ends it."""
+    """End with a ReLU."""
 
     def __post_init__(self) -> None:
         if min((self.width, *self.hidden)) < 1:
@@ -50,24 +50,28 @@ class ProjectorConfig:
 
 
 class Projector(eqx.Module):
-    """z = W_k relu(BN(W_(k-1) ... relu(BN(W_1 x)))), perhaps through a last ReLU; for one group of views at a time."""
+    """z = W_k relu(BN(W_(k-1) ... relu(BN(W_1 x)))), then perhaps a last ReLU; for one group of views at a time."""
 
     linears: tuple[Linear, ...]
     norms: tuple[BatchNorm, ...]
-    rectified: bool = eqx.field(static=True)
+    final_relu: bool = eqx.field(static=True)
 
     def __init__(self, config: ProjectorConfig, inputs: int, *, key: PRNGKeyArray):
         widths = (inputs, *config.hidden, config.width)
         keys, last = jr.split(key, len(widths) - 1), len(config.hidden)
-        self.linears = tuple(  # BatchNorm takes a bias before it away again, so only the last has one
+        # BatchNorm subtracts any bias before it, so only the last layer has one.
+        self.linears = tuple(
             Linear(a, b, std=None, bias=layer == last, key=k)
             for layer, (a, b, k) in enumerate(zip(widths[:-1], widths[1:], keys, strict=True))
         )
         self.norms = tuple(BatchNorm(width) for width in config.hidden)
-        self.rectified = config.rectified
+        self.final_relu = config.rectified
 
     def __call__(self, x: Float[Array, "batch inputs"]) -> Float[Array, "batch dim"]:
-        for linear, norm in zip(self.linears, self.norms, strict=False):
-            x = jax.nn.relu(norm(linear(x)))
-        x = self.linears[-1](x).astype(jnp.float32)
-        return jax.nn.relu(x) if self.rectified else x
+        # Hidden layers: (batch, inputs) -> (batch, hidden)
+        for linear, norm in zip(self.linears[:-1], self.norms, strict=True):
+            x = jax.nn.relu(norm(linear(x, FAST)))
+
+        # The projection, in float32 for the loss: (batch, dim)
+        x = self.linears[-1](x, FAST).astype(jnp.float32)
+        return jax.nn.relu(x) if self.final_relu else x

@@ -1,4 +1,4 @@
-"""The vision transformer of I-JEPA: no class token, fixed positions, only the patches that are kept are embedded."""
+"""The vision transformer of I-JEPA: no class token, fixed positions, and only the selected patches are embedded."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jepax.nn.blocks import LayerNorm, Linear, Remat, Stack
-from jepax.nn.position import sincos_2d
+from jepax.nn.pos_embed import sincos_2d
+from jepax.nn.transformer import BlockStack, LayerNorm, Linear, Remat, init_stack
 from jepax.types import UserError
 
 SIZES: dict[str, dict[str, int | float]] = {
@@ -29,7 +29,7 @@ class ViTConfig:
     patch_size: int = 16
     """Side of a square patch, in pixels."""
     channels: int = 3
-    """Colour channels of the image: 1 or 3."""
+    """Color channels of the image: 1 or 3."""
     width: int = 768
     """Dimension of a token."""
     depth: int = 12
@@ -39,16 +39,19 @@ class ViTConfig:
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over the width."""
     init_std: float | None = 0.02
-    """Deviation of the initial weights (0.02 as published); None takes 1 / sqrt(fan in), better for small widths."""
+    """Standard deviation of the initial weights (0.02 as published); None means 1 / sqrt(fan in), for small widths."""
     scan: bool = False
     """Run the blocks by a scan: compiles in seconds at any depth, costs 15 to 30% per step on a CPU."""
     remat: Remat = "none"
     """What the backward pass computes again: none, all but products with weights and attention's
     result (dots), or whole blocks (full)."""
+    fast: bool = True
+    """Use the fast kernels (nn/kernels.py). Set fast=False to change the model in nn/transformer.py."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
-            raise UserError(f"heads={self.heads} does not divide width={self.width}; try heads={_divisor(self)}")
+            near = _nearest_divisor(self)
+            raise UserError(f"heads={self.heads} does not divide width={self.width}; try heads={near}")
         if self.channels not in (1, 3):
             raise UserError(f"channels={self.channels} is neither 1 (grey) nor 3 (colour)")
         for field in ("patch_size", "width", "depth", "heads", "mlp_ratio"):
@@ -61,16 +64,16 @@ class ViTConfig:
             if side % self.patch_size:
                 raise UserError(
                     f"the view's {name} {side} is not a multiple of patch_size={self.patch_size};"
-                    f" try a patch_size of {_patches(side, self.patch_size)}"
+                    f" try a patch_size of {_patch_sizes(side, self.patch_size)}"
                 )
         return size[0] // self.patch_size, size[1] // self.patch_size
 
 
-def _divisor(config: ViTConfig) -> int:
+def _nearest_divisor(config: ViTConfig) -> int:
     return min((h for h in range(1, config.width + 1) if config.width % h == 0), key=lambda h: abs(h - config.heads))
 
 
-def _patches(side: int, patch_size: int) -> str:
+def _patch_sizes(side: int, patch_size: int) -> str:
     near = sorted((d for d in range(1, side + 1) if side % d == 0), key=lambda d: abs(d - patch_size))[:2]
     return " or ".join(str(d) for d in sorted(near))
 
@@ -79,6 +82,8 @@ def patchify(images: Float[Array, "batch height width channels"], size: int) -> 
     """Row-major patches; a patch's pixels are ordered (row, column, channel)."""
     batch, height, width, channels = images.shape
     rows, columns = height // size, width // size
+
+    # (batch, row of patches, row in the patch, column of patches, column in the patch, channel)
     split = images.reshape(batch, rows, size, columns, size, channels)
     return split.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, size * size * channels)
 
@@ -87,11 +92,11 @@ class ViT(eqx.Module):
     """An encoder of patches: s = ViT(x), one token of `width` per patch, after the final LayerNorm.
 
     Source: Dosovitskiy et al. 2021, as trimmed by Assran et al. 2023 (no class token, fixed 2-D sine-cosine
-    positions, truncated normal initialisation).
+    positions, truncated normal initialization).
     """
 
     embed: Linear
-    stack: Stack
+    stack: BlockStack
     norm: LayerNorm
     config: ViTConfig = eqx.field(static=True)
 
@@ -99,40 +104,52 @@ class ViT(eqx.Module):
         key_embed, key_stack = jr.split(key)
         pixels = config.patch_size**2 * config.channels
         self.embed = Linear(pixels, config.width, std=config.init_std, key=key_embed)
-        self.stack = Stack(
+        self.stack = init_stack(
             config.width,
             config.depth,
             config.heads,
             round(config.width * config.mlp_ratio),
             std=config.init_std,
-            scan=config.scan,
+            scan_layers=config.scan,
             remat=config.remat,
+            fast=config.fast,
             key=key_stack,
         )
         self.norm = LayerNorm(config.width)
         self.config = config
 
-    def tokens(
-        self, images: Float[Array, "batch height width channels"], keep: Int[Array, "batch context"] | None = None
+    def embed_patches(
+        self,
+        images: Float[Array, "batch height width channels"],
+        patch_indices: Int[Array, "batch context"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
-        """Embedded patches with their positions; only those at the row-major indices `keep`, where given."""
+        """Embedded patches with their positions: all of them, or those at the row-major `patch_indices`."""
+        # (batch, patches, pixels) and (patches, dim)
         grid = self.config.grid(images.shape[1:3])
         patches = patchify(images, self.config.patch_size)
         positions = jnp.asarray(sincos_2d(grid, self.config.width))
-        if keep is not None:
-            patches = jnp.take_along_axis(patches, keep[..., None], axis=1)
-            positions = positions[keep]
-        embedded = self.embed(patches)
-        return embedded + positions.astype(embedded.dtype)
+
+        # Select before embedding: what the context encoder does not see costs nothing.
+        if patch_indices is not None:
+            patches = jnp.take_along_axis(patches, patch_indices[..., None], axis=1)
+            positions = positions[patch_indices]
+
+        # (batch, tokens, dim). A class token or registers go in front of these.
+        tokens = self.embed(patches, self.stack.ops)
+        return tokens + positions.astype(tokens.dtype)
 
     def __call__(
-        self, images: Float[Array, "batch height width channels"], keep: Int[Array, "batch context"] | None = None
+        self,
+        images: Float[Array, "batch height width channels"],
+        patch_indices: Int[Array, "batch context"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
-        return self.norm(self.stack(self.tokens(images, keep))[0])
+        """One token per patch; only those at `patch_indices` are seen, if given."""
+        tokens = self.embed_patches(images, patch_indices)
+        return self.norm(self.stack(tokens)[0], self.stack.ops)
 
-    def layers(
-        self, images: Float[Array, "batch height width channels"], count: int
+    def intermediate_layers(
+        self, images: Float[Array, "batch height width channels"], n: int
     ) -> Float[Array, "layers batch patches dim"]:
-        """The last `count` layers' outputs (all of them where there are fewer), each through the final LayerNorm."""
-        count = min(count, self.config.depth)
-        return self.norm(jnp.stack(self.stack(self.tokens(images), outputs=count)))
+        """Outputs of the last `n` layers (of all, if there are fewer), each after the final LayerNorm."""
+        outputs = self.stack(self.embed_patches(images), num_outputs=min(n, self.config.depth))
+        return self.norm(jnp.stack(outputs), self.stack.ops)

@@ -1,0 +1,311 @@
+"""The transformer in plain JAX: read this file, and change it.
+
+Functions of arrays come first, then the modules that own their parameters, then a stack of blocks. `kernels.py` has
+the same functions, fast; both give the same numbers up to rounding (tests/nn/test_kernels.py). To change the model,
+edit the plain function here and set `fast=False` in the config: docs/change_the_encoder.md.
+
+Everything works on a batch of token sequences, (batch, tokens, dim), not on one image under `vmap`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jepax.nn import kernels
+from jepax.nn.kernels import ATTN_OUT, EPSILON, Lengths, Tokens
+
+Queries = Float[Array, "batch num_queries dim"]
+Remat = Literal["none", "dots", "full"]
+SAVE_MATMULS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(ATTN_OUT)
+)
+"""What `remat="dots"` saves: products with weights, and attention's result; no scores, whose size is tokens squared."""
+
+
+# ---- Plain functions of arrays ----
+
+
+def linear(x: Float[Array, "*batch inputs"], weight: Array, bias: Array | None) -> Float[Array, "*batch outputs"]:
+    """x W + b, in the dtype of the weight."""
+    y = x.astype(weight.dtype) @ weight
+    return y if bias is None else y + bias
+
+
+def normalize(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+    """LayerNorm without parameters: mean 0 and variance 1 over the last axis (epsilon 1e-6), in float32."""
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
+    return (x - mean) * lax.rsqrt(variance + EPSILON)
+
+
+def layer_norm(x: Float[Array, "*batch dim"], weight: Array, bias: Array) -> Float[Array, "*batch dim"]:
+    """normalize(x) w + b: float32 inside, the result in the dtype of x."""
+    return (normalize(x) * weight + bias).astype(x.dtype)
+
+
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Exact GELU, x Phi(x) with Phi the normal distribution: float32 inside, the result in the dtype of x."""
+    wide = x.astype(jnp.float32)
+    return (wide * 0.5 * (1.0 + lax.erf(wide / math.sqrt(2.0)))).astype(x.dtype)
+
+
+def attention(
+    q: Float[Array, "batch queries heads channels"],
+    k: Float[Array, "batch tokens heads channels"],
+    v: Float[Array, "batch tokens heads channels"],
+    lengths: Lengths = None,
+) -> Float[Array, "batch queries heads channels"]:
+    """softmax(q k^T / sqrt(channels)) v for each head, the softmax in float32. Tokens from `lengths` on are ignored."""
+    # How much each query attends to each token: (batch, heads, queries, tokens)
+    scores = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+
+    # Padding gets no weight. A causal mask goes here.
+    if lengths is not None:
+        is_token = jnp.arange(k.shape[1]) < lengths[:, None]  # (batch, tokens)
+        scores = jnp.where(is_token[:, None, None, :], scores, -jnp.inf)
+
+    # The weighted mean of the values: (batch, queries, heads, channels)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhc->bqhc", weights, v)
+
+
+def self_attention(
+    x: Tokens, weight: Array, bias: Array, lengths: Lengths = None, *, num_heads: int, num_queries: int
+) -> Queries:
+    """Projects tokens to queries, keys and values, and attends: each of the last `num_queries` tokens to all tokens."""
+    w_q, w_k, w_v = jnp.split(weight, 3, axis=1)
+    b_q, b_k, b_v = jnp.split(bias, 3)
+
+    # (batch, tokens, dim) -> (batch, tokens, heads, channels)
+    def heads(y: Array) -> Array:
+        return y.reshape(*y.shape[:2], num_heads, -1)
+
+    # Rotary positions rotate q and k here, between the projection and the scores.
+    q = heads(linear(x[:, -num_queries:], w_q, b_q))
+    k, v = heads(linear(x, w_k, b_k)), heads(linear(x, w_v, b_v))
+
+    # The heads are concatenated again. The name is what `SAVE_MATMULS` saves.
+    return checkpoint_name(attention(q, k, v, lengths).reshape(*q.shape[:2], -1), ATTN_OUT)
+
+
+def residual(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x + y. The fast form also fixes the layout in memory."""
+    return x + y
+
+
+class Ops(NamedTuple):
+    """The functions that a module computes with. Modules get them as an argument, so nothing switches globally."""
+
+    linear: Callable[..., Array]
+    layer_norm: Callable[..., Array]
+    gelu: Callable[..., Array]
+    self_attention: Callable[..., Array]
+    residual: Callable[..., Array]
+
+
+PLAIN = Ops(linear, layer_norm, gelu, self_attention, residual)
+FAST = Ops(kernels.linear, kernels.layer_norm, kernels.gelu, kernels.self_attention, kernels.residual)
+
+
+# ---- Modules: parameters, and which function they go into ----
+
+
+def init_weight(key: PRNGKeyArray, shape: tuple[int, ...], std: float | None) -> Float[Array, "..."]:
+    """Normal with deviation `std`, truncated at +-2 (absolute, as published); `None` means 1 / sqrt(fan in)."""
+    std = 1.0 / math.sqrt(shape[0]) if std is None else std
+    bound = 2.0 / std
+    return std * jr.truncated_normal(key, -bound, bound, shape)
+
+
+class Linear(eqx.Module):
+    """y = x W + b, or x W without a bias."""
+
+    weight: Float[Array, "inputs outputs"]
+    bias: Float[Array, "outputs"] | None
+
+    def __init__(self, inputs: int, outputs: int, *, std: float | None, bias: bool = True, key: PRNGKeyArray):
+        self.weight = init_weight(key, (inputs, outputs), std)
+        self.bias = jnp.zeros((outputs,)) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch inputs"], ops: Ops = PLAIN) -> Float[Array, "*batch outputs"]:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class LayerNorm(eqx.Module):
+    """LayerNorm with weight and bias; statistics in float32, epsilon 1e-6."""
+
+    weight: Float[Array, "dim"]
+    bias: Float[Array, "dim"]
+
+    def __init__(self, dim: int):
+        self.weight = jnp.ones((dim,))
+        self.bias = jnp.zeros((dim,))
+
+    def __call__(self, x: Float[Array, "*batch dim"], ops: Ops = PLAIN) -> Float[Array, "*batch dim"]:
+        return ops.layer_norm(x, self.weight, self.bias)
+
+
+class Attention(eqx.Module):
+    """Multi-head self-attention, then a linear layer on the concatenated heads."""
+
+    qkv: Linear  # (dim, 3 dim): queries, keys and values side by side
+    proj: Linear
+    num_heads: int = eqx.field(static=True)
+
+    def __init__(self, dim: int, num_heads: int, *, std: float | None, key: PRNGKeyArray):
+        key_qkv, key_proj = jr.split(key)
+        self.qkv = Linear(dim, 3 * dim, std=std, key=key_qkv)
+        self.proj = Linear(dim, dim, std=std, key=key_proj)
+        self.num_heads = num_heads
+
+    def __call__(
+        self, x: Tokens, lengths: Lengths = None, *, num_queries: int | None = None, ops: Ops = PLAIN
+    ) -> Queries:
+        num_queries = x.shape[1] if num_queries is None else num_queries
+        sizes = {"num_heads": self.num_heads, "num_queries": num_queries}
+        return self.proj(ops.self_attention(x, self.qkv.weight, self.qkv.bias, lengths, **sizes), ops)
+
+
+class MLP(eqx.Module):
+    """Two linear layers with a GELU between them."""
+
+    fc1: Linear
+    fc2: Linear
+
+    def __init__(self, dim: int, hidden_dim: int, *, std: float | None, key: PRNGKeyArray):
+        key_fc1, key_fc2 = jr.split(key)
+        self.fc1 = Linear(dim, hidden_dim, std=std, key=key_fc1)
+        self.fc2 = Linear(hidden_dim, dim, std=std, key=key_fc2)
+
+    def __call__(self, x: Tokens, ops: Ops = PLAIN) -> Tokens:
+        return self.fc2(ops.gelu(self.fc1(x, ops)), ops)
+
+
+class Block(eqx.Module):
+    """A pre-norm transformer block: x + attention(norm1(x)), then x + mlp(norm2(x))."""
+
+    norm1: LayerNorm
+    attention: Attention
+    norm2: LayerNorm
+    mlp: MLP
+
+    def __init__(self, dim: int, num_heads: int, hidden_dim: int, *, std: float | None, key: PRNGKeyArray):
+        key_attention, key_mlp = jr.split(key)
+        self.norm1 = LayerNorm(dim)
+        self.attention = Attention(dim, num_heads, std=std, key=key_attention)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = MLP(dim, hidden_dim, std=std, key=key_mlp)
+
+    def __call__(
+        self, x: Tokens, lengths: Lengths = None, *, num_queries: int | None = None, ops: Ops = PLAIN
+    ) -> Queries:
+        """The last `num_queries` tokens after the block (default: all), which attend to every token."""
+        num_queries = x.shape[1] if num_queries is None else num_queries
+
+        # Tokens exchange information. (batch, tokens, dim) -> (batch, num_queries, dim)
+        attended = self.attention(self.norm1(x, ops), lengths, num_queries=num_queries, ops=ops)
+        x = ops.residual(x[:, x.shape[1] - num_queries :], attended)
+
+        # Each token for itself.
+        return ops.residual(x, self.mlp(self.norm2(x, ops), ops))
+
+
+class BlockStack(eqx.Module):
+    """`depth` blocks, stored as one block whose arrays have a leading axis of layers; `init_stack` makes one.
+
+    The static fields say how it runs, not what it computes: `dataclasses.replace(stack, fast=False)` is the same model.
+    """
+
+    blocks: Block
+    depth: int = eqx.field(static=True)
+    scan_layers: bool = eqx.field(static=True, default=False)
+    remat: Remat = eqx.field(static=True, default="none")
+    fast: bool = eqx.field(static=True, default=True)
+    gather: Callable[[Block], Block] | None = eqx.field(static=True, default=None)
+    """Applied to one block's parameters just before it runs: how FSDP gathers them, layer by layer."""
+
+    @property
+    def ops(self) -> Ops:
+        """The functions that the blocks compute with, and what surrounds the stack should."""
+        return FAST if self.fast else PLAIN
+
+    def __call__(
+        self, x: Tokens, lengths: Lengths = None, *, num_outputs: int = 1, num_queries: int | None = None
+    ) -> tuple[Float[Array, "batch _ dim"], ...]:
+        """The outputs of the last `num_outputs` layers, first to last.
+
+        The last layer computes the last `num_queries` tokens only (default: all).
+        """
+        # A scan runs the layers whose outputs nobody asked for, if there are any.
+        scanned = max(self.depth - num_outputs, 0) if self.scan_layers else 0
+        if scanned:
+            x = self._scan(x, lengths, scanned)
+
+        # The others run one after the other.
+        outputs, layers = [], self._layers()
+        for layer in range(scanned, self.depth):
+            is_last = layer == self.depth - 1
+            x = self._run(layers[layer], x, lengths, num_queries if is_last else None)
+            outputs.append(x)
+        return tuple(outputs[-num_outputs:])
+
+    def _run(self, block: Block, x: Array, lengths: Lengths, num_queries: int | None) -> Array:
+        """One block, with what `remat` and `gather` ask for."""
+
+        def call(block: Block, x: Array, lengths: Lengths) -> Array:
+            block = block if self.gather is None else self.gather(block)
+            return block(x, lengths, num_queries=num_queries, ops=self.ops)
+
+        if self.remat == "none":
+            return call(block, x, lengths)
+        return eqx.filter_checkpoint(call, policy=SAVE_MATMULS if self.remat == "dots" else None)(block, x, lengths)
+
+    def _scan(self, x: Array, lengths: Lengths, count: int) -> Array:
+        """The first `count` layers as one loop, which compiles in the time of one block."""
+
+        def step(x: Array, block: Block) -> tuple[Array, None]:
+            return self._run(block, x, lengths, None), None
+
+        return lax.scan(step, x, jax.tree.map(lambda leaf: leaf[:count], self.blocks))[0]
+
+    def _layers(self) -> list[Block]:
+        """One block per layer, by `lax.split`: its gradient is one concatenation, that of slices a sum of pads."""
+
+        def split(leaf: Array) -> list[Array]:
+            return [jnp.squeeze(part, 0) for part in lax.split(leaf, (1,) * self.depth)]
+
+        leaves, tree = jax.tree.flatten(self.blocks)
+        return [jax.tree.unflatten(tree, layer) for layer in zip(*map(split, leaves), strict=True)]
+
+
+def init_stack(
+    dim: int,
+    depth: int,
+    num_heads: int,
+    hidden_dim: int,
+    *,
+    std: float | None,
+    scan_layers: bool = False,
+    remat: Remat = "none",
+    fast: bool = True,
+    key: PRNGKeyArray,
+) -> BlockStack:
+    """A stack of new blocks. In layer l = 1, 2, ... the weights of `proj` and `fc2` are divided by sqrt(2 l).
+
+    *Differs from the reference:* the released code undoes this division by a second initialization; here it remains.
+    """
+    blocks = eqx.filter_vmap(lambda k: Block(dim, num_heads, hidden_dim, std=std, key=k))(jr.split(key, depth))
+    divisor = jnp.sqrt(2.0 * jnp.arange(1, depth + 1))[:, None, None]
+    blocks = eqx.tree_at(
+        lambda b: (b.attention.proj.weight, b.mlp.fc2.weight), blocks, replace_fn=lambda w: w / divisor
+    )
+    return BlockStack(blocks, depth, scan_layers, remat, fast)
