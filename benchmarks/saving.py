@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jepax.allocator import keep_freed_memory
+from jepax.distributed.malloc import tune_malloc
 
-keep_freed_memory()  # as the command line does, and before jax starts threads
+tune_malloc()  # as the command line does, and before jax starts threads
 
 # ruff: noqa: E402
 import equinox as eqx

@@ -14,10 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from jepax.allocator import in_the_calling_thread, keep_freed_memory, return_freed_memory
+from jepax.distributed.malloc import run_cpu_synchronously, trim_heap, tune_malloc
 
-keep_freed_memory()  # as the command line does, and before jax and torch start threads: it serves all sides
-in_the_calling_thread()  # as the command line does, too: of ours alone
+tune_malloc()  # as the command line does, and before jax and torch start threads: it serves all sides
+run_cpu_synchronously()  # as the command line does, too: of ours alone
 
 # ruff: noqa: E402
 import jax
@@ -27,7 +27,7 @@ import numpy as np
 
 from jepax.bench import clock, memory, peer
 from jepax.bench.machine import machine
-from jepax.hosts import cores
+from jepax.distributed.multihost import cores
 from jepax.masking import MultiBlockConfig
 from jepax.methods.ijepa import IJEPAConfig
 from jepax.nn import SIZES, PredictorConfig, ViTConfig
@@ -132,7 +132,7 @@ def serve(side: str, config: Config) -> None:
 
 def forget() -> None:
     """Lets the peak of memory count from here on, without what compiling took."""
-    return_freed_memory()
+    trim_heap()
     memory.forget_peak()
 
 

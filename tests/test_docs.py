@@ -68,15 +68,20 @@ def test_the_pages_grid_is_one(tmp_path):
     assert len(grids.resolve([str(path)]).jobs) == 4
 
 
-@pytest.mark.parametrize("code, again", [(0, False), (1, False), (2, False), (75, True), (137, True), (143, True)])
-def test_schedulers_begin_again_where_that_helps(tmp_path, code, again):
-    """Code 2 is for somebody to mend; 137 and 143 are of processes that were killed, beside others with 75."""
+SCHEDULED = [(0, 0, False), (1, 0, False), (2, 0, False), (75, 99, True)]
+SCHEDULED += [(code, restarts, restarts < 20) for code in (134, 137, 143) for restarts in (0, 19, 20)]
+
+
+@pytest.mark.parametrize("code, restarts, again", SCHEDULED)
+def test_schedulers_begin_again_where_that_helps(tmp_path, code, restarts, again):
+    """Code 2 is for somebody to fix; 134, 137 and 143 are of processes that lost a peer or were killed."""
     text = (ROOT / "docs" / "many_hosts.md").read_text()
     for name, line in (("srun", f"exit {code}"), ("scontrol", "echo scontrol $@")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
     script = re.search(r"```sh\n(#!/bin/bash.*?)```", text, re.DOTALL)[1]
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}  # unset at the first start
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (code, "scontrol requeue 7\n" if again else "")
     job = next(yaml.safe_load_all(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1]))["spec"]

@@ -44,6 +44,6 @@ def test_the_newest_value_is_found(tmp_path):
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(events.hosts, "first", lambda: False)
+    monkeypatch.setattr(events.multihost, "is_main_process", lambda: False)
     Events(tmp_path).add("started", 0)
     assert list(tmp_path.iterdir()) == []

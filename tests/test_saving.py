@@ -7,7 +7,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from jepax import checkpoint, hosts, manifest, saving
+from jepax import checkpoint, manifest, saving
+from jepax.distributed import multihost
 from jepax.saving import SaveConfig, Saver
 from jepax.types import UserError
 
@@ -142,13 +143,13 @@ def test_another_error_is_not_hidden_by_a_failed_save(tmp_path, monkeypatch):
 
 def test_an_error_is_not_hidden_by_a_lost_peer(tmp_path, monkeypatch):
     def lost(self):
-        raise hosts.PeerLost
+        raise multihost.PeerLostError
 
     monkeypatch.setattr(checkpoint.Writing, "result", lost)
     with pytest.raises(UserError, match="too many"), saver(tmp_path) as writes:
         writes.save(1, STATE, {})
         raise UserError("too many")
-    with pytest.raises(hosts.PeerLost), saver(tmp_path) as writes:
+    with pytest.raises(multihost.PeerLostError), saver(tmp_path) as writes:
         writes.save(1, STATE, {})
 
 

@@ -56,7 +56,7 @@ def raises(error):
 @pytest.fixture
 def tracked(tmp_path, monkeypatch):
     """Five lines of a run, sent to fake modules; what was said, and the seconds of the longest call and of the end."""
-    monkeypatch.setattr(trackers, "PATIENCE", 0.5)
+    monkeypatch.setattr(trackers, "CLOSE_TIMEOUT_S", 0.5)
 
     def call(lines=5, **fakes):
         for name, fake in fakes.items():
@@ -99,7 +99,7 @@ def test_what_a_tracker_raises_is_said_once(where, error, tracked):
     good = Fake()
     said, longest, _ = tracked(wandb=Fake(**{where: raises(error)}), trackio=good)
     assert len(said) == 1 and said[0].startswith(f"wandb: {type(error).__name__}")
-    assert "training goes on, and metrics.jsonl holds everything" in said[0]
+    assert "training goes on; metrics.jsonl is complete" in said[0]
     assert len(said[0].splitlines()) == 1 and len(good.got) == 5 and longest < 0.3
 
 
@@ -118,11 +118,13 @@ def test_all_trackers_together_are_waited_for_once(tracked):
 
 
 def test_a_slow_tracker_drops_lines_and_says_how_many(tracked, monkeypatch):
-    monkeypatch.setattr(trackers, "WAITING", 3)
+    monkeypatch.setattr(trackers, "QUEUE_SIZE", 3)
     slow = Fake(log=lambda: time.sleep(0.05))
     said, longest, _ = tracked(lines=50, wandb=slow)
     assert longest < 0.3 and 3 <= len(slow.got) < 10
-    assert said == [f"wandb: too slow for {50 - len(slow.got)} of 50 lines, which were dropped; {trackers.STAYS}"]
+    assert said == [
+        f"wandb: too slow for {50 - len(slow.got)} of 50 steps, which were dropped; metrics.jsonl is complete"
+    ]
 
 
 def test_nobody_is_asked_for_a_login_at_the_terminal(tracked):

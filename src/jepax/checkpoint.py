@@ -21,7 +21,8 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jaxtyping import PyTree
 
-from jepax import files, hosts, manifest
+from jepax import files, manifest
+from jepax.distributed import multihost
 from jepax.types import UserError
 
 T = TypeVar("T")
@@ -89,9 +90,9 @@ class Writing:
         self._part, self._error = self.path.with_name(self.path.name + PART), None
         self._note, self._arrays, self._calls = note or {}, _forms(tree), (first, then)
         try:
-            with hosts.lost_peers():
+            with multihost.translate_peer_errors():
                 self._begin(tree)
-        except hosts.PeerLost:
+        except multihost.PeerLostError:
             raise
         except Exception as error:
             raise self._failed(error) from error
@@ -99,10 +100,10 @@ class Writing:
         self._thread.start()
 
     def _begin(self, tree: object) -> None:
-        if hosts.first():
+        if multihost.is_main_process():
             shutil.rmtree(self._part, ignore_errors=True)
             self._part.mkdir(parents=True)
-        hosts.exchange("")  # the folder is there
+        multihost.all_gather_str("")  # the folder is there
         context = ocp.Context()
         context.array.saving.use_compression = False  # weights hardly shrink: by a tenth
         with context:
@@ -110,9 +111,9 @@ class Writing:
 
     def _finish(self) -> None:
         try:
-            with hosts.lost_peers():
+            with multihost.translate_peer_errors():
                 self._response.result()
-            if hosts.first():
+            if multihost.is_main_process():
                 first, then = self._calls
                 first()
                 self._commit()
@@ -148,9 +149,9 @@ class Writing:
 
     def result(self) -> Path:
         """Waits until it is on the disk. Raises `UserError` where it could not be written; nothing of it remains.
-        Raises `hosts.PeerLost` where another process did not write its part."""
+        Raises `multihost.PeerLostError` where another process did not write its part."""
         self._thread.join()
-        if isinstance(self._error, hosts.PeerLost):
+        if isinstance(self._error, multihost.PeerLostError):
             raise self._error
         if self._error is not None:
             raise self._failed(self._error) from self._error

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from jepax import checkpoint, hosts
+from jepax import checkpoint
 from jepax import config as configs
+from jepax.distributed import multihost
 from jepax.monitor import NotFinite
 from jepax.optim import Optimizer
 from jepax.settings import CONFIG, Config, compute_dtype
@@ -49,7 +50,7 @@ def write(run: Path, state: TrainState, end: NotFinite, config: Config, optimize
     """Writes `run`/dumps/step_N. `state` may be later than that step, if no step from there on changed it."""
     step, images = end.step, end.images
     folder = run / "dumps" / f"step_{step:08d}"
-    if hosts.first():  # a part of a batch that more processes left would count as one of this
+    if multihost.is_main_process():  # a part of a batch that more processes left would count as one of this
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     in_a_row = jnp.minimum(state.guard.in_a_row, config.train.guard.patience - 1)
@@ -57,7 +58,7 @@ def write(run: Path, state: TrainState, end: NotFinite, config: Config, optimize
     checkpoint.save(folder / STATE, step, before)
     arrays = {name: np.asarray(getattr(images, name)) for name in PARTS if getattr(images, name) is not None}
     np.savez(folder / batch_file(jax.process_index()), **arrays)
-    if hosts.first():
+    if multihost.is_main_process():
         told = {"step": step, "total_steps": optimizer.total_steps, "warmup_steps": optimizer.warmup_steps}
         told |= {"where": where(jax.device_count()), "seen": end.numbers}
         (folder / FACTS).write_text(json.dumps(told, indent=1) + "\n")

@@ -5,7 +5,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from jepax import files, hosts
+from jepax import files
+from jepax.distributed import multihost
 
 FILE = "events.jsonl"
 
@@ -50,7 +51,7 @@ class Events:
     """`events.jsonl` of a run, which the first of its processes writes."""
 
     def __init__(self, run: Path):
-        self.path, self.writes = run / FILE, hosts.first()
+        self.path, self.writes = run / FILE, multihost.is_main_process()
 
     def again_from(self, start: int, *, but: str = "") -> None:
         """Drops what steps from `start` on left there, since they are taken again; events named `but` stay."""

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from jepax import files, hosts
+from jepax import files
+from jepax.distributed import multihost
 from jepax.types import UserError
 
 FILE = "lock"
@@ -64,7 +65,7 @@ def holder(run: Path) -> str:
 
 def refuse_others(run: Path) -> None:
     """Raises `UserError` where this process does not see the folder that process 0 holds. All have to call it."""
-    held, end = hosts.exchange(holder(run))[0], time.monotonic() + PATIENCE
+    held, end = multihost.all_gather_str(holder(run))[0], time.monotonic() + PATIENCE
     while holder(run) != held:
         if time.monotonic() > end:
             raise UserError(

@@ -15,7 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jepax import events, files, hosts
+from jepax import events, files
+from jepax.distributed import multihost
 
 Values = dict[str, float | list[float]]
 FILE = "metrics.jsonl"
@@ -37,7 +38,7 @@ class Log:
 
     def __init__(self, path: Path, *, steps: int, start: int):
         self.path, self.steps, self.start = path, steps, start
-        self.console = Console(stderr=True, quiet=not hosts.first())
+        self.console = Console(stderr=True, quiet=not multihost.is_main_process())
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -52,7 +53,7 @@ class Log:
         if lost := events.torn(self.path):
             self.say(f"warning: {self.path}: {lost} of its lines, which a crash tore, cannot be read and are left out")
         self.kept = [line for line in read(self.path) if line["step"] < self.start]
-        if not hosts.first():
+        if not multihost.is_main_process():
             self._file, self._task = open(os.devnull, "w"), self.progress.add_task("training", total=self.steps)
             return self
         self.path.parent.mkdir(parents=True, exist_ok=True)

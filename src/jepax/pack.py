@@ -19,11 +19,12 @@ import numpy as np
 import simplejpeg
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from jepax import files, hosts, lock, overrides
+from jepax import files, lock, overrides
 from jepax.data import DataConfig
 from jepax.data.decode import BrokenImage, blamed, bytes_of, fitted, is_grey, longer_side
 from jepax.data.sources import image_folder
 from jepax.data.sources.packed import PACK, VERSION, read_names, read_pack, shard_name
+from jepax.distributed import multihost
 from jepax.types import UserError
 
 PARTIAL = "packing.json"
@@ -45,7 +46,7 @@ class PackConfig:
     """Of the JPEGs of pictures that were scaled down; in [1, 100]."""
     records: int = 4096
     """Pictures in one file."""
-    threads: int = field(default_factory=hosts.cores)
+    threads: int = field(default_factory=multihost.cores)
     """Files that are written at once."""
 
     def __post_init__(self) -> None:

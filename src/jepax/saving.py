@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jepax import checkpoint, files, hosts
+from jepax import checkpoint, files
+from jepax.distributed import multihost
 from jepax.types import UserError
 
 SCORE = "score"
@@ -59,7 +60,7 @@ class Saver:
             if kind is None:
                 raise
             self.say(f"warning: {error}")
-        except hosts.PeerLost:
+        except multihost.PeerLostError:
             if kind is None:
                 raise
 

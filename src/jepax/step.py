@@ -15,10 +15,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from jepax import sharding
 from jepax.costs import tree_bytes
+from jepax.distributed.compile_cache import COMPILER_OPTIONS
 from jepax.guard import Guard, GuardConfig, kept, measured, only_if
 from jepax.methods import AbstractMethod, MethodConfig
 from jepax.optim import Optimizer
-from jepax.programs import OPTIONS
 from jepax.sharding import Layout, ShardingConfig, current_layout, gather_params, replicate
 from jepax.trees import cast, norm, norms_by_layer, trainable
 from jepax.types import Images, Metrics
@@ -171,7 +171,7 @@ class Fixed(NamedTuple):
 STATIC = ("optimizer", "compute", "guard", "layout", "log_every")
 
 
-@partial(jax.jit, static_argnames=STATIC, donate_argnames=("state",), compiler_options=OPTIONS)
+@partial(jax.jit, static_argnames=STATIC, donate_argnames=("state",), compiler_options=COMPILER_OPTIONS)
 def step_program(
     state: TrainState,
     images: Images,

@@ -1,7 +1,7 @@
-"""Views of the log elsewhere: Weights & Biases, Trackio, TensorBoard. None of them can slow or end a run.
+"""Copies of the log in Weights & Biases, Trackio and TensorBoard. None of them can slow or end a run.
 
-Each tracker lives in a thread of its own, behind a queue of its own: its import, its start, every line and its end
-happen there. `metrics.jsonl` is written before a line gets here, and holds everything whatever becomes of a tracker.
+Each tracker runs in a daemon thread behind a bounded queue, from its import to its last call, so that one that fails or
+hangs affects neither training nor the others. `metrics.jsonl` is written first and is complete in any case.
 """
 
 import importlib
@@ -14,139 +14,121 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Literal
 
 from jepax import files
 from jepax.types import UserError
 
 Tracker = Literal["wandb", "trackio", "tensorboard"]
-Say = Callable[[str], None]
-PACKAGES: dict[str, str] = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboardX"}
-"""What must be installed for each; the extra of jepax that brings it has the tracker's name."""
-PATIENCE = 20.0
-"""Seconds that the end of a run waits for all its trackers together."""
-WAITING = 1000
-"""Lines that wait for a tracker that is slower than the run; what comes while so many wait is dropped."""
-PROJECT, ID = "jepax", "tracker_id"
-STAYS = "metrics.jsonl holds everything"
+PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboardX"}
+"""Package of each tracker; the extra of jepax that installs it has the tracker's name."""
+CLOSE_TIMEOUT_S = 20.0
+"""Seconds for which the end of a run waits for all trackers together."""
+QUEUE_SIZE = 1000
+"""Steps queued for a tracker that is slower than the run; further ones are dropped."""
 
 
 class Trackers:
-    """Sends lines of metrics to trackers; use as a context manager.
+    """Context manager that sends metrics to trackers. A resumed run continues in the tracker's same run.
 
-    `run` is the run's folder: a run that is continued goes on in the same run of the tracker. `config` is shown there.
-    `say` gets one line about what a tracker does not do, from the tracker's thread. Of many hosts one should have
-    `names`. Raises `UserError` where a tracker's package is not installed.
+    `print` receives at most one message about each tracker, from its thread: that it fails, hangs or is too slow. Only
+    the main process should name any. Raises `UserError` if a tracker's package is not installed.
     """
 
-    def __init__(self, names: Sequence[str], run: Path, config: dict, say: Say):
+    def __init__(self, names: Sequence[str], run: Path, config: dict, print: Callable[[str], None]):
         for name in names:
-            if not _installed(PACKAGES[name]):
+            if importlib.util.find_spec(PACKAGES[name]) is None:
                 raise UserError(
                     f"train.trackers={name}: {PACKAGES[name]} is not installed;"
                     f' pip install "jepax[{name}]", or leave {name} out'
                 )
-        self.run = run
-        self._threads = [_Thread(name, run, config, say) for name in dict.fromkeys(names)]
+        self._run = run
+        self._workers = [_Worker(name, run, config, print) for name in dict.fromkeys(names)]
 
     def __enter__(self) -> "Trackers":
-        for thread in self._threads:
-            thread.id = _id(self.run)
-            thread.start()
+        for worker in self._workers:
+            worker.id = _run_id(self._run)
+            worker.start()
         return self
 
     def send(self, step: int, values: dict) -> None:
-        """Hands over a line, in microseconds. Lists become NAME/0, NAME/1, ...; what is no number is left out."""
+        """Queues one step's metrics. Lists become NAME/0, NAME/1, ...; values that are not numbers are left out."""
         numbers = dict(_numbers({name: value for name, value in values.items() if name != "step"}))
-        for thread in self._threads:
-            thread.put((step, numbers))
+        for worker in self._workers:
+            worker.put(step, numbers)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Waits for the lines to leave, `PATIENCE` seconds at most."""
-        for thread in self._threads:
-            thread.end()
-        until = time.monotonic() + PATIENCE
-        for thread in self._threads:
-            thread.leave(until)
+    def __exit__(self, *_: object) -> None:
+        """Waits until everything is sent, at most `CLOSE_TIMEOUT_S` seconds."""
+        for worker in self._workers:
+            worker.queue.put(None)
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        for worker in self._workers:
+            worker.close(deadline)
 
 
-class _Thread(threading.Thread):
-    """One tracker. Whatever it raises is said once; a daemon, since what hangs must not keep the process alive."""
+class _Worker(threading.Thread):
+    """Thread and queue of one tracker. A daemon, so that a tracker that hangs does not keep the process alive."""
 
-    def __init__(self, name: str, run: Path, config: dict, say: Say):
-        super().__init__(name=f"tracker {name}", daemon=True)
-        self.tracker, self.folder, self.config, self._tell = name, run, config, say
-        self.lines: queue.Queue[tuple[int, dict[str, float]]] = queue.Queue(WAITING)
-        self.ended, self.left, self.failed = threading.Event(), False, False
-        self.id, self.sent, self.lost = "", 0, 0
-
-    def put(self, line: tuple[int, dict[str, float]]) -> None:
-        """The run's side: never waits."""
-        if self.failed:
-            return
-        self.sent += 1
-        try:
-            self.lines.put_nowait(line)
-        except queue.Full:
-            self.lost += 1
-
-    def end(self) -> None:
-        """The run's side: no more lines will come."""
-        self.ended.set()
-
-    def leave(self, until: float) -> None:
-        """The run's side: waits until that time of the monotonic clock at most, and says what did not arrive."""
-        self.join(max(until - time.monotonic(), 0))
-        missing = self.lost + self.lines.qsize()
-        if self.is_alive() and not self.failed:
-            self.say(f"no answer within {PATIENCE:g} s of the run's end, {missing} lines were not sent; {STAYS}")
-        elif missing and not self.failed:
-            self.say(f"too slow for {missing} of {self.sent} lines, which were dropped; {STAYS}")
-        self.left = True
-
-    def say(self, text: str) -> None:
-        if not self.left:
-            self._tell(f"{self.tracker}: {text}")
+    def __init__(self, tracker: str, folder: Path, config: dict, print: Callable[[str], None]):
+        super().__init__(name=f"tracker {tracker}", daemon=True)
+        self.tracker, self.folder, self.config, self._print = tracker, folder, config, print
+        self.queue: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
+        self.id, self.sent, self.dropped, self.muted = "", 0, 0, False
 
     def run(self) -> None:
-        """The tracker's side."""
         try:
-            module = importlib.import_module(PACKAGES[self.tracker])
-            log, finish = OPEN[self.tracker](module, self.folder, self.id, self.config)
-            for step, numbers in self._waiting():
+            open_run = OPEN[self.tracker]
+            log, finish = open_run(importlib.import_module(PACKAGES[self.tracker]), self.folder, self.id, self.config)
+            for step, numbers in iter(self.queue.get, None):
                 log(numbers, step)
             finish()
-        except BaseException as error:  # SystemExit too, which some raise where nobody is logged in
-            self.failed = True
-            self.say(f"{_reason(error)}; nothing more is sent there, training goes on, and {STAYS}")
+        except BaseException as error:  # also SystemExit, which some raise if nobody is logged in
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            self.report(f"{reason}; nothing more is sent there, training goes on")
 
-    def _waiting(self) -> Iterator[tuple[int, dict[str, float]]]:
-        """The lines in their order, until the run has ended and none is left."""
-        while True:
-            try:
-                yield self.lines.get(timeout=0.1)
-            except queue.Empty:
-                if self.ended.is_set() and self.lines.empty():
-                    return
+    def put(self, step: int, numbers: dict[str, float]) -> None:
+        """Never blocks."""
+        self.sent += 1
+        if self.queue.qsize() < QUEUE_SIZE:
+            self.queue.put((step, numbers))
+        else:
+            self.dropped += 1
+
+    def close(self, deadline: float) -> None:
+        """Waits until a time of the monotonic clock, and reports the steps that did not arrive."""
+        self.join(max(deadline - time.monotonic(), 0))
+        if self.is_alive():
+            missing = self.dropped + max(self.queue.qsize() - 1, 0)  # the last entry ends the thread
+            self.report(f"no answer within {CLOSE_TIMEOUT_S:g} s of the run's end, {missing} steps were not sent")
+        elif self.dropped:
+            self.report(f"too slow for {self.dropped} of {self.sent} steps, which were dropped")
+        self.muted = True
+
+    def report(self, message: str) -> None:
+        """Prints the first message only, and none after `close`."""
+        if not self.muted:
+            self.muted = True
+            self._print(f"{self.tracker}: {message}; metrics.jsonl is complete")
+
+
+# One function per tracker: it opens or resumes the run, and returns `log(numbers, step)` and `finish()`.
 
 
 def _wandb(module: ModuleType, run: Path, id: str, config: dict) -> tuple[Callable, Callable]:
-    """wandb asks for a login at the terminal, which a thread must not, and waits for ever for an upload at the end."""
+    """wandb would otherwise prompt for a login, wait without limit for its upload, and wrap the terminal."""
     offline = module.setup().settings.mode in ("offline", "dryrun", "disabled")
     if not offline and not module.login(prompt=False, verify=False):
         raise PermissionError("nobody is logged in; run wandb login before, or set WANDB_MODE=offline")
-    settings = {"console": "off", "finish_timeout": PATIENCE}  # console: it would put itself before the progress bar
-    named = {"project": PROJECT, "name": run.resolve().name, "id": id}
-    module.init(**named, resume="allow", dir=str(run), config=config, settings=settings)
+    settings = {"console": "off", "finish_timeout": CLOSE_TIMEOUT_S}
+    name = run.resolve().name
+    module.init(project="jepax", name=name, id=id, resume="allow", dir=str(run), config=config, settings=settings)
     return lambda numbers, step: module.log(numbers, step=step), module.finish
 
 
 def _trackio(module: ModuleType, run: Path, id: str, config: dict) -> tuple[Callable, Callable]:
-    """Its runs have no other identity than their name."""
-    module.init(project=PROJECT, name=f"{run.resolve().name}-{id}", resume="allow", config=config)
+    """Its runs are identified by their name alone."""
+    module.init(project="jepax", name=f"{run.resolve().name}-{id}", resume="allow", config=config)
     return lambda numbers, step: module.log(numbers, step=step), module.finish
 
 
@@ -161,17 +143,12 @@ def _tensorboard(module: ModuleType, run: Path, id: str, config: dict) -> tuple[
     return log, writer.close
 
 
-OPEN: dict[str, Callable[[ModuleType, Path, str, dict], tuple[Callable, Callable]]] = {
-    "wandb": _wandb,
-    "trackio": _trackio,
-    "tensorboard": _tensorboard,
-}
-"""Each begins, or goes on with, the run, and returns what takes a line (numbers, step) and what ends it."""
+OPEN = {"wandb": _wandb, "trackio": _trackio, "tensorboard": _tensorboard}
 
 
-def _id(run: Path) -> str:
-    """The run's name for trackers: drawn once and kept in its folder, so that a moved run stays itself."""
-    path = run / ID
+def _run_id(run: Path) -> str:
+    """Returns the run's id for trackers: drawn once and stored in its folder, so that a moved run keeps it."""
+    path = run / "tracker_id"
     if not path.exists():
         files.write(path, uuid.uuid4().hex[:12] + "\n")
     return path.read_text().strip()
@@ -180,18 +157,6 @@ def _id(run: Path) -> str:
 def _numbers(values: dict) -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         if isinstance(value, (list, tuple)):
-            yield from _numbers({f"{name}/{place}": inner for place, inner in enumerate(value)})
+            yield from _numbers({f"{name}/{index}": element for index, element in enumerate(value)})
         elif isinstance(value, Real):
             yield name, float(value)
-
-
-def _installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ValueError:  # a module that was loaded without a spec
-        return True
-
-
-def _reason(error: BaseException) -> str:
-    said = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -16,9 +16,10 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jepax import checkpoint, cli, lock, signals
+from jepax import checkpoint, cli, lock
 from jepax import config as configs
 from jepax import train as training
+from jepax.distributed import preemption
 from jepax.saving import SaveConfig, Saver
 from jepax.settings import Config
 from jepax.train import train
@@ -205,7 +206,7 @@ def part(wanted: str, run: str, until: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     Saver.save = stop
-    with suppress(signals.Stopped, KeyboardInterrupt):  # the latter after the last step
+    with suppress(preemption.Preempted, KeyboardInterrupt):  # the latter after the last step
         train(configs.load(Config, Path(wanted)), Path(run))
 
 

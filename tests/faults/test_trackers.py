@@ -48,7 +48,7 @@ def over_network(port):
 @pytest.mark.parametrize(("network", "word"), [("refused", "Connection refused"), ("silent", "no answer within 0.5 s")])
 def test_a_run_ends_as_without_a_tracker(network, word, request, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", over_network(request.getfixturevalue(network)))
-    monkeypatch.setattr(trackers, "PATIENCE", 0.5)
+    monkeypatch.setattr(trackers, "CLOSE_TIMEOUT_S", 0.5)
     said, start = [], time.perf_counter()
     with (
         Log(tmp_path / "metrics.jsonl", steps=20, start=0) as log,
@@ -58,5 +58,5 @@ def test_a_run_ends_as_without_a_tracker(network, word, request, tmp_path, monke
             views.send(step, log.write(step, {"loss": 1.0, "images_per_second": 1.0, "seconds_per_step": 1.0}))
         steps = time.perf_counter() - start
     assert steps < 1 and time.perf_counter() - start < 3
-    assert len(said) == 1 and word in said[0] and "metrics.jsonl holds everything" in said[0], said
+    assert len(said) == 1 and word in said[0] and "metrics.jsonl is complete" in said[0], said
     assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == list(range(20))

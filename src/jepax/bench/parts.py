@@ -16,10 +16,10 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from jepax.bench.clock import in_turn
+from jepax.distributed.compile_cache import COMPILER_OPTIONS
 from jepax.methods import AbstractMethod
 from jepax.methods.ijepa import IJEPA
 from jepax.methods.multiview import MultiView, embed
-from jepax.programs import OPTIONS
 from jepax.sharding import gather_params
 from jepax.step import loss_and_gradients
 from jepax.trees import cast
@@ -40,7 +40,7 @@ def parts_of(subject: "Subject", rounds: int) -> dict[str, float]:
     images = subject.images
 
     def program(function: Callable[..., Any]) -> Callable[..., Any]:
-        @eqx.filter_jit(compiler_options=OPTIONS)
+        @eqx.filter_jit(compiler_options=COMPILER_OPTIONS)
         def run(*arguments: Any) -> Any:
             with layout.applied():
                 return function(*arguments)

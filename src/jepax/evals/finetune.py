@@ -14,6 +14,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jepax.distributed.compile_cache import COMPILER_OPTIONS
 from jepax.evals.frozen import FrozenViT, View
 from jepax.evals.say import SILENT, Say
 from jepax.evals.scoring import Fitted, check_labels, top1
@@ -34,7 +35,6 @@ from jepax.evals.streaming import (
 )
 from jepax.nn import ViT
 from jepax.nn.transformer import Linear
-from jepax.programs import OPTIONS
 from jepax.trees import cast
 from jepax.types import Images, UserError
 from jepax.views import CropConfig, centre_crop
@@ -121,7 +121,7 @@ def layer_rates(classifier: Classifier, decay: float) -> Classifier:
     return eqx.tree_at(below, jax.tree.map(lambda _: jnp.ones(()), classifier), (embed, blocks))
 
 
-@partial(jax.jit, static_argnames=("config", "steps"), donate_argnames=("run",), compiler_options=OPTIONS)
+@partial(jax.jit, static_argnames=("config", "steps"), donate_argnames=("run",), compiler_options=COMPILER_OPTIONS)
 def run_step(
     run: Run,
     images: Images,

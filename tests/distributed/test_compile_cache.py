@@ -6,51 +6,51 @@ import sys
 
 import pytest
 
-from jepax import programs
+from jepax.distributed import compile_cache
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    monkeypatch.delenv(programs.VARIABLE, raising=False)
+    monkeypatch.delenv(compile_cache.ENV_VAR, raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     yield tmp_path
-    os.environ.pop(programs.VARIABLE, None)
+    os.environ.pop(compile_cache.ENV_VAR, None)
 
 
-def test_programs_are_kept_in_the_users_cache(home, monkeypatch):
-    programs.keep_programs()
-    assert os.environ[programs.VARIABLE] == str(home / ".cache/jepax/programs" / programs.processor())
-    monkeypatch.delenv(programs.VARIABLE)
+def test_the_cache_is_in_the_users_cache_folder(home, monkeypatch):
+    compile_cache.enable_compile_cache()
+    assert os.environ[compile_cache.ENV_VAR] == str(home / ".cache/jepax/xla")
+    monkeypatch.delenv(compile_cache.ENV_VAR)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "elsewhere"))
-    programs.keep_programs()
-    assert os.environ[programs.VARIABLE].startswith(str(home / "elsewhere/jepax/programs"))
+    compile_cache.enable_compile_cache()
+    assert os.environ[compile_cache.ENV_VAR] == str(home / "elsewhere/jepax/xla")
 
 
 def test_a_folder_that_is_set_holds(home, monkeypatch):
-    monkeypatch.setenv(programs.VARIABLE, "mine")
-    programs.keep_programs()
-    assert os.environ[programs.VARIABLE] == "mine" and not (home / ".cache").exists()
+    monkeypatch.setenv(compile_cache.ENV_VAR, "mine")
+    compile_cache.enable_compile_cache()
+    assert os.environ[compile_cache.ENV_VAR] == "mine" and not (home / ".cache").exists()
 
 
 def test_a_home_that_cannot_be_written_is_no_error(home):
     (home / ".cache").write_text("a file in the way")
-    programs.keep_programs()
-    assert programs.VARIABLE not in os.environ
+    compile_cache.enable_compile_cache()
+    assert compile_cache.ENV_VAR not in os.environ
 
 
 def test_the_oldest_programs_go_first(tmp_path):
     for age, name in enumerate(("newest", "newer", "older", "oldest")):
         (tmp_path / name).write_bytes(b"x" * 10)
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    programs.prune(tmp_path, 25)
+    compile_cache.prune(tmp_path, 25)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["newer", "newest"]
 
 
 def test_a_second_command_reads_what_the_first_compiled(home):
     """Both processes of a user with an empty home."""
     code = (
-        "from jepax.programs import keep_programs; keep_programs()\n"
+        "from jepax.distributed.compile_cache import enable_compile_cache; enable_compile_cache()\n"
         "import jax, jax.numpy as jnp\n"
         "hits = []\n"
         "jax.monitoring.register_event_listener(lambda name, **_: hits.append('cache_hits' in name))\n"

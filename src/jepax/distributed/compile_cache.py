@@ -1,0 +1,49 @@
+"""JAX's persistent compilation cache in the user's cache folder, and XLA options for training programs."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+ENV_VAR = "JAX_COMPILATION_CACHE_DIR"
+"""JAX's own variable; if it is set, its folder is used. `JAX_ENABLE_COMPILATION_CACHE=false` disables the cache."""
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+"""XLA options for training programs. On GPU: use cuBLAS (not Triton) GEMMs, which fuse bias and residual into the
+epilogue, and do not merge dot products, whose results would be copied apart. Ignored elsewhere."""
+MAX_BYTES = 4 * 10**9
+
+
+def enable_compile_cache() -> None:
+    """Names the cache folder in the environment; call it before `jax` is imported.
+
+    One folder serves every kind of CPU and GPU: JAX's key includes their features. Silently disabled if the folder is
+    not writable.
+    """
+    if ENV_VAR in os.environ:
+        return
+    with suppress(OSError, RuntimeError):  # the latter: no home folder
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        prune(folder, MAX_BYTES)
+        if os.access(folder, os.W_OK):
+            os.environ[ENV_VAR] = str(folder)
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/jepax/xla`, or `~/.cache/jepax/xla`."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "jepax" / "xla"
+
+
+def prune(folder: Path, max_bytes: int) -> None:
+    """Removes the oldest files until the others fit in `max_bytes`.
+
+    JAX's own limit (`jax_compilation_cache_max_size`) requires filelock, and in jax 0.10 one process killed during a
+    write disables all later writes to the folder (jax-ml/jax#39880).
+    """
+    files = [(entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in os.scandir(folder)]
+    total = 0
+    for _, size, path in sorted(files, reverse=True):
+        total += size
+        if total > max_bytes:
+            with suppress(FileNotFoundError):  # another process removed it
+                os.remove(path)
