@@ -130,8 +130,10 @@ def collective_errors() -> Iterator[None]:
     except (UserError, OSError) as raised:
         error = raised
     messages = all_gather_str((words(error) or type(error).__name__) if error else "")
+    if error is not None and len(messages) == 1:
+        raise error
     if error is not None:
-        raise error if len(messages) == 1 else CollectiveError(messages[jax.process_index()]) from error
+        raise CollectiveError(messages[jax.process_index()]) from error
     for process, message in enumerate(messages):
         if message:
             raise CollectiveError(f"process {process}: {message}")
