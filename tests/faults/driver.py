@@ -152,13 +152,13 @@ FAULTS["none"] = tuple
 
 if __name__ == "__main__":  # the workers of the loader import this file again
     from jepax import signals
-    from jepax.cli import stop
+    from jepax.cli import exit_with
     from jepax.types import UserError
 
     try:
         with signals.handled():
             main(*sys.argv[1:])
     except UserError as error:
-        stop(str(error), 2)
+        exit_with(str(error), 2)
     except signals.Stopped as ended:
-        stop(str(ended), signals.AGAIN)
+        exit_with(str(ended), signals.AGAIN)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jepax import hosts, sharding, signals
-from jepax.cli import stop
+from jepax.cli import exit_with
 from jepax.types import UserError, words
 
 FULL = OSError(28, "No space left on device", "a/file")
@@ -61,6 +61,6 @@ if __name__ == "__main__":
             hosts.exchange("all are here")
             end(sys.argv[1], int(sys.argv[2]))
     except signals.Stopped as ended:
-        stop(str(ended), signals.AGAIN)
+        exit_with(str(ended), signals.AGAIN)
     except (UserError, OSError) as error:
-        stop(words(error), 2)
+        exit_with(words(error), 2)
