@@ -44,12 +44,12 @@ class Case:
 
     def config(self, batch: int, scan: bool = False, remat: str = "none") -> Any:
         """The recipe's, at this batch and with its blocks executed so."""
-        from jepax.bench.run import resolve
+        from jepax.commands.bench import Bench
 
         words = [*DATA, *(QUICK if self.quick else []), "--train.batch-size", str(batch)]
         for network in ("encoder", "predictor"):
             words += [f"--method.{network}.scan={scan}", f"--method.{network}.remat={remat}"]
-        return resolve([self.recipe, *words])[0]
+        return Bench.read("bench", [self.recipe, *words]).config()
 
     def measured(self, config: Any, parts: bool = False) -> dict[str, Any]:
         """Compilation, steps, utilisation, and seconds by part if wanted."""

@@ -1,11 +1,17 @@
 """The command line from outside: what it prints, where, and its exit code."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 
 from jepax import cli
 from jepax import config as configs
+from jepax.commands import COMMANDS, train
+from jepax.commands.recipes import Recipes
+from jepax.commands.train import Train
 from jepax.settings import Config
 
 TINY = """
@@ -31,13 +37,24 @@ def fails(capsys, *argv, code=2):
     ("argv", "words"),
     [
         ("trian", ["'trian'", "did you mean train?"]),
-        ("recipes 3", ["recipes", "3"]),
+        ("recipes 3", ["jepax recipes", "'3'"]),
         ("train", ["RECIPE", "ijepa_fashion_mnist"]),
         ("train --seed 1", ["RECIPE"]),
         ("train ijepa_fashion_mnis", ["'ijepa_fashion_mnis'", "did you mean ijepa_fashion_mnist?"]),
         ("train nowhere/config.yaml", ["nowhere/config.yaml", "No such file"]),
-        ("train ijepa_fashion_mnist 3", ["'3'", "--field.path"]),
-        ("train ijepa_fashion_mnist --run-dir", ["--run-dir"]),
+        ("train ijepa_fashion_mnist 3", ["'3'", "--OPTION VALUE"]),
+        ("train ijepa_fashion_mnist --run-dir", ["--run-dir", "a value is missing"]),
+        ("train ijepa_fashion_mnist --run-dir a --run_dir b", ["duplicate option --run-dir"]),
+        ("train ijepa_fashion_mnist --dry-run --distributed", ["--dry-run", "leave --distributed out"]),
+        (
+            "train ijepa_fashion_mnist --allow-config-change peek_lr",
+            ["--allow-config-change peek_lr", "--optim.peak-lr"],
+        ),
+        ("train ijepa_fashion_mnist --optim.nesterov True", ["--optim.nesterov", "optim has", "peak_lr", "beta1"]),
+        ("train ijepa_fashion_mnist --num-classes 10", ["--num-classes", "the data has"]),
+        ("grid family_fashion_mnist", ["'grid'", "sweep"]),
+        ("data pack a b", ["'data'", "pack"]),
+        ("doctor a --step 1", ["--step", "jepax doctor takes no options"]),
         ("train ijepa_fashion_mnist --optim.peek_lr 1", ["--optim.peek_lr", "did you mean --optim.peak-lr?"]),
         ("train ijepa_fashion_mnist --patch-size 4", ["--patch-size", "--method.encoder.patch-size"]),
         ("train ijepa_fashion_mnist --rundir x", ["--rundir", "--run-dir"]),
@@ -48,14 +65,19 @@ def fails(capsys, *argv, code=2):
         ("train ijepa_fashion_mnist --train.batch-size 1.5", ["--train.batch-size", "1.5", "int"]),
         ("train ijepa_fashion_mnist --method.crop.size 28", ["--method.crop.size", "28", "2 values"]),
         ("train ijepa_fashion_mnist --method.loss l3", ["--method.loss", "l3", "smooth_l1, l2"]),
-        ("train ijepa_fashion_mnist --method.encoder.scan", ["--method.encoder.scan", "nothing", "True or False"]),
+        (
+            "train ijepa_fashion_mnist --method.encoder.scan",
+            ["--method.encoder.scan", "a value is missing", "True or False"],
+        ),
         ("train ijepa_fashion_mnist --train.batch-size=-8", ["train.batch_size=-8", "above 0"]),
         ("train ijepa_fashion_mnist --method.encoder.heads 5", ["heads=5", "width=192", "heads=4"]),
         ("train ijepa_fashion_mnist --train.batch-size 12", ["train.batch_size=12", "8"]),
         ("train ijepa_fashion_mnist --data.root /nowhere", ["data.root=/nowhere"]),
         ("train ijepa_vitb16_in1k", ["data.root=None", "image_folder"]),
         ("train ijepa_vitb16_in1k --data.root /nowhere", ["data.root=/nowhere", "train/"]),
-        ("evaluate", ["runs/NAME"]),
+        ("evaluate --step 3", ["runs/NAME"]),
+        ("bench", ["jepax bench takes RECIPE", "ijepa_fashion_mnist"]),
+        ("bench-data ijepa_fashion_mnist --baseline torch", ["--baseline"]),
         ("evaluate nowhere", ["nowhere", "config.yaml"]),
     ],
 )
@@ -86,14 +108,41 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(argv, w
 
 
 def test_help_version_and_recipes(capsys):
-    for argv in ([], ["--help"], ["train", "--help"]):
+    for argv in ([], ["--help"]):
         cli.main(argv)
         out = capsys.readouterr().out
-        assert "jepax train RECIPE --help" in out and "--dry-run" in out
+        assert all(f"\n  {name} " in out for name in COMMANDS) and "jepax train RECIPE --help" in out
     cli.main(["--version"])
     assert capsys.readouterr().out.startswith("jepax 0.")
     cli.main(["recipes"])
     assert "ijepa_fashion_mnist " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_lists_its_options_with_types_defaults_and_meanings(name, capsys):
+    cli.main([name, "--help"])
+    out, kind = capsys.readouterr().out, COMMANDS[name]
+    assert out.startswith(f"usage: jepax {name} ")
+    words = " ".join(out.replace("│", " ").split())
+    assert kind.__doc__.splitlines()[0] in words and f"For example: jepax {name}" in words
+    for option in kind.options():
+        assert f" --{option.replace('_', '-')}" in words, option
+    assert "PATH" not in out and "STR" not in out  # each has a name of its own in place of its type
+    assert "--overrides" not in out
+
+
+def test_help_does_not_wait_for_jax():
+    commands = [[], *([name, "--help"] for name in COMMANDS)]
+    script = (
+        f"import sys; from jepax.cli import main; [main(argv) for argv in {commands}]; assert 'jax' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_switch_takes_no_value(monkeypatch):
+    read = Train.read("train", ["--dry-run", "ijepa_fashion_mnist", "--seed", "3"])
+    assert read.dry_run and read.recipe == "ijepa_fashion_mnist" and read.config().seed == 3
 
 
 def test_a_recipes_help_shows_every_field_with_type_default_and_meaning(capsys):
@@ -106,11 +155,11 @@ def test_a_recipes_help_shows_every_field_with_type_default_and_meaning(capsys):
 
 
 def test_interruption_takes_one_line(capsys, monkeypatch):
-    def interrupted(arguments):
+    def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "recipes", interrupted)
-    assert "the same command goes on" in fails(capsys, "recipes", code=75)
+    monkeypatch.setattr(Recipes, "run", interrupted)
+    assert "rerun the same command to resume" in fails(capsys, "recipes", code=75)
 
 
 def test_a_setting_known_to_be_unstable_is_warned_of_once(capsys):
@@ -127,7 +176,7 @@ def test_a_run_trains_evaluates_continues_and_is_trained_again(capsys, tmp_path,
     out = capsys.readouterr().out
     for word in ("trained encoder", "raw pixels", "evals/step_00000003.json", "figures/curves.png"):
         assert word in out, out
-    assert out.splitlines()[-1].endswith(" minutes in all; health: no alarm")
+    assert re.search(r"\ndone in [\d.]+ min; health: no alarm\n$", out)
     config = configs.load(Config, run / "config.yaml")
     assert (config.train.steps, config.method.encoder.width, config.optim.warmup_epochs) == (3, 24, 0.2)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -142,7 +191,7 @@ def test_a_run_trains_evaluates_continues_and_is_trained_again(capsys, tmp_path,
     assert "seed: 0 -> 1" in error and "--run-dir" in error
 
     finished = []
-    monkeypatch.setattr(cli, "finish", lambda *given: finished.append(given))  # its work is seen above
+    monkeypatch.setattr(train, "finalize", lambda *given: finished.append(given))  # its work is seen above
     cli.main(["train", "ijepa_fashion_mnist", *TINY, "--run-dir", str(run)])
     assert [(given[0], int(given[1].step), given[2]) for given in finished] == [(config, 3, run)]
     assert "compiling" not in capsys.readouterr().err  # it was done already

@@ -73,8 +73,8 @@ def test_a_registered_class_is_built_by_its_name():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"iner": {}}, ["here", "iner", "did you mean inner?"]),
-        ({"inner": {"rat": 1.0}}, ["inner.rat ", "inner.rate"]),
+        ({"iner": {}}, ["here", "unknown field iner", "did you mean inner?"]),
+        ({"inner": {"rat": 1.0}}, ["unknown field inner.rat;", "inner.rate"]),
         ({"inner": {"rate": "fast"}}, ["inner.rate='fast'", "float"]),
         ({"inner": {"rate": True}}, ["inner.rate=True", "float"]),
         ({"inner": {"rate": float("nan")}}, ["inner.rate=nan", "not a number"]),
@@ -102,11 +102,11 @@ def test_what_is_wrong_is_named(values, words):
     ("content", "words"),
     [
         (None, ["cannot be read", "No such file"]),
-        ("a: [1", ["no YAML"]),
+        ("a: [1", ["not plain YAML"]),
         ("inner: {}\n", ["count is missing"]),
-        ("", ["the whole=None"]),
-        ("count: 1\ninner:\n  rate: 1.0\n  rate: 2.0\n", ["inner.rate", "twice"]),
-        ("count: !!python/object/apply:os.getcwd []\n", ["no YAML"]),
+        ("", ["the content=None"]),
+        ("count: 1\ninner:\n  rate: 1.0\n  rate: 2.0\n", ["line 4", "duplicate key rate"]),
+        ("count: !!python/object/apply:os.getcwd []\n", ["not plain YAML"]),
     ],
 )
 def test_a_bad_file_is_refused_by_name(content, words, tmp_path):

@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from jepax import config as configs
-from jepax import overrides, pack
-from jepax.bench import run as bench
+from jepax.commands import COMMANDS
+from jepax.commands.sweep import Sweep
+from jepax.commands.train import Train
 from jepax.grids import Grid
-from jepax.grids import run as grids
+from jepax.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,27 +38,27 @@ def test_the_page_on_methods_shows_the_files_as_they_are(kind):
 @pytest.mark.filterwarnings("ignore:method.prediction_norm=both")
 def test_the_pages_commands_are_understood(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert len(commands("train")) > 5 and commands("grid")
-    for words in commands("train"):
-        assert overrides.resolve([word.replace("PATH", "/data") for word in words]).config
-    for words in commands("grid"):
-        assert grids.resolve(words).jobs
-    assert commands("bench") and commands("data")
-    for words in commands("bench"):
-        recipe, *others = words[words[0] == "data" :]
-        assert bench.resolve([recipe.replace("RECIPE", "ijepa_fashion_mnist"), *others])
-    for word, *words in commands("data"):
-        assert word == "pack" and pack.of_arguments(words)
+    assert len(commands("train")) > 5
+    for name in ("train", "sweep", "bench", "bench-data", "pack"):
+        assert commands(name), name
+        for words in commands(name):
+            words = [word.replace("PATH", "/data").replace("RECIPE", "ijepa_fashion_mnist") for word in words]
+            command = COMMANDS[name].read(name, words)
+            if name == "sweep":
+                assert command.plan().jobs
+            elif name != "pack":
+                assert command.config()
 
 
 @pytest.mark.filterwarnings("ignore:method.prediction_norm=both")
 def test_the_readmes_commands_do_not_refuse_each_other():
     """Whoever tries them one after the other: a folder holds the run of one config."""
-    folders = {Path("runs/ijepa_fashion_mnist"): overrides.resolve(["ijepa_fashion_mnist"]).config}  # make demo's
+    folders = {Path("runs/ijepa_fashion_mnist"): RECIPES["ijepa_fashion_mnist"]()}  # make demo's
     for words in commands("train", PAGES[:1]):
-        wanted = overrides.resolve([word.replace("PATH", "/data") for word in words])
-        if not wanted.dry and Path(words[0]).suffix != ".yaml":
-            assert folders.setdefault(wanted.run, wanted.config) == wanted.config, words
+        command = Train.read("train", [word.replace("PATH", "/data") for word in words])
+        if not command.dry_run and Path(words[0]).suffix != ".yaml":
+            config = command.config()
+            assert folders.setdefault(command.folder(config), config) == config, words
 
 
 def test_the_pages_grid_is_one(tmp_path):
@@ -65,7 +66,7 @@ def test_the_pages_grid_is_one(tmp_path):
     path = tmp_path / "momentum.yaml"
     path.write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
     assert configs.load(Grid, path).name == "momentum"
-    assert len(grids.resolve([str(path)]).jobs) == 4
+    assert len(Sweep.read("sweep", [str(path)]).plan().jobs) == 4
 
 
 SCHEDULED = [(0, 0, False), (1, 0, False), (2, 0, False), (75, 99, True)]

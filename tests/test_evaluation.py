@@ -14,6 +14,8 @@ import pytest
 from jepax import cli, evaluation, monitor, settings, weights
 from jepax import config as configs
 from jepax import train as training
+from jepax.commands.evaluate import Evaluate
+from jepax.commands.train import finalize
 from jepax.costs import tree_bytes
 from jepax.evals import report
 from jepax.saving import SaveConfig
@@ -149,9 +151,9 @@ def test_floors_are_measured_once(finished, capsys, tmp_path, monkeypatch):
 def test_a_run_may_end_without_an_evaluation(finished, capsys, tmp_path):
     run, config, state = finished
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evals"))
-    cli.finish(replace(config, eval=replace(config.eval, protocols=())), state, tmp_path / "run")
+    finalize(replace(config, eval=replace(config.eval, protocols=())), state, tmp_path / "run")
     out = capsys.readouterr().out
-    assert f"not evaluated: eval.protocols names none; jepax evaluate {tmp_path / 'run'}" in out and "curves.png" in out
+    assert f"not evaluated: eval.protocols is empty; jepax evaluate {tmp_path / 'run'}" in out and "curves.png" in out
     assert not (tmp_path / "run" / "evals").exists()
 
 
@@ -160,12 +162,12 @@ def test_a_run_may_end_without_an_evaluation(finished, capsys, tmp_path):
     [
         ("--protocols", ["--protocols linear knn"]),
         ("--step 5", ["no finished checkpoint of step 5", "4, 6"]),
-        ("--step x", ["--step x is no checkpoint's number"]),
-        ("--run-dir", ["--run-dir takes one value"]),
-        ("--step 4 --step 6", ["--step takes one value, once"]),
+        ("--step x", ["--step: x is invalid", "int"]),
+        ("--run-dir", ["--run-dir: a value is missing"]),
+        ("--step 4 --step 6", ["duplicate option --step"]),
         ("--encoder teacher", ["eval.encoder", "default, target, context"]),
         ("--protocols knn psychic", ["--eval.protocols", "psychic"]),
-        ("--optim.peak-lr 1", ["--optim.peak_lr is nothing that an evaluation can change"]),
+        ("--optim.peak-lr 1", ["an evaluation cannot change --optim.peak-lr", "--eval.FIELD.PATH"]),
         ("--data.source fashion_mnist --data.channels 3 --data.root /nowhere", ["data.root=/nowhere"]),
         ("--data.channels 3", ["reads 1 channels", "have 3", "--data.channels 1"]),
     ],
@@ -228,12 +230,12 @@ def test_weights_hold_one_encoder(finished, tmp_path):
     _, config, state = finished
     weights.export(tmp_path / "out", state.method.encoder, config.method.crop, recipe="r", step=6, name="context")
     with pytest.raises(UserError, match="is for runs"):
-        evaluation.resolve([str(tmp_path / "out"), "--encoder", "context"])
+        Evaluate.read("evaluate", [str(tmp_path / "out"), "--encoder", "context"]).target()
 
 
 def test_a_folder_that_holds_no_config_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no config\.yaml"):
-        evaluation.resolve([str(tmp_path)])
+        Evaluate.read("evaluate", [str(tmp_path)]).target()
 
 
 def test_settings_are_named_by_what_differs(finished):

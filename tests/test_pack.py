@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from jepax import pack
+from jepax.commands.pack import Pack
 from jepax.data import DataConfig, batches, open_source
 from jepax.data.decode import BrokenImage
 from jepax.types import UserError
@@ -49,7 +50,12 @@ def photos(tmp_path):
 
 
 def packed(photos: Path, folder: Path, **settings) -> Path:
-    pack.pack(photos, folder, pack.PackConfig(**{"canvas": CANVAS, "records": 4, "threads": 2} | settings), lambda _: 0)
+    pack.pack(
+        photos,
+        folder,
+        pack.PackConfig(**{"canvas_size": CANVAS, "images_per_shard": 4, "threads": 2} | settings),
+        lambda _: 0,
+    )
     return folder
 
 
@@ -101,7 +107,7 @@ def slow(path, config):
     time.sleep(0.1)
     return plain(path, config)
 pack.record = slow
-pack.pack(Path(sys.argv[1]), Path(sys.argv[2]), pack.PackConfig(canvas=48, records=4, threads=2))
+pack.pack(Path(sys.argv[1]), Path(sys.argv[2]), pack.PackConfig(canvas_size=48, images_per_shard=4, threads=2))
 """
 
 
@@ -125,7 +131,7 @@ def test_packing_that_was_killed_goes_on(photos, tmp_path, number):
 def test_a_full_disk_is_told_in_a_line_and_packing_goes_on(photos, tmp_path):
     """Files may not grow beyond 8 kB."""
     folder = tmp_path / "pack"
-    words = ["data", "pack", str(photos), str(folder), "--canvas", str(CANVAS), "--records", "4"]
+    words = ["pack", str(photos), str(folder), "--canvas-size", str(CANVAS), "--images-per-shard", "4"]
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))"
     command = [sys.executable, "-c", f"{limit}; from jepax.cli import main; main(sys.argv[1:])", *words]
     ended = subprocess.run(command, capture_output=True, text=True)
@@ -152,7 +158,7 @@ def test_a_broken_picture_is_named_and_replaced_as_in_the_folder(photos, tmp_pat
     (photos / "train/cat/large_1.jpg").write_bytes(b"<html>not found</html>")
     said: list[str] = []
     folder = tmp_path / "pack"
-    pack.pack(photos, folder, pack.PackConfig(canvas=CANVAS, records=4), said.append)
+    pack.pack(photos, folder, pack.PackConfig(canvas_size=CANVAS, images_per_shard=4), said.append)
     (warned,) = (line for line in said if "warning" in line)
     assert warned.startswith("warning: train/cat/large_1.jpg cannot be read (its content is none of")
     ours, theirs = open_("packed", folder, validation=0.0), open_("image_folder", photos, validation=0.0)
@@ -271,13 +277,13 @@ def test_its_contents_are_the_folders_and_the_shards(photos, tmp_path):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["photos"], "give a folder of photos and a new one"),
-        (["photos", "pack", "--canvas", "0"], "--canvas 0 must be at least 1"),
-        (["photos", "pack", "--quality", "101"], "--quality 101 is none of 1 to 100"),
-        (["photos", "pack", "--side", "9"], r"--side 9 is not understood; jepax data pack takes --canvas, --quality"),
+        (["photos"], "jepax pack takes SRC DST"),
+        (["photos", "pack", "--canvas-size", "0"], "--canvas-size 0 must be at least 1"),
+        (["photos", "pack", "--quality", "101"], "--quality 101 is not in \\[1, 100\\]"),
+        (["photos", "pack", "--side", "9"], "--side; jepax pack takes --canvas-size, --quality"),
     ],
     ids=["folders", "canvas", "quality", "unknown"],
 )
 def test_what_is_not_understood_is_named(words, said):
     with pytest.raises(UserError, match=said):
-        pack.of_arguments(words)
+        Pack.read("pack", words)

@@ -131,7 +131,7 @@ def test_a_finished_run_is_left_alone(config, finished):
 
 def test_a_folder_of_another_config_is_refused(config, finished):
     other = replace(config, optim=replace(config.optim, peak_lr=5e-3))
-    with pytest.raises(UserError, match=r"(?s)another config.*optim.peak_lr: .* -> 0.005"):
+    with pytest.raises(UserError, match=r"(?s)different config.*optim.peak_lr: .* -> 0.005"):
         train(other, finished[0])
 
 

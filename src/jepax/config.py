@@ -1,4 +1,4 @@
-"""Frozen dataclasses to plain dicts and YAML files, and back, strictly: no key and no type is ever guessed."""
+"""Frozen dataclasses to plain dicts and YAML files, and back, strictly: no key and no type is guessed."""
 
 import dataclasses
 import difflib
@@ -11,10 +11,27 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from jepax import files
-from jepax.types import UserError
+from jepax.errors import UserError
 from jepax.untrusted import read_yaml, shown
 
 T = TypeVar("T")
+SIMILAR = 0.7
+"""Least similarity of two names, in [0, 1], at which one is suggested for the other."""
+
+
+def load(cls: type[T], path: Path) -> T:
+    """Read a YAML file strictly. Raises `UserError` if it is missing, not plain YAML, or no `cls`."""
+    return from_dict(cls, read_yaml(path), str(path))
+
+
+def dump(config: object, path: Path) -> None:
+    """Write the YAML file atomically."""
+    files.write(path, text(config))
+
+
+def text(config: object) -> str:
+    """The config as YAML."""
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -25,7 +42,7 @@ _Dumper.add_representer(list, lambda dumper, value: dumper.represent_sequence("t
 
 
 def to_dict(config: object) -> dict[str, Any]:
-    """Plain values only. A class kept in a `registry` (such as a method's config) writes its `name` first."""
+    """Plain values only. A class that is kept in a `registry`, such as a method's config, writes its `name` first."""
     named = {"name": type(config).name} if _registry(type(config)) is not None else {}
     return named | {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
@@ -37,30 +54,26 @@ def _plain(value: object) -> Any:
 
 
 def from_dict(cls: type[T], values: object, where: str) -> T:
-    """Builds `cls`; fields that have a default may be left out. `where` names the values' origin in errors.
+    """A `cls` with these values; fields that have a default may be left out. `where`: the values' origin, for errors.
 
     Raises `UserError` at the first unknown key, missing field or wrong type, and what the classes themselves raise.
     """
     return _build(cls, values, "", where)
 
 
-def _registry(cls: type) -> dict[str, type] | None:
-    registry = getattr(cls, "registry", None)
-    return registry if isinstance(registry, dict) else None
-
-
 def _build(cls: type[T], values: object, path: str, where: str) -> T:
     if not isinstance(values, dict):
-        raise _wrong(path or "the whole", values, cls, where)
-    cls, values = _named(cls, dict(values), path, where)
+        raise _invalid(path or "the content", values, cls, where)
+    cls, values = _subclass(cls, dict(values), path, where)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    # Every key is a field, and every field without a default is there.
     for key in values:
         if key not in fields:
-            raise UserError(f"{where}: {_join(path, key)} is no field; {nearest(str(key), fields, path)}")
+            raise UserError(f"{where}: unknown field {_join(path, key)}; {nearest(str(key), fields, path)}")
     for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            raise UserError(f"{where}: {_join(path, name)} is missing, and it has no default")
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where}: {_join(path, name)} is missing, and has no default")
+    # Every value has its field's type; then the class checks its own rules.
     kinds = get_type_hints(cls)
     converted = {name: convert(kinds[name], value, _join(path, name), where) for name, value in values.items()}
     try:
@@ -69,50 +82,58 @@ def _build(cls: type[T], values: object, path: str, where: str) -> T:
         raise UserError(f"{where}: {path}: {error}" if path and path not in str(error) else str(error)) from error
 
 
-def _named(cls: type, values: dict, path: str, where: str) -> tuple[type, dict]:
-    """The subclass that the dict's `name` asks for, and the other values."""
+def _subclass(cls: type, values: dict, path: str, where: str) -> tuple[type, dict]:
+    """The registered class that the dict's `name` names, and the other values."""
     registry = _registry(cls)
     if registry is None:
         return cls, values
     name = values.pop("name", None)
     if not isinstance(name, str) or name not in registry:
-        said = " is missing" if name is None else f"={shown(repr(name))} is unknown"
-        raise UserError(f"{where}: {_join(path, 'name')}{said}; {nearest(str(name), registry)}")
+        problem = " is missing" if name is None else f"={shown(repr(name))} is unknown"
+        raise UserError(f"{where}: {_join(path, 'name')}{problem}; {nearest(str(name), registry)}")
     if not issubclass(registry[name], cls):
-        raise UserError(f"{where}: {_join(path, 'name')}={name!r} does not belong here; take {cls.name!r}")
+        raise UserError(f"{where}: {_join(path, 'name')}={name!r} does not belong here; try {cls.name!r}")
     return registry[name], values
 
 
+def _registry(cls: type) -> dict[str, type] | None:
+    registry = getattr(cls, "registry", None)
+    return registry if isinstance(registry, dict) else None
+
+
 def convert(kind: Any, value: object, path: str, where: str) -> Any:
-    """`value` as a field annotated `kind` holds it. Raises `UserError` naming path, value and the type wanted."""
+    """`value` as a field of type `kind` stores it. Raises `UserError` naming path, value and the type expected."""
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, path, where)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return _union(kind, arguments, value, path, where)
-    if origin is Literal:
+        found = _union(arguments, value, path, where)
+    elif origin is Literal:
         found = [choice for choice in arguments if type(choice) is type(value) and choice == value]
     elif origin is tuple:
         found = _tuple(arguments, value, path, where)
     else:
         found = _scalar(kind, value)
     if not found:
-        raise _wrong(path, value, kind, where)
+        raise _invalid(path, value, kind, where)
     return found[0]
 
 
-def _union(kind: Any, members: tuple, value: object, path: str, where: str) -> Any:
+# Each of these returns the value in a list, or an empty list if it has another type.
+
+
+def _union(members: tuple, value: object, path: str, where: str) -> list:
     if value is None and type(None) in members:
-        return None
-    members = [member for member in members if member is not type(None)]
-    if len(members) == 1 and isinstance(value, dict):  # its own error says more: which key, which type
-        return convert(members[0], value, path, where)
+        return [None]
+    members = tuple(member for member in members if member is not type(None))
+    if len(members) == 1 and isinstance(value, dict):  # the member's own error is more precise: which key, which type
+        return [convert(members[0], value, path, where)]
     for member in members:
         try:
-            return convert(member, value, path, where)
+            return [convert(member, value, path, where)]
         except UserError:
             continue
-    raise _wrong(path, value, kind, where)
+    return []
 
 
 def _tuple(arguments: tuple, value: object, path: str, where: str) -> list[tuple]:
@@ -125,14 +146,13 @@ def _tuple(arguments: tuple, value: object, path: str, where: str) -> list[tuple
 
 
 def _scalar(kind: Any, value: object) -> list:
-    """The value in a list, or an empty list where it is none of that kind."""
     if kind is float and not isinstance(value, bool):
         try:  # from text too: PyYAML reads 3e-4 as text
             number = float(value) if isinstance(value, (int, float, str)) else math.nan
         except (ValueError, OverflowError):
             return []
         return [number] if math.isfinite(number) else []
-    if kind is int and type(value) is int and abs(value) >= 2**63:  # no number of anything, and too large for a float
+    if kind is int and type(value) is int and abs(value) >= 2**63:  # no setting is that large, and floats overflow
         return []
     return [value] if kind is Any or type(value) is kind else []
 
@@ -154,58 +174,34 @@ def describe(kind: Any) -> str:
 
 
 def nearest(name: str, valid: Iterable[str], path: str = "") -> str:
-    """The way out of a misspelt name: the nearest valid one, or all of them."""
+    """The end of an error about a misspelled name: the valid one that is most similar, or all of them."""
     valid = list(valid)
-    if (close := closest(name, valid)) is not None:
-        return f"did you mean {_join(path, close)}?"
-    return f"there {'is' if len(valid) == 1 else 'are'} {', '.join(valid)}"
-
-
-def closest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name that is spelt most like it, if any is near."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return close[0] if close else None
+    if close := difflib.get_close_matches(name, valid, n=1, cutoff=SIMILAR):
+        return f"did you mean {_join(path, close[0])}?"
+    return f"expected {'' if len(valid) == 1 else 'one of '}{', '.join(valid)}"
 
 
 def _join(path: str, name: object) -> str:
     return f"{path}.{shown(name)}" if path else shown(name)
 
 
-def _wrong(path: str, value: object, kind: Any, where: str) -> UserError:
-    wrong = "is not a number" if value != value else "has the wrong type"
-    return UserError(f"{where}: {path}={shown(repr(value))} {wrong}; it wants {describe(kind)}")
-
-
-def dump(config: object, path: Path) -> None:
-    """Writes the YAML file, whole or not at all."""
-    files.write(path, text(config))
-
-
-def text(config: object) -> str:
-    """The config as YAML."""
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-
-
-def load(cls: type[T], path: Path) -> T:
-    """Reads a YAML file strictly. Raises `UserError` where it is missing, no plain YAML, or no `cls`."""
-    return from_dict(cls, read_yaml(path), str(path))
+def _invalid(path: str, value: object, kind: Any, where: str) -> UserError:
+    problem = "is not a number" if value != value else "is invalid"
+    return UserError(f"{where}: {path}={shown(repr(value))} {problem}: expected {describe(kind)}")
 
 
 def flat(config: object, path: str = "") -> dict[str, Any]:
-    """Every leaf of the config by its dotted path."""
-    leaves: dict[str, Any] = {}
+    """Every value of the config by its dotted path."""
+    values: dict[str, Any] = {}
     for name, value in to_dict(config).items() if dataclasses.is_dataclass(config) else config.items():
-        inner = flat(value, _join(path, name)) if isinstance(value, dict) else {_join(path, name): value}
-        leaves |= inner
-    return leaves
+        inner = _join(path, name)
+        values |= flat(value, inner) if isinstance(value, dict) else {inner: value}
+    return values
 
 
 def differences(old: object, new: object) -> list[str]:
-    """Lines `field.path: old -> new`, in the config's order; empty where both are equal."""
+    """Lines `field.path: old -> new`, in the config's order; empty if both are equal."""
+    missing = "(absent)"
     before, after = flat(old), flat(new)
-    paths = list(before) + [path for path in after if path not in before]
-    return [
-        f"{path}: {before.get(path, '(absent)')} -> {after.get(path, '(absent)')}"
-        for path in paths
-        if path not in before or path not in after or before[path] != after[path]
-    ]
+    pairs = {path: (before.get(path, missing), after.get(path, missing)) for path in before | after}
+    return [f"{path}: {was} -> {now}" for path, (was, now) in pairs.items() if was != now]

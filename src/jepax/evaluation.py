@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,14 @@ from jepax.evals.report import SPLITS
 from jepax.evals.say import SILENT, Say
 from jepax.nn import ViT
 from jepax.optim import Optimizer
-from jepax.overrides import dotted, grouped, override
 from jepax.settings import Config
 from jepax.step import TrainState, build_method, first_state
 from jepax.types import UserError
 from jepax.views import CropConfig
-from jepax.weights import MODEL, load_encoder, refuse_other_formats
+from jepax.weights import load_encoder, refuse_other_formats
 
 EVALUATION_KEY = 2
 """Folded into the seed's key; 0 and 1 belong to the first parameters and to training."""
-SHORT = {"protocols": "eval.protocols", "encoder": "eval.encoder", "pool": "eval.pool"}
-"""Flags of `jepax evaluate` and the fields that they stand for."""
 
 
 @dataclass(frozen=True)
@@ -152,48 +149,6 @@ def check_channels(subject: Subject, has: int) -> None:
         )
 
 
-def resolve(arguments: list[str]) -> Subject:
-    """Reads the arguments of `jepax evaluate`, and what they name.
-
-    Raises `UserError` naming the folder, the flag or the field, and the way out.
-    """
-    if not arguments or arguments[0].startswith("-"):
-        raise UserError("give a run's folder, or one of exported weights, first: jepax evaluate runs/NAME")
-    folder = Path(arguments[0])
-    groups = [[f"--{SHORT.get(dotted(flag), dotted(flag))}", *words] for flag, *words in grouped(arguments[1:])]
-    own = {}
-    for flag, *words in groups:
-        if flag in ("--step", "--run_dir"):
-            if len(words) != 1 or flag in own:
-                shown = flag.replace("_", "-")
-                raise UserError(f"{shown} takes one value, once: {shown} {'2000' if flag == '--step' else 'DIR'}")
-            own[flag] = words[0]
-    own = {flag.removeprefix("--"): word for flag, word in own.items()}
-    for flag, *_ in groups:
-        if flag.removeprefix("--") not in own and not flag.startswith(("--eval.", "--data.", "--seed")):
-            known = ", ".join(f"--{name}" for name in ("step", *SHORT, "seed", "run-dir", "data.…", "eval.…"))
-            raise UserError(f"{flag} is nothing that an evaluation can change; there are {known}")
-    changes = [[flag, *words] for flag, *words in groups if flag.removeprefix("--") not in own]
-    if (folder / MODEL).is_file():
-        if "step" in own:
-            raise UserError(f"--step is for runs, and {folder} holds exported weights")
-        subject = of_weights(folder, by_protocols(override(Config(), changes), folder))
-    else:
-        config = config_of(folder)
-        settings = by_protocols(override(config, changes) if changes else config, folder)
-        subject = of_run(config, restored(config, folder, step_of(own)), folder, settings)
-    if "run_dir" not in own:
-        return subject
-    return replace(subject, folder=Path(own["run_dir"]), name=f"{subject.told['folder']}-{subject.name}")
-
-
-def by_protocols(settings: Config, folder: Path) -> Config:
-    """The settings. Raises `UserError` where they name no protocol, as a run's may that was not to be evaluated."""
-    if not settings.eval.protocols:
-        raise UserError(f"say by which protocols: jepax evaluate {folder} --protocols linear knn")
-    return settings
-
-
 def config_of(run: Path) -> Config:
     """Of a run's folder. Raises `UserError` naming the nearest one, or what lies there instead."""
     if not (run / "config.yaml").is_file():
@@ -202,12 +157,3 @@ def config_of(run: Path) -> Config:
         way = configs.nearest(str(run), near) if near else f"no run lies in {run.parent}"
         raise UserError(f"{run} is no run's folder: it holds no config.yaml; {way}")
     return configs.load(Config, run / "config.yaml")
-
-
-def step_of(own: dict[str, str]) -> int | None:
-    """Of the checkpoint that is asked for."""
-    if "step" not in own:
-        return None
-    if not own["step"].isdecimal():
-        raise UserError(f"--step {own['step']} is no checkpoint's number: --step 2000")
-    return int(own["step"])

@@ -1,4 +1,4 @@
-"""`jepax data pack PHOTOS PACK`: a folder of photos as a few large files of pictures that fit the canvas.
+"""A folder of photos as a few large files of pictures that fit the canvas.
 
 A file that fits the canvas is kept byte for byte; a larger one is scaled down, as reading it would, and kept as a JPEG
 without chroma subsampling. Everything follows from the files and the settings alone, whatever the number of threads,
@@ -8,7 +8,7 @@ and a pack reads alike on every machine, so runs on it are equal bit for bit. Pa
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import simplejpeg
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from jepax import files, lock, overrides
+from jepax import files, lock
 from jepax.data import DataConfig
 from jepax.data.decode import BrokenImage, blamed, bytes_of, fitted, is_grey, longer_side
 from jepax.data.sources import image_folder
@@ -40,35 +40,14 @@ Say = Callable[[str], None]
 class PackConfig:
     """How pictures are packed."""
 
-    canvas: int = 512
+    canvas_size: int = 512
     """Longest side in pixels; larger pictures are scaled down."""
     quality: int = 95
     """Of the JPEGs of pictures that were scaled down; in [1, 100]."""
-    records: int = 4096
+    images_per_shard: int = 4096
     """Pictures in one file."""
     threads: int = field(default_factory=multihost.cores)
     """Files that are written at once."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"--quality {self.quality} is none of 1 to 100; try 95")
-        for name in ("canvas", "records", "threads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
-
-
-def of_arguments(arguments: Sequence[str]) -> tuple[Path, Path, PackConfig]:
-    """The folder, the pack, and the settings. Raises `UserError` naming what is not understood."""
-    if len(arguments) < 2 or any(word.startswith("-") for word in arguments[:2]):
-        raise UserError("give a folder of photos and a new one: jepax data pack PHOTOS PACK")
-    known = {f"--{name}": name for name in PackConfig.__dataclass_fields__}
-    given: dict[str, int] = {}
-    for flag, *words in overrides.grouped(arguments[2:]):
-        if flag not in known or len(words) != 1 or not words[0].isdecimal():
-            said = " ".join([flag, *words])
-            raise UserError(f"{said} is not understood; jepax data pack takes {', '.join(known)}, each with a number")
-        given[known[flag]] = int(words[0])
-    return Path(arguments[0]), Path(arguments[1]), PackConfig(**given)
 
 
 def pack(photos: Path, folder: Path, config: PackConfig, say: Say = print) -> None:
@@ -79,14 +58,14 @@ def pack(photos: Path, folder: Path, config: PackConfig, say: Say = print) -> No
     something else, where a file cannot be opened, and those of `image_folder`.
     """
     sources = {
-        part: image_folder.open_split(str(photos), split, 0.0, config.canvas, 3)
+        part: image_folder.open_split(str(photos), split, 0.0, config.canvas_size, 3)
         for part, split in (("train", "train"), ("val", "test"))
     }
     told = {
         "version": VERSION,
-        "canvas": config.canvas,
+        "canvas": config.canvas_size,
         "quality": config.quality,
-        "records": config.records,
+        "records": config.images_per_shard,
         "classes": list(sources["train"].class_names),
     }
     with lock.held(folder):
@@ -132,11 +111,11 @@ def begin(folder: Path, told: dict[str, Any], sources: dict[str, Any]) -> None:
 
 def write(source: image_folder.ImageFolder, part: str, folder: Path, config: PackConfig, say: Say) -> list[Any]:
     """Writes the shards of train or val that are not there yet, and returns what `PACK` tells of each."""
-    firsts, ended = range(0, len(source), config.records), Event()
+    firsts, ended = range(0, len(source), config.images_per_shard), Event()
 
     def one(first: int) -> dict[str, Any]:
-        number = first // config.records
-        rows = range(first, min(first + config.records, len(source)))
+        number = first // config.images_per_shard
+        rows = range(first, min(first + config.images_per_shard, len(source)))
         told = write_shard(source, rows, folder / shard_name(part, number), config, ended)
         say(f"{part}: file {number + 1} of {len(firsts)}, {len(rows):,} pictures, {told['bytes'] / 1e6:,.0f} MB")
         for name, why in told["broken"]:
@@ -194,8 +173,8 @@ def record(path: Path, config: PackConfig) -> bytes:
     with blamed(str(path)):
         data = bytes_of(path)
         grey = is_grey(data)
-        small = fitted(data, config.canvas, config.canvas, 1 if grey else 3)
-        if longer_side(data) <= config.canvas:
+        small = fitted(data, config.canvas_size, config.canvas_size, 1 if grey else 3)
+        if longer_side(data) <= config.canvas_size:
             return data
         return simplejpeg.encode_jpeg(
             np.ascontiguousarray(small), config.quality, "GRAY" if grey else "RGB", "Gray" if grey else "444"

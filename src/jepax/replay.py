@@ -1,4 +1,4 @@
-"""`jepax replay DUMP`: takes a step again that ended a run, and says where it stops being finite."""
+"""Takes a step again that ended a run, and says where it stops being finite."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from jepax import config as configs
 from jepax.optim import Optimizer
 from jepax.settings import Config, compute_dtype
 from jepax.step import Fixed, TrainState, compiled_step, first_state, layout_of, loss_and_gradients
-from jepax.types import Images, Metrics, UserError
+from jepax.types import Images, Metrics
 
 SHOWN = 8
 """Names of arrays that are listed."""
@@ -84,10 +84,3 @@ def say_gradients(
     metrics, grads = gradients(state, images, root)
     say_not_finite("terms and embeddings of the loss", metrics, say)
     say_not_finite("gradients", grads, say)
-
-
-def of_arguments(arguments: list[str]) -> Path:
-    """Raises `UserError` where the arguments are not one folder."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError("give the folder of a dump: jepax replay runs/NAME/dumps/step_N")
-    return Path(arguments[0])

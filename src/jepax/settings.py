@@ -137,9 +137,9 @@ def claim(run: Path, config: Config, source: Source | None = None, allow: Sequen
         raise UserError(
             "\n".join(
                 [
-                    f"{run} holds a run of another config (there -> here):",
+                    f"{run} contains a run with a different config (saved -> requested):",
                     *different[:3],
-                    f"take another --run-dir, or the folder's own config.yaml, or insist: --resume.allow {names}",
+                    f"take another --run-dir, or the folder's own config.yaml, or --allow-config-change {names}",
                 ]
             )
         )
@@ -167,7 +167,7 @@ def refuse_other_data(run: Path, source: Source) -> None:
                 [
                     f"{run} was trained on other pictures, {_parts(changed)} (then -> now):",
                     *changed[:2],
-                    "bring the pictures back, take another --run-dir, or insist: --resume.allow data",
+                    "bring the pictures back, take another --run-dir, or --allow-config-change data",
                 ]
             )
         )

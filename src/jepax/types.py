@@ -5,27 +5,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
+from jepax.errors import UserError, words
+
 AnyArray = jax.Array | np.ndarray
 Metrics = dict[str, Array]
 """Named values of one step, on the device until they are logged."""
-
-
-class UserError(ValueError):
-    """Bad input from a user. The message takes one to five lines and names the field, the value and the way out.
-
-    The command line prints it without a traceback and exits with code 2.
-    """
-
-
-def words(error: BaseException) -> str | None:
-    """What the user is told of an error that is theirs to mend; None: it is none of those."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-        return "the device ran out of memory; lower train.batch_size (see --dry-run), or a protocol's"
-    return None
 
 
 class Images(eqx.Module):

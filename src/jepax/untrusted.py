@@ -1,4 +1,4 @@
-"""Text files that anybody may have written: read within bounds of size and depth, plain values alone, no code run."""
+"""Text files from anywhere: read with limits on size and depth, as plain values only, without running code."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from jepax.types import UserError
+from jepax.errors import UserError
 
 LARGEST = 1_000_000
 """Bytes of a file; our own hold a few thousand."""
@@ -15,7 +15,7 @@ DEEPEST = 32
 VALUES = 20_000
 """Keys, values and lists of a YAML file: each takes about a kilobyte while it is read."""
 LONGEST = 2_000
-"""Characters of one YAML value: far below the digits at which Python stops to read and to print whole numbers."""
+"""Characters of one YAML value: far fewer than the digits at which Python refuses to parse and print integers."""
 
 
 class _Refused(yaml.YAMLError):
@@ -23,7 +23,7 @@ class _Refused(yaml.YAMLError):
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Builds plain values alone, and stops at the first that is tagged, shared, too deep, too long or one too many."""
+    """Builds plain values, and stops at the first node that is tagged, shared, too deep, too long, or one too many."""
 
     depth = values = 0
 
@@ -34,6 +34,16 @@ class _PlainLoader(yaml.SafeLoader):
             raise _Refused(f"line {event.start_mark.line + 1}: {why}")
         node = super().compose_node(parent, index)
         self.depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """YAML itself would silently use the last value of a key that is there twice."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise _Refused(f"line {key.start_mark.line + 1}: duplicate key {shown(key.value)}; remove one")
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return node
 
     def _why_not(self, event: yaml.Event) -> str:
@@ -51,20 +61,14 @@ class _PlainLoader(yaml.SafeLoader):
 def read_yaml(path: Path) -> Any:
     """Plain values of a YAML file.
 
-    Raises `UserError` naming the file where it is missing, too large, no YAML, holds a key twice, or is more than plain
-    values: tags, anchors and aliases, which a few lines make into gigabytes, or a nesting that is too deep.
+    Raises `UserError` naming the file if it is missing, too large, not YAML, has a key twice, or is more than plain
+    values: tags, anchors and aliases, which a few lines expand to gigabytes, or a nesting that is too deep.
     """
     content = read_text(path)
     try:
-        loader = _PlainLoader(content)
-        node = loader.get_single_node()
-        repeated = _repeated(node)
-        values = None if node is None else loader.construct_document(node)
+        return _PlainLoader(content).get_single_data()
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())[:300]}") from error
-    if repeated:
-        raise UserError(f"{path}: {repeated} stands there twice; remove one")
-    return values
+        raise UserError(f"{path} is not plain YAML: {' '.join(str(error).split())[:300]}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -101,16 +105,3 @@ def shown(value: object, longest: int = 60) -> str:
     """A file's value as an error may print it: on one line, short, without a terminal's control characters."""
     text = value if isinstance(value, str) and value.isprintable() else ascii(value)
     return text if len(text) < longest else text[: longest - 3] + "..."
-
-
-def _repeated(node: yaml.Node | None, path: str = "") -> str:
-    """The first key that a mapping holds twice, of which YAML would silently take the last."""
-    seen = set()
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        name = f"{path}.{key.value}" if path else str(key.value)
-        if name in seen:
-            return shown(name)
-        seen.add(name)
-        if inner := _repeated(value, name):
-            return inner
-    return ""

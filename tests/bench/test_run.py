@@ -9,13 +9,20 @@ import pytest
 
 from jepax.bench import peak, peer, run
 from jepax.bench.subject import Subject
+from jepax.commands.bench import Bench
+from jepax.recipes import RECIPES
 from jepax.types import UserError
 
 TINY = """
     --data.source synthetic --data.canvas 28 --data.channels 1 --data.synthetic-images 80
     --method.encoder.width 24 --method.encoder.depth 1 --method.predictor.width 12 --method.predictor.depth 1
-    --train.batch-size 16 --train.steps 30 --optim.warmup-epochs 0.2 --rounds 3
+    --train.batch-size 16 --train.steps 30 --optim.warmup-epochs 0.2
 """.split()
+
+
+def config(*words):
+    """The demo's config with these overrides."""
+    return Bench.read("bench", ["ijepa_fashion_mnist", *words]).config()
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +31,7 @@ def found(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "found.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peak, "SIZES", {"cpu": (64,)})
-        returned = run.bench(["ijepa_fashion_mnist", *TINY, "--json", str(path)], say=lambda line: None)
+        returned = run.bench(config(*TINY), 3, say=lambda line: None, json=path)
     assert json.loads(path.read_text()) == json.loads(json.dumps(returned))
     return returned
 
@@ -70,33 +77,26 @@ def test_the_machine_and_the_config_are_told(found):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "jepax bench RECIPE"),
-        (["ijepa_fashion_mnist", "--peer", "tensorflow"], "tensorflow"),
-        (["ijepa_fashion_mnist", "--peer"], "one value"),
-        (["ijepa_fashion_mnist", "--rounds", "few"], "few"),
-        (["ijepa_fashion_mnist", "--rounds", "0"], "--rounds 0"),
+        ([], "jepax bench takes RECIPE"),
+        (["ijepa_fashion_mnist", "--baseline", "tensorflow"], "tensorflow is invalid: expected one of torch"),
+        (["ijepa_fashion_mnist", "--baseline"], "a value is missing"),
+        (["ijepa_fashion_mnist", "--repeats", "few"], "few"),
+        (["ijepa_fashion_mnist", "--repeats", "0"], "--repeats 0"),
     ],
 )
 def test_what_is_not_understood_is_refused(words, said):
     with pytest.raises(UserError, match=said):
-        run.resolve(words)
-
-
-def test_reading_has_no_peer():
-    with pytest.raises(UserError, match="--peer is for steps"):
-        run.bench(["data", "ijepa_fashion_mnist", "--peer", "torch"])
+        Bench.read("bench", words)
 
 
 def test_the_peer_is_one_of_ijepa():
-    config, _ = run.resolve(["lejepa_fashion_mnist"])
     with pytest.raises(UserError, match="is for I-JEPA; lejepa_fashion_mnist trains lejepa"):
-        peer.compare(config, 1)
+        peer.compare(RECIPES["lejepa_fashion_mnist"](), 1)
 
 
 def test_our_step_and_the_peers_agree_and_are_timed():
     pytest.importorskip("torch")
-    config, _ = run.resolve(["ijepa_fashion_mnist", *TINY])
-    found = peer.compare(config, 2, ("eager",))
+    found = peer.compare(config(*TINY), 2, ("eager",))
     assert set(found["against"]) == {"torch, eager"} and found["against"]["torch, eager"]["ratio"] > 0
     assert len(found["losses"]) == peer.CHECKED
 
@@ -106,7 +106,7 @@ def test_no_step_is_counted_that_was_done_before_the_clock_started():
 
     class Slow(Subject):
         def __init__(self):
-            self.config = run.resolve(["ijepa_fashion_mnist"])[0]
+            self.config = config()
 
         def step(self, images=None):
             time.sleep(0.02)

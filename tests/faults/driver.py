@@ -151,7 +151,7 @@ FAULTS["none"] = tuple
 
 
 if __name__ == "__main__":  # the workers of the loader import this file again
-    from jepax.cli import stop
+    from jepax.cli import exit_with
     from jepax.distributed import preemption
     from jepax.types import UserError
 
@@ -159,6 +159,6 @@ if __name__ == "__main__":  # the workers of the loader import this file again
         with preemption.install_handlers():
             main(*sys.argv[1:])
     except UserError as error:
-        stop(str(error), 2)
+        exit_with(str(error), 2)
     except preemption.Preempted as ended:
-        stop(str(ended), preemption.EXIT_RETRY)
+        exit_with(str(ended), preemption.EXIT_RETRY)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jepax import sharding
-from jepax.cli import stop
+from jepax.cli import exit_with
 from jepax.distributed import multihost, preemption
 from jepax.types import UserError, words
 
@@ -62,6 +62,6 @@ if __name__ == "__main__":
             multihost.all_gather_str("all are here")
             end(sys.argv[1], int(sys.argv[2]))
     except preemption.Preempted as ended:
-        stop(str(ended), preemption.EXIT_RETRY)
+        exit_with(str(ended), preemption.EXIT_RETRY)
     except (UserError, OSError) as error:
-        stop(words(error), 2)
+        exit_with(words(error), 2)

@@ -101,7 +101,7 @@ def digests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return state
 
     monkeypatch.setattr(training, "train", train)
-    monkeypatch.setattr(cli, "finish", lambda config, state, folder: None)
+    monkeypatch.setattr("jepax.commands.train.finalize", lambda config, state, folder: None)
     return found
 
 

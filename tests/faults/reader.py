@@ -1,6 +1,6 @@
 """Reads batches in two worker processes for as long as it is let: what the tests of workers start and kill."""
 
-from jepax.cli import stop
+from jepax.cli import exit_with
 from jepax.data import batches
 from jepax.types import UserError
 from tests.contracts.shrink import shrunk
@@ -20,4 +20,4 @@ if __name__ == "__main__":  # the workers import this file again
     try:
         main()
     except UserError as error:
-        stop(str(error), 2)
+        exit_with(str(error), 2)

@@ -150,7 +150,9 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(command, reference, tmp_pa
     command.until_said("trained encoder: knn")
     command.process.send_signal(number)
     command.ends(preemption.EXIT_RETRY)
-    assert "ended as asked; the same command goes on" in command.said() and "Traceback" not in command.said()
+    assert (
+        "stopped on request; rerun the same command to resume" in command.said() and "Traceback" not in command.said()
+    )
     assert not list(command.run.glob("figures/*"))
     command.finishes()
     assert (command.run / f"evals/step_{STEPS:08d}.json").is_file()

@@ -53,7 +53,7 @@ def test_other_settings_are_refused_with_the_difference(name, whole, tmp_path, c
     run, wanted = half_of(whole, tmp_path), limits.written(tiny(), tmp_path)
     before, (difference, words) = contents(run), REFUSED[name]
     said = refused(capsys, "train", wanted, "--run-dir", run, *words)
-    assert difference in said.splitlines() and f"--resume.allow {name}" in said and str(run) in said
+    assert difference in said.splitlines() and f"--allow-config-change {name}" in said and str(run) in said
     assert contents(run) == before
 
 
@@ -61,8 +61,8 @@ def test_other_settings_are_refused_with_the_difference(name, whole, tmp_path, c
 def test_who_insists_goes_on_with_them(whole, digests, tmp_path, capsys):
     run, wanted = half_of(whole, tmp_path), limits.written(tiny(), tmp_path)
     words = ["train", wanted, "--run-dir", run, "--optim.peak-lr", "5e-4"]
-    assert "another config" in refused(capsys, *words, "--seed", "7", "--resume.allow", "optim.peak_lr")
-    command(capsys, *words, "--resume.allow", "optim.peak_lr", code=0)
+    assert "different config" in refused(capsys, *words, "--seed", "7", "--allow-config-change", "optim.peak_lr")
+    command(capsys, *words, "--allow-config-change", "optim.peak_lr", code=0)
     assert digests != [whole.digest] and sound(run)[-1] == STEPS
     assert configs.load(Config, run / "config.yaml").optim.peak_lr == 5e-4
     last = happened.read(run / "events.jsonl")[-1]
@@ -77,9 +77,17 @@ def test_what_is_allowed_must_be_a_setting(name, whole, tmp_path, capsys):
     run = half_of(whole, tmp_path)
     before = contents(run)
     said = refused(
-        capsys, "train", limits.written(tiny(), tmp_path), "--run-dir", run, "--seed", "7", "--resume.allow", name
+        capsys,
+        "train",
+        limits.written(tiny(), tmp_path),
+        "--run-dir",
+        run,
+        "--seed",
+        "7",
+        "--allow-config-change",
+        name,
     )
-    assert f"--resume.allow {name} is no field" in said
+    assert f"--allow-config-change {name} : no field or group of fields" in said
     assert contents(run) == before
 
 
@@ -97,7 +105,7 @@ def test_checkpoints_without_a_config_are_refused(whole, tmp_path, capsys):
 def test_a_model_that_does_not_fit_is_an_error_also_for_who_insists(whole, tmp_path, capsys):
     run, wanted = half_of(whole, tmp_path), limits.written(tiny(), tmp_path)
     before = contents(run)
-    words = ["--method.predictor.depth", "1", "--resume.allow", "method.predictor"]
+    words = ["--method.predictor.depth", "1", "--allow-config-change", "method.predictor"]
     said = refused(capsys, "train", wanted, "--run-dir", run, *words)
     assert "holds another model than this config builds" in said and "method.predictor" in said
     assert contents(run) == before
@@ -207,7 +215,7 @@ def test_other_pictures_are_refused_and_who_insists_goes_on(change, root, tmp_pa
     wanted = limits.written(config, tmp_path)
     said = refused(capsys, "train", wanted, "--run-dir", run)
     assert "was trained on other pictures, 1 part differs" in said and old in said and new in said
-    assert "--resume.allow data" in said and contents(run) == before
-    command(capsys, "train", wanted, "--run-dir", run, "--resume.allow", "data", code=0)
+    assert "--allow-config-change data" in said and contents(run) == before
+    command(capsys, "train", wanted, "--run-dir", run, "--allow-config-change", "data", code=0)
     assert sound(run) == [1, 2, 3, 4] and len(digests) == 1
     command(capsys, "train", wanted, "--run-dir", run, code=0)  # they are the run's own from now on

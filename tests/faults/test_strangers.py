@@ -165,9 +165,9 @@ TAGGED = "!!python/object/apply:os.mkdir ['MARKER']"
 def test_yaml_that_is_more_than_plain_values_is_refused(content, word, tmp_path, marker, capsys):
     path = tmp_path / "config.yaml"
     path.write_text(content.replace("MARKER", str(marker)))
-    for command in ("train", "grid"):
+    for command in ("train", "sweep"):
         error = fails(capsys, command, path)
-        assert str(path) in error and (word in error or command == "grid") and "\x1b" not in error, error
+        assert str(path) in error and (word in error or command == "sweep") and "\x1b" not in error, error
 
 
 def test_the_loader_itself_would_run_no_code(tmp_path, marker):

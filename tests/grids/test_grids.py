@@ -9,6 +9,7 @@ import pytest
 
 from jepax import cli, evaluation
 from jepax import config as configs
+from jepax.commands.sweep import Sweep, load_sweep
 from jepax.evals import report
 from jepax.evals.knn import KnnConfig
 from jepax.grids import GRIDS, Grid, Row, run, table
@@ -21,12 +22,17 @@ TINY = """
 """.split()
 
 
+def plan(*words):
+    """What `jepax sweep` with these words would run."""
+    return Sweep.read("sweep", words).plan()
+
+
 @pytest.mark.filterwarnings("ignore:method.prediction_norm=both")
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_row_of_a_shipped_grid_is_a_run_and_no_two_are_the_same(name):
     grid = GRIDS[name]()
     assert grid.name == name and grid.about
-    wanted = run.resolve([name, "--seeds", "0", "1"])
+    wanted = plan(name, "--seeds", "0", "1")
     assert len(wanted.jobs) == 2 * len(grid.rows)
     assert len({job.folder for job in wanted.jobs}) == len({job.config for job in wanted.jobs}) == len(wanted.jobs)
     assert len({job.config.train for job in wanted.jobs}) == 1  # equal lengths and batches
@@ -44,8 +50,8 @@ def test_the_family_holds_every_cell():
 
 def test_parts_share_out_the_runs():
     name = "family_fashion_mnist"
-    whole = run.resolve([name]).jobs
-    parts = [run.resolve([name, "--part", f"{i}/3"]).jobs for i in (1, 2, 3)]
+    whole = plan(name).jobs
+    parts = [plan(name, "--shard", f"{i}/3").jobs for i in (1, 2, 3)]
     assert [job.folder for job in parts[1]] == [job.folder for job in whole[1::3]]
     assert sorted(job.folder for part in parts for job in part) == sorted(job.folder for job in whole)
 
@@ -53,20 +59,20 @@ def test_parts_share_out_the_runs():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["give the grid", "family_fashion_mnist"]),
+        ([], ["jepax sweep takes SWEEP", "family_fashion_mnist"]),
         (["famly_fashion_mnist"], ["did you mean family_fashion_mnist?"]),
-        (["family_fashion_mnist", "--seeds", "one"], ["'one'", "--seeds 0 1 2"]),
+        (["family_fashion_mnist", "--seeds", "one"], ["--seeds: one", "a list of int"]),
         (["family_fashion_mnist", "--seeds", "1", "1"], ["seeds=[1, 1]", "twice"]),
-        (["family_fashion_mnist", "--part", "3/2"], ["--part 3/2"]),
-        (["family_fashion_mnist", "--part", "2"], ["''", "--part 1/2"]),
-        (["family_fashion_mnist", "--part", "1/2", "3"], ["'2 3'", "--part 1/2"]),
-        (["family_fashion_mnist", "--part", "1/--2"], ["'--2'", "--part 1/2"]),
-        (["family_fashion_mnist", "--seeds", "-1"], ["'-1'", "--seeds 0 1 2"]),
+        (["family_fashion_mnist", "--shard", "3/2"], ["--shard 3/2"]),
+        (["family_fashion_mnist", "--shard", "2"], ["--shard 2", "--shard 1/2"]),
+        (["family_fashion_mnist", "--shard", "1/2", "3"], ["--shard: 1/2 3 is invalid"]),
+        (["family_fashion_mnist", "--shard", "1/--2"], ["--shard 1/--2", "--shard 1/2"]),
+        (["family_fashion_mnist", "--seeds", "-1"], ["seeds=[-1]", "must not be negative"]),
         (["family_fashion_mnist", "--sedes", "1"], ["did you mean --seeds?"]),
-        (["family_fashion_mnist", "--run-dir"], ["--run-dir takes one folder"]),
+        (["family_fashion_mnist", "--run-dir"], ["--run-dir: a value is missing"]),
         (["family_fashion_mnist", "--optim.peek-lr", "1"], ["row masked+ema", "did you mean --optim.peak-lr?"]),
         (["family_fashion_mnist", "--seed", "3"], ["--seeds 0 1 2"]),
-        (["family_fashion_mnist", "--seeds", "3", "--seeds", "4"], ["--seeds stands there twice"]),
+        (["family_fashion_mnist", "--seeds", "3", "--seeds", "4"], ["duplicate option --seeds"]),
         (["family_fashion_mnist", "--dry-run"], ["no --dry-run"]),
         (["ablations_fashion_mnist", "--method.loss", "l2"], ["row l2 varies method.loss"]),
         (["nowhere.yaml"], ["nowhere.yaml", "cannot be read"]),
@@ -74,7 +80,7 @@ def test_parts_share_out_the_runs():
 )
 def test_bad_arguments_are_refused(arguments, words):
     with pytest.raises(UserError) as caught:
-        run.resolve(arguments)
+        plan(*arguments)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
@@ -106,7 +112,7 @@ def test_bad_grids_are_refused(make, words):
 def test_overrides_that_would_be_ignored_or_fail_are_refused(shared, own, words, tmp_path):
     configs.dump(Grid("g", "", (Row("a", "ijepa_fashion_mnist", own),), shared=shared), tmp_path / "g.yaml")
     with pytest.raises(UserError, match=words):
-        run.resolve([str(tmp_path / "g.yaml")])
+        plan(str(tmp_path / "g.yaml"))
 
 
 def test_what_cannot_be_trained_is_refused_before_the_first_run(tmp_path, monkeypatch):
@@ -114,7 +120,7 @@ def test_what_cannot_be_trained_is_refused_before_the_first_run(tmp_path, monkey
     rows = (Row("fits", "ijepa_fashion_mnist"), Row("long", "ijepa_fashion_mnist", ("--optim.warmup-epochs", "99")))
     configs.dump(Grid("g", "", rows), tmp_path / "g.yaml")
     tiny = [word for pair in zip(TINY[::2], TINY[1::2], strict=True) for word in pair if "warmup" not in pair[0]]
-    wanted = run.resolve([str(tmp_path / "g.yaml"), *tiny, "--run-dir", str(tmp_path / "out")])
+    wanted = plan(str(tmp_path / "g.yaml"), *tiny, "--run-dir", str(tmp_path / "out"))
     with pytest.raises(UserError, match=r"row long: optim\.warmup_epochs=99"):
         run.run(wanted, say=lambda line: None)
 
@@ -123,10 +129,10 @@ def test_runs_of_another_config_are_not_put_into_one_table(tmp_path, monkeypatch
     """Other seeds of the folder, and other parts, count too."""
     monkeypatch.setattr(run.training, "train", lambda *given: pytest.fail("trained"))
     words = ["family_fashion_mnist", *TINY, "--run-dir", str(tmp_path)]
-    before = run.resolve([*words, "--seeds", "0", "--eval.knn.neighbours", "3"]).jobs[0]
+    before = plan(*words, "--seeds", "0", "--eval.knn.neighbours", "3").jobs[0]
     run.settings.record(before.folder, before.config)
-    with pytest.raises(UserError, match=r"(?s)row masked\+ema: .*another config.*neighbours"):
-        run.run(run.resolve([*words, "--seeds", "1"]), say=lambda line: None)
+    with pytest.raises(UserError, match=r"(?s)row masked\+ema: .*different config.*neighbours"):
+        run.run(plan(*words, "--seeds", "1"), say=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -135,13 +141,13 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grid")
     rows = (Row("masked", "ijepa_fashion_mnist"), Row("views", "byol_fashion_mnist"))
     configs.dump(Grid("mine", "two rows", rows, seeds=(0, 1)), folder / "mine.yaml")
-    words = ["grid", str(folder / "mine.yaml"), *TINY, "--run-dir", str(folder / "out")]
+    words = ["sweep", str(folder / "mine.yaml"), *TINY, "--run-dir", str(folder / "out")]
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.figures, "draw", lambda config, folder: drawn.append(folder))
         patch.setattr(run, "forget_programs", lambda: None)
         for part in ("1/2", "2/2"):
-            cli.main([*words, "--part", part])
+            cli.main([*words, "--shard", part])
     assert [path.name for path in drawn] == ["masked-seed0", "masked-seed1", "views-seed0", "views-seed1"]
     return folder / "out", words
 
@@ -181,7 +187,7 @@ def test_floors_are_measured_once_per_seed_and_no_score_is_shared(finished):
 def test_a_floor_kept_is_the_floor_measured(finished, monkeypatch):
     """Evaluated again without the kept ones, every floor is the same."""
     _, words = finished
-    job = run.resolve(words[1:]).jobs[0]
+    job = plan(*words[1:]).jobs[0]
     state = evaluation.restored(job.config, job.folder)
     monkeypatch.setattr(report, "write", lambda results, run, name: run / name)
     fresh = evaluation.evaluate(evaluation.of_run(job.config, state, job.folder))[0]["rows"]
@@ -207,7 +213,7 @@ def test_a_run_without_its_evaluation_is_continued(finished, capsys, tmp_path):
     lost = folder / "views-seed1" / "evals" / "step_00000003.json"
     before = json.loads(lost.read_text())["rows"]["trained"]
     lost.unlink()
-    assert len(table.results(run.begin(words[1]), folder)) == 3
+    assert len(table.results(load_sweep(words[1]), folder)) == 3
     cli.main(words)
     assert "compiling" not in capsys.readouterr().err  # its checkpoint is whole: nothing is trained
     assert json.loads(lost.read_text())["rows"]["trained"]["linear"] == before["linear"]
@@ -220,7 +226,7 @@ def test_seconds_are_those_of_all_steps():
 
 def test_the_table_says_what_is_missing(finished, tmp_path):
     folder, words = finished
-    grid = run.begin(words[1])
+    grid = load_sweep(words[1])
 
     def said(grid, folder):
         return table.markdown(grid, folder, table.results(grid, folder)).splitlines()
@@ -246,14 +252,14 @@ def test_an_evaluation_on_the_way_does_not_finish_a_run(finished, tmp_path):
     whole = run_folder / "evals" / "step_00000003.json"
     whole.rename(run_folder / "evals" / "step_00000002.json")
     assert table.evaluation(run_folder) is None
-    assert len(table.results(run.begin(words[1]), tmp_path)) == 0
+    assert len(table.results(load_sweep(words[1]), tmp_path)) == 0
 
 
 def test_a_run_that_diverges_is_told_and_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "forget_programs", lambda: None)
     row = Row("lost", "ijepa_fashion_mnist", ("--optim.peak-lr", "1e38", "--method.loss", "l2"))
     configs.dump(Grid("mine", "", (row,), seeds=(0, 1)), tmp_path / "mine.yaml")
-    words = ["grid", str(tmp_path / "mine.yaml"), *TINY, "--run-dir", str(tmp_path / "out")]
+    words = ["sweep", str(tmp_path / "mine.yaml"), *TINY, "--run-dir", str(tmp_path / "out")]
     cli.main(words)
     said = capsys.readouterr()
     for number in (0, 1):
@@ -264,15 +270,10 @@ def test_a_run_that_diverges_is_told_and_does_not_stop_the_others(tmp_path, caps
     assert "run 1 of 2" not in capsys.readouterr().err
 
 
-def test_help_is_the_usage(capsys):
-    cli.main(["grid", "family_fashion_mnist", "--help"])
-    assert "--part 1/2" in capsys.readouterr().out
-
-
 def test_floors_of_another_protocol_are_not_taken(finished, tmp_path, monkeypatch):
     """A floor is named by what decides it: other versions, other neighbours, other floors."""
     folder, words = finished
-    job = run.resolve(words[1:]).jobs[0]
+    job = plan(*words[1:]).jobs[0]
     state = evaluation.restored(job.config, job.folder)
     monkeypatch.setattr(report, "write", lambda results, run, name: run / name)
 

@@ -69,11 +69,11 @@ def compare(config: Config, rounds: int, peers: tuple[str, ...] = ("eager", "com
     losses differ: then the times would mean nothing.
     """
     if not isinstance(config.method, IJEPAConfig):
-        raise UserError(f"--peer torch is for I-JEPA; {config.recipe} trains {config.method.name}")
+        raise UserError(f"--baseline torch is for I-JEPA; {config.recipe} trains {config.method.name}")
     try:
         import torch
     except ImportError as error:
-        raise UserError('--peer torch needs PyTorch: pip install "jepax[bench]"') from error
+        raise UserError('--baseline torch needs PyTorch: pip install "jepax[bench]"') from error
     torch.set_num_threads(cores())
     method = Given(plain(config.method), total_steps=TOTAL, key=jr.key(0))
     compute = jnp.dtype(compute_dtype(config)).name

@@ -1,4 +1,4 @@
-"""`jepax bench data RECIPE`: pictures read per second and core, against Pillow and what the step asks for."""
+"""`jepax bench-data RECIPE`: pictures read per second and core, against Pillow and what the step asks for."""
 
 import tempfile
 import time
@@ -40,7 +40,7 @@ def measure(config: Config, rounds: int, say: Callable[[str], None]) -> dict[str
         loaded = {}
         for threads, workers in ((1, 0), (cores(), 0), (1, cores())):
             loaded[f"{threads} threads, {workers} workers"] = through(source, threads, workers)
-        pack.pack(photos, Path(folder) / "pack", pack.PackConfig(canvas=data.canvas), lambda _: None)
+        pack.pack(photos, Path(folder) / "pack", pack.PackConfig(canvas_size=data.canvas), lambda _: None)
         packed = open_source(replace(data, source="packed", root=f"{folder}/pack"), "train")
         loaded["1 threads, 0 workers, packed"] = through(packed, 1, 0)
     say("the step ...")

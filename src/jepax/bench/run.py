@@ -1,4 +1,4 @@
-"""`jepax bench [data] RECIPE [--peer torch] [--json FILE] [--rounds N] [--field.path value ...]`"""
+"""What `jepax bench` and `jepax bench-data` measure, and their tables."""
 
 import os
 import tempfile
@@ -12,61 +12,58 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from jepax import config as configs
-from jepax import dryrun, overrides
+from jepax import dryrun
 from jepax.bench import peer, reading, report
 from jepax.bench.machine import machine
 from jepax.bench.peak import matrix_peak
 from jepax.bench.subject import Subject
 from jepax.settings import Config, compute_dtype
-from jepax.types import UserError
 
 OURS = {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"}
 """Names of JAX's for its share of a GPU's memory, of which one may be set."""
-OWN = ("--peer", "--json", "--rounds")
-ROUNDS = 20
 
 
-def bench(arguments: list[str], say: Callable[[str], None] = print) -> dict[str, Any]:
+def bench(
+    config: Config,
+    repeats: int,
+    say: Callable[[str], None] = print,
+    *,
+    json: Path | None = None,
+    against_torch: bool = False,
+) -> dict[str, Any]:
     """Measures a recipe's step here, prints one table, and writes and returns its numbers."""
-    of_data = arguments[:1] == ["data"]
-    config, given = resolve(arguments[1:] if of_data else arguments)
-    if of_data and "--peer" in given:
-        raise UserError("--peer is for steps: jepax bench RECIPE --peer torch")
-    if "--peer" in given and not OURS & os.environ.keys():
-        os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.5"  # of a GPU's memory: the peer gets the rest
-    rounds = int(given.get("--rounds", ROUNDS))
-    found = (reading.measure if of_data else measure)(config, rounds, say)
-    if "--peer" in given:
+    if against_torch and not OURS & os.environ.keys():
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.5"  # of a GPU's memory: PyTorch gets the rest
+    found = measure(config, repeats, say)
+    if against_torch:
         say("our step and PyTorch's in turn ...")
-        found["peer"] = peer.compare(config, rounds)
+        found["peer"] = peer.compare(config, repeats)
         found["machine"]["versions"]["torch"] = version("torch")
-    Console().print(report.table(found["what"], (reading if of_data else report).lines(found)))
+    return publish(found, report.lines(found), say, json)
+
+
+def bench_data(
+    config: Config, repeats: int, say: Callable[[str], None] = print, *, json: Path | None = None
+) -> dict[str, Any]:
+    """Measures how fast images are read here, prints one table, and writes and returns its numbers."""
+    found = reading.measure(config, repeats, say)
+    return publish(found, reading.lines(found), say, json)
+
+
+def publish(
+    found: dict[str, Any], lines: list[tuple[str, str]], say: Callable[[str], None], json: Path | None
+) -> dict[str, Any]:
+    """Prints the table and warnings, and writes and returns the numbers."""
+    Console().print(report.table(found["what"], lines))
     for doubt in report.doubts(found):
         say(f"warning: {doubt}")
-    if "--json" in given:
-        report.write(Path(given["--json"]), found)
+    if json is not None:
+        report.write(json, found)
     return found
 
 
-def resolve(arguments: list[str]) -> tuple[Config, dict[str, str]]:
-    """The config, and what was given of `OWN`. Raises `UserError` naming what is not understood."""
-    if not arguments or arguments[0].startswith("-"):
-        raise UserError("give the recipe, or a config file, first: jepax bench RECIPE --field.path value ...")
-    groups = overrides.grouped(arguments[1:])
-    mine = [group for group in groups if group[0] in OWN]
-    given = {group[0]: group[1] for group in mine if len(group) == 2}
-    if len(given) < len(mine):
-        raise UserError(f"each of {', '.join(OWN)} takes one value, once")
-    if given.get("--peer", "torch") != "torch":
-        raise UserError(f"--peer {given['--peer']} is not known; there is torch")
-    if not given.get("--rounds", "1").isdecimal() or int(given.get("--rounds", "1")) < 1:
-        raise UserError(f"--rounds {given['--rounds']} is no number of rounds; try {ROUNDS}")
-    base = overrides.begin(arguments[0])
-    return overrides.override(base, [group for group in groups if group not in mine]), given
-
-
-def measure(config: Config, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Everything but the peer."""
+def measure(config: Config, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Everything but PyTorch."""
     compute, before = compute_dtype(config), machine()
     say("the peak of a matrix product ...")
     peak = matrix_peak(compute)
@@ -76,9 +73,9 @@ def measure(config: Config, rounds: int, say: Callable[[str], None]) -> dict[str
     with tempfile.TemporaryDirectory() as folder:
         compiled = subject.compile(Path(folder))
     say("steps ...")
-    steps = subject.steps(rounds)
+    steps = subject.steps(repeats)
     say("steps with their input, and by part ...")
-    with_input, parts = subject.with_input(rounds), subject.parts(rounds)
+    with_input, parts = subject.with_input(repeats), subject.parts(repeats)
     if jax.default_backend() == "cpu":  # which something else may have kept busy the first time
         peak = max(peak, matrix_peak(compute))
     where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -86,7 +83,7 @@ def measure(config: Config, rounds: int, say: Callable[[str], None]) -> dict[str
         "what": f"{config.recipe}, batch {config.train.batch_size}, {jnp.dtype(compute).name}, {where}",
         "machine": before,
         "config": configs.to_dict(config),
-        "rounds": rounds,
+        "rounds": repeats,
         "compile": compiled,
         "steps": steps,
         "input": with_input,

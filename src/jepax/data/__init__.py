@@ -16,7 +16,7 @@ class DataConfig:
     """Where the pictures come from and how they are read."""
 
     source: Kind = "fashion_mnist"
-    """Kind of data: Fashion-MNIST, a folder of photos (train/CLASS/*.jpg, val/CLASS/*.jpg), what `jepax data pack` made
+    """Kind of data: Fashion-MNIST, a folder of photos (train/CLASS/*.jpg, val/CLASS/*.jpg), what `jepax pack` made
     of one, or generated shapes."""
     root: str | None = None
     """Folder the data lies in. image_folder and packed need it; fashion_mnist also looks in system and cache."""

@@ -1,4 +1,4 @@
-"""What `jepax data pack` made of a folder of photos: the same pictures in the same order, in a few large files."""
+"""What `jepax pack` made of a folder of photos: the same pictures in the same order, in a few large files."""
 
 import json
 import resource
@@ -106,7 +106,7 @@ def read_pack(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(
             f"data.root={folder} is no whole pack ({PACK}: {error}); make one of a folder of photos:\n"
-            f"jepax data pack PHOTOS {folder}"
+            f"jepax pack PHOTOS {folder}"
         ) from error
     version = pack.get("version") if isinstance(pack, dict) else None
     if version != VERSION:

@@ -1,0 +1,102 @@
+"""`jepax evaluate`: protocols on a run's checkpoint, or on exported weights."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from jepax.commands.base import ConfigCommand
+from jepax.errors import UserError
+
+if TYPE_CHECKING:  # jax takes seconds to import
+    from jepax.evaluation import Subject
+    from jepax.settings import Config
+
+
+@dataclass(frozen=True)
+class Evaluate(ConfigCommand):
+    """Evaluate the newest checkpoint of a run, or exported weights.
+
+    A field of data or eval, or --seed, overrides the run's own, such as --data.root DIR or
+    --eval.linear.epochs 50; `jepax evaluate RUN --help` lists them.
+
+    For example: jepax evaluate runs/NAME --protocols linear knn
+    """
+
+    run_folder: Annotated[Path, tyro.conf.arg(metavar="RUN|WEIGHTS")]
+    """Folder of a run, or of exported weights."""
+    protocols: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = None
+    """What is measured, such as linear, knn, logistic, attentive, finetune; by default eval.protocols of the run."""
+    step: Annotated[int | None, tyro.conf.arg(metavar="STEP")] = None
+    """Step of another checkpoint than the newest."""
+    encoder: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """target or context; by default the encoder that the method recommends."""
+    pool: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """mean or sum over patches; by default eval.pool of the run."""
+    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder in which evals/ is written, if not the run's own."""
+
+    def config_fields(self) -> dict[str, tuple[Any, object]]:
+        config = self.own_config()
+        return {name: (type(group), group) for name, group in (("eval", config.eval), ("data", config.data))}
+
+    def own_config(self) -> "Config":
+        """The run's config; for exported weights, the default one."""
+        from jepax import evaluation
+        from jepax.settings import Config
+        from jepax.weights import MODEL
+
+        return Config() if (self.run_folder / MODEL).is_file() else evaluation.config_of(self.run_folder)
+
+    def settings(self, config: "Config") -> "Config":
+        """The config that the evaluation uses: `config` with what the command line overrides in eval, data and seed."""
+        short = {"protocols": self.protocols or (), "encoder": [self.encoder], "pool": [self.pool]}
+        given = [[f"--eval.{name}", *words] for name, words in short.items() if any(words)]
+        settings = replace(self, overrides=[*self.overrides, *given]).override(config)
+        for flag, *_ in self.overrides:
+            if not flag.startswith(("--eval.", "--data.", "--seed")):
+                raise UserError(f"an evaluation cannot change {flag}; it can change --data.FIELD and --eval.FIELD.PATH")
+        if not settings.eval.protocols or self.protocols == ():
+            raise UserError(f"name the protocols: jepax evaluate {self.run_folder} --protocols linear knn")
+        return settings
+
+    def target(self) -> "Subject":
+        """What is evaluated."""
+        from jepax import evaluation, weights
+
+        folder, config = self.run_folder, self.own_config()
+        settings = self.settings(config)
+        if not (folder / weights.MODEL).is_file():
+            state = evaluation.restored(config, folder, self.step)
+            target = evaluation.of_run(config, state, folder, settings)
+        elif self.step is None:
+            target = evaluation.of_weights(folder, settings)
+        else:
+            raise UserError(f"--step is for runs, and {folder} contains exported weights")
+        if self.run_dir is None:
+            return target
+        return replace(target, folder=self.run_dir, name=f"{target.told['folder']}-{target.name}")
+
+    def run(self) -> None:
+        print(evaluate_and_print(self.target()))
+
+
+def evaluate_and_print(target: "Subject") -> Path:
+    """Evaluate, print the tables, and return the file of the results.
+
+    Baselines are kept in a folder next to it: an interrupted evaluation, and other steps of the run, reuse them.
+    """
+    from rich.console import Console
+
+    from jepax import evaluation
+    from jepax.evals import report
+    from jepax.evals.say import Say
+
+    results, written = evaluation.evaluate(target, Say(), floors=target.folder / "evals" / "floors")
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
+    for table in (report.table(results), report.beside(results)):
+        if table is not None:
+            console.print(table)
+    return written

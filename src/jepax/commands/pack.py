@@ -1,0 +1,48 @@
+"""`jepax pack`: a folder of photos as a few large files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jepax.commands.base import Command
+from jepax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Pack(Command):
+    """Pack a folder of photos into a few large files, for data.dataset packed.
+
+    The same command again resumes an interrupted packing.
+
+    For example: jepax pack PHOTOS PACK --canvas-size 512
+    """
+
+    src: Annotated[Path, tyro.conf.arg(metavar="SRC")]
+    """Folder with train/CLASS/* and val/CLASS/*."""
+    dst: Annotated[Path, tyro.conf.arg(metavar="DST")]
+    """Folder that is written."""
+    canvas_size: int = 512
+    """Longest side of a packed image in pixels; larger images are scaled down."""
+    quality: int = 95
+    """JPEG quality of images that were scaled down, in [1, 100]."""
+    images_per_shard: int = 4096
+    """Images in one file."""
+    threads: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: one per core)")] = None
+    """Files that are written at the same time."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"--quality {self.quality} is not in [1, 100]; try 95")
+        for name in ("canvas_size", "images_per_shard", "threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+    def run(self) -> None:
+        from jepax import pack
+        from jepax.distributed import multihost
+
+        threads = self.threads or multihost.cores()
+        config = pack.PackConfig(self.canvas_size, self.quality, self.images_per_shard, threads)
+        pack.pack(self.src, self.dst, config)

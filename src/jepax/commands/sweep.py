@@ -1,0 +1,127 @@
+"""`jepax sweep`: the rows of a sweep, each with every seed."""
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from jepax.commands.base import ConfigCommand
+from jepax.commands.parsing import Flags, split_words, to_field_path
+from jepax.errors import UserError
+
+if TYPE_CHECKING:  # jax takes seconds to import
+    from jepax.grids.base import Grid, Row
+    from jepax.grids.run import SweepPlan
+    from jepax.settings import Config
+
+
+@dataclass(frozen=True)
+class Sweep(ConfigCommand):
+    """Train and evaluate the rows of a sweep, or of a sweep's YAML file: one table, one figure.
+
+    A field that is given, such as --train.epochs 1, is set in every row. The same command again continues the sweep.
+
+    For example: jepax sweep family_fashion_mnist --seeds 0 1 2; jepax recipes lists the sweeps
+    """
+
+    sweep: Annotated[str, tyro.conf.arg(metavar="NAME")]
+    """A sweep, or a sweep's YAML file."""
+    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: runs/NAME)")] = None
+    """Folder of the sweep."""
+    seeds: Annotated[tuple[int, ...] | None, tyro.conf.arg(help_behavior_hint="(default: the sweep's own)")] = None
+    """Seeds of every row."""
+    shard: Annotated[str | None, tyro.conf.arg(metavar="I/N")] = None
+    """Run only every Nth run from the Ith on, such as 1/2 and 2/2 in two processes that share the folder."""
+
+    def __post_init__(self) -> None:
+        self.part()
+
+    def part(self) -> slice:
+        """`shard`: 2/3 is every third run from the second on."""
+        number, _, count = (self.shard or "1/1").partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise UserError(f"--shard {self.shard} is invalid: expected I/N with 1 <= I <= N, such as --shard 1/2")
+        return slice(int(number) - 1, None, int(count))
+
+    def plan(self) -> "SweepPlan":
+        """The runs. Every config is built here, so that none fails after hours.
+
+        Raises `UserError` naming the sweep, the row or the field, and the way out.
+        """
+        from jepax.grids import table
+        from jepax.grids.run import Job, SweepPlan
+
+        check_overrides(self.overrides)
+        grid = load_sweep(self.sweep)
+        if self.seeds is not None:
+            grid = dataclasses.replace(grid, seeds=self.seeds)
+        folder = self.run_dir or Path("runs") / grid.name
+        shared = [*plain_overrides(grid.shared), *self.overrides]
+        configs = [config_of_row(row, shared, also=list(self.options())) for row in grid.rows]
+
+        def jobs_of(seeds: Iterable[int]) -> list[Job]:
+            runs = [
+                (row, dataclasses.replace(c, seed=s)) for s in seeds for row, c in zip(grid.rows, configs, strict=True)
+            ]
+            return [Job(row, config, table.folder_of(folder, row, config.seed)) for row, config in runs]
+
+        # The table also shows what earlier commands, of whatever seeds, left in the folder.
+        existing = [job for job in jobs_of(table.seeds_of(grid, folder)) if (job.folder / "config.yaml").exists()]
+        return SweepPlan(grid, folder, jobs_of(grid.seeds)[self.part()], existing)
+
+    def run(self) -> None:
+        from jepax.grids import run as sweeps
+
+        written = sweeps.run(self.plan(), say=lambda line: print(line, file=sys.stderr))
+        print(written[0].read_text(), end="")
+        for path in written:
+            print(path)
+
+
+def load_sweep(name: str) -> "Grid":
+    """The sweep of that name, or the sweep in that file."""
+    from jepax import config as configs
+    from jepax.grids.base import GRIDS, Grid
+
+    if name in GRIDS:
+        return GRIDS[name]()
+    if Path(name).suffix in (".yaml", ".yml"):
+        return configs.load(Grid, Path(name))
+    raise UserError(f"{name!r} is neither a sweep nor a sweep's file; {configs.nearest(name, GRIDS)}")
+
+
+def check_overrides(groups: Flags) -> None:
+    """Raise `UserError` at flags that a sweep would ignore."""
+    ways = {
+        "seed": "a sweep takes --seeds 0 1 2",
+        "dry_run": "a sweep has no --dry-run: jepax train has",
+        "run_dir": "--run-dir belongs to the command line: jepax sweep NAME --run-dir DIR",
+    }
+    for flag, *_ in groups:
+        if (way := ways.get(to_field_path(flag))) is not None:
+            raise UserError(way)
+
+
+def plain_overrides(words: tuple[str, ...]) -> list[list[str]]:
+    """The overrides of a sweep's file, or of a row."""
+    values, groups = split_words(words)
+    if values:
+        raise UserError(f"unexpected {values[0]!r}: expected --FIELD.PATH VALUE ...")
+    check_overrides(groups)
+    return groups
+
+
+def config_of_row(row: "Row", shared: Flags, also: Sequence[str]) -> "Config":
+    """The config of a row. Raises `UserError` if all rows are given what this one varies."""
+    from jepax.commands import overrides
+    from jepax.grids.run import blamed
+
+    varied = plain_overrides(row.overrides)
+    if both := {to_field_path(flag) for flag, *_ in varied} & {to_field_path(flag) for flag, *_ in shared}:
+        raise UserError(f"row {row.name} varies {min(both)}, so it cannot be given to every row")
+    with blamed(row):
+        return overrides.override(overrides.load_base(row.recipe), [*shared, *varied], also)

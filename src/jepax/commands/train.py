@@ -1,0 +1,99 @@
+"""`jepax train`: train, evaluate, draw."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from jepax.commands.base import RecipeCommand
+from jepax.commands.parsing import to_field_path
+from jepax.errors import UserError
+
+if TYPE_CHECKING:  # jax takes seconds to import
+    from jepax.settings import Config
+    from jepax.step import TrainState
+
+
+@dataclass(frozen=True)
+class Train(RecipeCommand):
+    """Train a recipe or a config file, evaluate it, and draw its figures.
+
+    Any field is overridden by its path, --optim.peak-lr 3e-4 --method.crop.size 28 28, and `jepax train RECIPE --help`
+    lists all of them. The same command again resumes the run.
+
+    For example: jepax train ijepa_fashion_mnist --optim.peak-lr 3e-4; jepax recipes lists the recipes
+    """
+
+    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: runs/RECIPE)")] = None
+    """Folder of the run."""
+    allow_config_change: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
+    """Fields or groups in which the run in the folder may differ from this config; data: other images."""
+    distributed: bool = False
+    """Run as one of several processes, on one host or many: docs/many_hosts.md."""
+    dry_run: bool = False
+    """Print settings, sizes, arithmetic and memory, and take one step; write nothing."""
+
+    def __post_init__(self) -> None:
+        if self.dry_run and self.distributed:
+            raise UserError("--dry-run takes its step in one process; leave --distributed out")
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The names of `allow_config_change` as paths of fields."""
+        return tuple(map(to_field_path, self.allow_config_change))
+
+    def folder(self, config: "Config") -> Path:
+        """Folder of the run."""
+        return self.run_dir or Path("runs") / config.recipe
+
+    def run(self) -> None:
+        from jepax.commands.overrides import check_names
+
+        start = time.perf_counter()
+        config = self.config()
+        check_names("--allow-config-change", self.allowed, config)
+        if self.dry_run:
+            from jepax.dryrun import dry_run
+
+            dry_run(config)
+            return
+        import equinox as eqx
+
+        from jepax import lock, settings, sharding
+        from jepax import train as training
+        from jepax.distributed import multihost
+        from jepax.evals import alarms
+
+        folder = self.folder(config)
+        if self.distributed:
+            multihost.initialize()
+        with multihost.peer_guard():
+            # Evaluation after the last step needs these splits: fail now if one is missing.
+            with multihost.collective_errors():
+                if config.eval.protocols:
+                    settings.check_splits(config.data)
+            state = training.train(config, folder, allow=self.allowed)
+            # Evaluations read the method alone, in one process.
+            state = sharding.local(eqx.tree_at(lambda s: s.opt_state, state, None))
+            multihost.shutdown()
+        if not multihost.is_main_process():
+            return
+        with lock.held(folder):
+            finalize(config, state, folder)
+        print(f"done in {(time.perf_counter() - start) / 60:.1f} min; {alarms.summary(folder)}")
+
+
+def finalize(config: "Config", state: "TrainState", folder: Path) -> None:
+    """Evaluate, draw the figures, and print the table and the paths of all files."""
+    from jepax import evaluation
+    from jepax.commands.evaluate import evaluate_and_print
+    from jepax.viz import figures
+
+    if config.eval.protocols:
+        print(evaluate_and_print(evaluation.of_run(config, state, folder)))
+    else:
+        print(f"not evaluated: eval.protocols is empty; jepax evaluate {folder} --protocols linear knn")
+    for path in figures.draw(config, folder):
+        print(path)
