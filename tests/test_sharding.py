@@ -63,7 +63,7 @@ def test_a_run_may_go_on_split_or_whole(tmp_path):
     split = replace(config, train=replace(config.train, sharding=ShardingConfig("sharded")))
     state = train(split, tmp_path / "parts")
     assert not state.method.encoder.stack.blocks.mlp.expand.weight.is_fully_replicated
-    whole, parts = (logs.read(tmp_path / name / logs.FILE) for name in ("whole", "parts"))
+    whole, parts = (logs.read_metrics(tmp_path / name / logs.METRICS_FILE) for name in ("whole", "parts"))
     assert [line["step"] for line in parts] == list(range(6))
     np.testing.assert_allclose(*([line["loss"] for line in lines] for lines in (whole, parts)), rtol=1e-5)
     assert parts[5]["knn_top1"] == pytest.approx(whole[5]["knn_top1"], abs=5)

@@ -197,7 +197,7 @@ def train(arguments: list[str]) -> None:
         hosts.leave()
     if not hosts.first():
         return
-    with lock.held(folder):
+    with lock.run_lock(folder):
         finish(config, state, folder)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all; {alarms.summary(folder)}")
 

@@ -178,7 +178,7 @@ def _wrong(path: str, value: object, kind: Any, where: str) -> UserError:
 
 def dump(config: object, path: Path) -> None:
     """Writes the YAML file, whole or not at all."""
-    files.write(path, text(config))
+    files.atomic_write(path, text(config))
 
 
 def text(config: object) -> str:

@@ -173,7 +173,7 @@ def _id(run: Path) -> str:
     """The run's name for trackers: drawn once and kept in its folder, so that a moved run stays itself."""
     path = run / ID
     if not path.exists():
-        files.write(path, uuid.uuid4().hex[:12] + "\n")
+        files.atomic_write(path, uuid.uuid4().hex[:12] + "\n")
     return path.read_text().strip()
 
 
