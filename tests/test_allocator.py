@@ -6,8 +6,8 @@ import sys
 
 CODE = """
 import resource
-from jepax.allocator import keep_freed_memory
-if not keep_freed_memory():
+from jepax.distributed.malloc import tune_malloc
+if not tune_malloc():
     raise SystemExit(3)
 import numpy as np
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -20,8 +20,8 @@ raise SystemExit(faults() - before > 1000)
 
 RETURNED = """
 import re
-from jepax.allocator import keep_freed_memory, return_freed_memory
-if not keep_freed_memory():
+from jepax.distributed.malloc import tune_malloc, trim_heap
+if not tune_malloc():
     raise SystemExit(3)
 import numpy as np
 def held(): return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
@@ -29,17 +29,17 @@ before = held()
 array = np.ones(30_000_000)
 del array
 kept = held() - before
-return_freed_memory()
+trim_heap()
 raise SystemExit(not (kept > 200 and held() - before < 20))
 """
 
 
 TAKEN = """
 import ctypes, time
-from jepax.allocator import _glibc, in_the_calling_thread, keep_freed_memory
-if not keep_freed_memory() or not hasattr(_glibc(), "mallinfo2"):
+from jepax.distributed.malloc import _glibc, run_cpu_synchronously, tune_malloc
+if not tune_malloc() or not hasattr(_glibc(), "mallinfo2"):
     raise SystemExit(3)
-in_the_calling_thread()
+run_cpu_synchronously()
 import jax, jax.numpy as jnp
 class Info(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
@@ -61,7 +61,7 @@ raise SystemExit(most > before + 4)
 
 
 def test_a_programs_temporary_memory_is_back_when_its_results_are_there():
-    """By mallinfo2: without `in_the_calling_thread`, that of 38 to 104 calls in 1000 was not."""
+    """By mallinfo2: without `run_cpu_synchronously`, that of 38 to 104 calls in 1000 was not."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     assert subprocess.run([sys.executable, "-c", TAKEN], check=False, env=environment).returncode in (0, 3)
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jepax.distributed import multihost
 
-from jepax import checkpoint, hosts, manifest
+from jepax import checkpoint, manifest
 from jepax.types import UserError
 
 
@@ -125,13 +126,17 @@ def test_a_peer_that_is_lost_while_it_is_written_is_no_error_of_the_disk(tmp_pat
     """The same command goes on: exit code 75."""
 
     def lost(*_: object) -> None:
-        raise TimeoutError("Timed out at barrier `folder`: DEADLINE_EXCEEDED") if step != "folder" else hosts.PeerLost()
+        raise (
+            TimeoutError("Timed out at barrier `folder`: DEADLINE_EXCEEDED")
+            if step != "folder"
+            else multihost.PeerLostError()
+        )
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(hosts, "exchange", lost if step == "folder" else lambda text: [text])
     response = SimpleNamespace(result=lost)
     monkeypatch.setattr(checkpoint.ocp, "save_async", lost if step == "begin" else lambda path, arrays: response)
-    with pytest.raises(hosts.PeerLost):
+    with pytest.raises(multihost.PeerLostError):
         checkpoint.save(tmp_path, 1, tree())
 
 

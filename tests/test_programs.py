@@ -19,23 +19,23 @@ def home(tmp_path, monkeypatch):
 
 
 def test_programs_are_kept_in_the_users_cache(home, monkeypatch):
-    programs.keep_programs()
+    programs.enable_compile_cache()
     assert os.environ[programs.VARIABLE] == str(home / ".cache/jepax/programs" / programs.processor())
     monkeypatch.delenv(programs.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "elsewhere"))
-    programs.keep_programs()
+    programs.enable_compile_cache()
     assert os.environ[programs.VARIABLE].startswith(str(home / "elsewhere/jepax/programs"))
 
 
 def test_a_folder_that_is_set_holds(home, monkeypatch):
     monkeypatch.setenv(programs.VARIABLE, "mine")
-    programs.keep_programs()
+    programs.enable_compile_cache()
     assert os.environ[programs.VARIABLE] == "mine" and not (home / ".cache").exists()
 
 
 def test_a_home_that_cannot_be_written_is_no_error(home):
     (home / ".cache").write_text("a file in the way")
-    programs.keep_programs()
+    programs.enable_compile_cache()
     assert programs.VARIABLE not in os.environ
 
 
@@ -50,7 +50,7 @@ def test_the_oldest_programs_go_first(tmp_path):
 def test_a_second_command_reads_what_the_first_compiled(home):
     """Both processes of a user with an empty home."""
     code = (
-        "from jepax.programs import keep_programs; keep_programs()\n"
+        "from jepax.distributed.compile_cache import enable_compile_cache; enable_compile_cache()\n"
         "import jax, jax.numpy as jnp\n"
         "hits = []\n"
         "jax.monitoring.register_event_listener(lambda name, **_: hits.append('cache_hits' in name))\n"

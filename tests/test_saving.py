@@ -7,8 +7,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from jepax.distributed import multihost
 
-from jepax import checkpoint, hosts, manifest, saving
+from jepax import checkpoint, manifest, saving
 from jepax.saving import CheckpointManager, SaveConfig
 from jepax.types import UserError
 
@@ -143,12 +144,12 @@ def test_another_error_is_not_hidden_by_a_failed_save(tmp_path, monkeypatch):
 
 def test_an_error_is_not_hidden_by_a_lost_peer(tmp_path, monkeypatch):
     lost = futures.Future()
-    lost.set_exception(hosts.PeerLost())
+    lost.set_exception(multihost.PeerLostError())
     monkeypatch.setattr(checkpoint, "save_async", lambda *args, **callbacks: lost)
     with pytest.raises(UserError, match="too many"), saver(tmp_path) as writes:
         writes.save(1, STATE, {})
         raise UserError("too many")
-    with pytest.raises(hosts.PeerLost), saver(tmp_path) as writes:
+    with pytest.raises(multihost.PeerLostError), saver(tmp_path) as writes:
         writes.save(1, STATE, {})
 
 

@@ -7,31 +7,30 @@ import sys
 import time
 
 import pytest
-
-from jepax import signals
+from jepax.distributed import preemption
 
 
 @pytest.mark.parametrize("number", signals.ASKED)
 def test_deferred_until_it_is_looked_at(number):
     reached = []
-    with pytest.raises(KeyboardInterrupt), signals.deferred():
-        assert not signals.asked()
+    with pytest.raises(KeyboardInterrupt), preemption.defer():
+        assert not preemption.stop_requested()
         os.kill(os.getpid(), number)
         time.sleep(0.01)
-        assert signals.asked()
+        assert preemption.stop_requested()
         reached.append(True)
-    assert reached and not signals.asked()
+    assert reached and not preemption.stop_requested()
 
 
 def test_handlers_are_as_they_were_afterwards():
     before = [signal.getsignal(number) for number in signals.ASKED]
-    with signals.handled(), signals.deferred():
+    with preemption.install_handlers(), preemption.defer():
         assert [signal.getsignal(number) for number in signals.ASKED] != before
     assert [signal.getsignal(number) for number in signals.ASKED] == before
 
 
 def test_at_once_where_nothing_is_deferred():
-    with pytest.raises(KeyboardInterrupt), signals.handled():
+    with pytest.raises(KeyboardInterrupt), preemption.install_handlers():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
 
@@ -42,8 +41,8 @@ def test_in_a_thread_it_does_nothing():
     found = []
 
     def inside():
-        with signals.deferred():
-            found.append(signals.asked())
+        with preemption.defer():
+            found.append(preemption.stop_requested())
 
     thread = threading.Thread(target=inside)
     thread.start()
@@ -53,8 +52,8 @@ def test_in_a_thread_it_does_nothing():
 
 SLEEP = """
 import hashlib, time
-from jepax import signals
-with signals.deferred():
+from jepax.distributed import preemption
+with preemption.defer():
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8) if {deaf} else time.sleep(60)
 """

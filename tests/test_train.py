@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jepax.distributed import preemption
 
-from jepax import checkpoint, evaluation, logs, settings, signals, step
+from jepax import checkpoint, evaluation, logs, settings, step
 from jepax import config as configs
 from jepax import train as training
 from jepax.costs import tree_bytes
@@ -103,7 +104,7 @@ def test_a_run_that_stopped_goes_on_where_it_was(config, finished, tmp_path, mon
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(CheckpointManager, "save", stop)
-    with pytest.raises(signals.Stopped, match="the same command goes on"):
+    with pytest.raises(preemption.Preempted, match="the same command goes on"):
         train(config, tmp_path)
     monkeypatch.undo()
     assert checkpoint.steps(tmp_path / "checkpoints") == [4, 5]

@@ -22,7 +22,8 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jaxtyping import PyTree
 
-from jepax import files, hosts, manifest
+from jepax import files, manifest
+from jepax.distributed import multihost
 from jepax.types import UserError
 
 T = TypeVar("T")
@@ -46,17 +47,17 @@ def save_async(
 
     Every process of a run calls it; the main process commits, and calls `before_commit` and `after_commit`, on the
     thread. `metadata`: JSON, saved with the arrays. Raises, here or as the future's exception, `UserError` where the
-    checkpoint could not be written (nothing of it remains), and `hosts.PeerLost` where another process is gone.
+    checkpoint could not be written (nothing of it remains), and `multihost.PeerLostError` where another process is gone.
     """
     path = step_dir(folder, step).absolute()
     part, forms, future = path.with_name(path.name + PART), _forms(tree), Future()
 
     # Orbax copies the arrays to the host here, in the caller's thread, and writes them in its own.
     with _cleaned_up_on_error(path, part):
-        if hosts.first():
+        if multihost.is_main_process():
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-        hosts.exchange("")  # the folder exists from here on
+        multihost.all_gather_str("")  # the folder exists from here on
         context = ocp.Context()
         context.array.saving.use_compression = False  # weights shrink by a tenth only
         with context:
@@ -66,7 +67,7 @@ def save_async(
         try:
             with _cleaned_up_on_error(path, part):
                 response.result()
-                if hosts.first():
+                if multihost.is_main_process():
                     before_commit()
                     (part / METADATA_FILE).write_text(json.dumps(metadata or {}) + "\n")
                     manifest.write(part, {"step": step, "arrays": forms})
@@ -95,9 +96,9 @@ def _commit(part: Path, path: Path) -> None:
 @contextmanager
 def _cleaned_up_on_error(path: Path, part: Path) -> Iterator[None]:
     try:
-        with hosts.lost_peers():
+        with multihost.translate_peer_errors():
             yield
-    except hosts.PeerLost:
+    except multihost.PeerLostError:
         raise
     except Exception as error:
         _remove(part)

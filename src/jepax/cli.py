@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jepax import signals
-from jepax.allocator import in_the_calling_thread, keep_freed_memory
-from jepax.programs import keep_programs
+from jepax.distributed import preemption
+from jepax.distributed.compile_cache import enable_compile_cache
+from jepax.distributed.malloc import run_cpu_synchronously, tune_malloc
 
 if TYPE_CHECKING:  # jax and what stands on it take seconds to import: only where a command needs them
     from jepax.evaluation import Subject
@@ -59,14 +59,14 @@ LINES = 5
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command. Exits with 2 after an error of the user, with `signals.AGAIN` when it was asked to end."""
+    """Runs one command. Exits with 2 after an error of the user, with `preemption.EXIT_RETRY` when it was asked to end."""
     try:
-        with signals.handled(), plain_warnings():
+        with preemption.install_handlers(), plain_warnings():
             run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
-        stop("ended as asked; the same command goes on", signals.AGAIN)
-    except signals.Stopped as ended:
-        stop(str(ended), signals.AGAIN)
+        stop("ended as asked; the same command goes on", preemption.EXIT_RETRY)
+    except preemption.Preempted as ended:
+        stop(str(ended), preemption.EXIT_RETRY)
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -92,14 +92,14 @@ def run(argv: list[str]) -> None:
         print(USAGE, end="")
         return
     quiet()
-    keep_freed_memory()
-    keep_programs()
+    tune_malloc()
+    enable_compile_cache()
     if command not in COMMANDS:
         from jepax.config import nearest
         from jepax.types import UserError
 
         raise UserError(f"{command!r} is no command; {nearest(command, COMMANDS)}")
-    in_the_calling_thread()
+    run_cpu_synchronously()
     COMMANDS[command](arguments)
 
 
@@ -182,20 +182,21 @@ def train(arguments: list[str]) -> None:
         return
     import equinox as eqx
 
-    from jepax import hosts, lock, settings, sharding
+    from jepax import lock, settings, sharding
     from jepax import train as training
+    from jepax.distributed import multihost
     from jepax.evals import alarms
 
     if wanted.distributed:
-        hosts.start()
-    with hosts.peers():
-        with hosts.together():
+        multihost.initialize()
+    with multihost.peer_guard():
+        with multihost.collective_errors():
             if config.eval.protocols:
                 settings.check_splits(config.data)
         state = training.train(config, folder, allow=wanted.allow)
         state = sharding.local(eqx.tree_at(lambda s: s.opt_state, state, None))  # evaluations read the method
-        hosts.leave()
-    if not hosts.first():
+        multihost.shutdown()
+    if not multihost.is_main_process():
         return
     with lock.run_lock(folder):
         finish(config, state, folder)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from jepax import checkpoint, hosts
+from jepax import checkpoint
 from jepax import config as configs
+from jepax.distributed import multihost
 from jepax.monitor import NotFinite
 from jepax.optim import Optimizer
 from jepax.settings import CONFIG, Config, compute_dtype
@@ -41,7 +42,7 @@ class DumpMetadata:
 def write(run: Path, state: TrainState, end: NotFinite, config: Config, optimizer: Optimizer) -> Path:
     """Writes `run`/dumps/step_N. `state` may be later than that step, if no step from there on changed it."""
     step, folder = end.step, run / "dumps" / f"step_{end.step:08d}"
-    if hosts.first():  # removed first: a batch's part of a run on more processes would count
+    if multihost.is_main_process():  # removed first: a batch's part of a run on more processes would count
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
 
@@ -54,7 +55,7 @@ def write(run: Path, state: TrainState, end: NotFinite, config: Config, optimize
     fields = {field.name: getattr(end.images, field.name) for field in dataclasses.fields(end.images)}
     np.savez(folder / batch_file(jax.process_index()), **{name: x for name, x in fields.items() if x is not None})
 
-    if hosts.first():
+    if multihost.is_main_process():
         where = device_and_versions(jax.device_count())
         metadata = DumpMetadata(step, optimizer.total_steps, optimizer.warmup_steps, where, end.numbers)
         (folder / METADATA_FILE).write_text(json.dumps(dataclasses.asdict(metadata), indent=1) + "\n")

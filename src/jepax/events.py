@@ -5,7 +5,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from jepax import files, hosts
+from jepax import files
+from jepax.distributed import multihost
 
 EVENTS_FILE = "events.jsonl"
 
@@ -14,7 +15,7 @@ class Events:
     """A run's events.jsonl: starts, stops, steps that were skipped. The main process writes it."""
 
     def __init__(self, run: Path):
-        self.path, self.writes = run / EVENTS_FILE, hosts.first()
+        self.path, self.writes = run / EVENTS_FILE, multihost.is_main_process()
 
     def add(self, event: str, step: int, *, retaken: bool = False, **details: object) -> None:
         """`retaken`: the event belongs to the step, and comes again when a resumed run takes the step again."""

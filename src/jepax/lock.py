@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from jepax import files, hosts
+from jepax import files
+from jepax.distributed import multihost
 from jepax.types import UserError
 
 LOCK_FILE = "lock"
@@ -69,7 +70,7 @@ def owner(run: Path) -> str:
 
 def check_shared_filesystem(run: Path) -> None:
     """Raises `UserError` where this process does not see the folder that process 0 has locked. All have to call it."""
-    expected, end = hosts.exchange(owner(run))[0], time.monotonic() + SHARED_FS_TIMEOUT_S
+    expected, end = multihost.all_gather_str(owner(run))[0], time.monotonic() + SHARED_FS_TIMEOUT_S
     while owner(run) != expected:
         if time.monotonic() > end:
             raise UserError(

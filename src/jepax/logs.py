@@ -14,7 +14,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jepax import events, files, hosts
+from jepax import events, files
+from jepax.distributed import multihost
 
 Values = dict[str, float | list[float]]
 METRICS_FILE = "metrics.jsonl"
@@ -27,10 +28,10 @@ class MetricsFile:
     def __init__(self, path: Path, *, start: int):
         self.path, self.num_corrupt_lines = path, events.count_corrupt_lines(path)
         self.previous_lines = [record for record in read_metrics(path) if record["step"] < start]
-        if hosts.first():
+        if multihost.is_main_process():
             path.parent.mkdir(parents=True, exist_ok=True)
             events.rewrite_jsonl(path, self.previous_lines)
-        self._file = (path if hosts.first() else Path(os.devnull)).open("a", buffering=1)
+        self._file = (path if multihost.is_main_process() else Path(os.devnull)).open("a", buffering=1)
 
     def write(self, step: int, values: Values) -> dict:
         """Appends a record and returns it. Values that are not finite become null, as strict JSON has no others."""
@@ -49,7 +50,7 @@ class Log:
 
     def __init__(self, path: Path, *, steps: int, start: int):
         self.path, self.steps, self.start = path, steps, start
-        self.console = Console(stderr=True, quiet=not hosts.first())
+        self.console = Console(stderr=True, quiet=not multihost.is_main_process())
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -57,7 +58,7 @@ class Log:
             TextColumn("{task.fields[speed]}"),
             TimeRemainingColumn(),
         )
-        has_bar = self.console.is_terminal and hosts.first()
+        has_bar = self.console.is_terminal and multihost.is_main_process()
         self.progress = Progress(*columns, console=self.console, disable=not has_bar)
         self._printed = 0.0
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jepax import guard, hosts, sharding
+from jepax import guard, sharding
 from jepax.data import Source, open_source
+from jepax.distributed import multihost
 from jepax.evals import alarms
 from jepax.evals.features import FeaturesNotFinite
 from jepax.evals.frozen import FrozenViT, encoder_of
@@ -167,7 +168,7 @@ class Monitor:
         name = self.config.train.save.best
         if name not in values:
             return False
-        best = bool(hosts.same(int(values[name] > self.best.get(name, -math.inf))))
+        best = bool(multihost.broadcast(int(values[name] > self.best.get(name, -math.inf))))
         if best:
             self.best[name] = values[name]
         return best

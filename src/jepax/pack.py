@@ -19,11 +19,12 @@ import numpy as np
 import simplejpeg
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from jepax import files, hosts, lock, overrides
+from jepax import files, lock, overrides
 from jepax.data import DataConfig
 from jepax.data.decode import decode_to_fit, is_gray, longer_side, read_file, wrap_decode_errors
 from jepax.data.sources import CorruptExampleError, image_folder
 from jepax.data.sources.packed import PACK, VERSION, read_names, read_pack, shard_name
+from jepax.distributed import multihost
 from jepax.types import UserError
 
 STATE_FILE = "packing.json"
@@ -44,7 +45,7 @@ class PackConfig:
     """Quality of the JPEGs of images that were scaled down; in [1, 100]."""
     records: int = 4096
     """Images in one file."""
-    threads: int = field(default_factory=hosts.cores)
+    threads: int = field(default_factory=multihost.cores)
     """Files that are written simultaneously."""
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ LIMIT = 4 * 10**9
 """Bytes that are kept; the oldest programs go first."""
 
 
-def keep_programs() -> None:
+def enable_compile_cache() -> None:
     """Lets JAX keep compiled programs in the user's cache. Call it before `jax` is imported.
 
     Where that cannot be written, nothing is kept and nothing is said: it only saves time.

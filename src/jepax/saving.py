@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jepax import checkpoint, files, hosts
+from jepax import checkpoint, files
+from jepax.distributed import multihost
 from jepax.types import UserError
 
 SCORE = "score"
@@ -60,7 +61,7 @@ class CheckpointManager:
         """Waits for the pending checkpoint; its error does not hide another one."""
         try:
             self.wait()
-        except (UserError, hosts.PeerLost) as error:
+        except (UserError, multihost.PeerLostError) as error:
             if kind is None:
                 raise
             self.print(f"warning: {error}")

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jepax import checkpoint, files, hosts, sharding
+from jepax import checkpoint, files, sharding
 from jepax import config as configs
 from jepax.data import DataConfig, Source, open_source
+from jepax.distributed import multihost
 from jepax.evals.protocols import EvalConfig
 from jepax.guard import GuardConfig
 from jepax.methods import MethodConfig
@@ -184,9 +185,9 @@ def _parts(changed: list[str]) -> str:
 def refuse_unequal_data(source: Source) -> None:
     """Raises `UserError` where the processes of a run do not see the same pictures. All have to call it."""
     mine = json.dumps(source.fingerprint, sort_keys=True)
-    if len(set(hosts.exchange(hashlib.sha256(mine.encode()).hexdigest()))) == 1:
+    if len(set(multihost.all_gather_str(hashlib.sha256(mine.encode()).hexdigest()))) == 1:
         return
-    first, *others = map(json.loads, hosts.exchange(mine))
+    first, *others = map(json.loads, multihost.all_gather_str(mine))
     for process, contents in enumerate(others, 1):
         if changed := _changed(first, contents):
             raise UserError(

@@ -16,7 +16,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from jepax import hosts
+from jepax.distributed import multihost
 from jepax.trees import EMA
 from jepax.types import Images, UserError
 
@@ -183,7 +183,7 @@ def layout_of(config: ShardingConfig, mesh: Mesh, state_bytes: int, pieces: int 
 
 def agreed(layout: Layout) -> Layout:
     """The layout of process 0, whose device may be larger or smaller than others'. All have to call it."""
-    parameters, teacher = (bool(hosts.same(int(split))) for split in (layout.parameters, layout.teacher))
+    parameters, teacher = (bool(multihost.broadcast(int(split))) for split in (layout.parameters, layout.teacher))
     return replace(layout, parameters=parameters, teacher=teacher)
 
 

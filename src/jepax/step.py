@@ -19,7 +19,6 @@ from jepax.guard import Guard, GuardConfig, kept, measured, only_if
 from jepax.methods import AbstractMethod, MethodConfig
 from jepax.nn.blocks import Stack
 from jepax.optim import Optimizer
-from jepax.programs import OPTIONS
 from jepax.sharding import Layout, ShardingConfig, gathered, replicate
 from jepax.trees import cast, norm, norms_by_layer, trainable
 from jepax.types import Images, Metrics

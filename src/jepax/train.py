@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from jepax import checkpoint, dump, events, guard, hosts, lock, logs, movement, sharding, signals
+from jepax import checkpoint, dump, events, guard, lock, logs, movement, sharding
 from jepax import config as configs
-from jepax.allocator import return_freed_memory
 from jepax.data import CorruptLog, OnCorrupt, Source, batches, corrupt_file
+from jepax.distributed import multihost, preemption
+from jepax.distributed.malloc import trim_heap
 from jepax.logs import Log, warn
 from jepax.monitor import Diverged, Monitor, NotFinite, RollBack, online_of
 from jepax.saving import CheckpointManager
@@ -25,19 +26,19 @@ def train(config: Config, run: Path, *, allow: Sequence[str] = ()) -> TrainState
     """Trains in the folder `run`, or continues there, bit for bit as if nothing had interrupted it.
 
     `allow` names settings, or groups of them, in which the config may differ from the folder's; "data": the pictures
-    too. SIGTERM and SIGINT end it after the step, saved. Raises `signals.Stopped` then, and `UserError` where another
+    too. SIGTERM and SIGINT end it after the step, saved. Raises `preemption.Preempted` then, and `UserError` where another
     process is in the folder, where it holds a run of another config or other data, or no checkpoint of it is sound,
     where a checkpoint cannot be written, and where training diverges.
     """
     with ExitStack() as held:
         this = Run(config, run)
-        with hosts.together():
-            if hosts.first():
+        with multihost.collective_errors():
+            if multihost.is_main_process():
                 held.enter_context(lock.run_lock(run))
-        with hosts.together():
+        with multihost.collective_errors():
             lock.check_shared_filesystem(run)
         this.claim(allow)
-        held.enter_context(signals.deferred())
+        held.enter_context(preemption.defer())
         while True:
             try:
                 return this.go_on()
@@ -45,7 +46,7 @@ def train(config: Config, run: Path, *, allow: Sequence[str] = ()) -> TrainState
                 this.go_back(leap.step)
             except NotFinite as end:
                 diverged = this.ended(end)
-                with hosts.together():  # each has written its part
+                with multihost.collective_errors():  # each has written its part
                     raise diverged from end
 
 
@@ -55,16 +56,16 @@ class Run:
     def __init__(self, config: Config, folder: Path):
         """Builds what is built in memory; nothing is written, so that what cannot be trained leaves no folder."""
         self.config, self.folder, self.checkpoints = config, folder, folder / "checkpoints"
-        with hosts.together():
+        with multihost.collective_errors():
             refuse_other_configs(config)
-        with hosts.together():
+        with multihost.collective_errors():
             self.source, self.optimizer = prepare(config)
-        with hosts.together():
+        with multihost.collective_errors():
             refuse_unequal_data(self.source)
             self.mesh = sharding.make_mesh()
             wanted = layout_of(config.train.sharding, config.train.accumulate, config.method, self.optimizer, self.mesh)
         self.layout = sharding.agreed(wanted)
-        with hosts.together():
+        with multihost.collective_errors():
             root = sharding.replicate(jr.fold_in(jr.key(config.seed), 1), self.mesh)
             self.fixed = Fixed(
                 self.optimizer, root, compute_dtype(config), config.train.guard, self.layout, config.train.log_every
@@ -80,10 +81,10 @@ class Run:
 
     def claim(self, allow: Sequence[str]) -> None:
         """Takes the folder, and what it holds, for this run."""
-        with hosts.together():
+        with multihost.collective_errors():
             claim(self.folder, self.config, self.source, allow)
         self.restore()
-        changed = record(self.folder, self.config, self.source) if hosts.first() else []
+        changed = record(self.folder, self.config, self.source) if multihost.is_main_process() else []
         self.events.truncate_from(self.start)
         computes = jnp.dtype(compute_dtype(self.config)).name
         if self.start and (before := self.events.last("precision", computes)) != computes:
@@ -98,14 +99,14 @@ class Run:
 
     def restore(self) -> None:
         """Takes the newest sound checkpoint's state, or the first one; damaged checkpoints are set aside."""
-        with hosts.together():
-            newest = self.newest() if hosts.first() else 0
-        self.start = hosts.same(newest)
+        with multihost.collective_errors():
+            newest = self.newest() if multihost.is_main_process() else 0
+        self.start = multihost.broadcast(newest)
         self.note = {}
         if self.start:
             self.note = checkpoint.metadata(self.checkpoints, self.start)
             like, self.state = checkpoint.to_shape_structs(self.state), None  # two states at once might be too much
-            with hosts.together():
+            with multihost.collective_errors():
                 self.state = checkpoint.restore(self.checkpoints, self.start, like, check=False)
 
     def newest(self) -> int:
@@ -127,22 +128,27 @@ class Run:
             Log(self.folder / logs.METRICS_FILE, steps=steps, start=self.start) as log,
             CheckpointManager(self.checkpoints, config.train.save, log.print, written) as saver,
             Trackers(
-                config.train.trackers if hosts.first() else (), self.folder, configs.to_dict(config), log.print
+                config.train.trackers if multihost.is_main_process() else (),
+                self.folder,
+                configs.to_dict(config),
+                log.print,
             ) as trackers,
             closing(self.read(log.print)) as stream,
         ):
             log.print_header(self.folder, config.train.batch_size, str(self.layout))
             monitor = self.monitor = Monitor(config, self.folder, log, self.events, self.note, trackers.send)
-            monitor.online, agreement = online_of(config, self.source, steps), hosts.Agreement(self.mesh)
+            monitor.online, agreement = online_of(config, self.source, steps), multihost.CollectiveFlag(self.mesh)
             for step, images in enumerate(stream, self.start):
                 moved = movement.since(self.state.method, step) if monitor.writes(step) else None
                 self.state, metrics = compiled_step(self.fixed, sharding.shard_batch(images, self.mesh), self.state)
                 metrics |= moved(self.state.method, metrics["verdict"]) if moved else {}
-                stop, late = agreement(signals.asked(), hosts.first() and saver.timer_expired())
+                stop, late = agreement(
+                    preemption.stop_requested(), multihost.is_main_process() and saver.timer_expired()
+                )
                 monitor.took(step, metrics, images)  # looks at the step before: the device never waits for it
                 if step == self.start:
                     log.report_compile_time(metrics["loss"])
-                    return_freed_memory()  # of compiling
+                    trim_heap()  # of compiling
                 best = monitor.writes(step) and monitor.line(step, metrics, self.state.method)
                 if best or stop or late or saver.should_save(step + 1) or step + 1 == steps:
                     monitor.settle()
@@ -151,7 +157,7 @@ class Run:
                 log.set_progress(step)
                 if stop:
                     saver.wait()
-                    raise signals.Stopped(
+                    raise preemption.Preempted(
                         f"asked to end: step {step + 1} of {steps} is saved; the same command goes on"
                     )
         return self.state
@@ -164,7 +170,7 @@ class Run:
     def read(self, say: Callable[[str], None]) -> Generator[Images, None, None]:
         """This host's slices of the batches that are left."""
         path = self.folder / corrupt_file(jax.process_index())
-        if not hosts.first():  # whose log is silent
+        if not multihost.is_main_process():  # whose log is silent
             say = lambda text: warn(text.removeprefix("warning: "))  # noqa: E731
         broken = CorruptLog(self.source, path, self.config.data.broken_share, say)
         return read(self.config, self.source, self.optimizer.total_steps, self.start, self.shift, broken)
@@ -216,7 +222,7 @@ def read(
 
 def refuse_other_configs(config: Config) -> None:
     """Raises `UserError` where the processes of a run were not given the same config."""
-    texts = hosts.exchange(configs.text(config))
+    texts = multihost.all_gather_str(configs.text(config))
     for process, text in enumerate(texts):
         if text != texts[0]:
             line = next(a for a, b in zip(text.splitlines(), texts[0].splitlines(), strict=False) if a != b)

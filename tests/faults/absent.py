@@ -1,6 +1,6 @@
 """Waits three seconds for processes that never come."""
 
-from jepax import hosts
+from jepax.distributed import multihost
 
 if __name__ == "__main__":
-    hosts.start(wait=3)
+    multihost.initialize(wait=3)

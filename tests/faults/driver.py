@@ -21,11 +21,11 @@ EARLIER = 2
 
 
 def main(folder: str, changes: str = "{}") -> None:
-    from jepax import hosts
+    from jepax.distributed import multihost
 
     if "JAX_NUM_PROCESSES" in os.environ:
-        hosts.start()
-    with hosts.peers():
+        multihost.initialize()
+    with multihost.peer_guard():
         from jepax.saving import SaveConfig
         from jepax.sharding import ShardingConfig
         from jepax.train import train
@@ -48,7 +48,7 @@ def main(folder: str, changes: str = "{}") -> None:
         disturb()
         train(config, Path(folder, *FAULTS[os.environ.get("JEPAX_TEST_FAULT", "none")]()))
         print("trained", flush=True)
-        hosts.leave()
+        multihost.shutdown()
 
 
 def disturb() -> None:
@@ -151,14 +151,15 @@ FAULTS["none"] = tuple
 
 
 if __name__ == "__main__":  # the workers of the loader import this file again
-    from jepax import signals
+    from jepax.distributed import preemption
+
     from jepax.cli import stop
     from jepax.types import UserError
 
     try:
-        with signals.handled():
+        with preemption.install_handlers():
             main(*sys.argv[1:])
     except UserError as error:
         stop(str(error), 2)
-    except signals.Stopped as ended:
-        stop(str(ended), signals.AGAIN)
+    except preemption.Preempted as ended:
+        stop(str(ended), preemption.EXIT_RETRY)

@@ -10,8 +10,9 @@ import time
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jepax.distributed import multihost, preemption
 
-from jepax import hosts, sharding, signals
+from jepax import sharding
 from jepax.cli import stop
 from jepax.types import UserError, words
 
@@ -39,28 +40,28 @@ def end(how: str, process: int) -> None:
     if how == "system":
         if failing:
             raise FULL
-        hosts.exchange("")
+        multihost.all_gather_str("")
     if how == "together":
-        with hosts.together():
+        with multihost.collective_errors():
             if failing:
                 raise FULL
     if how == "all":
-        with hosts.together():
+        with multihost.collective_errors():
             raise UserError(f"the {jax.process_index()} of all")
     if how == "stopped":
         if failing:
             time.sleep(3)  # as where it saves
             print("saved", flush=True)
-        raise signals.Stopped("asked to end")
+        raise preemption.Preempted("asked to end")
 
 
 if __name__ == "__main__":
-    hosts.start()
+    multihost.initialize()
     try:
-        with hosts.peers():
-            hosts.exchange("all are here")
+        with multihost.peer_guard():
+            multihost.all_gather_str("all are here")
             end(sys.argv[1], int(sys.argv[2]))
-    except signals.Stopped as ended:
-        stop(str(ended), signals.AGAIN)
+    except preemption.Preempted as ended:
+        stop(str(ended), preemption.EXIT_RETRY)
     except (UserError, OSError) as error:
         stop(words(error), 2)

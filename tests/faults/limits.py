@@ -15,8 +15,9 @@ from pathlib import Path
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jepax.distributed import preemption
 
-from jepax import checkpoint, cli, lock, signals
+from jepax import checkpoint, cli, lock
 from jepax import config as configs
 from jepax import train as training
 from jepax.saving import CheckpointManager, SaveConfig
@@ -205,7 +206,7 @@ def part(wanted: str, run: str, until: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     CheckpointManager.save = stop
-    with suppress(signals.Stopped, KeyboardInterrupt):  # the latter after the last step
+    with suppress(preemption.Preempted, KeyboardInterrupt):  # the latter after the last step
         train(configs.load(Config, Path(wanted)), Path(run))
 
 

@@ -8,15 +8,16 @@ import sys
 
 import jax
 import numpy as np
+from jepax.distributed import multihost
 
-from jepax import hosts, sharding
+from jepax import sharding
 from jepax.types import UserError
 
 
 def stopped_after(wishes: list[int]) -> int:
     mesh = sharding.make_mesh()
     x = sharding.replicate(np.ones((8, 8), np.float32), mesh)
-    step, agreement = jax.jit(lambda x: x @ x / 8), hosts.Agreement(mesh)
+    step, agreement = jax.jit(lambda x: x @ x / 8), multihost.CollectiveFlag(mesh)
     for taken in range(200):
         x = step(x)
         if agreement(taken >= wishes[jax.process_index()])[0]:
@@ -26,7 +27,7 @@ def stopped_after(wishes: list[int]) -> int:
 
 def refusal(failure: Exception) -> str:
     try:
-        with hosts.together():
+        with multihost.collective_errors():
             if jax.process_index() == 1:
                 raise failure
     except (UserError, OSError) as error:
@@ -35,13 +36,13 @@ def refusal(failure: Exception) -> str:
 
 
 if __name__ == "__main__":
-    hosts.start()
-    with hosts.peers():
+    multihost.initialize()
+    with multihost.peer_guard():
         said = {
             "stopped": stopped_after([int(word) for word in sys.argv[1:]]),
-            "same": hosts.same(jax.process_index() + 5),
-            "texts": hosts.exchange(f"from {jax.process_index()}"),
+            "same": multihost.broadcast(jax.process_index() + 5),
+            "texts": multihost.all_gather_str(f"from {jax.process_index()}"),
             "refusals": [refusal(UserError("no pictures here")), refusal(OSError(28, "No space left", "a/file"))],
         }
-        hosts.leave()
+        multihost.shutdown()
     print(json.dumps(said | {"alone": float(jax.numpy.ones(3).sum())}), flush=True)

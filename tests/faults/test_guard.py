@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from jepax.distributed import preemption
 
-from jepax import checkpoint, dump, evaluation, events, guard, logs, signals
+from jepax import checkpoint, dump, evaluation, events, guard, logs
 from jepax import config as configs
 from jepax.guard import GuardConfig
 from jepax.monitor import Diverged, Monitor
@@ -46,7 +47,7 @@ def ended(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("runs") / "spoilt"
     config = run_of(GuardConfig(patience=3), large_gradient=(SPIKE,), **BAD)
-    with pytest.raises(signals.Stopped), asked_to_end_at(39):  # seen in the step after it
+    with pytest.raises(preemption.Preempted), asked_to_end_at(39):  # seen in the step after it
         train(config, folder)
     shutil.copytree(folder, folder.with_name("earlier"))
     left = folder / "dumps/step_00000042" / dump.batch_file(7)  # of more processes, before the steps were taken again
@@ -160,7 +161,7 @@ def test_training_goes_back_behind_a_spike(tmp_path):
     assert checkpoint.metadata(tmp_path / "whole" / "checkpoints", 44)["shift"] == 40 - 32 + 1
     lines = [line["step"] for line in logs.read_metrics(tmp_path / "whole" / "metrics.jsonl")]
     assert lines == sorted(set(lines)) and lines[-1] == 43
-    with asked_to_end_at(46) as steps, pytest.raises(signals.Stopped):
+    with asked_to_end_at(46) as steps, pytest.raises(preemption.Preempted):
         train(config, tmp_path / "parts")
     assert steps == [37]
     assert checkpoint.digest(train(config, tmp_path / "parts")) == checkpoint.digest(whole)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jepax.distributed import multihost, preemption
 from PIL import Image
 
-from jepax import checkpoint, hosts, sharding, signals
+from jepax import checkpoint, sharding
 from jepax.data import broken
 from jepax.logs import read
 from jepax.types import UserError
@@ -39,12 +40,12 @@ def test_an_environment_without_sense_is_refused(change, said):
 
 
 def test_one_process_needs_no_one():
-    agreement = hosts.Agreement(sharding.make_mesh())
+    agreement = multihost.CollectiveFlag(sharding.make_mesh())
     assert agreement(True, False) == (True, False)
-    assert hosts.first() and hosts.same(3) == 3 and hosts.exchange("a") == ["a"]
-    with hosts.peers(), hosts.together():
-        hosts.leave()
-    with pytest.raises(UserError, match="mine"), hosts.together():
+    assert multihost.is_main_process() and multihost.broadcast(3) == 3 and multihost.all_gather_str("a") == ["a"]
+    with multihost.peer_guard(), multihost.collective_errors():
+        multihost.shutdown()
+    with pytest.raises(UserError, match="mine"), multihost.collective_errors():
         raise UserError("mine")
 
 
@@ -67,7 +68,7 @@ ENDS = {
     "system": (2, FULL, "process {}: " + FULL),
     "together": (2, FULL, "process {}: " + FULL),
     "all": (2, "the {} of all", "the {} of all"),
-    "stopped": (signals.AGAIN, "asked to end", "asked to end"),
+    "stopped": (preemption.EXIT_RETRY, "asked to end", "asked to end"),
 }
 """By the way in which processes end: the code of all, what the one says that fails or is slow, and the others."""
 
@@ -99,7 +100,7 @@ def test_what_fails_ends_also_where_the_others_do_not_come_to_the_end(processes)
 def test_no_process_ends_before_all_have_saved(processes):
     """A scheduler ends those that are left when the first one ends."""
     first, second = processes.group("failing", "stopped", "0")
-    assert second.wait(90) == signals.AGAIN and "saved" in processes.said(first)
+    assert second.wait(90) == preemption.EXIT_RETRY and "saved" in processes.said(first)
 
 
 def losses(run: Path) -> list[float]:
@@ -147,7 +148,7 @@ def part(processes: Processes, run: str, changes: str, count: int, devices: int,
     else:
         started = processes.group("driver", run, changes, count=count, devices=devices, **leaving)
     codes = [process.wait(150) for process in started]
-    assert codes == [signals.AGAIN if leaving else 0] * count, "".join(map(processes.said, started))
+    assert codes == [preemption.EXIT_RETRY if leaving else 0] * count, "".join(map(processes.said, started))
 
 
 @pytest.mark.slow_fault
@@ -182,7 +183,7 @@ def test_processes_that_share_the_state_take_the_steps_of_one(processes, tmp_pat
 def test_after_a_loss_the_same_command_goes_on(processes, tmp_path, alone):
     run = tmp_path / "run"
     both = processes.group("driver", str(run), STEPS, heartbeat=HEARTBEAT, JEPAX_TEST_DIE_AT="9", JEPAX_TEST_SAVE="4")
-    assert sorted(process.wait(150) for process in both) == [-signal.SIGKILL, signals.AGAIN]
+    assert sorted(process.wait(150) for process in both) == [-signal.SIGKILL, preemption.EXIT_RETRY]
     both = processes.group("driver", str(run), STEPS, JEPAX_TEST_SAVE="4")
     assert [process.wait(150) for process in both] == [0, 0], processes.said(both[0]) + processes.said(both[1])
     np.testing.assert_allclose(losses(run), alone, rtol=1e-5)
@@ -208,7 +209,7 @@ def test_a_lost_peer_ends_the_other_in_time_with_a_line(processes, tmp_path, los
         processes.until(lambda: any(saves.glob("*.part")), 60, 0.002)
     os.kill(both[lost].pid, how)
     start, other = time.monotonic(), both[1 - lost]
-    assert other.wait(HEARTBEAT + 15) == signals.AGAIN, processes.said(other)
+    assert other.wait(HEARTBEAT + 15) == preemption.EXIT_RETRY, processes.said(other)
     assert time.monotonic() - start < HEARTBEAT + 10
     assert processes.said(other).count(hosts.MESSAGE) == 1
     deadline = time.monotonic() + 10
@@ -258,9 +259,9 @@ def test_no_process_ends_before_the_checkpoint_counts(processes, tmp_path):
     first, second = processes.group(
         "driver", str(tmp_path), settings, JEPAX_TEST_LEAVE_AT="4", JEPAX_TEST_FAULT="slow_disk"
     )
-    assert second.wait(150) == signals.AGAIN, processes.said(second)
+    assert second.wait(150) == preemption.EXIT_RETRY, processes.said(second)
     assert (tmp_path / "checkpoints/00000004").is_dir(), processes.said(first)
-    assert first.wait(20) == signals.AGAIN
+    assert first.wait(20) == preemption.EXIT_RETRY
     for process in (first, second):
         assert processes.said(process).splitlines()[-1].startswith("jepax: asked to end: step 4 of 100 is saved")
 
@@ -319,5 +320,5 @@ def test_one_clock_decides_and_every_process_tells_of_pictures(processes, tmp_pa
 @pytest.mark.fault(12, "a peer process is lost")
 def test_a_peer_that_never_comes_is_named(processes):
     alone = processes.start("absent", **ENV | {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:9"})
-    assert alone.wait(60) == signals.AGAIN
+    assert alone.wait(60) == preemption.EXIT_RETRY
     assert "did not find the others of its run within 3 s" in processes.said(alone)

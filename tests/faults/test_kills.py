@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from jepax.distributed import preemption
 
-from jepax import checkpoint, lock, logs, signals
+from jepax import checkpoint, lock, logs
 from jepax import config as configs
 from tests.faults.conftest import Processes, running
 from tests.faults.runs import EVERY, STEPS, result, same, tiny
@@ -140,7 +141,7 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(command, reference, tmp_pa
         command.start(**({"JAX_COMPILATION_CACHE_DIR": str(cache)} if moment == "compilation" else {}))
         reached(command)
         command.process.send_signal(number)
-        command.ends(signals.AGAIN)
+        command.ends(preemption.EXIT_RETRY)
         saved = re.search(rf"asked to end: step (\d+) of {STEPS} is saved; the same command goes on", command.said())
         assert saved, (moment, command.said())
         assert command.newest() == int(saved[1]), moment
@@ -148,7 +149,7 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(command, reference, tmp_pa
     command.start()
     command.until_said("trained encoder: knn")
     command.process.send_signal(number)
-    command.ends(signals.AGAIN)
+    command.ends(preemption.EXIT_RETRY)
     assert "ended as asked; the same command goes on" in command.said() and "Traceback" not in command.said()
     assert not list(command.run.glob("figures/*"))
     command.finishes()

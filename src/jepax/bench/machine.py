@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 import jepax
-from jepax.hosts import cores
+from jepax.distributed.multihost import cores
 
 
 def machine(*packages: str) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from jepax.methods import AbstractMethod
 from jepax.methods.ijepa import IJEPA
 from jepax.methods.multiview import MultiView, embed
 from jepax.nn.blocks import Stack
-from jepax.programs import OPTIONS
 from jepax.sharding import gathered
 from jepax.step import loss_and_gradients
 from jepax.trees import cast

@@ -18,7 +18,7 @@ import jax.random as jr
 import numpy as np
 
 from jepax.bench import clock
-from jepax.hosts import cores
+from jepax.distributed.multihost import cores
 from jepax.methods import AbstractMethod
 from jepax.methods.ijepa import IJEPA, IJEPAConfig
 from jepax.nn.position import sincos_2d

@@ -17,7 +17,7 @@ from jepax.bench.machine import machine
 from jepax.bench.subject import Subject
 from jepax.data import batches, open_source
 from jepax.data.decode import read_image
-from jepax.hosts import cores
+from jepax.distributed.multihost import cores
 from jepax.settings import Config
 
 FILES, SIZE, QUALITY = 256, (375, 500), 90

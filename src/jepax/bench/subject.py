@@ -11,9 +11,9 @@ import jax.random as jr
 from jax.experimental.compilation_cache import compilation_cache
 
 from jepax import sharding
-from jepax.allocator import return_freed_memory
 from jepax.bench.clock import WARM, percentiles
 from jepax.bench.memory import forget_peak, peak_bytes
+from jepax.distributed.malloc import trim_heap
 from jepax.dryrun import Plan, step_flops
 from jepax.settings import compute_dtype
 from jepax.step import Fixed, compiled_step, placed_state, step_program
@@ -66,7 +66,7 @@ class Subject:
         """Seconds of single steps, and images per second of steps that follow each other, as in training."""
         for _ in range(WARM):
             jax.block_until_ready(self.step())
-        return_freed_memory()
+        trim_heap()
         forget_peak()
         times = []
         for _ in range(rounds):

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jepax import files, hosts
+from jepax import files
+from jepax.distributed import multihost
 from jepax.types import UserError
 
 Numbers = dict
@@ -31,7 +32,7 @@ FILE = "health.json"
 
 def write(run: Path, alarms: Iterable[Alarm], ended: str | None = None) -> None:
     """Writes `run`/health.json whole or not at all. `ended` says why training stopped, where it did not finish."""
-    if not hosts.first():
+    if not multihost.is_main_process():
         return
     run.mkdir(parents=True, exist_ok=True)
     told = {"alarms": [asdict(alarm) for alarm in alarms], "ended": ended}

@@ -34,7 +34,6 @@ from jepax.evals.streaming import (
 )
 from jepax.nn import ViT
 from jepax.nn.blocks import Linear
-from jepax.programs import OPTIONS
 from jepax.trees import cast
 from jepax.types import Images, UserError
 from jepax.views import CropConfig, centre_crop
