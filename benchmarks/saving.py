@@ -33,7 +33,7 @@ from jepax import step as steps
 from jepax.bench.machine import machine
 from jepax.data import DataConfig
 from jepax.recipes import RECIPES
-from jepax.saving import Saver
+from jepax.saving import CheckpointManager
 from jepax.settings import Config, prepare
 from jepax.step import USUAL, TrainState, first_state
 from jepax.train import read
@@ -115,7 +115,7 @@ def beside(config: Config, training: Training, window: float, rounds: int) -> di
         for turn in range(rounds):
             took = {}
             for saving in (False, True) if turn % 2 else (True, False):
-                with Saver(folder, dataclasses.replace(config.train.save, keep=1), print) as saver:
+                with CheckpointManager(folder, dataclasses.replace(config.train.save, keep=1), print) as saver:
                     start = time.perf_counter()
                     if saving:
                         saver.save(turn + 1, training.state, {})

@@ -36,7 +36,7 @@ def test_round_trip_with_dtypes(tmp_path):
     assert restored["b"][1] == "text"
     jax.tree.map(np.testing.assert_array_equal, (restored["a"], restored["b"][0]), (tree()["a"], tree()["b"][0]))
     assert restored["b"][0].dtype == tree()["b"][0].dtype
-    assert checkpoint.note(tmp_path, 3) == {"shift": 2}
+    assert checkpoint.metadata(tmp_path, 3) == {"shift": 2}
 
 
 def test_the_tree_may_be_donated_while_it_is_written(tmp_path):
@@ -44,7 +44,7 @@ def test_the_tree_may_be_donated_while_it_is_written(tmp_path):
     big = {"a": jnp.arange(2_000_000.0)}
     wanted = np.array(big["a"])
     overwrite = jax.jit(lambda t: {"a": t["a"] * 0 - 1}, donate_argnums=0)
-    writing = checkpoint.Writing(tmp_path, 1, big)
+    writing = checkpoint.save_async(tmp_path, 1, big)
     for _ in range(5):
         big = overwrite(big)
     jax.block_until_ready(big)
@@ -56,43 +56,43 @@ def test_a_checkpoint_is_called_by_its_step_only_when_it_is_finished(tmp_path, m
     seen = []
     monkeypatch.setattr(manifest, "sums", lambda folder: seen.append(checkpoint.steps(tmp_path)) or {})
     checkpoint.save(tmp_path, 1, tree())
-    assert seen == [[]] and checkpoint.steps(tmp_path) == [1] and checkpoint.unfinished(tmp_path) == []
+    assert seen == [[]] and checkpoint.steps(tmp_path) == [1] and checkpoint.partial_checkpoints(tmp_path) == []
 
 
 def test_an_unfinished_checkpoint_is_none_and_is_written_again(tmp_path):
     path = checkpoint.save(tmp_path, 1, tree())
     path.rename(path.with_name(path.name + checkpoint.PART))
-    assert checkpoint.steps(tmp_path) == [] and len(checkpoint.unfinished(tmp_path)) == 1
-    assert checkpoint.newest_sound(tmp_path).step is None
+    assert checkpoint.steps(tmp_path) == [] and len(checkpoint.partial_checkpoints(tmp_path)) == 1
+    assert checkpoint.latest_valid(tmp_path) == (None, {})
     checkpoint.save(tmp_path, 1, tree())
-    assert checkpoint.steps(tmp_path) == [1] and checkpoint.unfinished(tmp_path) == []
+    assert checkpoint.steps(tmp_path) == [1] and checkpoint.partial_checkpoints(tmp_path) == []
 
 
 def test_one_flipped_bit_is_found(tmp_path):
     path = checkpoint.save(tmp_path, 1, tree())
     flip(largest(path))
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="is corrupt"):
         checkpoint.restore(tmp_path, 1, tree(0.0))
 
 
-def test_the_newest_sound_one_is_taken_and_damaged_ones_are_set_aside(tmp_path):
+def test_the_newest_valid_one_is_taken_and_corrupt_ones_are_renamed(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, tree(float(step)))
     flip(largest(tmp_path / "00000003"))
-    found = checkpoint.newest_sound(tmp_path)
-    assert found.step == 2 and list(found.damaged) == [3] and "is not what was written" in found.damaged[3][0]
-    checkpoint.set_aside(tmp_path, found.damaged)
-    assert checkpoint.steps(tmp_path) == [1, 2] and (tmp_path / "00000003.damaged").is_dir()
-    shutil.copytree(tmp_path / "00000003.damaged", tmp_path / "00000003")
-    checkpoint.set_aside(tmp_path, {3: []})
-    assert (tmp_path / "00000003.damaged2").is_dir()
+    step, corrupt = checkpoint.latest_valid(tmp_path)
+    assert step == 2 and list(corrupt) == [3] and "is not what was written" in corrupt[3][0]
+    checkpoint.quarantine(tmp_path, corrupt)
+    assert checkpoint.steps(tmp_path) == [1, 2] and (tmp_path / "00000003.corrupt").is_dir()
+    shutil.copytree(tmp_path / "00000003.corrupt", tmp_path / "00000003")
+    checkpoint.quarantine(tmp_path, [3])
+    assert (tmp_path / "00000003.corrupt2").is_dir()
 
 
-def test_none_sound_is_an_error_and_nothing_is_removed(tmp_path):
+def test_none_valid_is_an_error_and_nothing_is_removed(tmp_path):
     for step in (1, 2):
         flip(largest(checkpoint.save(tmp_path, step, tree())))
-    with pytest.raises(UserError, match=r"(?s)no checkpoint in .* is sound.*nothing was removed"):
-        checkpoint.newest_sound(tmp_path)
+    with pytest.raises(UserError, match=r"(?s)no checkpoint in .* is valid.*nothing was removed"):
+        checkpoint.latest_valid(tmp_path)
     assert checkpoint.steps(tmp_path) == [1, 2]
 
 
@@ -106,7 +106,7 @@ def test_another_model_is_refused(tmp_path):
 
 def test_a_part_is_restored_and_the_rest_of_the_model_compared_all_the_same(tmp_path):
     checkpoint.save(tmp_path, 1, tree())
-    like = checkpoint.abstract({"a": jnp.zeros((4, 8)), "b": [jnp.arange(3), "text"]})
+    like = checkpoint.to_shape_structs({"a": jnp.zeros((4, 8)), "b": [jnp.arange(3), "text"]})
     part = checkpoint.restore(tmp_path, 1, like, only=("['b']",))
     assert part["a"] is None and part["b"][1] == "text"
     np.testing.assert_array_equal(part["b"][0], tree()["b"][0])

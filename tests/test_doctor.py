@@ -52,16 +52,16 @@ def next_of(run, what):
 
 
 def test_a_checkpoint_that_goes_while_it_is_read_is_not_damaged(run, monkeypatch):
-    problems = checkpoint.problems
+    problems = checkpoint.verify
 
     def removed(folder, step):
         if step == STEPS - 1:
             shutil.rmtree(folder / f"{step:08d}")
         return problems(folder, step)
 
-    monkeypatch.setattr(checkpoint, "problems", removed)
+    monkeypatch.setattr(checkpoint, "verify", removed)
     said = []
-    assert examine(run, said.append) and not any("DAMAGED" in each for each in said)
+    assert examine(run, said.append) and not any("CORRUPT" in each for each in said)
 
 
 @pytest.mark.parametrize(
@@ -69,20 +69,20 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_not_damaged(run, monkeypatch
 )
 def test_a_checkpoint_that_cannot_be_read_is_named(run, monkeypatch, step, next):
     """The next command looks no further than the newest sound one."""
-    problems = checkpoint.problems
+    problems = checkpoint.verify
 
     def failing(folder, one):
         if one == step:
             raise OSError(5, "Input/output error", str(folder / f"{one:08d}"))
         return problems(folder, one)
 
-    monkeypatch.setattr(checkpoint, "problems", failing)
+    monkeypatch.setattr(checkpoint, "verify", failing)
     said, sound = examined(run)
     assert not sound and f"{step:08d} cannot be read: Input/output error" in said and next in said.splitlines()[-1]
 
 
 def damage(run, step):
-    (run / f"checkpoints/{step:08d}/note.json").write_text("{}")
+    (run / f"checkpoints/{step:08d}/metadata.json").write_text("{}")
 
 
 def cut(run, *steps):
@@ -93,7 +93,7 @@ def cut(run, *steps):
 def goes_on(run, whole, step):
     """Training resumes after this step, and ends as if nothing had happened."""
     assert checkpoint.digest(train(tiny(), run)) == whole.digest
-    last = happened.read(run / "events.jsonl")[-1]
+    last = happened.read_jsonl(run / "events.jsonl")[-1]
     assert (last["event"], last["step"]) == ("resumed" if step else "started", step)
 
 
@@ -101,8 +101,8 @@ def test_a_finished_run(run):
     said, sound = examined(run)
     assert sound
     assert "run           ijepa_fashion_mnist, seed 0, IJEPA" in said and "in use        no" in said
-    assert "data          synthetic, 64 training pictures, as when the run began" in said
-    assert [f"checkpoint    {step:08d} sound" in said for step in range(1, STEPS + 1)] == [True] * STEPS
+    assert "data          synthetic, 64 training images, as when the run began" in said
+    assert [f"checkpoint    {step:08d} ok" in said for step in range(1, STEPS + 1)] == [True] * STEPS
     assert "metrics       4 lines, the last of step 3" in said and "events        started 1" in said
     assert "evaluations   none" in said and "health        no alarm" in said
     assert line(said, "next") == next_of(run, "nothing is left to train; evaluates it")
@@ -119,7 +119,7 @@ def test_a_finished_run(run):
 def test_an_interrupted_run(run, whole):
     cut(run, 3, 4)
     said, sound = examined(run)
-    assert sound and line(said, "next") == next_of(run, "goes on after step 2 of 4")
+    assert sound and line(said, "next") == next_of(run, "resumes after step 2 of 4")
     goes_on(run, whole, 2)
 
 
@@ -134,19 +134,19 @@ def test_nothing_saved_yet(run, whole):
 def test_a_damaged_checkpoint_is_named_and_set_aside(run, whole):
     damage(run, 4)
     said, sound = examined(run)
-    assert not sound and "checkpoint    00000004 DAMAGED: note.json is not what was written (1 in all)" in said
-    assert line(said, "next") == next_of(run, "goes on after step 3 of 4, the damaged ones after it set aside")
+    assert not sound and "checkpoint    00000004 CORRUPT: metadata.json is not what was written (1 in all)" in said
+    assert line(said, "next") == next_of(run, "resumes after step 3 of 4, the corrupt ones after it renamed")
     goes_on(run, whole, 3)
     said, sound = examined(run)
     assert (
-        sound and "checkpoint    00000004.damaged: damaged, set aside when the run went on; it may be removed" in said
+        sound and "checkpoint    00000004.corrupt: corrupt, renamed when the run was resumed; it may be removed" in said
     )
 
 
 def test_an_older_damaged_checkpoint_stays_where_it_is(run):
     damage(run, 2)
     said, sound = examined(run)
-    assert not sound and "00000002 DAMAGED" in said
+    assert not sound and "00000002 CORRUPT" in said
     assert line(said, "next") == next_of(run, "nothing is left to train; evaluates it")
     train(tiny(), run)
     assert checkpoint.steps(run / "checkpoints") == [1, 2, 3, 4]
@@ -156,9 +156,9 @@ def test_no_sound_checkpoint(run):
     for step in range(1, STEPS + 1):
         damage(run, step)
     said, sound = examined(run)
-    assert not sound and "checkpoint    none that is sound" in said
-    assert line(said, "next").endswith("refused: no checkpoint is sound")
-    with pytest.raises(UserError, match=r"no checkpoint in .* is sound"):
+    assert not sound and "checkpoint    none is valid" in said
+    assert line(said, "next").endswith("refused: no checkpoint is valid")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is valid"):
         train(tiny(), run)
 
 
@@ -177,9 +177,7 @@ def test_an_unfinished_save(run, whole):
     part = run / "checkpoints/00000004.part"
     part.mkdir()
     said, sound = examined(run)
-    assert (
-        sound and f"checkpoint    {part.name}: its writing was cut off; the next one that is written removes it" in said
-    )
+    assert sound and f"checkpoint    {part.name}: never finished; the next save removes it" in said
     goes_on(run, whole, 3)
     assert not part.exists()
 
@@ -202,7 +200,7 @@ def test_torn_metrics(run):
     whole_text = path.read_text()
     path.write_bytes(whole_text.encode() + b'{"step": 4, "lo\xff')
     said, sound = examined(run)
-    assert not sound and "metrics       4 lines, the last of step 3; 1 TORN, left out by the next command" in said
+    assert not sound and "metrics       4 lines, the last of step 3; 1 CORRUPT, dropped by the next command" in said
     train(tiny(), run)
     assert path.read_text() == whole_text and examined(run)[1]
 
@@ -226,14 +224,14 @@ def test_data_that_is_missing(run):
 
 
 def test_broken_pictures_dumps_and_why_training_stopped(run):
-    for name, files in (("broken.jsonl", (3,)), ("broken_1.jsonl", (3, 4))):
+    for name, files in (("corrupt.jsonl", (3,)), ("corrupt_1.jsonl", (3, 4))):
         lines = [{"file": f"train/cat/{file}.jpg", "why": "it is empty"} for file in files]
         (run / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "dumps/step_00000003").mkdir(parents=True)
     (run / "health.json").write_text(json.dumps({"alarms": [], "ended": "2 steps in a row were not finite"}))
     said, sound = examined(run)
     assert sound
-    assert f"pictures      2 cannot be read, such as train/cat/3.jpg; listed in {run / 'broken*.jsonl'}" in said
+    assert f"images        2 corrupt, such as train/cat/3.jpg; listed in {run / 'corrupt*.jsonl'}" in said
     assert f"dump          jepax replay {run / 'dumps/step_00000003'}" in said
     assert line(said, "health").endswith("no alarm; stopped: 2 steps in a row were not finite")
     (run / "health.json").write_text("{")
@@ -253,6 +251,6 @@ def test_no_run_at_all(tmp_path, capsys):
 
 def test_the_exit_code_tells_whether_all_is_sound(run, capsys):
     cli.main(["doctor", str(run)])
-    assert "checkpoint    00000004 sound" in capsys.readouterr().out
+    assert "checkpoint    00000004 ok" in capsys.readouterr().out
     damage(run, 4)
     assert limits.command(capsys, "doctor", run, code=1) == ""

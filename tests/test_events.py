@@ -10,7 +10,7 @@ def test_lines_come_back_and_torn_ones_do_not(tmp_path):
     happened.add("skipped", 3, retaken=True)
     with happened.path.open("a") as file:
         file.write('{"event": "skip')
-    lines = events.read(happened.path)
+    lines = events.read_jsonl(happened.path)
     assert [(line["event"], line["step"]) for line in lines] == [("started", 0), ("skipped", 3)]
     assert lines[0]["devices"] == 1
 
@@ -27,12 +27,12 @@ def test_steps_that_are_taken_again_leave_one_line(tmp_path):
         happened.add(event, step, retaken=retaken)
     with happened.path.open("a") as file:
         file.write('{"torn')
-    happened.again_from(4)
+    happened.truncate_from(4)
     happened.add("skipped", 5, retaken=True)
-    lines = [(line["event"], line["step"]) for line in events.read(happened.path)]
+    lines = [(line["event"], line["step"]) for line in events.read_jsonl(happened.path)]
     assert lines == [("started", 0), ("skipped", 3), ("saved", 6), ("skipped", 5)]
-    happened.again_from(0, but="skipped")
-    assert [(line["event"], line["step"]) for line in events.read(happened.path)] == lines
+    happened.truncate_from(0, keep="skipped")
+    assert [(line["event"], line["step"]) for line in events.read_jsonl(happened.path)] == lines
 
 
 def test_the_newest_value_is_found(tmp_path):

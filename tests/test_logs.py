@@ -15,7 +15,7 @@ def test_a_resumed_run_takes_its_steps_again_once(tmp_path):
         with logs.Log(path, steps=4, start=start) as log:
             for step in range(start, 4):
                 log.write(step, values(float(start + step)))
-    lines = logs.read(path)
+    lines = logs.read_metrics(path)
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert [line["loss"] for line in lines] == [0.0, 1.0, 4.0, 5.0]
 

@@ -15,24 +15,24 @@ def folder(tmp_path):
 
 
 def test_what_was_written_has_no_problem(folder):
-    assert manifest.problems(folder) == []
+    assert manifest.verify(folder) == []
     assert manifest.content(folder)["step"] == 3
     assert sorted(manifest.content(folder)["sha256"]) == ["a", "inner/b"]
-    assert sorted(path.name for path in folder.iterdir()) == ["a", "inner", manifest.FILE]
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "inner", manifest.MANIFEST_FILE]
 
 
 def test_each_damage_is_named(folder):
     (folder / "a").write_text("ome")
     (folder / "inner/b").unlink()
-    assert manifest.problems(folder) == ["inner/b is missing", "a is not what was written"]
+    assert manifest.verify(folder) == ["inner/b is missing", "a is not what was written"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"content": {}, "sha256": ""}', "nothing"])
 def test_a_manifest_of_another_form_is_a_problem(folder, text):
-    (folder / manifest.FILE).write_text(text)
-    assert manifest.problems(folder) == ["manifest.json is not what was written"]
+    (folder / manifest.MANIFEST_FILE).write_text(text)
+    assert manifest.verify(folder) == ["manifest.json is not what was written"]
 
 
 def test_a_missing_manifest_is_a_problem(folder):
-    (folder / manifest.FILE).unlink()
-    assert manifest.problems(folder) == ["manifest.json is missing"]
+    (folder / manifest.MANIFEST_FILE).unlink()
+    assert manifest.verify(folder) == ["manifest.json is missing"]

@@ -24,8 +24,8 @@ class Lines(Log):
     """A log that keeps nothing."""
 
     def __init__(self, kept):
-        self.kept, self.said, self.steps = list(kept), [], 10_000
-        self.say, self.aside, self.seconds_per_step = self.said.append, nullcontext, lambda step: 1.0
+        self.previous_lines, self.said, self.steps = list(kept), [], 10_000
+        self.print, self.pause_timer, self.seconds_per_step = self.said.append, nullcontext, lambda step: 1.0
 
     def write(self, step, values):
         return {"step": step, **values}

@@ -16,7 +16,7 @@ from PIL import Image
 from jepax import pack
 from jepax.commands.pack import Pack
 from jepax.data import DataConfig, batches, open_source
-from jepax.data.decode import BrokenImage
+from jepax.data.sources import CorruptExampleError
 from jepax.types import UserError
 
 CANVAS = 48
@@ -68,21 +68,21 @@ def test_it_holds_the_folders_pictures(photos, tmp_path, split):
     folder = open_("image_folder", photos, split, validation=0.3)
     ours = open_("packed", packed(photos, tmp_path / "pack"), split, validation=0.3)
     rows = np.arange(len(folder))
-    (canvas, size, labels), (wanted, wanted_size, wanted_labels) = ours.load(rows), folder.load(rows)
+    found, expected = ours.load_batch(rows)[0], folder.load_batch(rows)[0]
     assert ours.files == folder.files and ours.class_names == folder.class_names
-    assert (size == wanted_size).all() and (labels == wanted_labels).all()
+    assert (found.size == expected.size).all() and (found.label == expected.label).all()
     for row, file in enumerate(folder.files):
         exact = "fits" in file or "/turned" in file
-        off = np.abs(canvas[row].astype(int) - wanted[row])
+        off = np.abs(found.canvas[row].astype(int) - expected.canvas[row])
         assert off.max() == 0 if exact else 0 < off.mean() < 2, file
-        assert ours.name_of(row) == folder.name_of(row)
+        assert ours.display_name(row) == folder.display_name(row)
 
 
 def test_grey_pictures_are_one_channel(photos, tmp_path):
     ours = open_("packed", packed(photos, tmp_path / "pack"), "test", channels=1)
     folder = open_("image_folder", photos, "test", channels=1)
     row = folder.files.index("cat/large_grey.jpg")
-    off = ours.load(np.array([row]))[0].astype(int) - folder.load(np.array([row]))[0]
+    off = ours.load(row).image.astype(int) - folder.load(row).image
     assert 0 < np.abs(off).mean() < 1
 
 
@@ -102,11 +102,11 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from jepax import pack
-plain = pack.record
+plain = pack.encode_record
 def slow(path, config):
     time.sleep(0.1)
     return plain(path, config)
-pack.record = slow
+pack.encode_record = slow
 pack.pack(Path(sys.argv[1]), Path(sys.argv[2]), pack.PackConfig(canvas_size=48, images_per_shard=4, threads=2))
 """
 
@@ -120,7 +120,7 @@ def test_packing_that_was_killed_goes_on(photos, tmp_path, number):
         time.sleep(0.02)
     os.kill(process.pid, number)
     assert process.wait(30) != 0 and not (folder / "pack.json").exists()
-    with pytest.raises(UserError, match=r"is no whole pack"):
+    with pytest.raises(UserError, match=r"is no complete pack"):
         open_("packed", folder)
     done = {path: path.stat().st_mtime_ns for path in folder.glob("*.note")}
     written = {path.with_suffix(".array_record"): path.with_suffix(".array_record").stat().st_mtime_ns for path in done}
@@ -162,17 +162,16 @@ def test_a_broken_picture_is_named_and_replaced_as_in_the_folder(photos, tmp_pat
     (warned,) = (line for line in said if "warning" in line)
     assert warned.startswith("warning: train/cat/large_1.jpg cannot be read (its content is none of")
     ours, theirs = open_("packed", folder, validation=0.0), open_("image_folder", photos, validation=0.0)
-    rows = np.arange(len(ours))
-    assert ours.load_readable(rows)[3].tolist() == theirs.load_readable(rows)[3].tolist()
-    assert ours.load_readable(rows)[3].sum() == 1
-    with pytest.raises(BrokenImage, match=r"train/cat/large_1\.jpg cannot be read as a picture: it is empty"):
-        ours.load(rows)
+    marked, expected = (source.load_batch(np.arange(len(ours)))[1] for source in (ours, theirs))
+    assert marked.tolist() == expected.tolist() and marked.sum() == 1
+    with pytest.raises(CorruptExampleError, match=r"train/cat/large_1\.jpg cannot be read as an image: it is empty"):
+        ours.load(int(np.flatnonzero(marked)[0]))
 
 
 def test_too_many_broken_pictures_end_it(photos, tmp_path):
     for number in range(4):
         (photos / f"train/cat/large_{number}.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"(?s)4 of 36 pictures cannot be read.*large_0\.jpg: it is empty"):
+    with pytest.raises(UserError, match=r"(?s)4 of 36 images cannot be read.*large_0\.jpg: it is empty"):
         packed(photos, tmp_path / "pack")
     assert not (tmp_path / "pack/pack.json").exists()
 
@@ -225,20 +224,20 @@ def test_names_that_do_not_fit_are_refused(photos, tmp_path):
     whole = names.read_text()
     for damaged in (whole[:-9], whole.replace("cat/", "bird/"), "[]"):
         names.write_text(damaged)
-        with pytest.raises(UserError, match=r"train\.json (cannot be read|does not name the pictures)"):
+        with pytest.raises(UserError, match=r"train\.json (cannot be read|does not name the images)"):
             open_("packed", names.parent)
 
 
 def test_a_picture_that_cannot_be_opened_ends_it(photos, tmp_path, monkeypatch):
     """A disk that fails must not leave empty pictures behind."""
-    real = pack.bytes_of
+    real = pack.read_file
 
     def failing(path):
         if path.name == "large_2.jpg":
             raise OSError(5, "Input/output error", str(path))
         return real(path)
 
-    monkeypatch.setattr(pack, "bytes_of", failing)
+    monkeypatch.setattr(pack, "read_file", failing)
     with pytest.raises(UserError, match=r"large_2\.jpg cannot be read"):
         packed(photos, tmp_path / "pack")
     monkeypatch.undo()
@@ -255,23 +254,23 @@ def test_flipped_bits_are_noticed(photos, tmp_path):
         file.seek(at)
         file.write(bytes([byte ^ 1]))
     source = open_("packed", shard.parent, validation=0.0)
-    assert source.load_readable(np.arange(len(source)))[3].sum() == 1
+    assert source.load_batch(np.arange(len(source)))[1].sum() == 1
 
 
 def test_a_larger_canvas_than_the_packs_is_refused(photos, tmp_path):
     folder = packed(photos, tmp_path / "pack")
     with pytest.raises(UserError, match=r"was packed for data\.canvas=48, and 64 asks for more"):
         open_("packed", folder, canvas=64)
-    assert open_("packed", folder, canvas=32).load(np.array([0]))[0].shape == (1, 32, 32, 3)
+    assert open_("packed", folder, canvas=32).load_batch(np.array([0]))[0].canvas.shape == (1, 32, 32, 3)
 
 
 def test_its_contents_are_the_folders_and_the_shards(photos, tmp_path):
     folder = packed(photos, tmp_path / "pack")
-    contents = open_("packed", folder).contents
+    contents = open_("packed", folder).fingerprint
     shards = contents.pop("shards")
-    assert contents == open_("image_folder", photos).contents
+    assert contents == open_("image_folder", photos).fingerprint
     other = packed(photos, tmp_path / "other", quality=90)
-    assert open_("packed", other).contents["shards"] != shards
+    assert open_("packed", other).fingerprint["shards"] != shards
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def runs(tmp_path_factory):
     ended = {}
     for name in ("float32", "bfloat16"):
         changed = replace(config, train=replace(config.train, steps=STEPS, log_every=5, precision=name))
-        ended[name] = train(changed, folder / name), logs.read(folder / name / logs.FILE)
+        ended[name] = train(changed, folder / name), logs.read_metrics(folder / name / logs.METRICS_FILE)
     return ended
 
 

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from concurrent import futures
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,22 +10,22 @@ import pytest
 
 from jepax import checkpoint, manifest, saving
 from jepax.distributed import multihost
-from jepax.saving import SaveConfig, Saver
+from jepax.saving import CheckpointManager, SaveConfig
 from jepax.types import UserError
 
 STATE = {"a": jnp.arange(4.0)}
 
 
 def saver(folder, said=None, **config):
-    return Saver(folder, SaveConfig(**config), (said if said is not None else []).append)
+    return CheckpointManager(folder, SaveConfig(**config), (said if said is not None else []).append)
 
 
 def test_by_steps_by_minutes_and_for_ever(tmp_path, monkeypatch):
     clock = iter([0.0, 30.0, 61.0, 62.0, 122.0])
     monkeypatch.setattr(saving.time, "monotonic", lambda: next(clock))
     each = saver(tmp_path, every=4, minutes=1.0, keep_each=3)
-    assert [each.late() for _ in range(4)] == [False, True, False, True]
-    assert [step for step in range(1, 13) if each.due(step)] == [3, 4, 6, 8, 9, 12]
+    assert [each.timer_expired() for _ in range(4)] == [False, True, False, True]
+    assert [step for step in range(1, 13) if each.should_save(step)] == [3, 4, 6, 8, 9, 12]
 
 
 def test_the_newest_the_round_and_the_best_are_kept(tmp_path):
@@ -39,7 +40,7 @@ def test_a_step_is_written_once(tmp_path):
     with saver(tmp_path) as writes:
         writes.save(1, STATE, {"first": True})
         writes.save(1, STATE, {})
-    assert checkpoint.note(tmp_path, 1) == {"first": True}
+    assert checkpoint.metadata(tmp_path, 1) == {"first": True}
 
 
 def test_what_was_never_finished_goes_with_the_next(tmp_path):
@@ -71,20 +72,20 @@ def test_a_save_lets_training_go_on(tmp_path, monkeypatch):
     free = slow_disk(monkeypatch)
     with saver(tmp_path) as writes:
         writes.save(1, STATE, {})
-        assert not writes.due(5) and checkpoint.steps(tmp_path) == []
+        assert not writes.should_save(5) and checkpoint.steps(tmp_path) == []
         free.set()
     assert checkpoint.steps(tmp_path) == [1]
 
 
 def test_saves_faster_than_the_disk_wait_and_say_so(tmp_path, monkeypatch):
     free, said = slow_disk(monkeypatch), []
-    monkeypatch.setattr(saving, "PATIENCE", 0.05)
+    monkeypatch.setattr(saving, "SLOW_SAVE_WARNING_S", 0.05)
     with saver(tmp_path, said, keep=9) as writes:
         writes.save(1, STATE, {})
         threading.Timer(0.3, free.set).start()
         writes.save(2, STATE, {})
         assert checkpoint.steps(tmp_path) == [1]
-        monkeypatch.setattr(saving, "PATIENCE", 20.0)
+        monkeypatch.setattr(saving, "SLOW_SAVE_WARNING_S", 20.0)
         writes.save(3, STATE, {})
     assert checkpoint.steps(tmp_path) == [1, 2, 3]
     assert len(said) == 1 and "step 2: the checkpoint waits" in said[0]
@@ -97,9 +98,9 @@ def test_a_failure_is_raised_at_the_next_step(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "sums", full)
     writes = saver(tmp_path)
     writes.save(1, STATE, {})
-    writes._writing.join(20.0)
+    futures.wait([writes._pending], 20.0)
     with pytest.raises(UserError, match="No space left on device"):
-        writes.due(2)
+        writes.should_save(2)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,13 +121,13 @@ def test_everything_is_on_the_disk_before_a_checkpoint_counts(tmp_path, monkeypa
 
     monkeypatch.setattr(os, "fsync", told)
     monkeypatch.setattr(Path, "rename", renamed)
-    with Saver(folder, SaveConfig(), print, [log, tmp_path / "absent"]) as writes:
+    with CheckpointManager(folder, SaveConfig(), print, [log, tmp_path / "absent"]) as writes:
         writes.save(1, STATE, {})
     at = order.index("renamed")
     before, part = order[:at], folder / "00000001.part"
     for path in (folder / "00000001").rglob("*"):
         while_part = part / path.relative_to(folder / "00000001")
-        written = part / "manifest.json.part" if path.name == manifest.FILE else while_part
+        written = part / "manifest.json.part" if path.name == manifest.MANIFEST_FILE else while_part
         assert (written, path.stat().st_size if path.is_file() else len(list(path.iterdir()))) in before
     assert (log, 7) in before and before[-2][0].name == "manifest.json.part" and before[-1][0] == part
     assert order[at + 1][0] == folder
@@ -142,10 +143,9 @@ def test_another_error_is_not_hidden_by_a_failed_save(tmp_path, monkeypatch):
 
 
 def test_an_error_is_not_hidden_by_a_lost_peer(tmp_path, monkeypatch):
-    def lost(self):
-        raise multihost.PeerLostError
-
-    monkeypatch.setattr(checkpoint.Writing, "result", lost)
+    lost = futures.Future()
+    lost.set_exception(multihost.PeerLostError())
+    monkeypatch.setattr(checkpoint, "save_async", lambda *args, **callbacks: lost)
     with pytest.raises(UserError, match="too many"), saver(tmp_path) as writes:
         writes.save(1, STATE, {})
         raise UserError("too many")

@@ -19,7 +19,7 @@ from jepax import train as training
 from jepax.costs import tree_bytes
 from jepax.distributed import preemption
 from jepax.guard import GuardConfig
-from jepax.saving import SaveConfig, Saver
+from jepax.saving import CheckpointManager, SaveConfig
 from jepax.settings import Config
 from jepax.train import train
 from jepax.types import UserError
@@ -60,7 +60,7 @@ def test_a_run_folder_holds_its_config_metrics_and_checkpoints(config, finished)
     run, state, _ = finished
     assert configs.load(Config, run / "config.yaml") == config
     assert checkpoint.steps(run / "checkpoints") == [4, 6]
-    lines = logs.read(run / "metrics.jsonl")
+    lines = logs.read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 3, 5]
     for name in (
         "loss",
@@ -96,14 +96,14 @@ def test_a_run_folder_holds_its_config_metrics_and_checkpoints(config, finished)
 def test_a_run_that_stopped_goes_on_where_it_was(config, finished, tmp_path, monkeypatch):
     """Asked to end after step 4 was saved: the rest is the same to the bit, and the log holds every step once."""
     run, whole, _ = finished
-    save = Saver.save
+    save = CheckpointManager.save
 
     def stop(saver, step, state, note):
         save(saver, step, state, note)
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Saver, "save", stop)
+    monkeypatch.setattr(CheckpointManager, "save", stop)
     with pytest.raises(preemption.Preempted, match="the same command goes on"):
         train(config, tmp_path)
     monkeypatch.undo()
@@ -116,7 +116,7 @@ def test_a_run_that_stopped_goes_on_where_it_was(config, finished, tmp_path, mon
     assert checkpoint.digest(whole) == checkpoint.digest(resumed)
     speed = {"seconds_per_step", "images_per_second"}
     lines = [
-        [{k: v for k, v in line.items() if k not in speed} for line in logs.read(r / "metrics.jsonl")]
+        [{k: v for k, v in line.items() if k not in speed} for line in logs.read_metrics(r / "metrics.jsonl")]
         for r in (run, tmp_path)
     ]
     assert lines[0] == lines[1]  # and so the watchdog says the same
@@ -183,7 +183,7 @@ def test_a_step_between_two_lines_is_not_overlooked(last, line, config, tmp_path
     longer = replace(config, train=replace(config.train, steps=20, log_every=10, save=SaveConfig(every=last)))
     with pytest.raises(UserError, match=f"parameters are not finite after step {last - 1}"):
         train(longer, tmp_path)
-    lines = logs.read(tmp_path / "metrics.jsonl")
+    lines = logs.read_metrics(tmp_path / "metrics.jsonl")
     assert [each["step"] for each in lines] == [step for step in (0, 9) if step < last]
     written = json.loads((tmp_path / "health.json").read_text())
     assert [(alarm["kind"], alarm["step"]) for alarm in written["alarms"]] == [("spike", line)]
@@ -216,7 +216,9 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     config = replace(config, eval=replace(config.eval, online=online), train=replace(config.train, save=save))
     train(config, tmp_path)
     scores = {
-        line["step"] + 1: line["knn_top1"] for line in logs.read(tmp_path / "metrics.jsonl") if "knn_top1" in line
+        line["step"] + 1: line["knn_top1"]
+        for line in logs.read_metrics(tmp_path / "metrics.jsonl")
+        if "knn_top1" in line
     }
     best = max(scores, key=lambda step: (scores[step], -step))
     assert checkpoint.steps(tmp_path / "checkpoints") == sorted({best, 6})
@@ -240,7 +242,7 @@ def test_a_teacher_in_bfloat16_is_saved_and_restored_as_it_is(tmp_path):
     kept = {leaf.dtype for leaf in jax.tree.leaves(eqx.filter(restored.method.target_encoder, eqx.is_array))}
     assert kept == {jnp.bfloat16.dtype}
     assert restored.method.encoder.embed.weight.dtype == jnp.float32
-    assert all(np.isfinite(line["loss"]) for line in logs.read(tmp_path / "metrics.jsonl"))
+    assert all(np.isfinite(line["loss"]) for line in logs.read_metrics(tmp_path / "metrics.jsonl"))
 
 
 def test_steps_follow_from_epochs_or_are_given(config):

@@ -26,7 +26,7 @@ def load(cls: type[T], path: Path) -> T:
 
 def dump(config: object, path: Path) -> None:
     """Write the YAML file atomically."""
-    files.write(path, text(config))
+    files.atomic_write(path, text(config))
 
 
 def text(config: object) -> str:

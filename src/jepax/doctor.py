@@ -1,4 +1,4 @@
-"""`jepax doctor RUN`: what a run's folder holds, what of it is sound, and what the next command would do."""
+"""`jepax doctor RUN`: prints what is in a run's folder, what of it is valid, and what the next command would do."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -13,145 +13,150 @@ from jepax.evals import alarms
 from jepax.settings import Config
 from jepax.types import UserError
 
-Say = Callable[[str], None]
+Print = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What the checkpoints are good for."""
+class CheckpointStatus:
+    """Steps of the newest valid checkpoint, of corrupt ones, and of those that cannot be read (-1: the folder)."""
 
     newest: int | None
-    """The step of the newest sound one."""
-    damaged: tuple[int, ...]
-    """Steps of those that are not sound."""
-    unread: tuple[int, ...] = ()
-    """Steps of those that cannot be read, such as for a failing disk; -1 for the folder itself."""
+    corrupt: tuple[int, ...]
+    unreadable: tuple[int, ...] = ()
 
     @property
     def readable(self) -> bool:
-        """Whether the next command can read what it wants to: from the newest on until one is sound."""
-        return not self.unread or (self.newest is not None and max(self.unread) < self.newest)
+        """True if the next command can read what it needs: from the newest on until one is valid."""
+        return not self.unreadable or (self.newest is not None and max(self.unreadable) < self.newest)
 
     @property
-    def aside(self) -> bool:
-        """Whether the next command will set damaged ones aside: it looks no further than the newest sound one."""
-        return self.newest is not None and max(self.damaged, default=-1) > self.newest
+    def will_quarantine(self) -> bool:
+        """True if the next command meets corrupt ones before the newest valid one."""
+        return self.newest is not None and max(self.corrupt, default=-1) > self.newest
 
 
-def examine(run: Path, say: Say = print) -> bool:
-    """Says what is there, and returns whether all of it is sound. Changes nothing; opens no picture.
+def examine(run: Path, print: Print = print) -> bool:
+    """Prints what is in the folder, and returns True if all of it is valid. Changes nothing; opens no image.
 
-    Raises `UserError` where the folder holds no run.
+    Raises `UserError` where the folder has no run.
     """
     if not (run / settings.CONFIG).is_file():
         raise UserError(f"{run} holds no {settings.CONFIG}: no run was begun there, or it is the wrong folder")
     config = configs.load(Config, run / settings.CONFIG)
-    say(f"run           {config.recipe}, seed {config.seed}, {type(config.method).__name__.removesuffix('Config')}")
-    busy = lock.is_held(run)
-    say(f"in use        {f'yes, by {lock.holder(run)}' if busy else 'no'}")
-    source, data_sound = data(run, config, say)
-    saved = checkpoints(run, busy, say)
-    log_sound = log(run, say)
-    history(run, say)
-    total = settings.total_steps(config, len(source)) if source is not None else config.train.steps
+    print(f"run           {config.recipe}, seed {config.seed}, {type(config.method).__name__.removesuffix('Config')}")
+    locked = lock.is_locked(run)
+    print(f"in use        {f'yes, by {lock.owner(run)}' if locked else 'no'}")
+
+    source, data_valid = print_data(run, config, print)
+    status = print_checkpoints(run, locked, print)
+    log_valid = print_log(run, print)
+    print_events(run, print)
     results = sorted(path.name for path in (run / "evals").glob("*.json"))
-    say(f"evaluations   {', '.join(results) or 'none'}")
-    healthy = health(run, say)
-    say(f"next          {next_command(run, busy, saved, data_sound, total, bool(results))}")
-    return not saved.unread and not saved.damaged and log_sound and data_sound and healthy
+    print(f"evaluations   {', '.join(results) or 'none'}")
+    health_valid = print_health(run, print)
+
+    total = settings.total_steps(config, len(source)) if source is not None else config.train.steps
+    print(f"next          {next_command(run, locked, status, data_valid, total, bool(results))}")
+    return not status.unreadable and not status.corrupt and log_valid and data_valid and health_valid
 
 
-def data(run: Path, config: Config, say: Say) -> tuple[Source | None, bool]:
-    """The training pictures as they are now, and whether they are those that the run began with."""
+def print_data(run: Path, config: Config, print: Print) -> tuple[Source | None, bool]:
+    """Opens the training data as it is now; False if it is not the data that the run began with."""
     try:
         source = open_source(config.data, "train")
         settings.refuse_other_data(run, source)
         settings.check_splits(config.data)
     except (UserError, OSError) as error:
-        say(f"data          {' '.join(str(error).split())}")
+        print(f"data          {' '.join(str(error).split())}")
         return None, False
     begun = "as when the run began" if (run / settings.DATA).exists() else "no record of them in the run"
-    say(f"data          {config.data.source}, {len(source)} training pictures, {begun}")
+    print(f"data          {config.data.source}, {len(source)} training images, {begun}")
     return source, True
 
 
-def checkpoints(run: Path, busy: bool, say: Say) -> Saved:
+def print_checkpoints(run: Path, locked: bool, print: Print) -> CheckpointStatus:
     """Reads every file of every checkpoint."""
-    folder, sound, damaged, unread = run / "checkpoints", [], [], []
+    folder, valid, corrupt, unreadable = run / "checkpoints", [], [], []
     try:
         for step in checkpoint.steps(folder):
             try:
-                found = checkpoint.problems(folder, step)
+                problems = checkpoint.verify(folder, step)
             except FileNotFoundError:
-                found = ["a file is missing"]
+                problems = ["a file is missing"]
             except OSError as error:
-                say(f"checkpoint    {step:08d} cannot be read: {error.strerror}: {error.filename}")
-                unread.append(step)
+                print(f"checkpoint    {step:08d} cannot be read: {error.strerror}: {error.filename}")
+                unreadable.append(step)
                 continue
-            if found and step not in checkpoint.steps(folder):
-                continue  # the run that is going on has removed it meanwhile
-            say(f"checkpoint    {step:08d} {f'DAMAGED: {found[0]} ({len(found)} in all)' if found else 'sound'}")
-            (damaged if found else sound).append(step)
-        unfinished = checkpoint.unfinished(folder)
+            if problems and step not in checkpoint.steps(folder):
+                continue  # a run that is in progress has just removed it
+            print(
+                f"checkpoint    {step:08d} {f'CORRUPT: {problems[0]} ({len(problems)} in all)' if problems else 'ok'}"
+            )
+            (corrupt if problems else valid).append(step)
+        partial = checkpoint.partial_checkpoints(folder)
     except OSError as error:
-        say(f"checkpoint    cannot be read: {error.strerror}: {error.filename}")
-        return Saved(None, (), (-1,))
-    for path in unfinished:
-        state = "being written" if busy else "its writing was cut off; the next one that is written removes it"
-        say(f"checkpoint    {path.name}: {state}")
-    for path in sorted(folder.glob(f"*{checkpoint.DAMAGED}*")):
-        say(f"checkpoint    {path.name}: damaged, set aside when the run went on; it may be removed")
-    if not sound:
-        say(f"checkpoint    {'none that is sound' if damaged else 'none yet'}")
-    return Saved(max(sound, default=None), tuple(damaged), tuple(unread))
+        print(f"checkpoint    cannot be read: {error.strerror}: {error.filename}")
+        return CheckpointStatus(None, (), (-1,))
+
+    for path in partial:
+        print(f"checkpoint    {path.name}: {'being written' if locked else 'never finished; the next save removes it'}")
+    for path in sorted(folder.glob(f"*{checkpoint.CORRUPT}*")):
+        print(f"checkpoint    {path.name}: corrupt, renamed when the run was resumed; it may be removed")
+    if not valid:
+        print(f"checkpoint    {'none is valid' if corrupt else 'none yet'}")
+    return CheckpointStatus(max(valid, default=None), tuple(corrupt), tuple(unreadable))
 
 
-def log(run: Path, say: Say) -> bool:
-    """Whether every line of the log can be read."""
-    path = run / logs.FILE
+def print_log(run: Path, print: Print) -> bool:
+    """Returns True if every line of metrics.jsonl can be read."""
+    path = run / logs.METRICS_FILE
     if not path.exists():
-        say("metrics       none yet")
+        print("metrics       none yet")
         return True
-    lines, torn = logs.read(path), happened.torn(path)
-    last = f", the last of step {lines[-1]['step']}" if lines else ""
-    say(f"metrics       {len(lines)} lines{last}{f'; {torn} TORN, left out by the next command' if torn else ''}")
-    return not torn
+    records, corrupt = logs.read_metrics(path), happened.count_corrupt_lines(path)
+    last = f", the last of step {records[-1]['step']}" if records else ""
+    dropped = f"; {corrupt} CORRUPT, dropped by the next command" if corrupt else ""
+    print(f"metrics       {len(records)} lines{last}{dropped}")
+    return not corrupt
 
 
-def history(run: Path, say: Say) -> None:
-    """What happened beside the metrics."""
-    counts = Counter(str(line.get("event")) for line in happened.read(run / happened.FILE))
-    say(f"events        {', '.join(f'{name} {count}' for name, count in counts.items()) or 'none'}")
-    if found := broken.listed(run):
-        example, where = next(iter(found)), broken.place(run)
-        say(f"pictures      {len(found)} cannot be read, such as {example}; listed in {where}")
+def print_events(run: Path, print: Print) -> None:
+    """Counts the events, and names corrupt images and dumps."""
+    counts = Counter(str(record.get("event")) for record in happened.read_jsonl(run / happened.EVENTS_FILE))
+    print(f"events        {', '.join(f'{name} {count}' for name, count in counts.items()) or 'none'}")
+    if found := broken.read_lists(run):
+        print(
+            f"images        {len(found)} corrupt, such as {next(iter(found))}; listed in {broken.describe_lists(run)}"
+        )
     for path in sorted((run / "dumps").glob("step_*")):
-        say(f"dump          jepax replay {path}")
+        print(f"dump          jepax replay {path}")
 
 
-def health(run: Path, say: Say) -> bool:
-    """Whether health.json can be read: what the watchdog said, and why training stopped where it did not finish."""
+def print_health(run: Path, print: Print) -> bool:
+    """Prints the watchdog's alarms, and why training stopped; returns True if health.json can be read."""
     try:
-        said, ended = alarms.summary(run).removeprefix("health: "), alarms.ended(run)
+        summary, ended = alarms.summary(run).removeprefix("health: "), alarms.ended(run)
     except UserError as error:
-        say(f"health        {error}")
+        print(f"health        {error}")
         return False
-    say(f"health        {said}{f'; stopped: {ended}' if ended else ''}")
+    print(f"health        {summary}{f'; stopped: {ended}' if ended else ''}")
     return True
 
 
-def next_command(run: Path, busy: bool, saved: Saved, data_sound: bool, total: int | None, evaluated: bool) -> str:
-    """What `jepax train` on this folder would do."""
+def next_command(
+    run: Path, locked: bool, status: CheckpointStatus, data_valid: bool, total: int | None, evaluated: bool
+) -> str:
+    """Describes what `jepax train` on this folder would do."""
     command = f"jepax train {run / settings.CONFIG} --run-dir {run}"
-    if busy:
+    if locked:
         return "refused while the folder is in use"
-    if not data_sound:
+    if not data_valid:
         return "refused: the data is missing, or is not the run's"
-    if not saved.readable:
+    if not status.readable:
         return "refused: the checkpoints cannot be read"
-    if saved.newest is None:
-        return "refused: no checkpoint is sound" if saved.damaged else f"{command}: begins at step 0"
-    aside = ", the damaged ones after it set aside" if saved.aside else ""
-    if total is not None and saved.newest >= total:
-        return f"{command}: nothing is left to train; {'evaluates it again' if evaluated else 'evaluates it'}{aside}"
-    return f"{command}: goes on after step {saved.newest} of {total or 'its steps'}{aside}"
+    if status.newest is None:
+        return "refused: no checkpoint is valid" if status.corrupt else f"{command}: begins at step 0"
+    moved = ", the corrupt ones after it renamed" if status.will_quarantine else ""
+    if total is not None and status.newest >= total:
+        return f"{command}: nothing is left to train; {'evaluates it again' if evaluated else 'evaluates it'}{moved}"
+    return f"{command}: resumes after step {status.newest} of {total or 'its steps'}{moved}"

@@ -1,4 +1,4 @@
-"""What happened to a run beside its metrics: starts, stops, steps that were not taken, damage found and mended."""
+"""Files of JSON lines, and events.jsonl: what happens to a run besides its metrics."""
 
 import json
 import time
@@ -8,66 +8,61 @@ from pathlib import Path
 from jepax import files
 from jepax.distributed import multihost
 
-FILE = "events.jsonl"
-
-
-def append(path: Path, line: dict) -> None:
-    """One line of JSON at the end of the file, which is made if it is missing."""
-    files.append(path, json.dumps(line) + "\n")
-
-
-def _parsed(path: Path) -> list[dict | None]:
-    """Each line of the file that is not empty; None where it is no JSON object."""
-    if not path.exists():
-        return []
-    found: list[dict | None] = []
-    for text in path.read_text(errors="replace").splitlines():
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        found.append(line if isinstance(line, dict) else None)
-    return found
-
-
-def read(path: Path) -> list[dict]:
-    """The lines of a file of JSON lines; what a crash tore is left out."""
-    return [line for line in _parsed(path) if line is not None]
-
-
-def torn(path: Path) -> int:
-    """How many lines `read` leaves out."""
-    return _parsed(path).count(None)
-
-
-def rewrite(path: Path, lines: Iterable[dict]) -> None:
-    """The file with these lines alone, whole or not at all."""
-    files.write(path, "".join(json.dumps(line) + "\n" for line in lines))
+EVENTS_FILE = "events.jsonl"
 
 
 class Events:
-    """`events.jsonl` of a run, which the first of its processes writes."""
+    """A run's events.jsonl: starts, stops, steps that were skipped. The main process writes it."""
 
     def __init__(self, run: Path):
-        self.path, self.writes = run / FILE, multihost.is_main_process()
-
-    def again_from(self, start: int, *, but: str = "") -> None:
-        """Drops what steps from `start` on left there, since they are taken again; events named `but` stay."""
-        if self.writes and self.path.exists():
-            lines = read(self.path)
-            rewrite(
-                self.path,
-                (e for e in lines if e.get("event") == but or not (e.get("retaken") and e["step"] >= start)),
-            )
-
-    def last(self, name: str, default: str) -> str:
-        """The newest value that an event has under this name."""
-        return next((line[name] for line in reversed(read(self.path)) if name in line), default)
+        self.path, self.writes = run / EVENTS_FILE, multihost.is_main_process()
 
     def add(self, event: str, step: int, *, retaken: bool = False, **details: object) -> None:
-        """`retaken`: whether the event belongs to the step itself, and comes again when the step is taken again."""
+        """`retaken`: the event belongs to the step, and comes again when a resumed run takes the step again."""
         if self.writes:
-            told = {"event": event, "step": step, "time": round(time.time(), 3)}
-            append(self.path, told | ({"retaken": True} if retaken else {}) | details)
+            record = {"event": event, "step": step, "time": round(time.time(), 3)}
+            append_jsonl(self.path, record | ({"retaken": True} if retaken else {}) | details)
+
+    def truncate_from(self, start: int, *, keep: str = "") -> None:
+        """Drops the events of steps from `start` on, which are taken again, but for those of the name `keep`."""
+        if self.writes and self.path.exists():
+            records = read_jsonl(self.path)
+            retaken = [e.get("retaken") and e["step"] >= start and e.get("event") != keep for e in records]
+            rewrite_jsonl(self.path, (e for e, drop in zip(records, retaken, strict=True) if not drop))
+
+    def last(self, name: str, default: str) -> str:
+        """Returns the newest value of this detail."""
+        return next((record[name] for record in reversed(read_jsonl(self.path)) if name in record), default)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Returns the records of a file of JSON lines, without those that a crash corrupted; none if it is missing."""
+    return [record for record in _parse(path) if record is not None]
+
+
+def count_corrupt_lines(path: Path) -> int:
+    """Counts the lines that `read_jsonl` leaves out."""
+    return _parse(path).count(None)
+
+
+def append_jsonl(path: Path, record: dict) -> None:
+    """Appends one line of JSON to the file, which is created if it is missing."""
+    files.append(path, json.dumps(record) + "\n")
+
+
+def rewrite_jsonl(path: Path, records: Iterable[dict]) -> None:
+    """Replaces the file, atomically, by these records."""
+    files.atomic_write(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _parse(path: Path) -> list[dict | None]:
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return [_parse_object(line) for line in lines if line.strip()]
+
+
+def _parse_object(line: str) -> dict | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and errors that name their file."""
+"""Atomic writes, fsync, and errors of the system that name their file."""
 
 import os
 from collections.abc import Iterator
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Within, an error of the system that names no file, such as that of a full disk, names this one."""
+def with_path_in_error(path: Path) -> Iterator[None]:
+    """Adds the path to an error of the system that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -17,11 +17,11 @@ def named(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def write(path: Path, text: str) -> None:
-    """The file with this text; what was there before stays where that fails, and nothing else is left."""
+def atomic_write(path: Path, text: str) -> None:
+    """Replaces the file by this text. Where that fails, the old file stays and nothing else is left."""
     part = path.with_name(f"{path.name}.part")
     try:
-        with named(path), part.open("w") as file:
+        with with_path_in_error(path), part.open("w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -31,21 +31,21 @@ def write(path: Path, text: str) -> None:
         raise
 
 
-def sync(path: Path) -> None:
-    """Puts what was written to the file, or the entries of the folder, on the disk, if it is there."""
+def append(path: Path, text: str) -> None:
+    """Appends the text to the file, which is created, with its folder, if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with with_path_in_error(path), path.open("a") as file:
+        file.write(text)
+
+
+def fsync(path: Path) -> None:
+    """Flushes a file, or the entries of a folder, to the disk, if it exists."""
     try:
         opened = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return
     try:
-        with named(path):
+        with with_path_in_error(path):
             os.fsync(opened)
     finally:
         os.close(opened)
-
-
-def append(path: Path, text: str) -> None:
-    """The text at the end of the file, which is made, with its folder, if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with named(path), path.open("a") as file:
-        file.write(text)

@@ -1,4 +1,4 @@
-"""Manifests: the sha256 sum of each file in a folder, written last. A folder that is not as its says was damaged."""
+"""A manifest holds the sha256 of each file of its folder and is written last; a folder that differs is corrupt."""
 
 import hashlib
 import json
@@ -7,44 +7,45 @@ from typing import Any
 
 from jepax import files
 
-FILE = "manifest.json"
+MANIFEST_FILE = "manifest.json"
 
 
 def write(folder: Path, content: dict[str, Any]) -> None:
-    """Puts what the folder holds on the disk, then the manifest, which holds `content` too."""
+    """Flushes the folder's files to the disk, then writes the manifest, which holds `content` too."""
     for path in [*folder.rglob("*"), folder]:
-        files.sync(path)
+        files.fsync(path)
     content = content | {"sha256": sums(folder)}
-    files.write(folder / FILE, json.dumps({"content": content, "sha256": _digest(content)}, indent=1) + "\n")
-    files.sync(folder)
+    manifest = {"content": content, "sha256": _digest(content)}  # the manifest checks itself, too
+    files.atomic_write(folder / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
+    files.fsync(folder)
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """What was written there, and under "sha256" the sum of each file by its path in the folder; not checked."""
-    return json.loads((folder / FILE).read_text())["content"]
+    """Reads what was written, with the sum of each file by its path in the folder under "sha256". Checks nothing."""
+    return json.loads((folder / MANIFEST_FILE).read_text())["content"]
 
 
-def problems(folder: Path) -> list[str]:
-    """What is wrong with the folder, in words; nothing, if it is what was written."""
+def verify(folder: Path) -> list[str]:
+    """Lists what is wrong with the folder; an empty list if it is what was written."""
     try:
-        manifest = json.loads((folder / FILE).read_text())
+        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+        expected = manifest["content"]["sha256"]
         if _digest(manifest["content"]) != manifest["sha256"]:
-            return [f"{FILE} is not what was written"]
-        wanted = manifest["content"]["sha256"]
+            raise ValueError
     except FileNotFoundError:
-        return [f"{FILE} is missing"]
+        return [f"{MANIFEST_FILE} is missing"]
     except (ValueError, KeyError, TypeError):
-        return [f"{FILE} is not what was written"]
+        return [f"{MANIFEST_FILE} is not what was written"]
     found = sums(folder)
-    missing = [f"{name} is missing" for name in wanted if name not in found]
+    missing = [f"{name} is missing" for name in expected if name not in found]
     return missing + [
-        f"{name} is not what was written" for name in wanted if found.get(name, wanted[name]) != wanted[name]
+        f"{name} is not what was written" for name in found.keys() & expected if found[name] != expected[name]
     ]
 
 
 def sums(folder: Path) -> dict[str, str]:
-    """sha256 of each file but the manifest, by its path in the folder."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILE)
+    """Returns the sha256 of each file but the manifest, by its path in the folder."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
     return {str(path.relative_to(folder)): _sha256(path) for path in found}
 
 

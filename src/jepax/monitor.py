@@ -83,9 +83,9 @@ class Monitor:
     ):
         """`note`: of the checkpoint that the run goes on from. `send`: is given every line of the log, by its step."""
         self.config, self.run, self.log, self.events, self.send = config, run, log, events, send
-        self.dog, self.peaks = Watchdog(log.kept), Peaks(note.get("peaks"))
+        self.dog, self.peaks = Watchdog(log.previous_lines), Peaks(note.get("peaks"))
         self.best: dict[str, float] = dict(note.get("best", {}))
-        last = log.kept[-1]["step"] + 1 if log.kept else 0
+        last = log.previous_lines[-1]["step"] + 1 if log.previous_lines else 0
         self.evaluations = last // max(config.eval.online.every, 1)
         self._waiting: tuple[int, Metrics, Images] | None = None
         alarms.write(run, self.dog.alarms)
@@ -121,7 +121,7 @@ class Monitor:
         in_a_row, patience = int(metrics["in_a_row"]), self.config.train.guard.patience
         said = f"loss {numbers['loss']:.4g}" if isinstance(numbers["loss"], float) else f"loss {numbers['loss']}"
         if verdict == guard.NOT_FINITE:
-            self.log.say(
+            self.log.print(
                 f"warning: step {step} is not finite ({said}, gradient norm {numbers['grad_norm']}): it changed"
                 f" nothing;"
                 f" {in_a_row} in a row, {patience} end the run"
@@ -129,7 +129,7 @@ class Monitor:
             if in_a_row >= patience:
                 raise NotFinite(step, images, numbers)
             return
-        self.log.say(
+        self.log.print(
             f"warning: gradient spike at step {step}: norm {numbers['grad_norm']:.3g}, and"
             f" {self.config.train.guard.factor:g} times the usual is {numbers['grad_norm_limit']:.3g}:"
             f" {guard.NAMES[verdict]}"
@@ -160,7 +160,7 @@ class Monitor:
         values = log_values(metrics, self.log.seconds_per_step(step), batch) | self.peaks.take()
         if self.online is not None and (step + 1) // every > self.evaluations:
             self.evaluations = (step + 1) // every
-            with self.log.aside():
+            with self.log.pause_timer():
                 values |= self._scores(step, method)
         written = self.log.write(step, values)
         self.send(step, written)
@@ -177,7 +177,7 @@ class Monitor:
         """Lets the watchdog see a line; what it says goes to the terminal and into `run`/health.json."""
         new = self.dog.see(line)
         for alarm in new:
-            self.log.say(f"warning: {alarm}; try {alarm.advice}")
+            self.log.print(f"warning: {alarm}; try {alarm.advice}")
         if new:
             alarms.write(self.run, self.dog.alarms)
 

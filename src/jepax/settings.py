@@ -161,7 +161,7 @@ def refuse_other_data(run: Path, source: Source) -> None:
     """Raises `UserError` where the pictures are not those that the run began with."""
     if not (run / DATA).exists():
         return
-    if changed := _changed(read_contents(run), source.contents):
+    if changed := _changed(read_contents(run), source.fingerprint):
         raise UserError(
             "\n".join(
                 [
@@ -184,7 +184,7 @@ def _parts(changed: list[str]) -> str:
 
 def refuse_unequal_data(source: Source) -> None:
     """Raises `UserError` where the processes of a run do not see the same pictures. All have to call it."""
-    mine = json.dumps(source.contents, sort_keys=True)
+    mine = json.dumps(source.fingerprint, sort_keys=True)
     if len(set(multihost.all_gather_str(hashlib.sha256(mine.encode()).hexdigest()))) == 1:
         return
     first, *others = map(json.loads, multihost.all_gather_str(mine))
@@ -212,7 +212,7 @@ def record(run: Path, config: Config, source: Source | None = None) -> list[str]
         run.mkdir(parents=True, exist_ok=True)
         configs.dump(config, path)
     if source is not None:
-        files.write(run / DATA, json.dumps(source.contents, indent=1) + "\n")
+        files.atomic_write(run / DATA, json.dumps(source.fingerprint, indent=1) + "\n")
     return changed
 
 

@@ -150,7 +150,7 @@ def _run_id(run: Path) -> str:
     """Returns the run's id for trackers: drawn once and stored in its folder, so that a moved run keeps it."""
     path = run / "tracker_id"
     if not path.exists():
-        files.write(path, uuid.uuid4().hex[:12] + "\n")
+        files.atomic_write(path, uuid.uuid4().hex[:12] + "\n")
     return path.read_text().strip()
 
 

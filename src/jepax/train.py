@@ -10,12 +10,12 @@ import jax.random as jr
 
 from jepax import checkpoint, dump, events, guard, lock, logs, movement, sharding
 from jepax import config as configs
-from jepax.data import BROKEN, Broken, BrokenFiles, Source, batches
+from jepax.data import CorruptLog, OnCorrupt, Source, batches, corrupt_file
 from jepax.distributed import multihost, preemption
 from jepax.distributed.malloc import trim_heap
 from jepax.logs import Log, warn
 from jepax.monitor import Diverged, Monitor, NotFinite, RollBack, online_of
-from jepax.saving import Saver
+from jepax.saving import CheckpointManager
 from jepax.settings import Config, claim, compute_dtype, prepare, record, refuse_unequal_data
 from jepax.step import Fixed, TrainState, compiled_step, layout_of, placed_state
 from jepax.trackers import Trackers
@@ -26,7 +26,7 @@ def train(config: Config, run: Path, *, allow: Sequence[str] = ()) -> TrainState
     """Trains in the folder `run`, or continues there, bit for bit as if nothing had interrupted it.
 
     `allow` names settings, or groups of them, in which the config may differ from the folder's; "data": the pictures
-    too. SIGTERM and SIGINT end it after the step, saved. Raises `Preempted` then, and `UserError` where another
+    too. SIGTERM and SIGINT end it after the step, saved. Raises `preemption.Preempted` then, and `UserError` where another
     process is in the folder, where it holds a run of another config or other data, or no checkpoint of it is sound,
     where a checkpoint cannot be written, and where training diverges.
     """
@@ -34,9 +34,9 @@ def train(config: Config, run: Path, *, allow: Sequence[str] = ()) -> TrainState
         this = Run(config, run)
         with multihost.collective_errors():
             if multihost.is_main_process():
-                held.enter_context(lock.held(run))
+                held.enter_context(lock.run_lock(run))
         with multihost.collective_errors():
-            lock.refuse_others(run)
+            lock.check_shared_filesystem(run)
         this.claim(allow)
         held.enter_context(preemption.defer())
         while True:
@@ -85,7 +85,7 @@ class Run:
             claim(self.folder, self.config, self.source, allow)
         self.restore()
         changed = record(self.folder, self.config, self.source) if multihost.is_main_process() else []
-        self.events.again_from(self.start)
+        self.events.truncate_from(self.start)
         computes = jnp.dtype(compute_dtype(self.config)).name
         if self.start and (before := self.events.last("precision", computes)) != computes:
             warn(f"{self.folder} computed in {before} before and computes in {computes} here: losses will differ")
@@ -104,54 +104,57 @@ class Run:
         self.start = multihost.broadcast(newest)
         self.note = {}
         if self.start:
-            self.note = checkpoint.note(self.checkpoints, self.start)
-            like, self.state = checkpoint.abstract(self.state), None  # two states at once might be too much
+            self.note = checkpoint.metadata(self.checkpoints, self.start)
+            like, self.state = checkpoint.to_shape_structs(self.state), None  # two states at once might be too much
             with multihost.collective_errors():
-                self.state = checkpoint.restore(self.checkpoints, self.start, like, verify=False)
+                self.state = checkpoint.restore(self.checkpoints, self.start, like, check=False)
 
     def newest(self) -> int:
         """The step of the newest sound checkpoint; 0 where none was finished."""
-        found = checkpoint.newest_sound(self.checkpoints)
-        for step, problems in found.damaged.items():
-            warn(f"checkpoint {self.checkpoints / f'{step:08d}'} is damaged and set aside: {problems[0]}")
-        checkpoint.set_aside(self.checkpoints, found.damaged)
-        if found.step is None and logs.read(self.folder / logs.FILE):
+        step, corrupt = checkpoint.latest_valid(self.checkpoints)
+        for other, problems in corrupt.items():
+            path = checkpoint.step_dir(self.checkpoints, other)
+            warn(f"checkpoint {path} is corrupt; moved to {path.name}{checkpoint.CORRUPT}: {problems[0]}")
+        checkpoint.quarantine(self.checkpoints, corrupt)
+        if step is None and logs.read_metrics(self.folder / logs.METRICS_FILE):
             warn(f"{self.folder} was begun, but no checkpoint was finished: it begins again at step 0")
-        return found.step or 0
+        return step or 0
 
     def go_on(self) -> TrainState:
         """for batch: step -> look -> log -> save, to the last step, or until the process is asked to end."""
         config, steps = self.config, self.optimizer.total_steps
-        written = [self.folder / name for name in (logs.FILE, events.FILE, BROKEN)]
+        written = [self.folder / name for name in (logs.METRICS_FILE, events.EVENTS_FILE, corrupt_file())]
         with (
-            Log(self.folder / logs.FILE, steps=steps, start=self.start) as log,
-            Saver(self.checkpoints, config.train.save, log.say, written) as saver,
+            Log(self.folder / logs.METRICS_FILE, steps=steps, start=self.start) as log,
+            CheckpointManager(self.checkpoints, config.train.save, log.print, written) as saver,
             Trackers(
                 config.train.trackers if multihost.is_main_process() else (),
                 self.folder,
                 configs.to_dict(config),
-                log.say,
+                log.print,
             ) as trackers,
-            closing(self.read(log.say)) as stream,
+            closing(self.read(log.print)) as stream,
         ):
-            log.begin(self.folder, config.train.batch_size, str(self.layout))
+            log.print_header(self.folder, config.train.batch_size, str(self.layout))
             monitor = self.monitor = Monitor(config, self.folder, log, self.events, self.note, trackers.send)
             monitor.online, agreement = online_of(config, self.source, steps), multihost.CollectiveFlag(self.mesh)
             for step, images in enumerate(stream, self.start):
                 moved = movement.since(self.state.method, step) if monitor.writes(step) else None
                 self.state, metrics = compiled_step(self.fixed, sharding.shard_batch(images, self.mesh), self.state)
                 metrics |= moved(self.state.method, metrics["verdict"]) if moved else {}
-                stop, late = agreement(preemption.stop_requested(), multihost.is_main_process() and saver.late())
+                stop, late = agreement(
+                    preemption.stop_requested(), multihost.is_main_process() and saver.timer_expired()
+                )
                 monitor.took(step, metrics, images)  # looks at the step before: the device never waits for it
                 if step == self.start:
-                    log.compiled(metrics["loss"])
+                    log.report_compile_time(metrics["loss"])
                     trim_heap()  # of compiling
                 best = monitor.writes(step) and monitor.line(step, metrics, self.state.method)
-                if best or stop or late or saver.due(step + 1) or step + 1 == steps:
+                if best or stop or late or saver.should_save(step + 1) or step + 1 == steps:
                     monitor.settle()
                     monitor.refuse_not_finite(step, self.state.method)
                     saver.save(step + 1, self.state, monitor.note(best) | {"shift": self.shift})
-                log.advance(step)
+                log.set_progress(step)
                 if stop:
                     saver.wait()
                     raise preemption.Preempted(
@@ -166,10 +169,10 @@ class Run:
 
     def read(self, say: Callable[[str], None]) -> Generator[Images, None, None]:
         """This host's slices of the batches that are left."""
-        name = BROKEN
+        path = self.folder / corrupt_file(jax.process_index())
         if not multihost.is_main_process():  # whose log is silent
-            name, say = f"broken_{jax.process_index()}.jsonl", lambda text: warn(text.removeprefix("warning: "))
-        broken = BrokenFiles(self.source, self.folder / name, self.config.data.broken_share, say)
+            say = lambda text: warn(text.removeprefix("warning: "))  # noqa: E731
+        broken = CorruptLog(self.source, path, self.config.data.broken_share, say)
         return read(self.config, self.source, self.optimizer.total_steps, self.start, self.shift, broken)
 
     def go_back(self, leap: int) -> None:
@@ -177,7 +180,7 @@ class Run:
         again. Raises `Diverged` where that has not helped for as many times as the guard has patience."""
         self.state = self.first()
         self.restore()
-        self.events.again_from(self.start, but=guard.NAMES[guard.ROLL_BACK])
+        self.events.truncate_from(self.start, keep=guard.NAMES[guard.ROLL_BACK])
         leaps = self.passed.setdefault(self.start, [])
         leaps.append(leap)
         if len(leaps) > self.config.train.guard.patience:
@@ -200,7 +203,7 @@ class Run:
 
 
 def read(
-    config: Config, source: Source, steps: int, start: int, shift: int = 0, broken: Broken | None = None
+    config: Config, source: Source, steps: int, start: int, shift: int = 0, broken: OnCorrupt | None = None
 ) -> Generator[Images, None, None]:
     """This host's slices of the batches of steps `start` to `steps` - 1, taken `shift` batches further on."""
     return batches(
@@ -213,7 +216,7 @@ def read(
         workers=config.data.workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        broken=broken,
+        on_corrupt=broken,
     )
 
 

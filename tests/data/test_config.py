@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jepax.data import DataConfig, open_source
-from jepax.data.sources import held_out, rows_of
+from jepax.data.sources import split_rows, val_mask
 from jepax.types import UserError
 
 
@@ -38,22 +38,22 @@ def test_image_folder_needs_a_root():
 
 def test_held_out_rows_are_a_fixed_balanced_share():
     labels = np.repeat(np.arange(4, dtype=np.int32), 50)
-    marks = held_out(labels, 0.1)
+    marks = val_mask(labels, 0.1)
     assert np.bincount(labels[marks]).tolist() == [5, 5, 5, 5]
-    np.testing.assert_array_equal(marks, held_out(labels, 0.1))
-    assert np.all(marks <= held_out(labels, 0.3))
+    np.testing.assert_array_equal(marks, val_mask(labels, 0.1))
+    assert np.all(marks <= val_mask(labels, 0.3))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
 def test_train_and_validation_part_the_pool(share):
     labels = np.arange(40, dtype=np.int32) % 3
-    train = rows_of("train", labels, share)
-    validation = np.flatnonzero(held_out(labels, share))
+    train = split_rows("train", labels, share)
+    validation = np.flatnonzero(val_mask(labels, share))
     assert sorted([*train, *validation]) == list(range(40))
 
 
 def test_an_empty_validation_split_is_refused():
     config = DataConfig(source="synthetic", canvas=8, validation=0.0, synthetic_images=16)
     assert len(open_source(config, "train")) == 16
-    with pytest.raises(UserError, match=r"data\.validation=0\.0 leaves no picture for the validation split"):
+    with pytest.raises(UserError, match=r"data\.validation=0\.0 leaves no image for the validation split"):
         open_source(config, "validation")

@@ -9,7 +9,8 @@ import pytest
 import skimage
 from PIL import Image, ImageOps
 
-from jepax.data.decode import BrokenImage, decode, fitted, read_onto_canvas, shrink
+from jepax.data.decode import decode, decode_to_fit, downscale, read_image
+from jepax.data.sources import CorruptExampleError
 
 PHOTOS = [Path(skimage.__path__[0], "data", name) for name in ("rocket.jpg", "coffee.png", "chelsea.png")]
 HOLDS = {
@@ -108,7 +109,7 @@ def test_pixels_without_a_known_range_are_refused(mode):
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
 def test_a_side_of_one_pixel_is_refused_and_of_two_is_read(format, channels):
     for size in ((1, 1), (1, 40), (40, 1)):
-        with pytest.raises(ValueError, match=rf"{size[0]} x {size[1]} pixels are no picture"):
+        with pytest.raises(ValueError, match=rf"{size[0]} x {size[1]} pixels are no image"):
             decode(save(Image.new("L", size, 7), format), channels)
     assert decode(save(Image.new("L", (2, 2), 7), format), channels).tolist() == [[[7] * channels] * 2] * 2
 
@@ -119,7 +120,7 @@ def test_a_side_of_one_pixel_is_refused_and_of_two_is_read(format, channels):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_larger_pictures_are_scaled_down(height, width, expected, channels):
     pixels = noise(height, width, channels)
-    small = shrink(pixels.reshape(height, width, channels), 16, 16)
+    small = downscale(pixels.reshape(height, width, channels), 16, 16)
     assert small.shape == (*expected, channels)
     np.testing.assert_array_equal(
         small.squeeze(), np.asarray(Image.fromarray(pixels).resize(expected[::-1], Image.Resampling.BICUBIC)).squeeze()
@@ -141,7 +142,7 @@ def test_larger_pictures_are_scaled_down(height, width, expected, channels):
 def test_larger_jpegs_are_decoded_by_eighths(photo, height, width, room, expected, channels):
     """To what antialiased scaling of the whole picture gives, in place and in value."""
     data = save(Image.open(photo).convert("RGB").crop((0, 0, width, height)), "JPEG")
-    small = fitted(data, room, room, channels)
+    small = decode_to_fit(data, room, room, channels)
     assert small.shape == (*expected, channels)
     whole = Image.open(io.BytesIO(data)).convert("L" if channels == 1 else "RGB")
     scaled = np.asarray(whole.resize(expected[::-1], Image.Resampling.BICUBIC), np.float32)
@@ -150,13 +151,11 @@ def test_larger_jpegs_are_decoded_by_eighths(photo, height, width, room, expecte
     assert difference < 2 and difference < shifted / 2
 
 
-def test_smaller_pictures_lie_in_the_corner_untouched(tmp_path):
-    pixels = noise(6, 9)
+def test_a_file_keeps_its_size_or_is_scaled_to_the_canvas(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    canvas = np.zeros((16, 16, 3), np.uint8)
-    assert read_onto_canvas(tmp_path / "a.png", canvas).tolist() == [6, 9]
-    np.testing.assert_array_equal(canvas[:6, :9], pixels)
-    assert not canvas[6:].any() and not canvas[:, 9:].any()
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", (16, 16, 3)), pixels)
+    assert read_image(tmp_path / "a.png", (3, 16, 1)).shape == (3, 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -171,32 +170,32 @@ def test_smaller_pictures_lie_in_the_corner_untouched(tmp_path):
 def test_broken_files_are_named(tmp_path, content):
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
-    with pytest.raises(BrokenImage, match=r"a\.jpg cannot be read as a picture: "):
-        read_onto_canvas(path, np.zeros((16, 16, 3), np.uint8))
+    with pytest.raises(CorruptExampleError, match=r"a\.jpg cannot be read as an image: "):
+        read_image(path, (16, 16, 3))
 
 
 def test_pipes_and_endless_files_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
-    with pytest.raises(BrokenImage, match="it is no regular file"):
-        read_onto_canvas(tmp_path / "a.jpg", np.zeros((16, 16, 3), np.uint8))
+    with pytest.raises(CorruptExampleError, match="it is no regular file"):
+        read_image(tmp_path / "a.jpg", (16, 16, 3))
     with (tmp_path / "b.jpg").open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(BrokenImage, match=r"its 1099511627776 bytes are over the limit"):
-        read_onto_canvas(tmp_path / "b.jpg", np.zeros((16, 16, 3), np.uint8))
+    with pytest.raises(CorruptExampleError, match=r"its 1099511627776 bytes are over the limit"):
+        read_image(tmp_path / "b.jpg", (16, 16, 3))
 
 
 def test_other_formats_are_not_opened(tmp_path):
     (tmp_path / "a.jpg").write_bytes(save(Image.fromarray(noise()), "EPS"))
-    with pytest.raises(BrokenImage):
-        read_onto_canvas(tmp_path / "a.jpg", np.zeros((16, 16, 3), np.uint8))
+    with pytest.raises(CorruptExampleError):
+        read_image(tmp_path / "a.jpg", (16, 16, 3))
 
 
 @pytest.mark.parametrize("limit", [20, 40])
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch, limit):
     Image.fromarray(noise(6, 9)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(BrokenImage, match=r"a\.png"):
-        read_onto_canvas(tmp_path / "a.png", np.zeros((16, 16, 3), np.uint8))
+    with pytest.raises(CorruptExampleError, match=r"a\.png"):
+        read_image(tmp_path / "a.png", (16, 16, 3))
 
 
 def test_jpeg_with_rubbish_behind_it_is_read():

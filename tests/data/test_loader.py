@@ -3,13 +3,15 @@
 import itertools
 import time
 from pathlib import Path
+from typing import ClassVar
 
+import equinox as eqx
 import numpy as np
 import pytest
 
-from jepax.data import batches, sweep
-from jepax.data.loader import epoch_order
-from jepax.data.sources import synthetic
+from jepax.data import batches, iter_once
+from jepax.data.loader import epoch_permutation
+from jepax.data.sources import CorruptExampleError, Source, synthetic
 from jepax.types import UserError
 
 
@@ -20,8 +22,8 @@ def source():
 
 def rows_seen(source, stream):
     """Row of each example, recovered from its pixels."""
-    canvas, _, _ = source.load(np.arange(len(source)))
-    known = {picture.tobytes(): row for row, picture in enumerate(canvas)}
+    images, _ = source.load_batch(np.arange(len(source)))
+    known = {image.tobytes(): row for row, image in enumerate(images.canvas)}
     return [known[picture.tobytes()] for images in stream for picture in images.canvas]
 
 
@@ -41,19 +43,19 @@ def test_each_epoch_is_another_permutation_and_epochs_meet_within_a_batch(source
 
 
 def test_neighbouring_seeds_share_no_epoch():
-    orders = {epoch_order(50, seed, epoch).tobytes() for seed in range(4) for epoch in range(4)}
+    orders = {epoch_permutation(50, seed, epoch).tobytes() for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
 
 
 def test_order_keeps_no_structure():
-    order = epoch_order(60_000, 0, 0).astype(float)
+    order = epoch_permutation(60_000, 0, 0).astype(float)
     for lag in (1, 2, 16, 256):
         assert abs(np.corrcoef(order[:-lag], order[lag:])[0, 1]) < 5 / np.sqrt(60_000)
 
 
 def test_order_is_written_in_stone():
-    assert epoch_order(12, 0, 0).tolist() == STONE
-    assert not epoch_order(12, 0, 0).flags.writeable
+    assert epoch_permutation(12, 0, 0).tolist() == STONE
+    assert not epoch_permutation(12, 0, 0).flags.writeable
 
 
 STONE = [0, 8, 9, 3, 7, 5, 1, 11, 2, 10, 6, 4]
@@ -120,7 +122,7 @@ def test_sizes_that_do_not_fit_are_refused(source, size, count):
 
 @pytest.mark.parametrize("size", [3, 5, 10, 16])
 def test_sweep_sees_every_example_once_in_order(source, size):
-    swept = list(sweep(source, size))
+    swept = list(iter_once(source, size))
     assert all(images.canvas.shape == (size, 4, 4, 1) for images, _ in swept)
     kept = [part for images, valid in swept for part in images.index[:valid]]
     assert kept == list(range(10))
@@ -131,9 +133,68 @@ def test_sweep_sees_every_example_once_in_order(source, size):
 
 
 def test_errors_of_the_source_reach_the_caller(source, monkeypatch):
-    def load(self, rows):
-        raise UserError("picture 3 is broken")
+    def load(self, row):
+        raise UserError("image 3 is locked")
 
     monkeypatch.setattr(synthetic.Synthetic, "load", load)
-    with pytest.raises(UserError, match="picture 3 is broken"):
+    with pytest.raises(UserError, match="image 3 is locked"):
         next(batches(source, batch_size=4, steps=2, seed=0))
+
+
+class Trajectories(eqx.Module):
+    """A batch that is none of images."""
+
+    states: np.ndarray
+    actions: np.ndarray
+    index: np.ndarray
+
+
+class Toy(Source):
+    """Five-step sequences of vectors with an action between steps; row 7 is corrupt."""
+
+    fingerprint: ClassVar = {"toy": "20 sequences"}
+
+    def __len__(self):
+        return 20
+
+    def load(self, row):
+        if row == 7:
+            raise CorruptExampleError("row 7 has no end")
+        states, actions = np.random.default_rng(row).standard_normal((2, 5, 3), dtype=np.float32)
+        return {"states": states, "actions": actions[:-1]}
+
+    def collate(self, examples, index):
+        states, actions = zip(*((one["states"], one["actions"]) for one in examples), strict=True)
+        return Trajectories(np.stack(states), np.stack(actions), index)
+
+
+@pytest.mark.parametrize("reading", [{"threads": 0}, {"threads": 1}, {"threads": 2}, {"threads": 1, "workers": 2}])
+def test_a_source_of_sequences_with_actions_needs_nothing_of_images(reading):
+    found, toy = [], Toy()
+    stream = list(batches(toy, batch_size=8, steps=5, seed=3, on_corrupt=lambda rows: found.extend(rows), **reading))
+    assert indices(stream) == list(range(40))  # the position in the run, over epochs and steps
+    rows = [int(epoch_permutation(20, 3, epoch)[place]) for epoch in range(2) for place in range(20)]
+    expected = [toy.load(8 if row == 7 else row) for row in rows]  # the next row in place of the corrupt one
+    for name in ("states", "actions"):
+        seen = np.concatenate([getattr(batch, name) for batch in stream])
+        np.testing.assert_array_equal(seen, np.stack([one[name] for one in expected]))
+    assert found == [7, 7] and all(type(batch) is Trajectories for batch in stream)
+
+    halves = [list(batches(toy, batch_size=8, steps=5, seed=3, process_index=p, process_count=2)) for p in range(2)]
+    for batch, *parts in zip(stream, *halves, strict=True):
+        np.testing.assert_array_equal(batch.states, np.concatenate([part.states for part in parts]))
+
+
+def test_every_sequence_comes_once():
+    swept = list(iter_once(Toy(), 8, on_corrupt=lambda rows: None))
+    assert [row for batch, valid in swept for row in batch.index[:valid].tolist()] == list(range(20))
+    assert all(batch.actions.shape == (8, 4, 3) for batch, _ in swept)
+
+
+def test_where_no_replacement_can_be_read_either_all_are_named():
+    class Lost(Toy):
+        def load(self, row):
+            raise CorruptExampleError(f"row {row} is gone")
+
+    with pytest.raises(CorruptExampleError, match=r"row \d+ is gone\nNor could what was tried in its place: row"):
+        next(batches(Lost(), batch_size=2, steps=1, seed=0))

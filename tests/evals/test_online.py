@@ -45,7 +45,8 @@ def test_some_pictures_are_drawn_over_the_whole_source():
     whole = source(300, 0)
     few = some(whole, 50)
     assert len(few) == 50 and np.array_equal(few.rows, np.unique(few.rows)) and few.rows.max() > 200
-    canvas, _, labels = few.load(np.array([3, 0]))
+    images, _ = few.load_batch(np.array([3, 0]))
+    canvas, labels = images.canvas, images.label
     np.testing.assert_array_equal(canvas, whole.pictures[few.rows[[3, 0]]])
     np.testing.assert_array_equal(labels, whole.labels[few.rows[[3, 0]]])
     np.testing.assert_array_equal(some(whole, 50).rows, few.rows)

@@ -104,7 +104,7 @@ def test_a_protocol_that_looks_for_the_test_labels_finds_none(rows, sources, mon
 
 def test_test_pictures_planted_in_training_are_told(rows, sources):
     train = dataclasses.replace(
-        sources["train"], pictures=np.concatenate([sources["train"].pictures[:140], sources["test"].pictures[:10]])
+        sources["train"], images=np.concatenate([sources["train"].images[:140], sources["test"].images[:10]])
     )
     lines = []
     found = evaluate_all(

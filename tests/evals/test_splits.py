@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax.data import batches, sweep
+from jepax.data import batches, iter_once
 from jepax.data.sources import ArraySource
 from jepax.evals.frozen import FrozenViT
 from jepax.evals.scoring import check_labels
@@ -33,7 +33,7 @@ def test_a_withheld_source_has_the_pictures_and_no_label(row):
     open_, shut = source(), withheld(source())
     split = Split(row, shut, 16)
     np.testing.assert_array_equal(split.features.layers, Split(row, open_, 16).features.layers)
-    for labels in (split.labels, split.features.labels, shut.labels, shut.load(np.arange(4))[2]):
+    for labels in (split.labels, split.features.labels, shut.labels, shut.load_batch(np.arange(4))[0].label):
         assert (labels == WITHHELD).all()
     for images, _ in split.pictures():
         assert (images.label == WITHHELD).all()
@@ -45,8 +45,8 @@ def test_a_withheld_source_has_the_pictures_and_no_label(row):
 
 def test_features_are_those_of_the_encoder_and_embedded_once(row):
     split = Split(row, source(), 16)
-    images, _ = next(sweep(split.source, 37))
-    tokens = row.encoder.intermediate_layers(centre_crop(images, CROP), 4)
+    images, _ = next(iter_once(split.source, 37))
+    tokens = row.encoder.layers(centre_crop(images, CROP), 4)
     np.testing.assert_allclose(split.features.layers, tokens.mean(2), atol=1e-5)
     assert split.features is split.features
     summed = Split(FrozenViT(row.encoder, CROP, "sum"), source(), 16)
@@ -65,7 +65,7 @@ def test_shuffled_batches_are_the_loaders(row):
 
 def test_pictures_in_two_splits_are_counted(row):
     train, test = source(seed=0), source(seed=1)
-    planted = dataclasses.replace(test, pictures=np.concatenate([test.pictures[:30], train.pictures[:7]]))
+    planted = dataclasses.replace(test, images=np.concatenate([test.images[:30], train.images[:7]]))
     splits = {"train": Split(row, train, 16), "validation": Split(row, source(seed=2), 16)}
     splits["test"] = Split(row, withheld(planted), 16)
     expected = {"train/validation": 0, "train/test": 7, "validation/test": 0}
@@ -76,7 +76,7 @@ def test_pictures_in_two_splits_are_counted(row):
 
 
 def test_a_digest_tells_large_pictures_and_sizes_apart():
-    images, _ = next(sweep(source(), 37))
+    images, _ = next(iter_once(source(), 37))
     large = np.random.default_rng(0).integers(0, 256, (3, 200, 200, 3)).astype(np.uint8)
     size = np.full((3, 2), 200, np.int32)
     made = dataclasses.replace(images, canvas=large, size=size, index=images.index[:3], label=None)

@@ -92,7 +92,7 @@ def watched(config, run):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         train(config, run)
-    return logs.read(run / "metrics.jsonl"), alarms.read(run)
+    return logs.read_metrics(run / "metrics.jsonl"), alarms.read(run)
 
 
 def each_seed(runs: list[tuple], quick: set[int]) -> list:

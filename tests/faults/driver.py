@@ -122,7 +122,7 @@ def other_pictures() -> tuple[()]:
     from jepax.data.sources.synthetic import Synthetic
 
     contents = {"pictures": f"those of {jax.process_index()}", "alike": "in all"}
-    Synthetic.contents = property(lambda self: contents)
+    Synthetic.fingerprint = property(lambda self: contents)
     return ()
 
 
@@ -132,7 +132,7 @@ def own_folder() -> tuple[str]:
 
     from jepax import lock
 
-    lock.PATIENCE = 1
+    lock.SHARED_FS_TIMEOUT_S = 1
     return (f"of {jax.process_index()}",)
 
 
@@ -140,9 +140,9 @@ def other_clock() -> tuple[()]:
     """By the clock of process 1 it is always time to save."""
     import jax
 
-    from jepax.saving import Saver
+    from jepax.saving import CheckpointManager
 
-    Saver.late = lambda self: jax.process_index() == 1
+    CheckpointManager.timer_expired = lambda self: jax.process_index() == 1
     return ()
 
 

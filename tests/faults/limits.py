@@ -20,7 +20,7 @@ from jepax import checkpoint, cli, lock
 from jepax import config as configs
 from jepax import train as training
 from jepax.distributed import preemption
-from jepax.saving import SaveConfig, Saver
+from jepax.saving import CheckpointManager, SaveConfig
 from jepax.settings import Config
 from jepax.train import train
 from tests.contracts.shrink import shrunk
@@ -110,14 +110,14 @@ def contents(run: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(run)): path.read_bytes()
         for path in sorted(run.rglob("*"))
-        if path.is_file() and path.name != lock.FILE
+        if path.is_file() and path.name != lock.LOCK_FILE
     }
 
 
 def sound(run: Path) -> list[int]:
     """Steps of the checkpoints, each of which must be sound."""
     found = checkpoint.steps(run / "checkpoints")
-    assert [checkpoint.problems(run / "checkpoints", step) for step in found] == [[]] * len(found)
+    assert [checkpoint.verify(run / "checkpoints", step) for step in found] == [[]] * len(found)
     return found
 
 
@@ -198,14 +198,14 @@ def whole(kept_programs: None, tmp_path_factory: pytest.TempPathFactory) -> Whol
 
 def part(wanted: str, run: str, until: str) -> None:
     """Trains until this step is saved."""
-    save = Saver.save
+    save = CheckpointManager.save
 
-    def stop(saver: Saver, step: int, state: object, note: dict) -> None:
+    def stop(saver: CheckpointManager, step: int, state: object, note: dict) -> None:
         save(saver, step, state, note)
         if step + 1 == int(until):  # it ends after the step that comes next
             os.kill(os.getpid(), signal.SIGTERM)
 
-    Saver.save = stop
+    CheckpointManager.save = stop
     with suppress(preemption.Preempted, KeyboardInterrupt):  # the latter after the last step
         train(configs.load(Config, Path(wanted)), Path(run))
 

@@ -33,7 +33,7 @@ def result(run: Path) -> tuple[int, str]:
 
 def log(run: Path) -> list[dict]:
     """The lines of the log but for their speeds."""
-    lines = logs.read(run / "metrics.jsonl")
+    lines = logs.read_metrics(run / "metrics.jsonl")
     return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
 
 
@@ -43,5 +43,5 @@ def same(run: Path, other: Path) -> None:
     assert log(run) == log(other)
     health, wanted = (json.loads((each / "health.json").read_text()) for each in (run, other))
     assert health == wanted
-    assert checkpoint.unfinished(run / "checkpoints") == []
+    assert checkpoint.partial_checkpoints(run / "checkpoints") == []
     assert checkpoint.steps(run / "checkpoints") == checkpoint.steps(other / "checkpoints")

@@ -65,31 +65,30 @@ def damaged(path, damage):
 def test_damage_to_any_file_is_found_and_the_one_before_is_taken(run, damage):
     folder = run / "checkpoints"
     files = [path for path in sorted((folder / "00000006").rglob("*")) if path.is_file()]
-    assert len(files) > 8 and checkpoint.newest_sound(folder).step == 6
+    assert len(files) > 8 and checkpoint.latest_valid(folder) == (6, {})
     for file in files:
         for path in damaged(file, damage):
-            found = checkpoint.newest_sound(folder)
-            assert found.step == 4 and list(found.damaged) == [6], path
-            assert path.relative_to(folder / "00000006").as_posix() in found.damaged[6][0]
-    assert checkpoint.newest_sound(folder) == checkpoint.Sound(6, {})
+            step, corrupt = checkpoint.latest_valid(folder)
+            assert step == 4 and list(corrupt) == [6], path
+            assert path.relative_to(folder / "00000006").as_posix() in corrupt[6][0]
+    assert checkpoint.latest_valid(folder) == (6, {})
 
 
 @pytest.mark.fault(5, "a checkpoint is damaged")
 def test_a_bit_anywhere_in_the_manifest_counts(run):
-    path = run / "checkpoints/00000006" / manifest.FILE
+    path = run / "checkpoints/00000006" / manifest.MANIFEST_FILE
     whole = path.read_bytes()
     for place in range(0, len(whole), 7):
         content = bytearray(whole)
         content[place] ^= 1 << place % 8
         path.write_bytes(bytes(content))
-        assert checkpoint.problems(run / "checkpoints", 6), place
+        assert checkpoint.verify(run / "checkpoints", 6), place
 
 
 @pytest.mark.fault(5, "a checkpoint's folder is empty")
 def test_an_empty_folder_is_a_damaged_checkpoint(run):
     (run / "checkpoints/00000008").mkdir()
-    found = checkpoint.newest_sound(run / "checkpoints")
-    assert found == checkpoint.Sound(6, {8: ["manifest.json is missing"]})
+    assert checkpoint.latest_valid(run / "checkpoints") == (6, {8: ["manifest.json is missing"]})
 
 
 @pytest.mark.fault(5, "a checkpoint is damaged")
@@ -99,9 +98,9 @@ def test_training_goes_on_from_the_one_before_and_keeps_the_damaged_one(run, tra
     before = contents(folder / "00000006")
     train(CONFIG, run)
     said = capsys.readouterr().err
-    assert f"warning: checkpoint {folder / '00000006'} is damaged and set aside: arrays/state/" in said
+    assert f"warning: checkpoint {folder / '00000006'} is corrupt; moved to 00000006.corrupt: arrays/state/" in said
     assert "continuing after step 4" in said
-    assert contents(folder / "00000006.damaged") == before
+    assert contents(folder / "00000006.corrupt") == before
     same(run, trained)
 
 
@@ -115,9 +114,9 @@ def contents(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_where_none_is_sound_nothing_is_trained_and_nothing_touched(run, damage):
     for step in ("00000002", "00000004", "00000006"):
-        DAMAGES[damage](run / "checkpoints" / step / checkpoint.NOTE)
+        DAMAGES[damage](run / "checkpoints" / step / checkpoint.METADATA_FILE)
     before = contents(run)
-    with pytest.raises(UserError, match=r"no checkpoint in .* is sound") as caught:
+    with pytest.raises(UserError, match=r"no checkpoint in .* is valid") as caught:
         train(CONFIG, run)
     assert all(step in str(caught.value) for step in ("00000006", "00000004", "00000002"))
     assert contents(run) == before
@@ -148,7 +147,7 @@ def test_a_torn_log_is_read_and_mended(trained, tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     whole = (trained / "metrics.jsonl").read_bytes()
     path.write_bytes(whole + torn)
-    assert logs.read(path)[:6] == logs.read(trained / "metrics.jsonl")
+    assert logs.read_metrics(path)[:6] == logs.read_metrics(trained / "metrics.jsonl")
     with logs.Log(path, steps=8, start=6) as log:
         log.write(6, {"loss": 1.0, "images_per_second": 1.0, "seconds_per_step": 1.0})
     lines = path.read_bytes().splitlines(keepends=True)
@@ -157,13 +156,13 @@ def test_a_torn_log_is_read_and_mended(trained, tmp_path, torn):
 
 @pytest.mark.fault(22, "a line of the events is torn")
 def test_torn_events_are_read_and_mended(tmp_path, torn):
-    path = tmp_path / events.FILE
+    path = tmp_path / events.EVENTS_FILE
     Events(tmp_path).add("started", 0)
     whole = path.read_bytes()
     with path.open("ab") as file:
         file.write(torn.replace(b'"step": 6, ', b'"event": "clipped", "retaken": true, "step": 6, '))
-    assert events.read(path)[0]["event"] == "started"
-    Events(tmp_path).again_from(6)
+    assert events.read_jsonl(path)[0]["event"] == "started"
+    Events(tmp_path).truncate_from(6)
     Events(tmp_path).add("resumed", 6)
     lines = path.read_bytes().splitlines(keepends=True)
     assert lines[0] == whole and json.loads(lines[1])["event"] == "resumed" and len(lines) == 2
@@ -173,11 +172,11 @@ def test_torn_events_are_read_and_mended(tmp_path, torn):
 def test_training_goes_on_with_torn_lines(run, trained, capsys):
     """The log lost the line of the last step, which is taken again: its checkpoint is gone too."""
     shutil.rmtree(run / "checkpoints/00000006")
-    for name in ("metrics.jsonl", events.FILE):
+    for name in ("metrics.jsonl", events.EVENTS_FILE):
         path = run / name
         path.write_bytes(path.read_bytes()[:-20] + b"\xff" + bytes(64))
     train(CONFIG, run)
-    assert "1 of its lines, which a crash tore" in capsys.readouterr().err
-    assert [line["event"] for line in events.read(run / events.FILE)] == ["resumed"]
+    assert "1 lines that a crash corrupted are dropped" in capsys.readouterr().err
+    assert [line["event"] for line in events.read_jsonl(run / events.EVENTS_FILE)] == ["resumed"]
     assert result(run) == result(trained)
     same(run, trained)

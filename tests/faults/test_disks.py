@@ -51,7 +51,7 @@ def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(disk, whole, 
     disk.resize("64m")
     command(capsys, "train", wanted, "--run-dir", run, code=0)
     assert digests == [whole.digest] and sound(run) == [1, 2, 3, 4]
-    assert [line["step"] for line in logs.read(run / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [line["step"] for line in logs.read_metrics(run / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
 def fills(disk, monkeypatch, owner, name, when):
@@ -70,12 +70,12 @@ def fills(disk, monkeypatch, owner, name, when):
 
 
 MOMENTS = {
-    "config.yaml": (files, "write", lambda path, text: path.name == "config.yaml"),
-    "data.json": (files, "write", lambda path, text: path.name == "data.json"),
+    "config.yaml": (files, "atomic_write", lambda path, text: path.name == "config.yaml"),
+    "data.json": (files, "atomic_write", lambda path, text: path.name == "data.json"),
     "metrics.jsonl": (Log, "write", lambda log, step, values: step == 2),
-    "health.json": (files, "write", lambda path, text: path.name == "health.json"),
+    "health.json": (files, "atomic_write", lambda path, text: path.name == "health.json"),
     "events.jsonl": (files, "append", lambda path, text: path.name == "events.jsonl"),
-    "lock": (files, "named", lambda path: path.name == "lock"),
+    "lock": (files, "with_path_in_error", lambda path: path.name == "lock"),
 }
 
 
@@ -90,7 +90,7 @@ def test_a_full_disk_spoils_no_other_file(moment, disk, whole, digests, tmp_path
     (disk.path / "filling").unlink()
     monkeypatch.undo()
     assert checkpoint.digest(train(tiny(save=SAVES), run)) == whole.digest
-    assert [line["step"] for line in logs.read(run / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [line["step"] for line in logs.read_metrics(run / "metrics.jsonl")] == [0, 1, 2, 3]
     for name in ("metrics.jsonl", "events.jsonl"):
         assert all(map(json.loads, (run / name).read_text().splitlines())), name
     assert alarms.read(run) == []
@@ -102,7 +102,7 @@ def test_what_was_there_stays_where_its_new_self_does_not_fit(name, disk, whole,
     run, other = disk.path / "run", tiny(log_every=2)
     shutil.copytree(whole.run, run)
     before = contents(run)
-    fills(disk, monkeypatch, files, "write", lambda path, text: path.name == name)
+    fills(disk, monkeypatch, files, "atomic_write", lambda path, text: path.name == name)
     said = refused(capsys, "train", limits.written(other, tmp_path), "--run-dir", run)
     assert f"No space left on device: {run / name}" in said
     assert contents(run)[name] == before[name] and contents(run).keys() == before.keys()
@@ -117,7 +117,7 @@ def test_a_line_that_did_not_fit_is_left_out_by_the_next_command(disk, whole, tm
     shutil.copytree(whole.run, run)
     path = run / "events.jsonl"
     room = 4096 - 20 - path.stat().st_size  # but for 20 bytes of the page that its end lies on
-    happened.append(path, {"event": "filling", "step": 0, "x": "x" * (room - 42)})
+    happened.append_jsonl(path, {"event": "filling", "step": 0, "x": "x" * (room - 42)})
     fills(disk, monkeypatch, files, "append", lambda path, text: True)
     assert f"No space left on device: {path}" in refused(
         capsys, "train", limits.written(tiny(), tmp_path), "--run-dir", run
@@ -133,7 +133,7 @@ def test_a_line_that_did_not_fit_is_left_out_by_the_next_command(disk, whole, tm
 def test_every_checkpoint_is_written_however_slow_the_disk(whole, tmp_path, monkeypatch, capsys):
     sums = manifest.sums
     monkeypatch.setattr(manifest, "sums", lambda folder: time.sleep(0.3) or sums(folder))
-    monkeypatch.setattr(saving, "PATIENCE", 0.05)
+    monkeypatch.setattr(saving, "SLOW_SAVE_WARNING_S", 0.05)
     last = train(tiny(), tmp_path)
     monkeypatch.undo()
     assert sound(tmp_path) == list(range(1, STEPS + 1))

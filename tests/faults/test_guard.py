@@ -36,7 +36,7 @@ def run_of(guard, **batches):
 
 def happened(folder, *names):
     """The events of these names."""
-    return [line for line in events.read(folder / events.FILE) if line["event"] in names]
+    return [line for line in events.read_jsonl(folder / events.EVENTS_FILE) if line["event"] in names]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_what_is_not_finite_is_told_with_its_examples(ended):
     told = happened(ended[0], "not finite")
     assert [line["step"] for line in told] == [3, 5, 7, 40, 41, 42]
     assert all(line["examples"] == list(range(BATCH * line["step"], BATCH * (line["step"] + 1))) for line in told)
-    lines = {line["step"]: line for line in logs.read(ended[0] / "metrics.jsonl")}
+    lines = {line["step"]: line for line in logs.read_metrics(ended[0] / "metrics.jsonl")}
     assert [lines[step]["unused_steps"] for step in (0, 3, 7, 11, 39)] == [0, 1, 3, 3, 3]
     assert lines[3]["grad_norm"] is None and lines[3]["loss"] is None and np.isfinite(lines[39]["loss"])
     assert "embedding_rank" not in lines[3] and "embedding_rank" in lines[39]
@@ -90,8 +90,8 @@ def test_what_is_not_finite_changes_nothing(ended):
     """The state that was saved between the bad steps is, but for counts, that of the dump after them."""
     folder = ended[0]
     before = evaluation.restored(configs.load(Config, folder / "config.yaml"), folder, 41, only=checkpoint.ALL)
-    after = checkpoint.named(checkpoint.restore(folder / "dumps" / "step_00000042" / dump.STATE, 42, before))
-    before = {name: np.asarray(x) for name, x in checkpoint.named(before).items()}
+    after = checkpoint.named_arrays(checkpoint.restore(folder / "dumps" / "step_00000042" / dump.STATE, 42, before))
+    before = {name: np.asarray(x) for name, x in checkpoint.named_arrays(before).items()}
     assert {name for name, x in before.items() if not np.array_equal(x, after[name])} <= {
         *("step", "guard.in_a_row", "guard.unused", "guard.norms")
     }
@@ -122,18 +122,18 @@ def test_its_last_step_can_be_replayed(ended, capsys):
     folder = ended[0] / "dumps" / "step_00000042"
     metrics = replay(folder)
     said = capsys.readouterr().out
-    assert "state before it: all finite" in said and "the same, to the last digit" in said
+    assert "state before it: all finite" in said and "bit-identical" in said
     assert "gradients: not finite in encoder." in said and "predictor" not in said
     assert int(metrics["verdict"]) == guard.NOT_FINITE and np.isnan(metrics["grad_norm"])
     assert configs.load(Config, folder / "config.yaml").train.precision == "float32"
-    assert dump.read_images(folder).index.tolist() == list(range(42 * BATCH, 43 * BATCH))
+    assert dump.read_batch(folder).index.tolist() == list(range(42 * BATCH, 43 * BATCH))
 
 
 @pytest.mark.fault(16, "a gradient times 1000: clipped")
 def test_a_spike_is_clipped(ended):
     (told,) = happened(ended[0], "clipped")
     assert told["step"] == SPIKE and told["grad_norm"] > told["grad_norm_limit"] > 0
-    (line,) = [line for line in logs.read(ended[0] / "metrics.jsonl") if line["step"] == 39]
+    (line,) = [line for line in logs.read_metrics(ended[0] / "metrics.jsonl") if line["step"] == 39]
     assert line["grad_norm_max"] == pytest.approx(told["grad_norm"])
 
 
@@ -158,8 +158,8 @@ def test_training_goes_back_behind_a_spike(tmp_path):
     config = spike("rollback")
     whole = train(config, tmp_path / "whole")
     assert [line["step"] for line in happened(tmp_path / "whole", "rolled back")] == [40]
-    assert checkpoint.note(tmp_path / "whole" / "checkpoints", 44)["shift"] == 40 - 32 + 1
-    lines = [line["step"] for line in logs.read(tmp_path / "whole" / "metrics.jsonl")]
+    assert checkpoint.metadata(tmp_path / "whole" / "checkpoints", 44)["shift"] == 40 - 32 + 1
+    lines = [line["step"] for line in logs.read_metrics(tmp_path / "whole" / "metrics.jsonl")]
     assert lines == sorted(set(lines)) and lines[-1] == 43
     with asked_to_end_at(46) as steps, pytest.raises(preemption.Preempted):
         train(config, tmp_path / "parts")

@@ -47,7 +47,7 @@ class Command:
         self.until(lambda: text in self.said())
 
     def until_step(self, step: int) -> None:
-        self.until(lambda: any(line["step"] >= step for line in logs.read(self.run / "metrics.jsonl")))
+        self.until(lambda: any(line["step"] >= step for line in logs.read_metrics(self.run / "metrics.jsonl")))
 
     def until_saving(self, step: int) -> None:
         self.until(lambda: (self.run / f"checkpoints/{step:08d}{checkpoint.PART}").is_dir())
@@ -114,8 +114,8 @@ def test_a_run_killed_while_it_saves_ends_the_same(command, reference):
         else:
             time.sleep(milliseconds / 1000)
         command.kill()
-        cut += len(checkpoint.unfinished(command.run / "checkpoints"))
-        assert checkpoint.newest_sound(command.run / "checkpoints").damaged == {}
+        cut += len(checkpoint.partial_checkpoints(command.run / "checkpoints"))
+        assert checkpoint.latest_valid(command.run / "checkpoints")[1] == {}
     assert cut > 0  # a save was met at work
     command.finishes()
     same(command.run, reference)
@@ -170,7 +170,7 @@ def test_a_second_signal_ends_a_compilation_at_once(command, reference, tmp_path
     command.process.send_signal(number)
     command.ends(128 + number)
     assert time.monotonic() - start < 3 and "compiled and ran" not in command.said()
-    assert not lock.is_held(command.run) and command.newest() == 0
+    assert not lock.is_locked(command.run) and command.newest() == 0
     command.finishes()
     same(command.run, reference)
 

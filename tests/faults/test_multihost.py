@@ -314,7 +314,7 @@ def test_one_clock_decides_and_every_process_tells_of_pictures(processes, tmp_pa
     train = {"steps": 8, "save": {"every": 100, "keep": 9}}
     said = ended(processes, run, "other_clock", [0, 0], train, data=data)
     assert checkpoint.steps(run / "checkpoints") == [8]
-    mine, others = (path.read_text().splitlines() for path in broken.lists(run))
+    mine, others = (path.read_text().splitlines() for path in broken.find_lists(run))
     assert min(len(mine), len(others)) > 3
     for line in others:
         file = json.loads(line)["file"]

@@ -65,7 +65,7 @@ def test_who_insists_goes_on_with_them(whole, digests, tmp_path, capsys):
     command(capsys, *words, "--allow-config-change", "optim.peak_lr", code=0)
     assert digests != [whole.digest] and sound(run)[-1] == STEPS
     assert configs.load(Config, run / "config.yaml").optim.peak_lr == 5e-4
-    last = happened.read(run / "events.jsonl")[-1]
+    last = happened.read_jsonl(run / "events.jsonl")[-1]
     assert last["event"] == "resumed" and last["changed"] == ["optim.peak_lr: 0.004 -> 0.0005"]
     command(capsys, *words, code=0)  # it is the run's own from now on
     assert "optim.peak_lr: 0.0005 -> 0.004" in refused(capsys, "train", wanted, "--run-dir", run)

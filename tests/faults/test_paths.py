@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jepax import checkpoint, manifest
-from jepax.saving import Saver
+from jepax.saving import CheckpointManager
 from jepax.train import train
 from tests.faults import limits
 from tests.faults.limits import STEPS, contents, digests, disk, kept_programs, refused, sound, tiny, whole
@@ -80,7 +80,7 @@ def test_a_read_only_disk_is_named(begun, disk, whole, wanted, capsys):
 
 @pytest.mark.fault(21, "a disk that becomes read-only while a run trains")
 def test_a_disk_that_becomes_read_only_ends_the_run(disk, whole, wanted, capsys, monkeypatch):
-    run, save = disk.path / "run", Saver.save
+    run, save = disk.path / "run", CheckpointManager.save
 
     def lost(saver, step, state, note):
         if step == 3:
@@ -89,7 +89,7 @@ def test_a_disk_that_becomes_read_only_ends_the_run(disk, whole, wanted, capsys,
             limits.mount("-o", "remount,bind,ro", str(run / "checkpoints"))
         save(saver, step, state, note)
 
-    monkeypatch.setattr(Saver, "save", lost)
+    monkeypatch.setattr(CheckpointManager, "save", lost)
     try:
         said = refused(capsys, "train", wanted, "--run-dir", run)
     finally:
@@ -164,7 +164,7 @@ def test_a_missing_root_of_the_data_is_named(whole, tmp_path, capsys):
 @pytest.mark.fault(21, "checkpoints removed while a run trains")
 @pytest.mark.parametrize("what", ["checkpoints/00000002", "checkpoints"])
 def test_checkpoints_removed_between_saves_do_not_harm_the_next(what, whole, tmp_path, monkeypatch):
-    run, save = tmp_path / "run", Saver.save
+    run, save = tmp_path / "run", CheckpointManager.save
 
     def lost(saver, step, state, note):
         if step == 3:
@@ -172,7 +172,7 @@ def test_checkpoints_removed_between_saves_do_not_harm_the_next(what, whole, tmp
             shutil.rmtree(run / what)
         save(saver, step, state, note)
 
-    monkeypatch.setattr(Saver, "save", lost)
+    monkeypatch.setattr(CheckpointManager, "save", lost)
     assert checkpoint.digest(train(tiny(), run)) == whole.digest
     assert sound(run) == ([1, 3, 4] if what.endswith("2") else [3, 4])
 

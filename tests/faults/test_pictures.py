@@ -1,4 +1,4 @@
-"""Pictures spoilt on disk, as they are in the wild, under a folder that is being read."""
+"""Images corrupted on disk, as they are in the wild, under a folder that is being read."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from PIL import Image
 
 import jepax
 from jepax import config as configs
-from jepax.data import BrokenFiles, DataConfig, batches, open_source
+from jepax.data import CorruptLog, DataConfig, batches, open_source
 from jepax.types import UserError
 
 PER_CLASS = 10
@@ -73,11 +73,11 @@ def victim(root):
 def read_whole(source, run, share=0.1):
     """The greys that an epoch shows, its labels, and the run's list of broken files."""
     lines = []
-    broken = BrokenFiles(source, run / "broken.jsonl", share, lines.append)
-    stream = list(batches(source, batch_size=5, steps=len(source) // 5, seed=0, threads=1, broken=broken))
+    broken = CorruptLog(source, run / "corrupt.jsonl", share, lines.append)
+    stream = list(batches(source, batch_size=5, steps=len(source) // 5, seed=0, threads=1, on_corrupt=broken))
     greys = np.concatenate([images.canvas[:, 0, 0, 0] for images in stream]).tolist()
     labels = np.concatenate([images.label for images in stream]).tolist()
-    path = run / "broken.jsonl"
+    path = run / "corrupt.jsonl"
     listed = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     assert len(lines) == len(listed)
     return greys, labels, listed
@@ -115,8 +115,8 @@ KINDS = {
     "a header alone": (JPEG[:4], ""),
     "an empty file": (b"", "it is empty"),
     "a page of HTML": (HTML, "none of JPEG"),
-    "one pixel": (saved(photo(7, 1), "PNG"), "1 x 1 pixels are no picture"),
-    "one row": (saved(photo(7).crop((0, 0, 8, 1)), "JPEG"), "8 x 1 pixels are no picture"),
+    "one pixel": (saved(photo(7, 1), "PNG"), "1 x 1 pixels are no image"),
+    "one row": (saved(photo(7).crop((0, 0, 8, 1)), "JPEG"), "8 x 1 pixels are no image"),
     "floats": (saved(FLAT, "TIFF"), "no known range"),
     "32-bit integers": (saved(photo(9).convert("I"), "TIFF"), "no known range"),
 }
@@ -135,8 +135,8 @@ def test_bad_content_gives_way_to_the_next_of_its_class(root, tmp_path, kind):
 def test_a_vanished_file_gives_way(root, tmp_path, workers):
     source = opened(root)
     victim(root).unlink()
-    broken = BrokenFiles(source, tmp_path / "run/broken.jsonl", 0.1, print)
-    seen = list(batches(source, batch_size=20, steps=1, seed=0, threads=1, workers=workers, broken=broken))
+    broken = CorruptLog(source, tmp_path / "run/corrupt.jsonl", 0.1, print)
+    seen = list(batches(source, batch_size=20, steps=1, seed=0, threads=1, workers=workers, on_corrupt=broken))
     assert seen[0].canvas.shape[0] == 20 and [*broken.why] == [NAME]
     assert "No such file" in broken.why[NAME]
 
@@ -144,14 +144,14 @@ def test_a_vanished_file_gives_way(root, tmp_path, workers):
 STRANGER = """
 import os, sys
 import numpy as np
-from jepax.data import BrokenFiles, DataConfig, open_source
+from jepax.data import CorruptLog, DataConfig, open_source
 source = open_source(DataConfig(source="image_folder", root="data", canvas=8, validation=0.0), "train")
-source.load(np.array([0]))  # all that reading loads is loaded
+source.load(0)  # all that reading loads is loaded
 if os.geteuid() == 0:  # whom no permission stops
     os.seteuid(65534)
-canvas, _, labels, replaced = source.load_readable(np.array([0, 13]))
-broken = BrokenFiles(source, None, 1.0, print)
-print(replaced.tolist(), int(canvas[1, 0, 0, 0]), labels.tolist())
+images, replaced = source.load_batch(np.array([0, 13]))
+broken = CorruptLog(source, None, 1.0, print)
+print(replaced.tolist(), int(images.canvas[1, 0, 0, 0]), images.label.tolist())
 broken(np.array([13]))
 """
 
@@ -178,7 +178,9 @@ def test_sixteen_bits_are_read_rightly_and_not_replaced(root, tmp_path):
 def test_a_lost_folder_ends_the_run_with_the_files_named(root, tmp_path):
     source = opened(root)
     shutil.rmtree(root)
-    with pytest.raises(UserError, match=r"No such file(.|\n)*tried in its place: \w+/\d\d\.png, (.|\n)*still there"):
+    with pytest.raises(
+        UserError, match=r"No such file(.|\n)*tried in its place: train/\w+/\d\d\.png, (.|\n)*still there"
+    ):
         read_whole(source, tmp_path / "run", share=1.0)
 
 
@@ -186,9 +188,9 @@ def test_a_lost_folder_ends_the_run_with_the_files_named(root, tmp_path):
 def test_too_many_end_the_run_and_are_listed(root, tmp_path):
     for number in (11, 13, 15):
         (root / f"train/dog/{number}.png").write_bytes(HTML)
-    with pytest.raises(UserError, match=r"data\.broken_share=0\.1 of 20 pictures may be unreadable, but 3 are"):
+    with pytest.raises(UserError, match=r"data\.broken_share=0\.1 of 20 examples may be corrupt, but 3 are"):
         read_whole(opened(root), tmp_path / "run", share=0.1)
-    assert len((tmp_path / "run/broken.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "run/corrupt.jsonl").read_text().splitlines()) == 3
 
 
 READER = """
@@ -196,11 +198,11 @@ import resource, sys
 import numpy as np
 from jepax.data import DataConfig, open_source
 source = open_source(DataConfig(source="image_folder", root=sys.argv[1], canvas=8, validation=0.0), "train")
-good = source.load(np.array([0]))  # all that reading loads is loaded
+good = source.load(0)  # all that reading loads is loaded
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-canvas, _, labels, replaced = source.load_readable(np.array([0, 13]))
+images, replaced = source.load_batch(np.array([0, 13]))
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(replaced.tolist(), int(canvas[1, 0, 0, 0]), labels.tolist(), grown // 1024)
+print(replaced.tolist(), int(images.canvas[1, 0, 0, 0]), images.label.tolist(), grown // 1024)
 """
 
 
@@ -223,34 +225,34 @@ def test_a_bomb_is_listed_with_its_size(root, tmp_path):
 @pytest.mark.fault(18, "a file added to the data or removed from it")
 @pytest.mark.parametrize("number", range(20, 26))  # into whichever split it falls
 def test_an_added_file_changes_what_the_data_is(root, number):
-    before = opened(root, validation=0.3).contents
+    before = opened(root, validation=0.3).fingerprint
     photo(1).save(root / f"train/dog/{number}.png")
     for split in ("train", "validation"):
-        (line,) = configs.differences(before, opened(root, split, validation=0.3).contents)
+        (line,) = configs.differences(before, opened(root, split, validation=0.3).fingerprint)
         assert line.startswith("class dog: 10 files, ") and " -> 11 files, " in line
 
 
 @pytest.mark.fault(18, "a file added to the data or removed from it")
 def test_a_removed_renamed_or_moved_file_changes_what_the_data_is(root):
-    before = opened(root).contents
+    before = opened(root).fingerprint
     content = victim(root).read_bytes()
     victim(root).unlink()
-    (line,) = configs.differences(before, opened(root).contents)
+    (line,) = configs.differences(before, opened(root).fingerprint)
     assert line.startswith("class dog: 10 files, ") and " -> 9 files, " in line
     (root / "train/dog/other.png").write_bytes(content)
-    (line,) = configs.differences(before, opened(root).contents)
+    (line,) = configs.differences(before, opened(root).fingerprint)
     assert line.startswith("class dog: 10 files, ") and " -> 10 files, " in line
     (root / "train/dog/other.png").rename(root / "train/cat/13.png")
-    lines = configs.differences(before, opened(root).contents)
+    lines = configs.differences(before, opened(root).fingerprint)
     assert [line.split(":")[0] for line in lines] == ["class cat", "class dog"]
 
 
 @pytest.mark.fault(18, "a class added to the data or removed from it")
 def test_an_added_class_changes_what_the_data_is(root):
-    before = opened(root).contents
+    before = opened(root).fingerprint
     (root / "train/emu").mkdir()
     photo(1).save(root / "train/emu/0.png")
-    (line,) = configs.differences(before, opened(root).contents)
+    (line,) = configs.differences(before, opened(root).fingerprint)
     assert line.startswith("class emu: (absent) -> 1 file, ")
 
 
@@ -260,8 +262,8 @@ def test_a_copy_in_another_order_is_the_same_data(root, tmp_path):
         copy = tmp_path / "copy" / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
-    assert opened(tmp_path / "copy").contents == opened(root).contents
-    assert opened(root, "validation", validation=0.3).contents == opened(root).contents
+    assert opened(tmp_path / "copy").fingerprint == opened(root).fingerprint
+    assert opened(root, "validation", validation=0.3).fingerprint == opened(root).fingerprint
 
 
 @pytest.mark.fault(18, "other generated pictures")
@@ -271,4 +273,4 @@ def test_what_generated_pictures_are_made_from_tells_them_apart():
         open_source(DataConfig(**({"source": "synthetic", "canvas": 8, "synthetic_images": 80} | each)), "train")
         for each in settings
     ]
-    assert len({str(source.contents) for source in made}) == len(made)
+    assert len({str(source.fingerprint) for source in made}) == len(made)

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from jepax import cli, untrusted, weights
 from jepax import config as configs
-from jepax.data.decode import BrokenImage, read_onto_canvas
+from jepax.data.decode import read_image
+from jepax.data.sources import CorruptExampleError
 from jepax.grids import GRIDS
 from jepax.nn import ViT, ViTConfig
 from jepax.recipes import RECIPES
@@ -121,8 +122,8 @@ def test_a_pickle_given_as_data_is_refused(name, source, tmp_path, marker, capsy
 @pytest.mark.parametrize("name", ["w.pth", "w.npy"])
 def test_a_pickle_given_as_a_picture_or_an_idx_file_is_refused(name, tmp_path, marker, capsys):
     file = write_payload(tmp_path / name, marker)
-    with pytest.raises(BrokenImage, match=name):
-        read_onto_canvas(file, np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(CorruptExampleError, match=name):
+        read_image(file, (8, 8, 3))
     for part in ("train", "t10k"):
         for kind in ("images-idx3", "labels-idx1"):
             (tmp_path / f"{part}-{kind}-ubyte").write_bytes(file.read_bytes())

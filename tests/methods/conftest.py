@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import pytest
 
-from jepax.data import DataConfig, open_source, sweep
+from jepax.data import DataConfig, iter_once, open_source
 
 
 @pytest.fixture(scope="module")
 def images():
-    batch, _ = next(iter(sweep(open_source(DataConfig(source="synthetic", canvas=24), "train"), 8)))
+    batch, _ = next(iter(iter_once(open_source(DataConfig(source="synthetic", canvas=24), "train"), 8)))
     return jax.tree.map(jnp.asarray, batch)
 
 

@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax.data import open_source, sweep
+from jepax.data import iter_once, open_source
 from jepax.methods.ijepa import IJEPAConfig
 from jepax.methods.momentum import MomentumConfig
 from jepax.methods.regulariser import RegulariserConfig
@@ -27,7 +27,7 @@ def build(**settings):
 
 @pytest.fixture(scope="module")
 def images():
-    batch, _ = next(iter(sweep(open_source(shrunk("ijepa_vitb16_in1k").data, "train"), 8)))
+    batch, _ = next(iter(iter_once(open_source(shrunk("ijepa_vitb16_in1k").data, "train"), 8)))
     return jax.tree.map(jnp.asarray, batch)
 
 

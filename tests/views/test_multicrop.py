@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax.data import DataConfig, open_source, sweep
+from jepax.data import DataConfig, iter_once, open_source
 from jepax.types import Images, UserError
 from jepax.views import CropConfig, MultiCropConfig, PhotometricConfig
 from jepax.views import multicrop as eager_multicrop
@@ -24,7 +24,7 @@ CONFIG = MultiCropConfig(
 
 @pytest.fixture(scope="module")
 def images():
-    batch, _ = next(iter(sweep(open_source(DataConfig(source="synthetic", canvas=32), "train"), 6)))
+    batch, _ = next(iter(iter_once(open_source(DataConfig(source="synthetic", canvas=32), "train"), 6)))
     return Images(*(jnp.asarray(part) for part in (batch.canvas, batch.size, batch.index)))
 
 

@@ -16,7 +16,7 @@ from jepax.bench.clock import in_turn
 from jepax.bench.machine import machine
 from jepax.bench.subject import Subject
 from jepax.data import batches, open_source
-from jepax.data.decode import read_onto_canvas
+from jepax.data.decode import read_image
 from jepax.distributed.multihost import cores
 from jepax.settings import Config
 
@@ -100,7 +100,8 @@ def one_core(files: list[Path], canvas: int, rounds: int) -> dict[str, float]:
 
     def ours() -> None:
         for file in files:
-            read_onto_canvas(file, np.zeros((canvas, canvas, 3), np.uint8))
+            image = read_image(file, (canvas, canvas, 3))
+            np.zeros((canvas, canvas, 3), np.uint8)[: image.shape[0], : image.shape[1]] = image
 
     def pillow() -> None:
         for file in files:

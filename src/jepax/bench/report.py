@@ -17,7 +17,7 @@ NOISE = 0.05
 def write(path: Path, found: dict[str, Any]) -> None:
     """The file with these numbers."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, json.dumps(found, indent=1) + "\n")
+    files.atomic_write(path, json.dumps(found, indent=1) + "\n")
 
 
 def table(what: str, lines: list[tuple[str, str]]) -> Table:

@@ -80,7 +80,7 @@ class Train(RecipeCommand):
             multihost.shutdown()
         if not multihost.is_main_process():
             return
-        with lock.held(folder):
+        with lock.run_lock(folder):
             finalize(config, state, folder)
         print(f"done in {(time.perf_counter() - start) / 60:.1f} min; {alarms.summary(folder)}")
 

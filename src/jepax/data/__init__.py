@@ -1,11 +1,11 @@
-"""The host only reads: any source of pictures becomes uint8 canvases of one size, ordered by seed and step."""
+"""The host only reads: any source becomes batches of fixed shapes, ordered by seed and step."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from jepax.data.broken import BROKEN, BrokenFiles
-from jepax.data.loader import Broken, batches, sweep
-from jepax.data.sources import Source, Split, fashion_mnist, image_folder, packed, synthetic
+from jepax.data.broken import CorruptLog, corrupt_file
+from jepax.data.loader import OnCorrupt, batches, iter_once
+from jepax.data.sources import ImageSource, Source, Split, fashion_mnist, image_folder, packed, synthetic
 from jepax.types import UserError
 
 Kind = Literal["fashion_mnist", "image_folder", "packed", "synthetic"]
@@ -13,28 +13,28 @@ Kind = Literal["fashion_mnist", "image_folder", "packed", "synthetic"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the pictures come from and how they are read."""
+    """Where the images come from and how they are read."""
 
     source: Kind = "fashion_mnist"
-    """Kind of data: Fashion-MNIST, a folder of photos (train/CLASS/*.jpg, val/CLASS/*.jpg), what `jepax pack` made
-    of one, or generated shapes."""
+    """Kind of data: Fashion-MNIST, a folder of photos (train/CLASS/*.jpg, val/CLASS/*.jpg), a pack of one
+    (`jepax pack`), or generated shapes."""
     root: str | None = None
-    """Folder the data lies in. image_folder and packed need it; fashion_mnist also looks in system and cache."""
+    """Folder of the data. image_folder and packed need it; fashion_mnist also looks in system and cache."""
     canvas: int = 512
     """Side of the canvas in pixels; larger photos are scaled down onto it. fashion_mnist always has 28."""
     channels: Literal[1, 3] | None = None
-    """1: grey, 3: RGB. None: the source's own, 1 for fashion_mnist and 3 for the others."""
+    """1: gray, 3: RGB. None: the source's own, 1 for fashion_mnist and 3 for the others."""
     validation: float = 0.1
-    """Share of each class's training pictures held out as the validation split; in [0, 1)."""
+    """Fraction of each class's training images held out as the validation split; in [0, 1)."""
     broken_share: float = 0.01
-    """Share of a split's pictures that may be unreadable (each is replaced by another of its class) before the run
-    stops; in [0, 1]."""
+    """Fraction of a split that may be corrupt (each image is replaced by another of its class) before the run stops; in
+    [0, 1]."""
     synthetic_images: int = 512
-    """Number of generated training pictures, held-out ones included; the test split has a fifth of it."""
+    """Number of generated training images, held-out ones included; the test split has a fifth of it."""
     synthetic_seed: int = 0
-    """Seed of the generated pictures."""
+    """Seed of the generated images."""
     synthetic_varied: bool = False
-    """Whether generated pictures differ in height and width (from half the canvas to all of it)."""
+    """True: generated images differ in height and width (from half the canvas to all of it)."""
     threads: int = 2
     """Threads that read ahead, in each process; 0 reads in the caller's thread."""
     workers: int = 0
@@ -45,9 +45,9 @@ class DataConfig:
             if getattr(self, name) not in choices:
                 _refuse(self, name, f"is none of {', '.join(map(str, choices))}")
         if not 0 <= self.validation < 1:
-            _refuse(self, "validation", "is not a share in [0, 1); try 0.1")
+            _refuse(self, "validation", "is not a fraction in [0, 1); try 0.1")
         if not 0 <= self.broken_share <= 1:
-            _refuse(self, "broken_share", "is not a share in [0, 1]; try 0.01")
+            _refuse(self, "broken_share", "is not a fraction in [0, 1]; try 0.01")
         lowest = {"canvas": 1, "synthetic_images": 1, "synthetic_seed": 0, "threads": 0, "workers": 0}
         for name, least in lowest.items():
             if getattr(self, name) < least:
@@ -58,10 +58,10 @@ def _refuse(config: DataConfig, name: str, why: str):
     raise UserError(f"data.{name}={getattr(config, name)} {why}.")
 
 
-def open_source(config: DataConfig, split: Split) -> Source:
-    """Opens one split. `validation` is held out of the training pictures; `test` is the data's own test set.
+def open_source(config: DataConfig, split: Split) -> ImageSource:
+    """Opens one split. `validation` is held out of the training images; `test` is the data's own test set.
 
-    Errors: UserError where the data is missing, damaged or laid out in another way.
+    Raises `UserError` where the data is missing, corrupt or laid out in another way.
     """
     if config.source == "fashion_mnist":
         return fashion_mnist.open_split(config.root, split, config.validation, config.channels or 1)
@@ -81,4 +81,15 @@ def open_source(config: DataConfig, split: Split) -> Source:
     return photos.open_split(config.root, split, config.validation, config.canvas, config.channels or 3)
 
 
-__all__ = ["BROKEN", "Broken", "BrokenFiles", "DataConfig", "Source", "Split", "batches", "open_source", "sweep"]
+__all__ = [
+    "CorruptLog",
+    "DataConfig",
+    "ImageSource",
+    "OnCorrupt",
+    "Source",
+    "Split",
+    "batches",
+    "corrupt_file",
+    "iter_once",
+    "open_source",
+]

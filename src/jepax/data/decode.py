@@ -1,4 +1,4 @@
-"""From a file's bytes to an upright uint8 picture on a canvas, once per example whatever the views."""
+"""Decodes a file's bytes to an upright uint8 image, once per example whatever the number of views."""
 
 import io
 import math
@@ -6,12 +6,11 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from os import PathLike
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from jaxtyping import Int32, UInt8
+from jaxtyping import UInt8
 
 # Importing a plugin registers it: left to itself Pillow does that at the first odd file, in several threads at once.
 from PIL import (
@@ -26,131 +25,111 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
-from jepax.types import UserError
+from jepax.data.sources import CorruptExampleError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-"""Nothing else is opened, whatever a file calls itself: some of Pillow's other formats start external programs."""
+"""No others are opened, whatever a file's name: some of Pillow's other formats start external programs."""
 ORIENTATION = 0x0112
-LEAST_SIDE = 2
-"""Pixels. A picture with a shorter side shows nothing: a page's spacer, or what an empty download was turned into."""
-MOST_BYTES = 2**30
-"""Twice an uncompressed 16-bit RGB picture of as many pixels as Pillow allows; a larger file is not read at all."""
+MIN_SIDE = 2
+"""Pixels. An image with a shorter side shows nothing: a page's spacer, or the rest of an empty download."""
+MAX_FILE_BYTES = 2**30
+"""Twice an uncompressed 16-bit RGB image of as many pixels as Pillow allows; a larger file is not read at all."""
 
 # Some of ImageNet's photos have damaged EXIF, which is then as good as none. The warning names no file, and silencing
 # it around each call is not safe with threads.
 warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning, r"PIL\.")
 
-
-class BrokenImage(UserError):
-    """A file that cannot be read as a picture; the message names it, and its cause is in `__cause__`."""
+Pixels = UInt8[np.ndarray, "height width channels"]
 
 
-def read_onto_canvas(
-    path: str | PathLike[str], canvas: UInt8[np.ndarray, "rows columns channels"]
-) -> Int32[np.ndarray, "2"]:
-    """Decodes `path` into the top left corner of `canvas` (zeros beforehand) and returns its height and width there.
-
-    A picture larger than the canvas is scaled down by `fitted`. Errors: BrokenImage, naming the path and the cause.
-    """
-    with blamed(str(path)):
-        return onto_canvas(bytes_of(Path(path)), canvas)
-
-
-def onto_canvas(data: bytes, canvas: UInt8[np.ndarray, "rows columns channels"]) -> Int32[np.ndarray, "2"]:
-    """The same of a file's content. Errors: those of `decode`."""
-    rows, columns, channels = canvas.shape
-    picture = fitted(data, rows, columns, channels)
-    height, width = picture.shape[:2]
-    canvas[:height, :width] = picture
-    return np.array([height, width], np.int32)
+def read_image(path: Path, canvas_shape: tuple[int, int, int]) -> Pixels:
+    """Decodes a file, scaled down to fit the canvas. Raises `CorruptExampleError`, naming path and cause."""
+    with wrap_decode_errors(str(path)):
+        return decode_to_fit(read_file(path), *canvas_shape)
 
 
 @contextmanager
-def blamed(name: str) -> Iterator[None]:
-    """Within, every error is a BrokenImage that names the picture: decoders raise all sorts, from OSError to
+def wrap_decode_errors(name: str) -> Iterator[None]:
+    """Turns every error into a `CorruptExampleError` that names the image: decoders raise all sorts, from OSError to
     SyntaxError and struct.error."""
     try:
         yield
     except Exception as error:
-        raise BrokenImage(
-            f"{name} cannot be read as a picture: {error or type(error).__name__}.\nRepair the file or remove it."
+        raise CorruptExampleError(
+            f"{name} cannot be read as an image: {error or type(error).__name__}.\nRepair the file or remove it."
         ) from error
 
 
-def fitted(data: bytes, rows: int, columns: int, channels: int) -> UInt8[np.ndarray, "height width channels"]:
-    """The picture within rows x columns pixels, aspect kept; one that is no larger is left as it is.
+def read_file(path: Path) -> bytes:
+    """Returns the content. Raises OSError; ValueError for a pipe or device, and for a file over `MAX_FILE_BYTES`."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        raise ValueError("it is no regular file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"its {status.st_size} bytes are over the limit of {MAX_FILE_BYTES}")
+    return path.read_bytes()
 
-    A larger JPEG is decoded to as many eighths of its size as fit, which costs less than to decode it whole; to scale
+
+def decode_to_fit(data: bytes, rows: int, columns: int, channels: int) -> Pixels:
+    """Decodes an image to at most rows x columns pixels, aspect kept; a smaller one keeps its size.
+
+    A larger JPEG is decoded to as many eighths of its size as fit, which costs less than to decode all of it; to scale
     pixels afterwards costs several times as much. Anything else, and what is more than eight times too large, is
-    scaled by `shrink`. Errors: those of `decode`.
+    scaled by `downscale`. Raises as `decode` does.
     """
-    return shrink(decode(data, channels, (rows, columns)), rows, columns)
+    return downscale(decode(data, channels, (rows, columns)), rows, columns)
 
 
-def decode(
-    data: bytes, channels: int, room: tuple[int, int] | None = None
-) -> UInt8[np.ndarray, "height width channels"]:
-    """The picture, upright as its EXIF orientation says, in grey (`channels=1`) or RGB (3).
+def decode(data: bytes, channels: int, fit: tuple[int, int] | None = None) -> Pixels:
+    """Decodes an image, upright as its EXIF orientation says, to gray (`channels=1`) or RGB (3).
 
-    `room`: rows and columns into which a JPEG may be scaled down on the way, by eighths; None: it keeps its size.
+    `fit`: rows and columns to which a JPEG may be scaled down on the way, by eighths; None: it keeps its size.
 
-    Transparent pictures are laid on white, as pages and browsers show them. 16-bit grey keeps its high byte, as Pillow
-    does for 16-bit colour. Of an animation the first frame counts. Grey is Pillow's 0.299 R + 0.587 G + 0.114 B.
+    Transparent images are blended on white, as pages and browsers show them. 16-bit gray keeps its high byte, as Pillow
+    does for 16-bit color. Of an animation the first frame counts. Gray is Pillow's 0.299 R + 0.587 G + 0.114 B.
 
-    Errors: whatever the decoder raises for broken data; ValueError for no data, for a side below `LEAST_SIDE` and for
+    Raises whatever the decoder raises for corrupt data; ValueError for no data, for a side below `MIN_SIDE` and for
     pixels without a known range (32-bit, float); and, before anything is decoded, Pillow's DecompressionBombWarning or
-    -Error for pictures over `PIL.Image.MAX_IMAGE_PIXELS`.
+    -Error for images over `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     image = _open(data)
-    picture = _fast_jpeg(image, data, room)
-    if picture is not None and picture.shape[2] == channels:
-        return picture
-    image = _plain(image) if picture is None else _image(picture)
+    pixels = _fast_jpeg(image, data, fit)
+    if pixels is not None and pixels.shape[2] == channels:
+        return pixels
+    image = _to_rgb8(image) if pixels is None else _to_pillow(pixels)
     pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def shrink(
-    picture: UInt8[np.ndarray, "height width channels"], rows: int, columns: int
-) -> UInt8[np.ndarray, "small_height small_width channels"]:
-    """Fits the picture into rows x columns pixels by antialiased bicubic scaling; smaller ones are left as they are."""
-    height, width, channels = picture.shape
+def downscale(pixels: Pixels, rows: int, columns: int) -> UInt8[np.ndarray, "small_height small_width channels"]:
+    """Fits an image into rows x columns pixels by antialiased bicubic scaling; smaller ones keep their size."""
+    height, width, channels = pixels.shape
     scale = min(rows / height, columns / width)
     if scale >= 1:
-        return picture
+        return pixels
     small = (min(columns, max(1, round(width * scale))), min(rows, max(1, round(height * scale))))
-    image = _image(picture).resize(small, Image.Resampling.BICUBIC)
+    image = _to_pillow(pixels).resize(small, Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(small[1], small[0], channels)
 
 
-def _image(picture: UInt8[np.ndarray, "height width channels"]) -> Image.Image:
-    return Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
-
-
-def bytes_of(path: Path) -> bytes:
-    """The file's content. Errors: OSError; ValueError for a pipe or device, and for a file over `MOST_BYTES`."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, for ever
-        raise ValueError("it is no regular file")
-    if status.st_size > MOST_BYTES:
-        raise ValueError(f"its {status.st_size} bytes are over the limit of {MOST_BYTES}")
-    return path.read_bytes()
+def _to_pillow(pixels: Pixels) -> Image.Image:
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
 def longer_side(data: bytes) -> int:
-    """In pixels, as its header says. Errors: those of `decode`."""
+    """Returns the longer side in pixels, by the header. Raises as `decode` does."""
     return max(_open(data).size)
 
 
-def is_grey(data: bytes) -> bool:
-    """Whether its header says that the picture has no colours. Errors: those of `decode`."""
+def is_gray(data: bytes) -> bool:
+    """True if the image has no colors, by its header. Raises as `decode` does."""
     image = _open(data)
     return image.mode in ("1", "L") or image.mode.startswith("I")
 
 
 def _open(data: bytes) -> Image.Image:
-    """Reads the header only, and judges the picture's size by it."""
+    """Reads the header only, and checks the size by it."""
     if not data:
         raise ValueError("it is empty")
     try:
@@ -160,37 +139,35 @@ def _open(data: bytes) -> Image.Image:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:  # Pillow itself raises only at twice the limit
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are over the limit of {limit}")
-    if min(image.size) < LEAST_SIDE:
-        raise ValueError(f"{image.width} x {image.height} pixels are no picture")
+    if min(image.size) < MIN_SIDE:
+        raise ValueError(f"{image.width} x {image.height} pixels are no image")
     return image
 
 
-def _fast_jpeg(
-    image: Image.Image, data: bytes, room: tuple[int, int] | None
-) -> UInt8[np.ndarray, "height width channels"] | None:
-    """libjpeg-turbo without Pillow's copies, bit-equal to it; None where Pillow has to do it or to judge the damage."""
+def _fast_jpeg(image: Image.Image, data: bytes, fit: tuple[int, int] | None) -> Pixels | None:
+    """Decodes by libjpeg-turbo without Pillow's copies, bit-equal to it; None for all that Pillow must decode."""
     if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
         return None
     if image.getexif().get(ORIENTATION, 1) != 1:
         return None
-    height, width = (image.height, image.width) if room is None else _eighths((image.height, image.width), room)
+    height, width = (image.height, image.width) if fit is None else _dct_size((image.height, image.width), fit)
     try:
         return simplejpeg.decode_jpeg(data, "GRAY" if image.mode == "L" else "RGB", min_height=height, min_width=width)
     except ValueError:
         return None
 
 
-def _eighths(size: tuple[int, int], room: tuple[int, int]) -> tuple[int, int]:
-    """The largest of libjpeg's sizes, eighths rounded up, that the room holds; an eighth where it holds none."""
+def _dct_size(size: tuple[int, int], fit: tuple[int, int]) -> tuple[int, int]:
+    """Returns the largest of libjpeg's sizes, eighths rounded up, that fits; an eighth if none does."""
     for eighths in range(8, 0, -1):
         height, width = (math.ceil(side * eighths / 8) for side in size)
-        if height <= room[0] and width <= room[1]:
+        if height <= fit[0] and width <= fit[1]:
             break
     return height, width
 
 
-def _plain(image: Image.Image) -> Image.Image:
-    """Upright, opaque, eight bits a channel; any mode that `convert` takes to L and RGB faithfully."""
+def _to_rgb8(image: Image.Image) -> Image.Image:
+    """Makes it upright, opaque, and of eight bits a channel, in a mode that `convert` maps to L and RGB faithfully."""
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
     if not sixteen and image.mode in ("I", "F"):
         raise ValueError(f"its pixels (mode {image.mode}) have no known range; save it with 8 or 16 bits")

@@ -36,7 +36,7 @@ def write(run: Path, alarms: Iterable[Alarm], ended: str | None = None) -> None:
         return
     run.mkdir(parents=True, exist_ok=True)
     told = {"alarms": [asdict(alarm) for alarm in alarms], "ended": ended}
-    files.write(run / FILE, json.dumps(told, indent=1) + "\n")
+    files.atomic_write(run / FILE, json.dumps(told, indent=1) + "\n")
 
 
 def read(run: Path) -> list[Alarm]:

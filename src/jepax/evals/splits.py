@@ -4,15 +4,15 @@ import hashlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import UInt64
+from jaxtyping import Bool, UInt64
 
-from jepax.data import Source, batches, sweep
-from jepax.data.sources import Pictures, Readable, Subset
+from jepax.data import Source, batches, iter_once
+from jepax.data.sources import ImageExample, ImageSource, Subset
 from jepax.evals.features import Features, extract
 from jepax.evals.frozen import Frozen
 from jepax.evals.say import SILENT, Say
@@ -28,25 +28,26 @@ Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True, eq=False)
-class Withheld(Source):
+class Withheld(ImageSource):
     """A source whose labels are kept back: protocols are given the test split so, and cannot read what they may not."""
 
-    source: Source
+    source: ImageSource
 
-    def load(self, rows: Int[np.ndarray, "batch"]) -> Pictures:
-        canvas, size, labels = self.source.load(rows)
-        return canvas, size, np.full_like(labels, WITHHELD)
+    def load(self, row: int) -> ImageExample:
+        return self.source.load(row)._replace(label=WITHHELD)
 
-    def load_readable(self, rows: Int[np.ndarray, "batch"]) -> Readable:
-        canvas, size, labels, replaced = self.source.load_readable(rows)
-        return canvas, size, np.full_like(labels, WITHHELD), replaced
+    def load_batch(
+        self, rows: Int[np.ndarray, " batch"], index: Int[np.ndarray, " batch"] | None = None
+    ) -> tuple[Images, Bool[np.ndarray, " batch"]]:
+        images, replaced = self.source.load_batch(rows, index)
+        return replace(images, label=np.full_like(images.label, WITHHELD)), replaced
 
-    def name_of(self, row: int) -> str:
-        return self.source.name_of(row)
+    def display_name(self, row: int) -> str:
+        return self.source.display_name(row)
 
     @property
-    def contents(self) -> dict[str, str]:
-        return self.source.contents
+    def fingerprint(self) -> dict[str, str]:
+        return self.source.fingerprint
 
 
 def withheld(source: Source) -> Withheld:
@@ -99,7 +100,7 @@ class Split:
 
     def pictures(self) -> Iterator[tuple[Images, int]]:
         """Every example once, in order, with the number of valid rows of each batch."""
-        return self._told(partial(sweep, self.source, self.batch_size, **self.reading))
+        return self._told(partial(iter_once, self.source, self.batch_size, **self.reading))
 
     def shuffled(self, batch_size: int, steps: int, seed: int) -> Iterator[Images]:
         """Batches of `steps` steps in the order of `seed`, a new one each epoch."""
@@ -109,9 +110,9 @@ class Split:
     def _told(self, read: Callable[..., Iterator[Batch]]) -> Iterator[Batch]:
         """What is read; at its end it is said how many pictures gave way to others, if that was not said before."""
         before, found = set(self.broken), self.broken
-        yield from read(broken=lambda rows: found.update(rows.tolist()))
+        yield from read(on_corrupt=lambda rows: found.update(rows.tolist()))
         if found - before:
-            first, tell = self.source.name_of(min(found)), warnings.warn if self.say is SILENT else self.say.line
+            first, tell = self.source.display_name(min(found)), warnings.warn if self.say is SILENT else self.say.line
             tell(
                 f"{self.name}: {len(found)} of {len(self)} pictures cannot be read, the first of them {first};"
                 " each gave way to another of its class"

@@ -94,7 +94,7 @@ def read(row: Row, seed: int, run: Path) -> Result:
     def both(name: str) -> list[float]:
         return [rows[name][kind]["top1"] for kind in ("linear", "knn")]
 
-    lines = logs.read(run / logs.FILE)
+    lines = logs.read_metrics(run / logs.METRICS_FILE)
     return Result(
         row.name,
         seed,

@@ -160,7 +160,7 @@ def running_median(values: Float[np.ndarray, "lines"], reach: int) -> Float[np.n
 
 
 def curves(lines: list[dict], title: str, alarms: Sequence[Alarm] = ()) -> Figure:
-    """The figure of a run's log, `lines` as `logs.read` gives them; at least one is needed.
+    """The figure of a run's log, `lines` as `logs.read_metrics` gives them; at least one is needed.
 
     An alarm is a vertical line in every panel, named in that of the loss.
     """

@@ -39,7 +39,7 @@ def draw(config: Drawable, run: Path) -> list[Path]:
     Raises `UserError` where the data cannot be read.
     """
     drawn = {}
-    lines = logs.read(run / logs.FILE)
+    lines = logs.read_metrics(run / logs.METRICS_FILE)
     if lines:
         drawn["curves.png"] = curves(lines, run.resolve().name, alarms.read(run))
     # The key of step 0, as `train.train` and `train.train_step` derive it from the seed.

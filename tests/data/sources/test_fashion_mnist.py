@@ -34,10 +34,10 @@ def write(folder, names=tuple(FILES), compress=True):
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Made-up digests, no system folder, an empty cache and no fetchers."""
+    """Made-up digests, no system folder, an empty cache and nothing to download from."""
     monkeypatch.setattr(fashion_mnist, "DIGESTS", {n: hashlib.sha256(b).hexdigest() for n, b in FILES.items()})
     monkeypatch.setattr(fashion_mnist, "SYSTEM", tmp_path / "system")
-    monkeypatch.setattr(fashion_mnist, "FETCHERS", {})
+    monkeypatch.setattr(fashion_mnist, "DOWNLOADS", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -45,9 +45,10 @@ def elsewhere(tmp_path, monkeypatch):
 def test_read_from_root(tmp_path, compress):
     write(tmp_path / "here", compress=compress)
     source = open_source(DataConfig(root=str(tmp_path / "here")), "test")
-    canvas, size, label = source.load(np.array([3, 0]))
-    assert canvas[0].tobytes() == FILES["t10k-images-idx3-ubyte"][16 + 3 * 784 : 16 + 4 * 784]
-    assert size.tolist() == [[28, 28]] * 2 and label.tolist() == [1, 0] and source.classes == 10
+    images, replaced = source.load_batch(np.array([3, 0]))
+    assert not replaced.any() and images.canvas[1].tobytes() == source.load(0).image.tobytes()
+    assert images.canvas[0].tobytes() == FILES["t10k-images-idx3-ubyte"][16 + 3 * 784 : 16 + 4 * 784]
+    assert images.size.tolist() == [[28, 28]] * 2 and images.label.tolist() == [1, 0] and source.classes == 10
 
 
 def test_splits_are_disjoint_and_channels_repeat(tmp_path):
@@ -55,9 +56,9 @@ def test_splits_are_disjoint_and_channels_repeat(tmp_path):
     config = DataConfig(channels=3)
     parts = [open_source(config, split) for split in ("train", "validation", "test")]
     assert [len(part) for part in parts] == [18, 2, 20]
-    seen = {picture.tobytes() for part in parts for picture in part.load(np.arange(len(part)))[0]}
+    seen = {picture.tobytes() for part in parts for picture in part.images}
     assert len(seen) == 40 and parts[0].canvas_shape == (28, 28, 3)
-    canvas = parts[0].load(np.arange(2))[0]
+    canvas = parts[0].load_batch(np.arange(2))[0].canvas
     np.testing.assert_array_equal(canvas[..., 0], canvas[..., 2])
 
 
@@ -76,7 +77,7 @@ def test_wrong_content_under_root_is_refused(tmp_path, monkeypatch):
 def test_damaged_files_under_root_are_refused(tmp_path, damage):
     write(tmp_path)
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(damage)
-    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz is damaged"):
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz is corrupt"):
         open_source(DataConfig(root=str(tmp_path)), "train")
 
 
@@ -107,12 +108,12 @@ def test_missing_under_root_is_refused_without_looking_elsewhere(tmp_path):
 
 
 def test_fetched_once_into_the_cache(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fashion_mnist, "FETCHERS", {"nowhere": refuse, "somewhere": write})
+    monkeypatch.setattr(fashion_mnist, "DOWNLOADS", {"nowhere": refuse, "somewhere": write})
     assert len(open_source(DataConfig(), "test")) == COUNT
-    assert "fetched from somewhere into" in capsys.readouterr().err
+    assert "downloaded from somewhere into" in capsys.readouterr().err
     cache = tmp_path / "cache/jepax/fashion-mnist"
     assert sorted(path.name for path in cache.iterdir()) == sorted(f"{name}.gz" for name in FILES)
-    monkeypatch.setattr(fashion_mnist, "FETCHERS", {})
+    monkeypatch.setattr(fashion_mnist, "DOWNLOADS", {})
     assert len(open_source(DataConfig(), "validation")) == 2
     assert capsys.readouterr().err == ""
 
@@ -121,7 +122,7 @@ def test_a_damaged_cache_is_reported_and_fetched_again(tmp_path, monkeypatch, ca
     cache = tmp_path / "cache/jepax/fashion-mnist"
     write(cache)
     (cache / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"other"))
-    monkeypatch.setattr(fashion_mnist, "FETCHERS", {"somewhere": write})
+    monkeypatch.setattr(fashion_mnist, "DOWNLOADS", {"somewhere": write})
     assert len(open_source(DataConfig(), "test")) == COUNT
     assert "is not the published t10k-images-idx3-ubyte" in capsys.readouterr().err
 
@@ -131,24 +132,44 @@ def test_other_content_is_never_kept(tmp_path, monkeypatch):
         write(folder)
         (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"<html>not found</html>"))
 
-    monkeypatch.setattr(fashion_mnist, "FETCHERS", {"a portal": other})
+    monkeypatch.setattr(fashion_mnist, "DOWNLOADS", {"a portal": other})
     with pytest.raises(UserError, match=r"a portal: .*is not the published"):
         open_source(DataConfig(), "train")
-    assert not (tmp_path / "cache").exists()
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_when_nothing_helps_the_error_says_what_was_tried(monkeypatch):
-    monkeypatch.setattr(fashion_mnist, "FETCHERS", {"one": refuse, "two": refuse})
+    monkeypatch.setattr(fashion_mnist, "DOWNLOADS", {"one": refuse, "two": refuse})
     with pytest.raises(UserError, match=r"one: no route; two: no route") as caught:
         open_source(DataConfig(), "train")
     text = str(caught.value)
     assert text.startswith("data.source=fashion_mnist") and "data.root" in text and len(text.splitlines()) <= 5
 
 
-def test_a_system_without_apt_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(fashion_mnist.shutil, "which", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="no apt-get"):
-        fashion_mnist._unpack_package(tmp_path)
+def test_a_system_without_apt_is_one_more_thing_that_was_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr(fashion_mnist, "DOWNLOADS", {"Debian's package": fashion_mnist._from_debian})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"Debian's package: .*No such file or directory: 'apt-get'"):
+        open_source(DataConfig(), "train")
+
+
+def test_debians_package_is_unpacked_where_apt_gives_it(tmp_path, monkeypatch):
+    """Programs of these names in place of the system's: what is run, and where the files are expected."""
+    write(tmp_path / "package")
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    target = f".{fashion_mnist.SYSTEM}"
+    package = "dataset-fashion-mnist_1.deb"
+    scripts = {
+        "apt-get": f'case "$*" in *update*) touch updated;; *) test -f updated && touch {package};; esac',
+        "dpkg": f'test "$*" = "-x {package} ." && mkdir -p {target} && cp {tmp_path}/package/* {target}',
+    }
+    for name, script in scripts.items():
+        (bin / name).write_text(f"#!/bin/sh\n{script}\n")
+        (bin / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(bin), prepend=":")
+    monkeypatch.setattr(fashion_mnist, "DOWNLOADS", {"Debian's package": fashion_mnist._from_debian})
+    assert len(open_source(DataConfig(), "test")) == COUNT
 
 
 def refuse(folder):

@@ -30,7 +30,7 @@ def open_(root, split, **settings):
 
 
 def greys(source):
-    return source.load(np.arange(len(source)))[0][:, 0, 0, 0].tolist()
+    return source.load_batch(np.arange(len(source)))[0].canvas[:, 0, 0, 0].tolist()
 
 
 def test_splits(root):
@@ -39,9 +39,9 @@ def test_splits(root):
     assert train.class_names == test.class_names == ("Dog", "cat") and train.canvas_shape == (16, 16, 3)
     assert sorted(greys(train) + greys(validation)) == list(range(20))
     assert validation.labels.tolist() == [0, 1] and test.labels.tolist() == [1]
-    canvas, size, label = test.load(np.array([0]))
-    assert size.tolist() == [[8, 16]] and label.tolist() == [1]
-    assert (canvas[0, :8] == 100).all() and not canvas[0, 8:].any()
+    images, _ = test.load_batch(np.array([0]))
+    assert images.size.tolist() == [[8, 16]] and images.label.tolist() == [1]
+    assert (images.canvas[0, :8] == 100).all() and not images.canvas[0, 8:].any()
 
 
 def test_listing_is_sorted(root):
@@ -58,7 +58,7 @@ def test_batches_are_shuffled_over_the_classes(root):
 def test_a_broken_file_is_named(root):
     (root / "val/cat/x.bmp").write_bytes(b"BM")
     with pytest.raises(UserError, match=r"val/cat/x\.bmp cannot be read"):
-        open_(root, "test").load(np.array([0]))
+        open_(root, "test").load(0)
 
 
 def test_a_broken_file_is_named_from_a_worker_too(root):
@@ -83,5 +83,5 @@ def test_a_class_unknown_to_train_is_refused(root):
 
 def test_a_folder_without_pictures_is_refused(tmp_path):
     picture(tmp_path / "train/a.png", 0)
-    with pytest.raises(UserError, match="no picture found under train/CLASS/"):
+    with pytest.raises(UserError, match="no image found under train/CLASS/"):
         open_(tmp_path, "train")

@@ -10,7 +10,7 @@ from jepax.data.sources.synthetic import NAMES
 
 def pictures(**changes):
     settings = {"images": 16, "canvas_shape": (16, 16, 3)} | changes
-    return synthetic.open_split("train", **settings).load(np.arange(8))[0]
+    return synthetic.open_split("train", **settings).load_batch(np.arange(8))[0].canvas
 
 
 def test_deterministic_and_seeded():
@@ -20,10 +20,9 @@ def test_deterministic_and_seeded():
 
 def test_order_of_loading_does_not_matter():
     source = synthetic.open_split("train", images=16, canvas_shape=(16, 16, 1))
-    whole = source.load(np.arange(16))
-    some = source.load(np.array([9, 2, 9]))
-    for part, all_of_it in zip(some, whole, strict=True):
-        np.testing.assert_array_equal(part, all_of_it[[9, 2, 9]])
+    every, some = (source.load_batch(np.array(rows))[0] for rows in (range(16), [9, 2, 9]))
+    for name in ("canvas", "size", "label", "index"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(every, name)[[9, 2, 9]])
 
 
 def test_splits_share_no_picture():
@@ -32,16 +31,16 @@ def test_splits_share_no_picture():
     for split in ("train", "validation", "test"):
         source = open_source(config, split)
         assert source.canvas_shape == (8, 8, 1) and source.class_names == NAMES and source.classes == 8
-        seen += [picture.tobytes() for picture in source.load(np.arange(len(source)))[0]]
+        seen += [image.tobytes() for image in source.load_batch(np.arange(len(source)))[0].canvas]
     assert len(seen) == 80 + 16 and len(set(seen)) == len(seen)
 
 
 @pytest.mark.parametrize("canvas_shape", [(1, 1, 3), (2, 3, 1), (9, 16, 3)])
 def test_varied_sizes_stay_on_the_canvas(canvas_shape):
     source = synthetic.open_split("train", images=16, canvas_shape=canvas_shape, varied=True)
-    canvas, size, label = source.load(np.arange(16))
-    assert label.tolist() == [*range(8), *range(8)]
-    for picture, (height, width) in zip(canvas, size, strict=True):
+    images, _ = source.load_batch(np.arange(16))
+    assert images.label.tolist() == [*range(8), *range(8)]
+    for picture, (height, width) in zip(images.canvas, images.size, strict=True):
         assert (canvas_shape[0] + 1) // 2 <= height <= canvas_shape[0]
         assert (canvas_shape[1] + 1) // 2 <= width <= canvas_shape[1]
         assert not picture[height:].any() and not picture[:, width:].any()

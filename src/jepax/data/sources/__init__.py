@@ -1,37 +1,116 @@
-"""What a source of pictures is, and how a part of it is held out. One format, one file beside this one."""
+"""The contract of a data source, and of those that hold labeled images. One format, one file in this folder."""
 
 import abc
 import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
 
-from jepax.types import UserError
+from jepax.types import Images, UserError
 
 Split = Literal["train", "validation", "test"]
 HOLDOUT_SEED = 20230605
-"""Held-out rows never depend on a run's seed: two runs may be compared on the same pictures."""
+"""The held-out rows never depend on a run's seed: two runs are compared on the same examples."""
 REPLACEMENTS = 8
-"""Pictures that are tried in the place of one that cannot be read: where none of them can, the fault is not theirs."""
+"""Examples that are tried in place of a corrupt one: if none of them can be read, the fault is the disk's."""
 
-Pictures = tuple[
-    UInt8[np.ndarray, "batch rows columns channels"], Int32[np.ndarray, "batch 2"], Int32[np.ndarray, " batch"]
-]
-"""Canvases, heights and widths of the pictures inside them (pixels), labels."""
-Readable = tuple[
-    UInt8[np.ndarray, "batch rows columns channels"],
-    Int32[np.ndarray, "batch 2"],
-    Int32[np.ndarray, " batch"],
-    Bool[np.ndarray, " batch"],
-]
-"""The same, and which of the pictures stand in for one that cannot be read."""
+Example = Any
+"""One example: a pytree of numpy arrays."""
+Batch = Any
+"""A pytree of arrays, each with the batch as its first axis, with a field `index`: the examples' global positions."""
+
+
+class CorruptExampleError(UserError):
+    """An example that cannot be read. The message names it; `__cause__` is the reason."""
+
+
+class Source(abc.ABC):
+    """Examples by row number.
+
+    A new kind of data, such as clips or trajectories with actions, implements `__len__`, `load`, `collate` and
+    `fingerprint`. The loader does the rest: it shuffles each epoch, splits batches over processes, reads ahead, and
+    replaces corrupt examples.
+    """
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Counts the examples."""
+
+    @abc.abstractmethod
+    def load(self, row: int) -> Example:
+        """Reads one example. Several threads call this simultaneously.
+
+        The same row gives the same example every time: the host draws no random numbers. Raises `CorruptExampleError`
+        where the example is to be replaced; any other error ends the run.
+        """
+
+    @abc.abstractmethod
+    def collate(self, examples: Iterable[Example], index: Int32[np.ndarray, " batch"]) -> Batch:
+        """Makes a batch of `len(index)` examples, of the same shapes every time, and keeps `index` in it.
+
+        `examples` reads each example when it is asked for it, so that a batch need not be in memory twice.
+        """
+
+    @property
+    @abc.abstractmethod
+    def fingerprint(self) -> dict[str, str]:
+        """Describes the data in named parts: equal for equal data on any machine, path and file system.
+
+        Training and validation examples that come from one pool are described together.
+        """
+
+    def display_name(self, row: int) -> str:
+        """Names an example for a person: its path below `data.root`, if it has one."""
+        return f"row {row}"
+
+    def replacements(self, row: int) -> Sequence[int]:
+        """Returns the rows, best first, that may replace a corrupt one: here the next ones."""
+        return [(row + 1 + place) % len(self) for place in range(min(REPLACEMENTS, len(self) - 1))]
+
+    def load_batch(
+        self, rows: Int[np.ndarray, " batch"], index: Int32[np.ndarray, " batch"] | None = None
+    ) -> tuple[Batch, Bool[np.ndarray, " batch"]]:
+        """Reads a batch, and marks the corrupt examples, which are replaced. `index`: `rows`, if not given."""
+        replaced = np.zeros(len(rows), bool)
+
+        def read() -> Iterator[Example]:
+            for place, row in enumerate(map(int, rows)):
+                try:
+                    example = self.load(row)
+                except CorruptExampleError as error:
+                    example, replaced[place] = self._load_replacement(row, error), True
+                yield example
+
+        return self.collate(read(), np.asarray(rows if index is None else index, np.int32)), replaced
+
+    def _load_replacement(self, row: int, corrupt: CorruptExampleError) -> Example:
+        others = self.replacements(row)
+        for other in others:
+            try:
+                return self.load(int(other))
+            except CorruptExampleError:
+                continue
+        tried = ", ".join(self.display_name(int(other)) for other in others) or "there is no other of its kind"
+        raise CorruptExampleError(
+            f"{str(corrupt).splitlines()[0]}\n"
+            f"Nor could what was tried in its place: {tried}.\n"
+            "Is the disk still there and readable?"
+        ) from corrupt.__cause__
+
+
+class ImageExample(NamedTuple):
+    """One image and its class."""
+
+    image: UInt8[np.ndarray, "height width channels"]
+    label: int | np.integer
 
 
 @dataclass(frozen=True, eq=False)
-class Source(abc.ABC):
-    """Labelled pictures by row number, each on a canvas of one size with the picture in its top left corner."""
+class ImageSource(Source):
+    """Labeled images that fit a canvas of one size. A new format implements `load` and `fingerprint`."""
 
     canvas_shape: tuple[int, int, int]
     """Rows, columns, channels."""
@@ -46,131 +125,112 @@ class Source(abc.ABC):
         return len(self.class_names)
 
     @abc.abstractmethod
-    def load(self, rows: Int[np.ndarray, " batch"]) -> Pictures:
-        """The pictures of these rows. Called by several threads at once.
+    def load(self, row: int) -> ImageExample: ...
 
-        The same row gives the same answer every time: the host draws no random numbers here. Errors: what a picture
-        that cannot be read raises.
-        """
+    def collate(self, examples: Iterable[ImageExample], index: Int32[np.ndarray, " batch"]) -> Images:
+        """Puts each image in the top left corner of a canvas, which is zero elsewhere."""
+        canvas = np.zeros((len(index), *self.canvas_shape), np.uint8)
+        size, label = np.empty((len(index), 2), np.int32), np.empty(len(index), np.int32)
+        for place, example in enumerate(examples):
+            height, width = example.image.shape[:2]
+            canvas[place, :height, :width] = example.image
+            size[place], label[place] = (height, width), example.label
+        return Images(canvas, size, index, label)
 
-    def load_readable(self, rows: Int[np.ndarray, " batch"]) -> Readable:
-        """`load`, with another picture of the same class for each that cannot be read; the last array marks these.
-
-        What stands in follows from the row and the data alone: see `next_of_class`. A source whose pictures cannot
-        break need not override this. Errors: where none of the pictures tried can be read.
-        """
-        return *self.load(rows), np.zeros(len(rows), bool)
-
-    def name_of(self, row: int) -> str:
-        """What a person looks for when told of this picture: its path below `data.root`, where it has one."""
-        return f"row {row}"
-
-    @property
-    @abc.abstractmethod
-    def contents(self) -> dict[str, str]:
-        """What the data is, in named parts: equal for equal data on any machine, path and file system.
-
-        Training and validation pictures are described together where they come from one pool.
-        """
+    def replacements(self, row: int) -> Sequence[int]:
+        """Returns the next rows of the same class, so that labels stay right."""
+        return next_of_class(self.labels, row).tolist()
 
 
 @dataclass(frozen=True, eq=False)
-class ArraySource(Source):
-    """Pictures of one size held in memory; each is its own canvas."""
+class ArraySource(ImageSource):
+    """Images of one size in memory; each is its own canvas."""
 
-    pictures: UInt8[np.ndarray, "examples rows columns channels"]
+    images: UInt8[np.ndarray, "examples rows columns channels"]
 
-    def load(self, rows: Int[np.ndarray, " batch"]) -> Pictures:
+    def load(self, row: int) -> ImageExample:
+        return ImageExample(self.images[row], self.labels[row])
+
+    def load_batch(
+        self, rows: Int[np.ndarray, " batch"], index: Int32[np.ndarray, " batch"] | None = None
+    ) -> tuple[Images, Bool[np.ndarray, " batch"]]:
+        """Reads all images by one indexing, as none can be corrupt."""
         size = np.broadcast_to(np.int32(self.canvas_shape[:2]), (len(rows), 2)).copy()
-        return self.pictures[rows], size, self.labels[rows]
+        index = np.asarray(rows if index is None else index, np.int32)
+        return Images(self.images[rows], size, index, self.labels[rows]), np.zeros(len(rows), bool)
 
     @property
-    def contents(self) -> dict[str, str]:
-        """Number, shape and digest of the pictures, and a digest of their labels: of this split."""
-        shape = " x ".join(map(str, self.pictures.shape[1:]))
-        pictures = digest_of(np.ascontiguousarray(self.pictures).data)
+    def fingerprint(self) -> dict[str, str]:
+        """Number, shape and digest of the images, and a digest of their labels: of this split."""
+        shape = " x ".join(map(str, self.images.shape[1:]))
         return {
-            "pictures": f"{len(self)} of {shape}, {pictures}",
-            "labels": f"{self.classes} classes, {digest_of(self.labels.astype('<i4').tobytes())}",
+            "pictures": f"{len(self)} of {shape}, {short_hash(np.ascontiguousarray(self.images).data)}",
+            "labels": f"{self.classes} classes, {short_hash(self.labels.astype('<i4').tobytes())}",
         }
 
 
 @dataclass(frozen=True, eq=False)
-class Subset(Source):
-    """Some rows of another source."""
+class Subset(ImageSource):
+    """Some rows of another source of images."""
 
-    source: Source
+    source: ImageSource
     rows: Int[np.ndarray, " examples"]
 
-    def load(self, rows: Int[np.ndarray, " batch"]) -> Pictures:
-        return self.source.load(self.rows[rows])
+    def load(self, row: int) -> ImageExample:
+        return self.source.load(int(self.rows[row]))
 
-    def load_readable(self, rows: Int[np.ndarray, " batch"]) -> Readable:
-        """Replaced by rows of the other source, whether they are in this one or not."""
-        return self.source.load_readable(self.rows[rows])
+    def load_batch(
+        self, rows: Int[np.ndarray, " batch"], index: Int32[np.ndarray, " batch"] | None = None
+    ) -> tuple[Images, Bool[np.ndarray, " batch"]]:
+        """Replaces corrupt images by rows of the other source, whether they are in this one or not."""
+        return self.source.load_batch(self.rows[rows], rows if index is None else index)
 
-    def name_of(self, row: int) -> str:
-        return self.source.name_of(int(self.rows[row]))
+    def display_name(self, row: int) -> str:
+        return self.source.display_name(int(self.rows[row]))
 
     @property
-    def contents(self) -> dict[str, str]:
-        """Those of the other source."""
-        return self.source.contents
+    def fingerprint(self) -> dict[str, str]:
+        return self.source.fingerprint
 
 
-def digest_of(data: bytes | memoryview) -> str:
-    """The first 12 digits of the sha256: enough to tell data apart that no one made alike on purpose."""
+def short_hash(data: bytes | memoryview) -> str:
+    """Returns the first 12 digits of the sha256: enough to distinguish data that nobody made collide."""
     return hashlib.sha256(data).hexdigest()[:12]
 
 
 def next_of_class(labels: Int32[np.ndarray, " examples"], row: int) -> Int[np.ndarray, " others"]:
-    """The next rows of `row`'s class after it, at most `REPLACEMENTS`, going on from the first row after the last."""
+    """Returns the next rows of the row's class, at most `REPLACEMENTS`; after the last row comes the first."""
     same = np.flatnonzero(labels == labels[row])
     place = int(np.searchsorted(same, row))
     return np.roll(same, -place)[1 : 1 + REPLACEMENTS]
 
 
-def held_out(labels: Int32[np.ndarray, " examples"], share: float) -> np.ndarray:
-    """Marks `share` of each class (rounded) at random, the same ones at every call: Bool[examples].
+def val_mask(labels: Int32[np.ndarray, " examples"], share: float) -> Bool[np.ndarray, " examples"]:
+    """Marks this fraction of each class (rounded) at random, the same rows at every call.
 
-    Built on raw Philox words, whose stream NumPy promises to keep, so the split outlives NumPy's releases.
+    Drawn from raw Philox words, whose stream NumPy promises to keep: the split outlives NumPy's releases.
     """
     draw = np.random.Philox(HOLDOUT_SEED).random_raw(len(labels))
     order = np.lexsort((draw, labels))  # class after class, at random within each
     _, starts, inverse, counts = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)
     rank = np.arange(len(labels)) - starts[inverse]
-    marks = np.empty(len(labels), bool)
-    marks[order] = rank < np.rint(share * counts)[inverse]
-    return marks
+    mask = np.empty(len(labels), bool)
+    mask[order] = rank < np.rint(share * counts)[inverse]
+    return mask
 
 
-def rows_of(split: Split, labels: Int32[np.ndarray, " examples"], share: float) -> Int[np.ndarray, " rows"]:
-    """Row numbers of `split`, ascending, where `labels` are those of the pool that holds it.
+def split_rows(split: Split, labels: Int32[np.ndarray, " examples"], share: float) -> Int[np.ndarray, " rows"]:
+    """Returns the split's rows, ascending, of the pool with these labels.
 
-    Errors: UserError where the held-out share leaves nothing for validation or nothing for training.
+    Raises `UserError` where the held-out fraction leaves nothing for validation or for training.
     """
     if split == "test":
         return np.arange(len(labels))
-    marks = held_out(labels, share)
-    rows = np.flatnonzero(marks if split == "validation" else ~marks)
+    mask = val_mask(labels, share)
+    rows = np.flatnonzero(mask if split == "validation" else ~mask)
     if not len(rows):
         raise UserError(
-            f"data.validation={share} leaves no picture for the {split} split out of {len(labels)}.\n"
-            "It is a share of each class of the training pictures; try 0.1, or bring more pictures."
+            f"data.validation={share} leaves no image for the {split} split out of {len(labels)}.\n"
+            "It is a fraction of each class of the training images; try 0.1, or add images."
         )
     return rows
-
-
-__all__ = [
-    "REPLACEMENTS",
-    "ArraySource",
-    "Pictures",
-    "Readable",
-    "Source",
-    "Split",
-    "Subset",
-    "digest_of",
-    "held_out",
-    "next_of_class",
-    "rows_of",
-]

@@ -6,60 +6,58 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32, UInt8
 
-from jepax.data.decode import SUFFIXES, read_onto_canvas
-from jepax.data.sources import Split, rows_of
-from jepax.data.sources.photos import Photos, described
+from jepax.data.decode import SUFFIXES, read_image
+from jepax.data.sources import ImageExample, ImageSource, Split, short_hash, split_rows
 from jepax.types import UserError
 
 
 @dataclass(frozen=True, eq=False)
-class ImageFolder(Photos):
-    """Files below `folder`."""
+class ImageFolder(ImageSource):
+    """Files below `folder`, decoded when they are asked for."""
 
-    listed: dict[str, str]
-    """`contents`, from the listing of the whole folder."""
+    folder: Path
+    files: tuple[str, ...]
+    """CLASS/NAME.jpg, in the order of `labels`."""
+    listing: dict[str, str]
 
-    def read(self, row: int, canvas: UInt8[np.ndarray, "rows columns channels"]) -> Int32[np.ndarray, "2"]:
-        return read_onto_canvas(self.folder / self.files[row], canvas)
+    def load(self, row: int) -> ImageExample:
+        return ImageExample(read_image(self.folder / self.files[row], self.canvas_shape), self.labels[row])
 
-    def name_of(self, row: int) -> str:
+    def display_name(self, row: int) -> str:
         return f"{self.folder.name}/{self.files[row]}"
 
     @property
-    def contents(self) -> dict[str, str]:
+    def fingerprint(self) -> dict[str, str]:
         """`{"class cat": "1300 files, 3f2a9c..."}`: of each class the number of files and a digest of their names.
 
-        Of the whole folder, the files of train/ being those of the training and the validation split. No file is
-        opened: one that was overwritten under its name is not told from the old one.
+        Of all of train/, which holds the training and the validation split, or of val/. No file is opened: one that
+        was overwritten under its name is not noticed.
         """
-        return self.listed
+        return self.listing
 
 
 def open_split(root: str, split: Split, validation: float, canvas: int, channels: int) -> ImageFolder:
-    """Lists `root`/train (train and validation splits) or `root`/val (test); no picture is opened.
+    """Lists `root`/train (train and validation splits) or `root`/val (test); opens no image.
 
     Classes are the folders in train/, sorted by name; the order of files does not depend on the file system.
-    Errors: UserError for a missing folder, no pictures, or a class in val/ that train/ lacks.
+    Raises `UserError` for a missing folder, no images, or a class in val/ that train/ lacks.
     """
     names = _class_names(_inside(root, "train"))
     folder = _inside(root, "val" if split == "test" else "train")
-    strangers = sorted(set(_class_names(folder)) - set(names))
-    if strangers:
-        raise UserError(f"data.root={root}: val/{strangers[0]} is no class of train/; name both folders alike.")
-    pictures = {name: _pictures(folder, name) for name in names}
-    listed = [(file, label) for label, name in enumerate(names) for file in pictures[name]]
-    if not listed:
+    if unknown := sorted(set(_class_names(folder)) - set(names)):
+        raise UserError(f"data.root={root}: val/{unknown[0]} is no class of train/; rename one of the folders.")
+    found = {name: sorted(_walk(os.path.join(folder, name), name)) for name in names}
+    pool = [(file, label) for label, name in enumerate(names) for file in found[name]]
+    if not pool:
         raise UserError(
-            f"data.root={root}: no picture found under {folder.name}/CLASS/.\n"
+            f"data.root={root}: no image found under {folder.name}/CLASS/.\n"
             f"Files must end in one of {' '.join(sorted(SUFFIXES))} (in any case)."
         )
-    labels = np.array([label for _, label in listed], np.int32)
-    rows = rows_of(split, labels, validation)
-    files = tuple(listed[row][0] for row in rows)
-    contents = {f"class {name}": described(files) for name, files in pictures.items()}
-    return ImageFolder((canvas, canvas, channels), names, labels[rows], folder, files, contents)
+    labels = np.array([label for _, label in pool], np.int32)
+    rows = split_rows(split, labels, validation)
+    files = tuple(pool[row][0] for row in rows)
+    return ImageFolder((canvas, canvas, channels), names, labels[rows], folder, files, describe_classes(found))
 
 
 def _inside(root: str, name: str) -> Path:
@@ -76,15 +74,11 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
 
 
-def _pictures(folder: Path, name: str) -> list[str]:
-    """Every picture below folder/name, nested folders included, hidden ones left out; sorted, relative to `folder`."""
-    return sorted(_walk(os.path.join(folder, name), name))
-
-
-def _walk(place: str, relative: str) -> Iterator[str]:
-    if not os.path.isdir(place):
+def _walk(folder: str, relative: str) -> Iterator[str]:
+    """Yields every image below the folder, nested folders included, without hidden ones, as paths from `relative`."""
+    if not os.path.isdir(folder):
         return
-    for entry in os.scandir(place):
+    for entry in os.scandir(folder):
         below = f"{relative}/{entry.name}"
         if entry.name.startswith("."):
             continue
@@ -92,3 +86,13 @@ def _walk(place: str, relative: str) -> Iterator[str]:
             yield from _walk(entry.path, below)
         elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
             yield below
+
+
+def describe_classes(files: dict[str, list[str]]) -> dict[str, str]:
+    """Describes the files of each class by their number and a digest of their names."""
+    return {f"class {name}": _describe(names) for name, names in files.items()}
+
+
+def _describe(names: list[str]) -> str:
+    joined = "\0".join(names).encode("utf-8", "surrogateescape")
+    return f"{len(names)} file{'s' * (len(names) != 1)}, {short_hash(joined)}"

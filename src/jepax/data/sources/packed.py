@@ -1,4 +1,4 @@
-"""What `jepax pack` made of a folder of photos: the same pictures in the same order, in a few large files."""
+"""A pack, made by `jepax pack` from a folder of photos: the same images in the same order, in a few large files."""
 
 import json
 import resource
@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 from grain.sources import ArrayRecordDataSource
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Int
 
-from jepax.data.decode import MOST_BYTES, blamed, onto_canvas
-from jepax.data.sources import Split, digest_of, rows_of
-from jepax.data.sources.photos import Photos, described
+from jepax.data.decode import MAX_FILE_BYTES, decode_to_fit, wrap_decode_errors
+from jepax.data.sources import ImageExample, ImageSource, Split, short_hash, split_rows
+from jepax.data.sources.image_folder import describe_classes
 from jepax.types import UserError
 
 PACK, VERSION = "pack.json", 1
-"""Says what a pack holds; is written when everything else is there."""
+"""Describes the pack; written when everything else is there."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One ArrayRecord file and how many records it holds, as its reader wants to be told."""
+    """One ArrayRecord file and its number of records, in the form that its reader expects."""
 
     filename: str
     take: int
@@ -34,43 +34,45 @@ class Shard:
 
 
 @dataclass(frozen=True, eq=False)
-class Packed(Photos):
-    """Records of the shards in `folder`."""
+class Packed(ImageSource):
+    """Records of the shards in `folder`, decoded when they are asked for."""
 
+    folder: Path
+    files: tuple[str, ...]
+    """CLASS/NAME.jpg, in the order of `labels`."""
     shards: tuple[Shard, ...]
     records: Int[np.ndarray, " examples"]
-    """Of each row, the number of its record, counted over all shards."""
-    described: dict[str, str]
-    """`contents`, as the pack tells them."""
+    """Number of each row's record, counted over all shards."""
+    description: dict[str, str]
 
     @cached_property
     def reader(self) -> ArrayRecordDataSource:
-        """Opens a shard when it is first read, for all threads; workers open their own."""
+        """Opens a shard when it is first read, for all threads; each worker process opens its own."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = soft + 2 * len(self.shards)  # every shard stays open
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
+        needed = soft + 2 * len(self.shards)  # every shard stays open
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard < 0 else min(needed, hard), hard))
         return ArrayRecordDataSource(self.shards)
 
-    def read(self, row: int, canvas: UInt8[np.ndarray, "rows columns channels"]) -> Int32[np.ndarray, "2"]:
-        with blamed(self.name_of(row)):
+    def load(self, row: int) -> ImageExample:
+        with wrap_decode_errors(self.display_name(row)):
             data = self.reader[self.records[row]]
-            if len(data) > MOST_BYTES:
-                raise ValueError(f"its {len(data)} bytes are over the limit of {MOST_BYTES}")
-            return onto_canvas(data, canvas)
+            if len(data) > MAX_FILE_BYTES:
+                raise ValueError(f"its {len(data)} bytes are over the limit of {MAX_FILE_BYTES}")
+            return ImageExample(decode_to_fit(data, *self.canvas_shape), self.labels[row])
 
-    def name_of(self, row: int) -> str:
+    def display_name(self, row: int) -> str:
         return f"{self.folder.name}/{self.files[row]}"
 
     @property
-    def contents(self) -> dict[str, str]:
-        """Those of the folder that was packed, and a digest of the shards."""
-        return self.described
+    def fingerprint(self) -> dict[str, str]:
+        """That of the folder that was packed, and a digest of the shards."""
+        return self.description
 
 
 def open_split(root: str, split: Split, validation: float, canvas: int, channels: int) -> Packed:
-    """Opens one split of a pack; the held-out pictures are those that the folder itself would hold out.
+    """Opens one split of a pack; the held-out images are those of the folder that was packed.
 
-    Errors: UserError where this is no whole pack, or was packed for a smaller canvas.
+    Raises `UserError` where this is no complete pack, or was packed for a smaller canvas.
     """
     folder = Path(root).expanduser()
     pack = read_pack(folder)
@@ -85,8 +87,8 @@ def open_split(root: str, split: Split, validation: float, canvas: int, channels
     labels = np.array([numbers.get(file.split("/")[0], -1) for file in files], np.int32)
     shards = shards_of(folder, part, pack)
     if (labels < 0).any() or sum(shard.take for shard in shards) != len(files):
-        raise UserError(f"{folder / part}.json does not name the pictures of this pack; copy the pack again")
-    rows = rows_of(split, labels, validation)
+        raise UserError(f"{folder / part}.json does not name the images of this pack; copy the pack again")
+    rows = split_rows(split, labels, validation)
     return Packed(
         (canvas, canvas, channels),
         names,
@@ -95,35 +97,35 @@ def open_split(root: str, split: Split, validation: float, canvas: int, channels
         tuple(files[row] for row in rows),
         shards,
         rows,
-        contents_of(files, names, pack["shards"][part]),
+        _describe(files, names, pack["shards"][part]),
     )
 
 
 def read_pack(folder: Path) -> dict[str, Any]:
-    """What a pack says of itself. Errors: UserError where there is none, or one of another version."""
+    """Reads a pack's description. Raises `UserError` where there is none, or one of another version."""
     try:
         pack = json.loads((folder / PACK).read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"data.root={folder} is no whole pack ({PACK}: {error}); make one of a folder of photos:\n"
+            f"data.root={folder} is no complete pack ({PACK}: {error}); make one of a folder of photos:\n"
             f"jepax pack PHOTOS {folder}"
         ) from error
     version = pack.get("version") if isinstance(pack, dict) else None
     if version != VERSION:
         raise UserError(f"data.root={folder} is a pack of version {version}; this jepax reads {VERSION}")
     try:
-        told = [shard for part in ("train", "val") for shard in pack["shards"][part]]
-        numbers = [pack["canvas"], *(shard[name] for shard in told for name in ("records", "bytes"))]
-        texts = [*pack["classes"], *(shard["sha256"] for shard in told)]
+        shards = [shard for part in ("train", "val") for shard in pack["shards"][part]]
+        numbers = [pack["canvas"], *(shard[name] for shard in shards for name in ("records", "bytes"))]
+        texts = [*pack["classes"], *(shard["sha256"] for shard in shards)]
         if {type(x) for x in numbers} != {int} or {type(x) for x in texts} != {str}:
-            raise TypeError("a number or a text is of another type")
+            raise TypeError("a number or a text has another type")
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / PACK} is no description of a pack ({error!r}); copy the pack again") from error
+        raise UserError(f"{folder / PACK} does not describe a pack ({error!r}); copy the pack again") from error
     return pack
 
 
 def read_names(folder: Path, part: str) -> list[str]:
-    """Of the pictures of train or val, in the order of their records. Errors: UserError where they cannot be read."""
+    """Returns the names of train or val in the order of the records. Raises `UserError` where they cannot be read."""
     path = folder / f"{part}.json"
     try:
         return json.loads(path.read_text())
@@ -132,29 +134,27 @@ def read_names(folder: Path, part: str) -> list[str]:
 
 
 def shard_name(part: str, number: int) -> str:
-    """Of a file beside `PACK`."""
+    """Returns the name of a shard's file."""
     return f"{part}-{number:05d}.array_record"
 
 
 def shards_of(folder: Path, part: str, pack: dict[str, Any]) -> tuple[Shard, ...]:
-    """Those of train or val. Errors: UserError where one is missing or has another size than when it was packed."""
+    """Finds the shards of train or val. Raises `UserError` where one is missing or its size has changed."""
     found = []
-    for number, told in enumerate(pack["shards"][part]):
+    for number, record in enumerate(pack["shards"][part]):
         path = folder / shard_name(part, number)
         size = path.stat().st_size if path.is_file() else None
-        if size != told["bytes"]:
-            has = "is missing" if size is None else f"has {size} bytes instead of {told['bytes']}"
+        if size != record["bytes"]:
+            has = "is missing" if size is None else f"has {size} bytes instead of {record['bytes']}"
             raise UserError(f"{path} {has}; copy the pack again, or pack the folder again")
-        found.append(Shard(str(path), told["records"]))
+        found.append(Shard(str(path), record["records"]))
     return tuple(found)
 
 
-def contents_of(files: list[str], classes: tuple[str, ...], shards: list[dict[str, Any]]) -> dict[str, str]:
-    """Each class's names, as a folder tells them, and the digest of what the shards hold."""
+def _describe(files: list[str], classes: tuple[str, ...], shards: list[dict[str, Any]]) -> dict[str, str]:
+    """Describes each class's names, as the folder's fingerprint does, and the content of the shards."""
     by_class: dict[str, list[str]] = {name: [] for name in classes}
     for file in files:
         by_class[file.split("/")[0]].append(file)
     sums = "".join(shard["sha256"] for shard in shards)
-    return {f"class {name}": described(names) for name, names in by_class.items()} | {
-        "shards": f"{len(shards)}, {digest_of(sums.encode())}"
-    }
+    return describe_classes(by_class) | {"shards": f"{len(shards)}, {short_hash(sums.encode())}"}
