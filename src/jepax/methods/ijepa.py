@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jepax.masking import MultiBlock, MultiBlockConfig, distance_to_nearest
-from jepax.methods.base import AbstractMethod, MethodConfig
+from jepax.methods.base import Method, MethodConfig
 from jepax.methods.momentum import MomentumConfig, follow, teacher_of
 from jepax.methods.regulariser import RegulariserConfig, regularise
 from jepax.nn import Predictor, PredictorConfig, ViT, ViTConfig
@@ -125,7 +125,7 @@ class IJEPAConfig(MethodConfig, name="ijepa"):
         return random_resized_crop(images, key_crop, self.crop), sampler(key_mask)
 
 
-class IJEPA(AbstractMethod):
+class IJEPA(Method):
     """loss = mean over target patches y of D(g_phi(f_theta(x), positions of y), LN(f_theta_bar(image))[y]).
 
     The target encoder f_theta_bar sees the whole view; the context encoder f_theta only the context patches x; the

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jepax.methods.base import AbstractMethod
+from jepax.methods.base import Method
 from jepax.nn import Projector, ProjectorConfig, ViT, ViTConfig
 from jepax.objectives import share_explained
 from jepax.sharding import in_pieces
@@ -48,7 +48,7 @@ class MultiViewConfig:
         return multicrop(images, self.views, key=jr.fold_in(key, VIEWS))
 
 
-class MultiView(AbstractMethod):
+class MultiView(Method):
     """z_v = projector(mean over patches of encoder(view v)); a method's loss says what is asked of the z_v."""
 
     encoder: ViT
