@@ -47,7 +47,7 @@ class MethodConfig(abc.ABC):
     def tiny(self) -> Self:
         """Shrink every size and keep every choice: the method as the contract tests run it, on 24 x 24 images."""
 
-    def check_data(self, source: Any) -> None:
+    def check_data(self, source: Any) -> None:  # noqa: B027 - not every method has to
         """Raise `UserError` if the method cannot read examples of this source. By default anything is accepted."""
 
 
