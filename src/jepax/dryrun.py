@@ -18,7 +18,7 @@ from jepax import config as configs
 from jepax import costs, sharding
 from jepax.data import Source
 from jepax.masking import block_sizes
-from jepax.methods import AbstractMethod
+from jepax.methods import Method
 from jepax.methods.ijepa import IJEPA
 from jepax.methods.multiview import MultiView, embed
 from jepax.nn.transformer import BlockStack
@@ -102,7 +102,7 @@ def say_parameters(plan: Plan, say: Say) -> None:
     say(f"  {'trained in all':<16}{count_parameters(split(method)[0]):>15,}")
 
 
-def split(method: AbstractMethod) -> tuple[AbstractMethod, AbstractMethod]:
+def split(method: Method) -> tuple[Method, Method]:
     """Trained parameters, and the rest, of an abstract method."""
     return eqx.filter_eval_shape(lambda m: eqx.partition(m, trainable(m)), method)
 
@@ -286,7 +286,7 @@ def fixed_bytes(plan: Plan, layout: Layout) -> dict[str, int]:
     return fixed
 
 
-def gathered_bytes(method: AbstractMethod, layout: Layout, compute: DTypeLike) -> int:
+def gathered_bytes(method: Method, layout: Layout, compute: DTypeLike) -> int:
     """Bytes of what lies split and is gathered, at once: of blocks that are scanned and rematerialised, one."""
 
     def numbers(tree: PyTree, split: bool) -> int:
@@ -306,7 +306,7 @@ def activation_bytes(plan: Plan, batch: int, compute: DTypeLike) -> int:
     """Bytes kept for the backward pass of a batch."""
     params, rest = split(plan.state.method)
 
-    def loss_of(params: AbstractMethod, rest: AbstractMethod, images: Images) -> jax.Array:
+    def loss_of(params: Method, rest: Method, images: Images) -> jax.Array:
         return cast(eqx.combine(params, rest), compute).loss(images, key=jr.key(0))[0]
 
     return costs.saved_bytes(loss_of, params, rest, plan.images(batch))

@@ -18,7 +18,7 @@ from jepax.evals.online import Online
 from jepax.evals.watchdog import Watchdog
 from jepax.events import Events
 from jepax.logs import Log, Values, plain
-from jepax.methods import AbstractMethod
+from jepax.methods import Method
 from jepax.saving import SCORE
 from jepax.settings import Config
 from jepax.step import told
@@ -137,7 +137,7 @@ class Monitor:
         if verdict == guard.ROLL_BACK:
             raise RollBack(step)
 
-    def refuse_not_finite(self, step: int, method: AbstractMethod) -> None:
+    def refuse_not_finite(self, step: int, method: Method) -> None:
         """Raises `Diverged` where a step gave parameters that are not finite: before they are saved."""
         if not finite(method):
             raise self._lost(step, f"parameters are not finite after step {step}")
@@ -153,7 +153,7 @@ class Monitor:
         """Whether the step gets a line."""
         return told(step, self.config.train.log_every, self.log.steps)
 
-    def line(self, step: int, metrics: Metrics, method: AbstractMethod) -> bool:
+    def line(self, step: int, metrics: Metrics, method: Method) -> bool:
         """Writes the step's line, with scores where they are due. Returns whether the state is the best so far."""
         self.settle()
         batch, every = self.config.train.batch_size, self.config.eval.online.every
@@ -187,7 +187,7 @@ class Monitor:
         alarms.write(self.run, self.dog.alarms, ended=message.splitlines()[0])
         return Diverged(step, message)
 
-    def _scores(self, step: int, method: AbstractMethod) -> Values:
+    def _scores(self, step: int, method: Method) -> Values:
         """Of the method after `step`, and the seconds that they took. Raises `Diverged` where there are none."""
         start = time.perf_counter()
         try:
@@ -222,7 +222,7 @@ def online_of(config: Config, train: Source, steps: int) -> Online | None:
     return Online(config.eval.online, train, validation, config.eval.batch_size, **reading)
 
 
-def evaluated(config: Config, method: AbstractMethod) -> FrozenViT:
+def evaluated(config: Config, method: Method) -> FrozenViT:
     """The encoder that the run's evaluations read, for this process alone: each evaluates the same pictures."""
     encoder = sharding.local(encoder_of(method, config.eval.encoder))
     return FrozenViT(encoder, config.method.crop, config.eval.pool)

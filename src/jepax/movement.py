@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jepax.guard import kept
-from jepax.methods import AbstractMethod
+from jepax.methods import Method
 from jepax.trees import norm, trainable
 from jepax.types import Metrics
 
-Measure = Callable[[AbstractMethod, Int[Array, ""]], Metrics]
+Measure = Callable[[Method, Int[Array, ""]], Metrics]
 
 
-def since(method: AbstractMethod, step: int) -> Measure:
+def since(method: Method, step: int) -> Measure:
     """Call it before `step` is taken; what it returns is called with the method after it and the guard's verdict.
 
     - update_norm: |parameters now - parameters before|, over all that are trained;
@@ -32,12 +32,12 @@ def since(method: AbstractMethod, step: int) -> Measure:
 
 
 @eqx.filter_jit
-def _copied(method: AbstractMethod) -> AbstractMethod:
+def _copied(method: Method) -> Method:
     return jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, method)
 
 
 @eqx.filter_jit
-def _measured(before: AbstractMethod, after: AbstractMethod, step: Int[Array, ""], verdict: Int[Array, ""]) -> Metrics:
+def _measured(before: Method, after: Method, step: Int[Array, ""], verdict: Int[Array, ""]) -> Metrics:
     old, rest = eqx.partition(before, trainable(before))
     new = eqx.filter(after, trainable(after))
     _, moved = eqx.combine(new, rest).after_update(step)  # the move from where the teacher stood, once more

@@ -17,7 +17,7 @@ from jepax import sharding
 from jepax.costs import tree_bytes
 from jepax.distributed.compile_cache import COMPILER_OPTIONS
 from jepax.guard import Guard, GuardConfig, kept, measured, only_if
-from jepax.methods import AbstractMethod, MethodConfig
+from jepax.methods import Method, MethodConfig
 from jepax.optim import Optimizer
 from jepax.sharding import Layout, ShardingConfig, current_layout, gather_params, replicate
 from jepax.trees import cast, norm, norms_by_layer, trainable
@@ -29,13 +29,13 @@ USUAL = GuardConfig()
 class TrainState(eqx.Module):
     """All that a step changes, and all that a checkpoint holds."""
 
-    method: AbstractMethod
+    method: Method
     opt_state: optax.OptState
     step: Int[Array, ""]
     guard: Guard
 
 
-def init_state(method: AbstractMethod, optimizer: Optimizer) -> TrainState:
+def init_state(method: Method, optimizer: Optimizer) -> TrainState:
     """The state before step 0. Only trainable parameters get optimiser state.
 
     Raises `TypeError` where a method holds what is neither an array nor static: no program can take it.
@@ -49,7 +49,7 @@ def init_state(method: AbstractMethod, optimizer: Optimizer) -> TrainState:
 
 
 @eqx.filter_jit
-def build_method(config: MethodConfig, steps: int, key: PRNGKeyArray) -> AbstractMethod:
+def build_method(config: MethodConfig, steps: int, key: PRNGKeyArray) -> Method:
     """The method before its first step. One program: one operation at a time takes ten times longer."""
     return config.build(total_steps=steps, key=key)
 
@@ -80,7 +80,7 @@ def placed_state(config: MethodConfig, optimizer: Optimizer, key: PRNGKeyArray, 
     return replicate(first_state(config, optimizer, key), layout.mesh)
 
 
-def norms_by_block(grads: AbstractMethod) -> Metrics:
+def norms_by_block(grads: Method) -> Metrics:
     """Gradient norms of the encoder's blocks, of a predictor, and of its blocks, where it is made of blocks."""
     found = {"grad_norm_encoder_by_block": norms_by_layer(grads.encoder.stack.blocks)}
     predictor = getattr(grads, "predictor", None)
@@ -98,12 +98,12 @@ def told(step: Int[Array, ""] | int, every: int, total: int) -> Bool[Array, ""] 
 
 
 def loss_and_gradients(
-    method: AbstractMethod, images: Images, key: PRNGKeyArray, compute: DTypeLike
-) -> tuple[Float[Array, ""], Metrics, AbstractMethod]:
+    method: Method, images: Images, key: PRNGKeyArray, compute: DTypeLike
+) -> tuple[Float[Array, ""], Metrics, Method]:
     """Loss, metrics, and the loss's gradients by the trained parameters."""
     params, rest = eqx.partition(method, trainable(method))
 
-    def loss_of(params: AbstractMethod) -> tuple[Array, Metrics]:
+    def loss_of(params: Method) -> tuple[Array, Metrics]:
         return gather_params(cast(eqx.combine(params, rest), compute), current_layout()).loss(images, key=key)
 
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)

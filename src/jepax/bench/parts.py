@@ -17,7 +17,7 @@ from jaxtyping import PRNGKeyArray
 
 from jepax.bench.clock import in_turn
 from jepax.distributed.compile_cache import COMPILER_OPTIONS
-from jepax.methods import AbstractMethod
+from jepax.methods import Method
 from jepax.methods.ijepa import IJEPA
 from jepax.methods.multiview import MultiView, embed
 from jepax.sharding import gather_params
@@ -28,7 +28,7 @@ from jepax.types import Images
 if TYPE_CHECKING:
     from jepax.bench.subject import Subject
 
-Forward = tuple[Callable[[AbstractMethod, Any], Any], Any]
+Forward = tuple[Callable[[Method, Any], Any], Any]
 """A function of the method and what it is given."""
 
 
@@ -47,7 +47,7 @@ def parts_of(subject: "Subject", rounds: int) -> dict[str, float]:
 
         return run
 
-    def forward(function: Callable[[AbstractMethod, Any], Any]) -> Callable[..., Any]:
+    def forward(function: Callable[[Method, Any], Any]) -> Callable[..., Any]:
         return program(lambda method, given: function(gather_params(cast(method, compute), layout), given))
 
     draw = program(lambda images, key: views_of(method, images, key))
@@ -69,14 +69,14 @@ def parts_of(subject: "Subject", rounds: int) -> dict[str, float]:
     return parts | {"optimiser and teacher's move": medians["step"] - medians["gradients"]}
 
 
-def views_of(method: AbstractMethod, images: Images, key: PRNGKeyArray) -> Any:
+def views_of(method: Method, images: Images, key: PRNGKeyArray) -> Any:
     """What the method draws of a batch."""
     if isinstance(method, IJEPA):
         return method.config.views_and_masks(images, method.masks, key=key)
     return method.config.draw_views(images, key=key) if isinstance(method, MultiView) else ()
 
 
-def forwards(method: AbstractMethod, views: Any, compute: DTypeLike) -> dict[str, Forward]:
+def forwards(method: Method, views: Any, compute: DTypeLike) -> dict[str, Forward]:
     """The forward passes of the networks, by what they are called; none of a method that is not known here."""
     if isinstance(method, IJEPA):
         seen = jax.eval_shape(lambda m, v: m.encoder(v[0], v[1].context), method, views)

@@ -19,7 +19,7 @@ import numpy as np
 
 from jepax.bench import clock
 from jepax.distributed.multihost import cores
-from jepax.methods import AbstractMethod
+from jepax.methods import Method
 from jepax.methods.ijepa import IJEPA, IJEPAConfig
 from jepax.nn.pos_embed import sincos_2d
 from jepax.optim import OptimConfig, Optimizer
@@ -105,7 +105,7 @@ def make_inputs(method: IJEPA, batch: int) -> list[Drawn]:
     return inputs
 
 
-def ours(method: AbstractMethod, inputs: list[Drawn], compute: str, log_every: int) -> Step:
+def ours(method: Method, inputs: list[Drawn], compute: str, log_every: int) -> Step:
     """A function that takes our next step or steps, as `jepax train` compiles them, and returns the last loss."""
     optimizer, batches = Optimizer(OptimConfig(), TOTAL, WARMUP), cycle(inputs)
     fixed = Fixed(optimizer, jr.key(0), jnp.dtype(compute), log_every=log_every)

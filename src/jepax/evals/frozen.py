@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jepax.methods import AbstractMethod
+from jepax.methods import Method
 from jepax.nn import ViT
 from jepax.trees import cast
 from jepax.types import Images, UserError
@@ -54,7 +54,7 @@ class FrozenViT(Frozen):
         return cast(self.encoder, jnp.float32)(view)
 
 
-def encoder_of(method: AbstractMethod, choice: Choice) -> ViT:
+def encoder_of(method: Method, choice: Choice) -> ViT:
     """The method's encoder of that name, or its default. Raises `UserError` where there is none."""
     encoders = method.encoders()
     if choice == "default":

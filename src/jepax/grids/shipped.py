@@ -11,24 +11,27 @@ def masked(name: str, *overrides: str) -> Row:
     return Row(name, "ijepa_fashion_mnist", overrides)
 
 
+def dense(name: str, *overrides: str) -> Row:
+    """The same, predicting several layers or the context too."""
+    return Row(name, "ijepa_fashion_mnist_multilayer", overrides)
+
+
+def no_teacher(name: str, regularizer: str, weight: str, *overrides: str) -> Row:
+    """The same, the encoder embedding its own targets, gradient stopped; a regularizer of the context's embedding."""
+    chosen = ("--method.regulariser.kind", regularizer, "--method.regulariser.weight", weight)
+    return Row(name, "ijepa_fashion_mnist_no_teacher", (*chosen, *overrides))
+
+
 def viewed(name: str, recipe: str, *overrides: str) -> Row:
     """Two views of each image, the same encoder, projector 512-64."""
     return Row(name, recipe, overrides)
 
 
-def in_place_of_the_teacher(kind: str, weight: str) -> tuple[str, ...]:
-    """The encoder embeds its own targets, gradient stopped, beside a regulariser of the context's embedding."""
-    return (
-        *("--method.teacher", "stopped", "--method.regulariser.kind", kind),
-        *("--method.regulariser.weight", weight, "--method.regulariser.directions", "256"),
-    )
-
-
 WITH_GRADIENT = (
-    *("--method.teacher", "shared", "--method.regularised", "targets"),
+    *("--method.stop-gradient", "False", "--method.regularize-on", "targets"),
     *("--method.target-norm", "none", "--method.loss", "l2"),
 )
-"""The gradient flows into the targets too, so that only the regulariser stands against collapse."""
+"""The gradient flows into the targets too, so that only the regularizer prevents collapse."""
 
 
 @grid
@@ -44,12 +47,12 @@ def family_fashion_mnist() -> Grid:
         shared=SHARED,
         rows=(
             masked("masked+ema", "--method.regulariser.kind", "none"),
-            masked("masked+sigreg", *in_place_of_the_teacher("sigreg", "5e-4")),
-            masked("masked+rdmreg", *in_place_of_the_teacher("rdmreg", "0.05")),
-            masked("masked+vicreg", *in_place_of_the_teacher("vicreg", "2e-4")),
-            masked("masked+visreg", *in_place_of_the_teacher("visreg", "0.01")),
-            masked("masked+neither", *in_place_of_the_teacher("none", "0")),
-            masked("masked+sigreg+gradient", *in_place_of_the_teacher("sigreg", "0.02"), *WITH_GRADIENT),
+            no_teacher("masked+sigreg", "sigreg", "5e-4"),
+            no_teacher("masked+rdmreg", "rdmreg", "0.05"),
+            no_teacher("masked+vicreg", "vicreg", "2e-4"),
+            no_teacher("masked+visreg", "visreg", "0.01"),
+            no_teacher("masked+neither", "none", "0"),
+            no_teacher("masked+sigreg+gradient", "sigreg", "0.02", *WITH_GRADIENT),
             masked("masked+ema+vicreg"),
             viewed("views+ema", "byol_fashion_mnist", "--method.momentum.shape", "linear"),
             viewed("views+sigreg", "lejepa_fashion_mnist"),
@@ -79,11 +82,10 @@ def ablations_fashion_mnist() -> Grid:
             masked("target_norm_none", "--method.target-norm", "none"),
             masked("prediction_norm_trainable", "--method.prediction-norm", "trainable"),
             masked("prediction_norm_plain", "--method.prediction-norm", "plain"),
-            masked("prediction_norm_both", "--method.prediction-norm", "both"),
             masked("clip_1", "--optim.clip", "1.0"),
             masked("clip_0.1", "--optim.clip", "0.1"),
-            masked("all_layers", "--method.layers", "1", "2", "3"),
-            masked("context_loss", "--method.context-weight", "0.1"),
+            dense("all_layers", "--method.layer-weights", "1", "1", "1", "--method.context-weight", "0"),
+            dense("context_loss", "--method.layers", "3", "--method.layer-weights", "1"),
             masked("adamw", "--optim.matrices", "adamw"),
             masked("no_regulariser", "--method.regulariser.kind", "none"),
         ),

@@ -5,7 +5,8 @@ on purpose, is said at `MultiBlock`.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import equinox as eqx
 import jax
@@ -50,6 +51,10 @@ class MultiBlockConfig:
         for name, least in (("blocks", 1), ("context", 1), ("margin", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"masks.{name}={getattr(self, name)} must be at least {least}")
+
+    def tiny(self) -> Self:
+        """The same blocks on the 6 x 6 patches of tests, which leave few to the context."""
+        return replace(self, context=6)
 
 
 def block_sizes(

@@ -1,11 +1,11 @@
-"""Methods: one method, one file. Importing this package enrols what every file here defines."""
+"""Methods: one method, one file. Importing this package registers what every file here defines."""
 
 import importlib
 import pkgutil
 
-from jepax.methods.base import AbstractMethod, MethodConfig
+from jepax.methods.base import ImageMethod, ImageMethodConfig, Method, MethodConfig
 
 for _file in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_file.name}")
 
-__all__ = ["AbstractMethod", "MethodConfig"]
+__all__ = ["ImageMethod", "ImageMethodConfig", "Method", "MethodConfig"]

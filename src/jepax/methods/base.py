@@ -1,52 +1,127 @@
-"""What a method is: its networks, its teacher if it has one, and its loss over the global batch."""
+"""The contract of a method: three verbs and a teacher.
+
+    views   = draw(batch, keys)        per example: crops, colors, masks; all randomness of an example
+    outputs = forward(views)           per example: the networks; the trainer may run it in micro-batches
+    loss    = objective(outputs, key)  the global batch: distances, regularizers, heads with batch statistics
+    method  = after_update(step)       what gradients do not change: move the EMA teacher
+
+A method is one file. It knows nothing of devices, precision, or micro-batches: the trainer composes the verbs.
+"""
 
 import abc
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import equinox as eqx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import jax
+import jax.random as jr
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
-from jepax.nn import ViT
-from jepax.types import Images, Metrics
+from jepax.nn import ViT, ViTConfig
+from jepax.types import Images, Metrics, UserError
+from jepax.views import CropConfig
+
+NO_EXAMPLE = 2**32 - 1
+"""Index that no example has: folded into a step's key for what belongs to the global batch."""
 
 
 @dataclass(frozen=True)
 class MethodConfig(abc.ABC):
-    """Settings of a method. A subclass names itself, `class MineConfig(MethodConfig, name="mine")`, and that enrols it:
-    run files name it, and the contract tests hold it to account."""
+    """Settings of a method. `class MineConfig(MethodConfig, name="mine")` registers it: run files and the contract
+    tests find it by that name."""
 
     registry: ClassVar[dict[str, type["MethodConfig"]]] = {}
     name: ClassVar[str]
 
-    def __init_subclass__(cls, *, name: str, **kwargs: object) -> None:
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        cls.name = name
-        MethodConfig.registry[name] = cls
+        if name is not None:
+            cls.name = name
+            MethodConfig.registry[name] = cls
 
     @abc.abstractmethod
-    def build(self, *, total_steps: int, key: PRNGKeyArray) -> "AbstractMethod":
-        """The method before its first step; its own schedules run over `total_steps`."""
+    def build(self, *, total_steps: int, key: PRNGKeyArray) -> "Method":
+        """Make the method before its first step; its own schedules run over `total_steps`."""
+
+    @abc.abstractmethod
+    def tiny(self) -> Self:
+        """Shrink every size and keep every choice: the method as the contract tests run it, on 24 x 24 images."""
+
+    def check_data(self, source: Any) -> None:  # noqa: B027 - not every method has to
+        """Raise `UserError` if the method cannot read examples of this source. By default anything is accepted."""
 
 
-class AbstractMethod(eqx.Module):
-    """One method: parameters are trained unless they lie beneath an `EMA`."""
+class Method(eqx.Module):
+    """One method. Its parameters are trained unless they lie beneath an `EMA`: the type is the rule.
+
+    Arrays of `draw`'s and `forward`'s results lead with the batch axis.
+    """
+
+    @abc.abstractmethod
+    def draw(self, batch: Any, keys: Key[Array, "batch"]) -> PyTree:
+        """Draw what is random about each example from its own key: views, masks. Uses no network."""
+
+    @abc.abstractmethod
+    def forward(self, views: PyTree) -> PyTree:
+        """Run the networks on each example. No example sees another one."""
+
+    @abc.abstractmethod
+    def objective(self, outputs: PyTree, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
+        """Compute the loss over the global batch, and what to log.
+
+        `key` is the step's own, for what the batch shares (directions of projection). `Metrics` are scalars to log,
+        and two optional matrices read for collapse: "embeddings" (batch, dim), one vector per example, and
+        "projections" (batch, dim), a head's output for one view. The watchdog reads "loss_explained", "target_norm"
+        and "prediction_norm".
+        """
+
+    @abc.abstractmethod
+    def after_update(self, step: Int[Array, ""]) -> tuple["Method", Metrics]:
+        """Change what gradients do not, after the update of `step`: move the teacher, or `return self, {}`."""
+
+    def loss(self, batch: Any, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
+        """draw -> forward -> objective: what a notebook differentiates. `batch.index` seeds each example's key."""
+        views = self.draw(batch, example_keys(key, batch.index))
+        return self.objective(self.forward(views), key=objective_key(key))
+
+
+def example_keys(key: PRNGKeyArray, index: Int[Array, "batch"]) -> Key[Array, "batch"]:
+    """One key per example, from its position in the run's order: the same on any number of devices or workers."""
+    return jax.vmap(lambda i: jr.fold_in(key, i))(index)
+
+
+def objective_key(key: PRNGKeyArray) -> PRNGKeyArray:
+    """The key of what the global batch shares."""
+    return jr.fold_in(key, NO_EXAMPLE)
+
+
+class ImageMethodConfig(MethodConfig):
+    """A method on images: what evaluation, figures and export read of its settings."""
+
+    encoder: ViTConfig
+    """Settings of the encoder that is evaluated."""
+    crop: CropConfig
+    """The view that probes see: size, and the normalization of pixels."""
+
+    def check_data(self, source: Any) -> None:
+        """Raise `UserError` if the images' channels differ from those of the encoder or of the normalization."""
+        found = source.canvas_shape[2]
+        for name, channels in (("encoder.channels", self.encoder.channels), ("crop.mean", len(self.crop.mean))):
+            if channels != found:
+                raise UserError(
+                    f"method.{name} expects {channels} channels, but the images have {found};\n"
+                    f"set method.{name} for {found} channels, or data.channels={channels}"
+                )
+
+
+class ImageMethod(Method):
+    """A method on images, with an encoder to probe and export."""
 
     encoder: eqx.AbstractVar[ViT]
 
     @abc.abstractmethod
-    def loss(self, images: Images, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
-        """The objective over the global batch. What an example draws depends on `key` and `images.index[i]` alone.
-
-        `Metrics` holds scalars to log, and "embeddings" (batch, dim): one vector per image, read for collapse; where
-        the loss reads a head's output, also "projections" (batch, dim) of one view. The watchdog knows
-        "loss_explained", "target_norm" and "prediction_norm" by their names.
-        """
-
-    @abc.abstractmethod
-    def after_update(self, step: Int[Array, ""]) -> tuple["AbstractMethod", Metrics]:
-        """What gradients do not change, after the update of `step`: move the teacher, or `return self, {}`."""
-
-    @abc.abstractmethod
     def encoders(self) -> dict[str, ViT]:
-        """What probes may read, by the names "target" and "context"; the first one where no other is asked for."""
+        """Encoders that probes may read, named "target" and "context"; the first is the default."""
+
+    @abc.abstractmethod
+    def draw(self, batch: Images, keys: Key[Array, "batch"]) -> PyTree: ...

@@ -1,6 +1,16 @@
-"""BYOL (Grill et al. 2020, arXiv:2006.07733): predict a moving average's projection of another view."""
+"""BYOL (Grill et al. 2020, arXiv:2006.07733): predict a moving average's projection of another view.
 
-from dataclasses import dataclass, field
+    z_v  = projector(mean over patches of f(x_v))
+    z'_w = the same through the moving averages of f and projector, of global views alone; no gradient
+    loss = mean over pairs of a view v and another, global view w of 2 - 2 cos(q(z_v), z'_w)
+
+No regularizer: the predictor q and a slow teacher prevent collapse. A local view predicts global ones, as in DINO's
+multi-crop. Differs from the paper: a mean over the pairs, where that sums the two, and BatchNorm reads all views of a
+group together.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -8,21 +18,30 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jepax.methods.base import MethodConfig
 from jepax.methods.momentum import MomentumConfig, follow, teacher_of
-from jepax.methods.multiview import MultiView, MultiViewConfig, Projections, embed, project, refuse_rectified
+from jepax.methods.multiview import (
+    Embeddings,
+    MultiView,
+    MultiViewConfig,
+    Projections,
+    embed,
+    project,
+    refuse_rectified,
+    view_metrics,
+)
 from jepax.nn import Projector, ProjectorConfig, ViT
 from jepax.objectives import share_explained
 from jepax.trees import EMA
-from jepax.types import Images, Metrics, UserError
+from jepax.types import Metrics, UserError
+from jepax.views import MultiCropViews
 
 EPS = 1e-12
 """Added to the squared length of a projection, which may be 0."""
 
 
 @dataclass(frozen=True)
-class BYOLConfig(MultiViewConfig, MethodConfig, name="byol"):
-    """BYOL: no regulariser; a predictor and a slow teacher keep it from collapse."""
+class BYOLConfig(MultiViewConfig, name="byol"):
+    """BYOL, with the heads and the momentum of the paper."""
 
     projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(hidden=(4096,), width=256))
     """Head on the mean over patches."""
@@ -42,17 +61,24 @@ class BYOLConfig(MultiViewConfig, MethodConfig, name="byol"):
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "BYOL":
         return BYOL(self, total_steps=total_steps, key=key)
 
+    def tiny(self) -> Self:
+        heads = {"projector": self.projector.tiny(), "predictor": self.predictor.tiny()}
+        return replace(self, encoder=self.encoder.tiny(), views=self.views.tiny(), **heads)
+
+
+class BYOLOutputs(eqx.Module):
+    """What the networks computed of each image."""
+
+    online: Embeddings
+    teacher: Float[Array, "batch views dim"]
+    """Embeddings of the global views by the moving average."""
+
 
 class BYOL(MultiView):
-    """loss = mean over pairs of a view v and another, global view w of 2 - 2 cos(q(z_v), z'_w).
-
-    z = projector(mean over patches of encoder(view)); z' is that of the moving averages of both; q is the predictor.
-    Only the averages' global views are targets; a local view predicts those too, as in DINO's multi-crop. Differs from
-    the paper: a mean over the pairs, where that sums the two, and BatchNorm reads all views of a group together.
-    """
+    """BYOL: the equations are at the top of this file. Online networks and averages start equal."""
 
     target: EMA[tuple[ViT, Projector]]
-    predictor: Projector
+    predictor: Projector  # q
     config: BYOLConfig = eqx.field(static=True)
     total_steps: int = eqx.field(static=True)
 
@@ -63,19 +89,21 @@ class BYOL(MultiView):
         self.predictor = Projector(config.predictor, config.projector.width, key=key_predictor)
         self.total_steps = total_steps
 
-    def loss(self, images: Images, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
-        groups = self.config.draw_views(images, key=key)
-        pooled = [embed(self.encoder, group) for group in groups]
-        projections = [project(self.projector, group) for group in pooled]
-        predictions = jnp.concatenate([project(self.predictor, group) for group in projections])
-        encoder, projector = self.target.average
-        targets = lax.stop_gradient(project(projector, embed(encoder, groups[0])))
-        loss = disagreement(predictions, targets)
-        rows = {"embeddings": pooled[0][0], "projections": projections[0][0]}
-        return loss, rows | {
+    def forward(self, views: MultiCropViews) -> BYOLOutputs:
+        teacher = lax.stop_gradient(embed(self.target.average[0], views.global_views))  # (B, V, D)
+        return BYOLOutputs(super().forward(views), teacher)
+
+    def objective(self, outputs: BYOLOutputs, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
+        # Predictions of every view, and targets of the global ones; the heads' BatchNorms read the global batch.
+        z = self.project(outputs.online)
+        predictions = jnp.concatenate([project(self.predictor, jnp.swapaxes(z_group, 0, 1)) for z_group in z])
+        targets = lax.stop_gradient(project(self.target.average[1], outputs.teacher))
+
+        loss = cosine_distance(predictions, targets)
+        return loss, view_metrics(outputs.online, z) | {
             "target_norm": jnp.mean(jnp.linalg.norm(targets, axis=2)),
             "prediction_norm": lax.stop_gradient(jnp.mean(jnp.linalg.norm(predictions, axis=2))),
-            "loss_explained": share_explained(loss, disagreement_of_the_mean(targets)),
+            "loss_explained": share_explained(loss, cosine_distance_of_mean(targets)),
         }
 
     def after_update(self, step: Int[Array, ""]) -> tuple["BYOL", Metrics]:
@@ -87,7 +115,7 @@ class BYOL(MultiView):
         return super().encoders() | {"target": self.target.average[0]}  # the paper probes the first
 
 
-def disagreement(predictions: Projections, targets: Projections) -> Float[Array, ""]:
+def cosine_distance(predictions: Projections, targets: Projections) -> Float[Array, ""]:
     """mean over pairs v != w of 2 - 2 cos(predictions[v], targets[w]); view w of both is the same. From 0 to 4."""
     predictions, targets = unit(predictions), unit(targets)
     cosines = jnp.mean(jnp.einsum("vbd,wbd->vwb", predictions, targets, precision=lax.Precision.HIGHEST), axis=2)
@@ -95,8 +123,8 @@ def disagreement(predictions: Projections, targets: Projections) -> Float[Array,
     return 2 - 2 * jnp.sum(jnp.where(other, cosines, 0)) / jnp.sum(other)
 
 
-def disagreement_of_the_mean(targets: Projections) -> Float[Array, ""]:
-    """`disagreement` of one prediction for all images: the direction of the mean over the batch of all unit targets."""
+def cosine_distance_of_mean(targets: Projections) -> Float[Array, ""]:
+    """`cosine_distance` of one prediction for all images: the direction of the mean over the batch of unit targets."""
     units = unit(targets)
     return 2 - 2 * jnp.mean(jnp.sum(units * unit(jnp.mean(units, axis=(0, 1), keepdims=True)), axis=2))
 

@@ -1,20 +1,27 @@
-"""LeJEPA (Balestriero & LeCun 2025, arXiv:2511.08544): views agree, and their projections are a standard normal."""
+"""LeJEPA (Balestriero & LeCun 2025, arXiv:2511.08544): views agree, and their projections are a standard normal.
 
-from dataclasses import dataclass
+    inv  = mean over views v of |z_v - mean over global views of z|^2 / dim
+    loss = (1 - w) inv + w mean over views of SIGReg(z_v)
+
+The views share SIGReg's directions, which are new at each step. No teacher, no stop-gradient, no predictor.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Self
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jepax.methods.base import MethodConfig
 from jepax.methods.multiview import (
-    JointEmbedding,
+    Embeddings,
+    MultiView,
     MultiViewConfig,
-    Projections,
     invariance,
     refuse_below_one,
     refuse_rectified,
+    view_metrics,
 )
 from jepax.objectives.directions import unit_directions
 from jepax.objectives.sigreg import sigreg
@@ -22,13 +29,13 @@ from jepax.types import Metrics, UserError
 
 
 @dataclass(frozen=True)
-class LeJEPAConfig(MultiViewConfig, MethodConfig, name="lejepa"):
-    """LeJEPA: no teacher, no stop-gradient, no predictor."""
+class LeJEPAConfig(MultiViewConfig, name="lejepa"):
+    """LeJEPA, with the weight of the paper."""
 
     weight: float = 0.05
-    """Share w of SIGReg in the loss, the invariance having 1 - w. SIGReg grows with the global batch."""
+    """Fraction w of SIGReg in the loss, the invariance having 1 - w. SIGReg grows with the global batch."""
     directions: int = 1024
-    """Directions of SIGReg, drawn anew at each step."""
+    """Directions of SIGReg, redrawn at each step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,15 +47,25 @@ class LeJEPAConfig(MultiViewConfig, MethodConfig, name="lejepa"):
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "LeJEPA":
         return LeJEPA(self, key=key)
 
+    def tiny(self) -> Self:
+        return replace(super().tiny(), directions=16)
 
-class LeJEPA(JointEmbedding):
-    """loss = (1 - w) invariance + w mean over views of SIGReg(z_v), the directions shared by the views."""
+
+class LeJEPA(MultiView):
+    """LeJEPA: the equation is at the top of this file."""
 
     config: LeJEPAConfig = eqx.field(static=True)
 
-    def objective(self, groups: tuple[Projections, ...], *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
-        directions = unit_directions(key, groups[0].shape[2], self.config.directions)
-        normality = jnp.mean(jax.vmap(lambda z: sigreg(z, directions))(jnp.concatenate(groups)))
-        agreement = invariance(groups)
-        loss = (1 - self.config.weight) * agreement + self.config.weight * normality
-        return loss, {"invariance": agreement, "sigreg": normality}
+    def objective(self, outputs: Embeddings, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
+        groups = self.project(outputs)
+        z = jnp.concatenate(groups)  # (V, B, D)
+
+        # Views of an image agree.
+        inv = invariance(groups)
+
+        # Each view's projections, along any direction, are a standard normal.
+        directions = unit_directions(key, z.shape[2], self.config.directions)
+        sigreg_loss = jnp.mean(jax.vmap(lambda z_v: sigreg(z_v, directions))(z))
+
+        loss = (1 - self.config.weight) * inv + self.config.weight * sigreg_loss
+        return loss, view_metrics(outputs, groups) | {"invariance": inv, "sigreg": sigreg_loss}

@@ -1,27 +1,33 @@
-"""What methods that compare views of an image share: encoder, projector, views, and the probes' features."""
+"""What methods that compare views of an image share: draw, forward, and what their objectives ask of projections.
 
-import abc
-from dataclasses import dataclass, field
+    x_v = view v of an image: a crop with its own color changes      draw
+    y_v = mean over patches of f(x_v)                                forward
+    z_v = projector(y_v), BatchNorm over the global batch            objective
+
+A method of this kind adds its loss on the z_v.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
-from jepax.methods.base import AbstractMethod
+from jepax.methods.base import ImageMethod, ImageMethodConfig
 from jepax.nn import Projector, ProjectorConfig, ViT, ViTConfig
 from jepax.objectives import share_explained
-from jepax.sharding import in_pieces
 from jepax.types import Images, Metrics, UserError
-from jepax.views import CropConfig, Group, MultiCropConfig, multicrop
+from jepax.views import CropConfig, MultiCropConfig, MultiCropViews, ViewGroup, multicrop
 
-VIEWS, OBJECTIVE = 0, 1
-"""Folded into a step's key for the views, and for what the objective draws."""
+Embeddings = tuple[Float[Array, "batch _views dim"], ...]
+"""Of the global views and, where there are any, of the local ones."""
 Projections = Float[Array, "_views batch dim"]  # groups differ in their number of views
 
 
 @dataclass(frozen=True)
-class MultiViewConfig:
+class MultiViewConfig(ImageMethodConfig):
     """Networks and views; a method's own config adds its weights."""
 
     encoder: ViTConfig = field(default_factory=ViTConfig)
@@ -43,13 +49,12 @@ class MultiViewConfig:
         """The crop that probes and figures take their views by."""
         return self.views.global_crop
 
-    def draw_views(self, images: Images, *, key: PRNGKeyArray) -> tuple[Group, ...]:
-        """The views of the step with this key: the group of global ones and, where there are any, of local ones."""
-        return multicrop(images, self.views, key=jr.fold_in(key, VIEWS))
+    def tiny(self) -> Self:
+        return replace(self, encoder=self.encoder.tiny(), projector=self.projector.tiny(), views=self.views.tiny())
 
 
-class MultiView(AbstractMethod):
-    """z_v = projector(mean over patches of encoder(view v)); a method's loss says what is asked of the z_v."""
+class MultiView(ImageMethod):
+    """A method that compares views of an image. It has no teacher; a subclass adds the objective."""
 
     encoder: ViT
     projector: Projector
@@ -61,50 +66,41 @@ class MultiView(AbstractMethod):
         self.projector = Projector(config.projector, config.encoder.width, key=key_projector)
         self.config = config
 
+    def draw(self, batch: Images, keys: Key[Array, "batch"]) -> MultiCropViews:
+        """All views of each image, from the image's own key."""
+        return multicrop(batch, keys, self.config.views)
+
+    def forward(self, views: MultiCropViews) -> PyTree:
+        """Every view's `Embeddings`; a subclass may add what else its objective reads."""
+        return tuple(embed(self.encoder, group) for group in views.groups)
+
     def after_update(self, step: Int[Array, ""]) -> tuple["MultiView", Metrics]:
         return self, {}  # no teacher
 
     def encoders(self) -> dict[str, ViT]:
         return {"context": self.encoder}  # there is but one, and it embeds the targets too
 
-
-class JointEmbedding(MultiView):
-    """A method whose loss is an objective on all projections, the gradient flowing through every view alike."""
-
-    @abc.abstractmethod
-    def objective(self, groups: tuple[Projections, ...], *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
-        """The loss of the projections of global and, where there are any, local views of the global batch."""
-
-    def loss(self, images: Images, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
-        pooled = [embed(self.encoder, group) for group in self.config.draw_views(images, key=key)]
-        groups = tuple(project(self.projector, group) for group in pooled)
-        loss, metrics = self.objective(groups, key=jr.fold_in(key, OBJECTIVE))
-        rows = {"embeddings": pooled[0][0], "projections": groups[0][0]}
-        return loss, rows | {"loss_explained": agreement_explained(groups)} | metrics
+    def project(self, embeddings: Embeddings) -> tuple[Projections, ...]:
+        """Each group's projections, views first; BatchNorm reads all views of a group together."""
+        return tuple(project(self.projector, group) for group in embeddings)
 
 
-def embed(encoder: ViT, group: Group) -> Float[Array, "views batch dim"]:
+def embed(encoder: ViT, group: ViewGroup) -> Float[Array, "batch views dim"]:
     """Mean over patches of each view's embedding, in float32; all views go through the encoder as one batch."""
-
-    def pooled(encoder: ViT, views: Float[Array, "batch height width channels"]) -> Float[Array, "batch dim"]:
-        return jnp.mean(encoder(views).astype(jnp.float32), axis=1)
-
-    return split(in_pieces(pooled, encoder, merged(group)), len(group))
+    tokens = encoder(group.reshape(-1, *group.shape[2:]))  # (B * V, N, D)
+    return jnp.mean(tokens.astype(jnp.float32), axis=1).reshape(*group.shape[:2], -1)
 
 
-def project(projector: Projector, group: Float[Array, "_views batch _dim"]) -> Projections:
-    """Projections of a group; BatchNorm reads all of its views together."""
-    return split(projector(merged(group)), len(group))
+def project(projector: Projector, group: Float[Array, "batch views _inputs"]) -> Projections:
+    """Projections of a group, views first, so that z[v] is the batch of view v."""
+    z = projector(group.reshape(-1, group.shape[2]))  # (B * V, D)
+    return jnp.swapaxes(z.reshape(*group.shape[:2], -1), 0, 1)
 
 
-def merged(group: Float[Array, "views batch *shape"]) -> Float[Array, "batch_views *shape"]:
-    """The views of a group as one batch, an image's side by side: so it stays shared out over the devices by images."""
-    return jnp.swapaxes(group, 0, 1).reshape(-1, *group.shape[2:])
-
-
-def split(batch: Float[Array, "batch_views dim"], views: int) -> Float[Array, "views batch dim"]:
-    """What was `merged`, by views again."""
-    return jnp.swapaxes(batch.reshape(-1, views, batch.shape[1]), 0, 1)
+def view_metrics(embeddings: Embeddings, groups: tuple[Projections, ...]) -> Metrics:
+    """The first view's embeddings and projections, which are read for collapse, and the agreement of all views."""
+    rows = {"embeddings": embeddings[0][:, 0], "projections": groups[0][0]}
+    return rows | {"loss_explained": agreement_explained(groups)}
 
 
 def invariance(groups: tuple[Projections, ...]) -> Float[Array, ""]:
@@ -113,11 +109,11 @@ def invariance(groups: tuple[Projections, ...]) -> Float[Array, ""]:
     Scale: per dimension and view. With two global views alone it is a quarter of the mean of (z_1 - z_2)^2.
     Source: Balestriero & LeCun 2025 (arXiv:2511.08544), the prediction loss of multi-crop LeJEPA.
     """
-    centre = jnp.mean(groups[0], axis=0)
-    return jnp.mean(jnp.square(jnp.concatenate(groups) - centre))
+    center = jnp.mean(groups[0], axis=0)
+    return jnp.mean(jnp.square(jnp.concatenate(groups) - center))
 
 
-def spread(views: Projections) -> Float[Array, ""]:
+def pairwise_mse(views: Projections) -> Float[Array, ""]:
     """Mean over pairs of views and dimensions of (z_v - z_w)^2: twice the variance over an image's views.
 
     Scale: per dimension; with two views the plain mean squared distance. Needs two views at least.
@@ -126,29 +122,29 @@ def spread(views: Projections) -> Float[Array, ""]:
 
 
 def agreement_explained(groups: tuple[Projections, ...]) -> Float[Array, ""]:
-    """Share of the projections' variance that is not disagreement between the views of an image.
+    """Fraction of the projections' variance that is not disagreement between the views of an image.
 
-    1 - `spread` / that of views of different images, which is twice the variance about the mean over the batch.
+    1 - `pairwise_mse` / that of views of different images, which is twice the variance about the mean over the batch.
     """
-    views = jnp.concatenate(groups)
-    return share_explained(spread(views), 2 * jnp.mean(jnp.square(views - jnp.mean(views, axis=(0, 1)))))
+    z = jnp.concatenate(groups)
+    return share_explained(pairwise_mse(z), 2 * jnp.mean(jnp.square(z - jnp.mean(z, axis=(0, 1)))))
 
 
 def refuse_below_one(config: object, *names: str) -> None:
-    """Raises `UserError` at the first count below 1."""
+    """Raise `UserError` at the first count below 1."""
     for name in names:
         if getattr(config, name) < 1:
             raise UserError(f"method.{name}={getattr(config, name)} must be at least 1")
 
 
 def refuse_rectified(*heads: ProjectorConfig) -> None:
-    """Raises `UserError` where a ReLU ends a head whose output is to lie on both sides of 0."""
+    """Raise `UserError` if a ReLU ends a head whose output must have both signs."""
     if any(head.rectified for head in heads):
         raise UserError("projector.rectified=True leaves no projection below 0, but the loss wants some; set it False")
 
 
 def refuse_negative(config: object, *names: str) -> None:
-    """Raises `UserError` at the first weight below 0."""
+    """Raise `UserError` at the first weight below 0."""
     for name in names:
         if getattr(config, name) < 0:
             raise UserError(f"method.{name}={getattr(config, name)} must not be negative")

@@ -1,7 +1,13 @@
-"""Rectified LpJEPA (Kuang et al. 2026, arXiv:2602.01456): views agree, and their projections are sparse by design."""
+"""Rectified LpJEPA (Kuang et al. 2026, arXiv:2602.01456): views agree, and their projections are sparse by design.
 
-from dataclasses import dataclass, field
-from typing import Literal
+    inv  = mean over pairs of views (v, w) and dimensions of (z_v - z_w)^2,  z = relu(projector(y))
+    loss = lambda inv + nu mean over views of RDMReg(z_v, t),  t fresh samples of max(0, mu + sigma g), g ~ GN_p
+
+Differs from the released code: the views share t, which that draws for each, and a BatchNorm.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 import equinox as eqx
 import jax
@@ -9,14 +15,14 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jepax.methods.base import MethodConfig
 from jepax.methods.multiview import (
-    JointEmbedding,
+    Embeddings,
+    MultiView,
     MultiViewConfig,
-    Projections,
+    pairwise_mse,
     refuse_below_one,
     refuse_negative,
-    spread,
+    view_metrics,
 )
 from jepax.nn import ProjectorConfig
 from jepax.objectives import rdmreg
@@ -25,7 +31,7 @@ from jepax.types import Metrics, UserError
 
 
 @dataclass(frozen=True)
-class RectifiedLpJEPAConfig(MultiViewConfig, MethodConfig, name="rectified_lpjepa"):
+class RectifiedLpJEPAConfig(MultiViewConfig, name="rectified_lpjepa"):
     """Rectified LpJEPA, with the weights of the paper's ImageNet runs."""
 
     projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(rectified=True))
@@ -35,13 +41,13 @@ class RectifiedLpJEPAConfig(MultiViewConfig, MethodConfig, name="rectified_lpjep
     matching: float = 125.0
     """Weight of RDMReg, mean over views."""
     directions: int = 512
-    """Directions of RDMReg, drawn anew at each step (8192 as published, where 512 suffice)."""
+    """Directions of RDMReg, redrawn at each step (8192 as published, where 512 suffice)."""
     p: float = 1.0
-    """Exponent of the generalised Gaussian: 1 is Laplace's distribution, 2 the normal."""
+    """Exponent of the generalized Gaussian: 1 is Laplace's distribution, 2 the normal."""
     mu: float = 0.0
-    """Mean of the generalised Gaussian before its rectification; lower is sparser."""
+    """Mean of the generalized Gaussian before its rectification; lower is sparser."""
     sigma: Literal["before", "after"] = "before"
-    """Whether the variance is 1 before the rectification (as published) or after it."""
+    """The variance is 1 before the rectification (as published) or after it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,31 +61,33 @@ class RectifiedLpJEPAConfig(MultiViewConfig, MethodConfig, name="rectified_lpjep
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "RectifiedLpJEPA":
         return RectifiedLpJEPA(self, key=key)
 
+    def tiny(self) -> Self:
+        return replace(super().tiny(), directions=16)
 
-class RectifiedLpJEPA(JointEmbedding):
-    """loss = lambda s(Z, Z') + nu mean over views of RDMReg(Z, Y), Y fresh samples of the target each step.
 
-    Differs from the released code: the views share Y, which that draws for each, and a BatchNorm.
-    """
+class RectifiedLpJEPA(MultiView):
+    """Rectified LpJEPA: the equations are at the top of this file."""
 
     config: RectifiedLpJEPAConfig = eqx.field(static=True)
 
-    @property
-    def _sigma(self) -> float:
-        c = self.config
-        return rdmreg.sigma_before(c.p) if c.sigma == "before" else rdmreg.sigma_after(c.p, c.mu)
+    def objective(self, outputs: Embeddings, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
+        groups, c = self.project(outputs), self.config
+        z = jnp.concatenate(groups)  # (V, B, D), none below 0
+        sigma = rdmreg.sigma_before(c.p) if c.sigma == "before" else rdmreg.sigma_after(c.p, c.mu)
 
-    def objective(self, groups: tuple[Projections, ...], *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
-        views, c = jnp.concatenate(groups), self.config
+        # Views of an image agree.
+        inv = pairwise_mse(z)
+
+        # Each view's projections are distributed, along any direction, as the target is.
         key_directions, key_target = jr.split(key)
-        directions = unit_directions(key_directions, views.shape[2], c.directions)
-        target = rdmreg.rectified(key_target, views.shape[1:], p=c.p, mu=c.mu, sigma=self._sigma)
-        matching = jnp.mean(jax.vmap(lambda z: rdmreg.rdmreg(z, target, directions))(views))
-        agreement = spread(views)
-        metrics = {
-            "invariance": agreement,
-            "rdmreg": matching,
-            "share_of_nonzeros": jnp.mean(views > 0),
-            "expected_share_of_nonzeros": jnp.float32(rdmreg.share_of_nonzeros(c.p, c.mu, self._sigma)),
+        directions = unit_directions(key_directions, z.shape[2], c.directions)
+        target = rdmreg.rectified(key_target, z.shape[1:], p=c.p, mu=c.mu, sigma=sigma)
+        rdmreg_loss = jnp.mean(jax.vmap(lambda z_v: rdmreg.rdmreg(z_v, target, directions))(z))
+
+        loss = c.invariance * inv + c.matching * rdmreg_loss
+        return loss, view_metrics(outputs, groups) | {
+            "invariance": inv,
+            "rdmreg": rdmreg_loss,
+            "share_of_nonzeros": jnp.mean(z > 0),
+            "expected_share_of_nonzeros": jnp.float32(rdmreg.share_of_nonzeros(c.p, c.mu, sigma)),
         }
-        return c.invariance * agreement + c.matching * matching, metrics

@@ -1,4 +1,14 @@
-"""VICReg (Bardes et al. 2022, arXiv:2105.04906): views agree, every dimension varies, no two dimensions agree."""
+"""VICReg (Bardes et al. 2022, arXiv:2105.04906): views agree, every dimension varies, no two dimensions agree.
+
+    inv  = mean over pairs of views (v, w) and dimensions of (z_v - z_w)^2
+    var  = mean over views and dimensions j of max(0, 1 - std(z_vj))
+    cov  = mean over views of (1 / dim) sum over i != j of Cov(z_v)_ij^2
+    loss = lambda inv + mu var + 2 nu cov
+
+As in the released code (facebookresearch/vicreg, main_vicreg.py) the variance term is halved over two views and the
+invariance is a mean over dimensions, where the paper's equation 6 sums both. Of more than two views every pair counts
+equally. Differs from the code: BatchNorm reads all views together. Needs a global batch of two images at least.
+"""
 
 from dataclasses import dataclass
 
@@ -7,14 +17,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jepax.methods.base import MethodConfig
-from jepax.methods.multiview import JointEmbedding, MultiViewConfig, Projections, refuse_negative, spread
+from jepax.methods.multiview import Embeddings, MultiView, MultiViewConfig, pairwise_mse, refuse_negative, view_metrics
 from jepax.objectives import covariance, variance
 from jepax.types import Metrics
 
 
 @dataclass(frozen=True)
-class VICRegConfig(MultiViewConfig, MethodConfig, name="vicreg"):
+class VICRegConfig(MultiViewConfig, name="vicreg"):
     """VICReg, with the weights of the paper, on terms as its released code takes them."""
 
     invariance: float = 25.0
@@ -32,19 +41,19 @@ class VICRegConfig(MultiViewConfig, MethodConfig, name="vicreg"):
         return VICReg(self, key=key)
 
 
-class VICReg(JointEmbedding):
-    """loss = lambda s(Z, Z') + mu mean over views of v(Z) + 2 nu mean over views of c(Z).
-
-    As in the released code (facebookresearch/vicreg, main_vicreg.py) v is halved over two views and s is a mean over
-    dimensions, where the paper's equation 6 sums both. Of more than two views every pair counts alike. Differs from the
-    code: BatchNorm reads all views together. Needs a global batch of two images at least.
-    """
+class VICReg(MultiView):
+    """VICReg: the equations are at the top of this file."""
 
     config: VICRegConfig = eqx.field(static=True)
 
-    def objective(self, groups: tuple[Projections, ...], *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
-        views, c = jnp.concatenate(groups), self.config
-        agreement = spread(views)
-        dead, alike = jnp.mean(jax.vmap(variance)(views)), jnp.mean(jax.vmap(covariance)(views))
-        loss = c.invariance * agreement + c.variance * dead + 2 * c.covariance * alike
-        return loss, {"invariance": agreement, "variance_loss": dead, "covariance_loss": alike}
+    def objective(self, outputs: Embeddings, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
+        groups, c = self.project(outputs), self.config
+        z = jnp.concatenate(groups)  # (V, B, D)
+
+        inv = pairwise_mse(z)
+        var = jnp.mean(jax.vmap(variance)(z))
+        cov = jnp.mean(jax.vmap(covariance)(z))
+
+        loss = c.invariance * inv + c.variance * var + 2 * c.covariance * cov
+        terms = {"invariance": inv, "variance_loss": var, "covariance_loss": cov}
+        return loss, view_metrics(outputs, groups) | terms

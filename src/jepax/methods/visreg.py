@@ -1,21 +1,28 @@
-"""VISReg (Wu et al. 2026, arXiv:2606.02572): views agree, and scale, centre and shape of their projections are kept."""
+"""VISReg (Wu et al. 2026, arXiv:2606.02572): views agree, and scale, center and shape of their projections are kept.
 
-from dataclasses import dataclass
+    inv  = mean over views v of |z_v - mean over global views of z|^2 / dim
+    loss = (1 - w) inv + w mean over views of [ a scale(z_v) + b center(z_v) + c shape(z_v) ]
+
+The three terms are in `objectives/visreg.py`.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Self
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jepax.methods.base import MethodConfig
 from jepax.methods.multiview import (
-    JointEmbedding,
+    Embeddings,
+    MultiView,
     MultiViewConfig,
-    Projections,
     invariance,
     refuse_below_one,
     refuse_negative,
     refuse_rectified,
+    view_metrics,
 )
 from jepax.objectives import visreg
 from jepax.objectives.directions import unit_directions
@@ -23,19 +30,19 @@ from jepax.types import Metrics, UserError
 
 
 @dataclass(frozen=True)
-class VISRegConfig(MultiViewConfig, MethodConfig, name="visreg"):
+class VISRegConfig(MultiViewConfig, name="visreg"):
     """VISReg, with the weights of the public ImageNet runs."""
 
     weight: float = 0.9
-    """Share w of the regulariser in the loss, the invariance having 1 - w."""
+    """Fraction w of the regularizer in the loss, the invariance having 1 - w."""
     scale: float = 1.0
-    """Weight of the scale term within the regulariser."""
+    """Weight of the scale term within the regularizer."""
     centre: float = 1.0
-    """Weight of the centre term within the regulariser."""
+    """Weight of the center term within the regularizer."""
     shape: float = 1.0
-    """Weight of the shape term within the regulariser."""
+    """Weight of the shape term within the regularizer."""
     directions: int = 4096
-    """Directions of the shape term, drawn anew at each step."""
+    """Directions of the shape term, redrawn at each step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,19 +55,28 @@ class VISRegConfig(MultiViewConfig, MethodConfig, name="visreg"):
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "VISReg":
         return VISReg(self, key=key)
 
+    def tiny(self) -> Self:
+        return replace(super().tiny(), directions=16)
 
-class VISReg(JointEmbedding):
-    """loss = (1 - w) invariance + w mean over views of (a scale(z_v) + b centre(z_v) + c shape(z_v))."""
+
+class VISReg(MultiView):
+    """VISReg: the equation is at the top of this file."""
 
     config: VISRegConfig = eqx.field(static=True)
 
-    def objective(self, groups: tuple[Projections, ...], *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
-        directions, c = unit_directions(key, groups[0].shape[2], self.config.directions), self.config
-        views, agreement = jnp.concatenate(groups), invariance(groups)
-        terms = {
-            "scale_loss": jnp.mean(jax.vmap(visreg.scale)(views)),
-            "centre_loss": jnp.mean(jax.vmap(visreg.centre)(views)),
-            "shape_loss": jnp.mean(jax.vmap(lambda z: visreg.shape(z, directions))(views)),
-        }
-        regulariser = c.scale * terms["scale_loss"] + c.centre * terms["centre_loss"] + c.shape * terms["shape_loss"]
-        return (1 - c.weight) * agreement + c.weight * regulariser, {"invariance": agreement} | terms
+    def objective(self, outputs: Embeddings, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
+        groups, c = self.project(outputs), self.config
+        z = jnp.concatenate(groups)  # (V, B, D)
+
+        # Views of an image agree.
+        inv = invariance(groups)
+
+        # Deviation 1, mean 0, and normal along any direction: each of one view's batch, then the mean over views.
+        directions = unit_directions(key, z.shape[2], c.directions)
+        scale = jnp.mean(jax.vmap(visreg.scale)(z))
+        center = jnp.mean(jax.vmap(visreg.centre)(z))
+        shape = jnp.mean(jax.vmap(lambda z_v: visreg.shape(z_v, directions))(z))
+
+        loss = (1 - c.weight) * inv + c.weight * (c.scale * scale + c.centre * center + c.shape * shape)
+        terms = {"invariance": inv, "scale_loss": scale, "centre_loss": center, "shape_loss": shape}
+        return loss, view_metrics(outputs, groups) | terms

@@ -1,6 +1,7 @@
 """The predictor of I-JEPA: a narrow transformer from context tokens and target positions to target embeddings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -40,6 +41,10 @@ class PredictorConfig:
         for field in ("width", "depth", "heads", "mlp_ratio"):
             if getattr(self, field) <= 0:
                 raise UserError(f"predictor: {field}={getattr(self, field)} must be above 0")
+
+    def tiny(self) -> Self:
+        """The same predictor at the size that tests run."""
+        return replace(self, width=16, depth=2, heads=2)
 
 
 class Predictor(eqx.Module):

@@ -1,6 +1,7 @@
 """The projector: an MLP with batch normalization between an encoder's embedding and a loss on it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import equinox as eqx
 import jax
@@ -47,6 +48,10 @@ class ProjectorConfig:
     def __post_init__(self) -> None:
         if min((self.width, *self.hidden)) < 1:
             raise UserError(f"projector.width={self.width} and projector.hidden={self.hidden} must be above 0")
+
+    def tiny(self) -> Self:
+        """The same head at the size that tests run."""
+        return replace(self, hidden=(24,), width=8)
 
 
 class Projector(eqx.Module):

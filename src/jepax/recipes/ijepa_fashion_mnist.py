@@ -15,6 +15,8 @@ from dataclasses import replace
 from jepax.data import DataConfig
 from jepax.masking import MultiBlockConfig
 from jepax.methods.ijepa import IJEPAConfig
+from jepax.methods.ijepa_dense import IJEPADenseConfig
+from jepax.methods.ijepa_no_teacher import IJEPANoTeacherConfig
 from jepax.methods.momentum import MomentumConfig
 from jepax.methods.regulariser import RegulariserConfig
 from jepax.nn import PredictorConfig, ViTConfig
@@ -80,7 +82,8 @@ def ijepa_fashion_mnist_multilayer() -> Config:
     Test top-1, one seed: linear 86.5, kNN 83.7 (the demo 86.6, 83.1; untrained 82.5, 74.7; raw pixels 84.6, 85.3).
     """
     config = ijepa_fashion_mnist()
-    method = replace(config.method, layers=(1, 2, 3), layer_weights=(0.5, 0.5, 1.0), context_weight=0.1)
+    dense = {"layers": (1, 2, 3), "layer_weights": (0.5, 0.5, 1.0), "context_weight": 0.1}
+    method = IJEPADenseConfig(**vars(config.method), **dense)
     return replace(config, recipe="ijepa_fashion_mnist_multilayer", method=method)
 
 
@@ -91,7 +94,7 @@ def ijepa_fashion_mnist_no_teacher() -> Config:
     Test top-1, one seed: linear 85.5, kNN 80.2 (floors as above); more is in docs/results.md.
     """
     config = ijepa_fashion_mnist()
-    method = replace(
-        config.method, teacher="stopped", regulariser=RegulariserConfig(kind="rdmreg", weight=0.05, directions=256)
-    )
+    shared = {name: value for name, value in vars(config.method).items() if name != "momentum"}
+    rdmreg = RegulariserConfig(kind="rdmreg", weight=0.05, directions=256)
+    method = IJEPANoTeacherConfig(**shared | {"regulariser": rdmreg})
     return replace(config, recipe="ijepa_fashion_mnist_no_teacher", method=method)

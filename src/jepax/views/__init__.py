@@ -10,15 +10,18 @@ from jepax.views.crops import (
     resample,
     sample_boxes,
 )
-from jepax.views.multicrop import Group, MultiCropConfig, multicrop
+from jepax.views.masked import MaskedViews
+from jepax.views.multicrop import MultiCropConfig, MultiCropViews, ViewGroup, multicrop
 from jepax.views.photometric import LEJEPA, PhotometricConfig, photometric
 
 __all__ = [
     "LEJEPA",
     "CropConfig",
-    "Group",
+    "MaskedViews",
     "MultiCropConfig",
+    "MultiCropViews",
     "PhotometricConfig",
+    "ViewGroup",
     "centre_crop",
     "denormalise",
     "multicrop",

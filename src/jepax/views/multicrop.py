@@ -1,17 +1,19 @@
 """Several random views of each image: a few global ones of a large share of it, and perhaps local ones, smaller."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from jepax.types import Images, UserError
 from jepax.views.crops import CropConfig, normalise, random_pixels
 from jepax.views.photometric import PhotometricConfig, photometric
 
-Group = Float[Array, "views batch height width channels"]
+ViewGroup = Float[Array, "batch _views _height _width channels"]
 
 
 @dataclass(frozen=True)
@@ -38,21 +40,39 @@ class MultiCropConfig:
                 f"views.local_crop has mean and std {small}, where views.global_crop has {large}; give both the same"
             )
 
+    def tiny(self) -> Self:
+        """At most two views of each kind, of 24 x 24 and 12 x 12 pixels, as tests run them."""
+        counts = {"globals": min(self.globals, 2), "locals": min(self.locals, 2)}
+        local_crop = replace(self.local_crop, size=(12, 12))
+        return replace(self, **counts, global_crop=self.global_crop.tiny(), local_crop=local_crop)
 
-def multicrop(images: Images, config: MultiCropConfig, *, key: PRNGKeyArray) -> tuple[Group, ...]:
-    """The group of global views and, where there are any, that of local ones, normalised.
 
-    View v of example i draws from `fold_in(fold_in(key, images.index[i]), v)`, global views counted first.
-    """
-    keys = jax.vmap(lambda index: jr.fold_in(key, index))(images.index)
+class MultiCropViews(eqx.Module):
+    """The views of each image by their kind; an image's own are neighbors on axis 1."""
+
+    global_views: ViewGroup
+    """Global views."""
+    local_views: ViewGroup | None = None
+    """Local views, where there are any."""
+
+    @property
+    def groups(self) -> tuple[ViewGroup, ...]:
+        """The kinds that there are, global views first."""
+        return (self.global_views,) if self.local_views is None else (self.global_views, self.local_views)
+
+
+def multicrop(images: Images, keys: Key[Array, "batch"], config: MultiCropConfig) -> MultiCropViews:
+    """Global and local views, normalized. View v of image i draws from `fold_in(keys[i], v)`, global views first."""
 
     def view(number: Int[Array, ""], crop: CropConfig) -> Float[Array, "batch height width channels"]:
-        own = jax.vmap(lambda k: jr.split(jr.fold_in(k, number)))(keys)
-        key_crop, key_colour = own[:, 0], own[:, 1]
-        return normalise(photometric(random_pixels(images, key_crop, crop), key_colour, config.photometric), crop)
+        own = jax.vmap(lambda key: jr.split(jr.fold_in(key, number)))(keys)
+        key_crop, key_color = own[:, 0], own[:, 1]
+        return normalise(photometric(random_pixels(images, key_crop, crop), key_color, config.photometric), crop)
 
-    def group(first: int, count: int, crop: CropConfig) -> Group:
-        return jax.vmap(lambda number: view(number, crop))(first + jnp.arange(count))  # one program for all of them
+    def group(first: int, count: int, crop: CropConfig) -> ViewGroup:
+        numbers = first + jnp.arange(count)
+        return jax.vmap(lambda number: view(number, crop), out_axes=1)(numbers)  # one program for all of them
 
-    kinds = ((0, config.globals, config.global_crop), (config.globals, config.locals, config.local_crop))
-    return tuple(group(*kind) for kind in kinds if kind[1])
+    global_views = group(0, config.globals, config.global_crop)
+    local_views = group(config.globals, config.locals, config.local_crop) if config.locals else None
+    return MultiCropViews(global_views, local_views)

@@ -1,0 +1,140 @@
+"""I-JEPA with dense targets, after V-JEPA 2.1 (Mur-Labadia et al. 2026, arXiv:2603.14482).
+
+Two additions to `ijepa.py`. The predictor guesses several layers l of the target encoder at once, and it is also asked
+for the tokens of the context C, each weighted by its distance, in patches, to the block B that is predicted:
+
+    loss = mean over l of w_l [ mean over B and p in B of D(g_l(z, B)[p], h_l[p]) ]
+         + c mean over l of w_l [ mean over B and p in C of D(g_l(z, B)[p], h_l[p]) / sqrt(d(p, B)) ]
+
+Differs from the paper: g reads the context encoder's last layer alone.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jepax.masking import distance_to_nearest
+from jepax.methods.ijepa import IJEPA, IJEPAConfig, health_metrics, pool, take_patches
+from jepax.methods.regulariser import regularise
+from jepax.types import Masks, Metrics, UserError
+from jepax.views import MaskedViews
+
+
+@dataclass(frozen=True)
+class IJEPADenseConfig(IJEPAConfig, name="ijepa_dense"):
+    """I-JEPA, the layers that it predicts, and the weight of the loss on the context. By default it is I-JEPA."""
+
+    layers: tuple[int, ...] | None = None
+    """Blocks of the target encoder whose outputs are predicted, counted from 1; None: the last."""
+    layer_weights: tuple[float, ...] | None = None
+    """Weights of the losses of `layers`, in their order, used over their sum; None: equal ones."""
+    context_weight: float = 0.0
+    """Weight of the loss on the context's own tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.context_weight < 0:
+            raise UserError(f"method.context_weight={self.context_weight} must not be negative")
+        layers, weights = self.layers, self.layer_weights
+        if layers is not None and not (layers and all(1 <= n <= self.encoder.depth for n in layers)):
+            raise UserError(f"method.layers={layers} must name blocks from 1 to encoder.depth={self.encoder.depth}")
+        if layers is not None and len(set(layers)) < len(layers):
+            raise UserError(f"method.layers={layers} names a block twice")
+        if weights is not None and (len(weights) != len(self.predicted) or min(weights) < 0 or not sum(weights)):
+            raise UserError(
+                f"method.layer_weights={weights} must be one weight for each of method.layers={self.predicted},"
+                " none below 0 and one above"
+            )
+
+    @property
+    def predicted(self) -> tuple[int, ...]:
+        """The blocks whose outputs are predicted, counted from 1."""
+        return (self.encoder.depth,) if self.layers is None else self.layers
+
+    @property
+    def deepest(self) -> int:
+        """Index of the last of the blocks within `predicted`."""
+        return self.predicted.index(max(self.predicted))
+
+    def build(self, *, total_steps: int, key: PRNGKeyArray) -> "IJEPADense":
+        return IJEPADense(self, total_steps=total_steps, key=key, predicted_layers=len(self.predicted))
+
+    def tiny(self) -> Self:
+        # The last two layers at most, since the tiny encoder has no more.
+        small = IJEPAConfig.tiny(replace(self, layers=None, layer_weights=None))
+        layers = self.layers and (1, 2)[-len(self.layers) :]
+        return replace(small, layers=layers, layer_weights=self.layer_weights and self.layer_weights[-2:])
+
+
+class DenseOutputs(eqx.Module):
+    """What the networks computed of each image, in float32; one entry per predicted layer."""
+
+    pooled: Float[Array, "batch dim"]
+    predictions: Float[Array, "batch layers blocks target dim"]
+    on_context: Float[Array, "batch layers blocks _context dim"] | None
+    """Predictions at the context's own positions, one pass per block; None: no loss reads them."""
+    embedded: Float[Array, "batch layers patches dim"]
+    masks: Masks
+
+
+class IJEPADense(IJEPA):
+    """I-JEPA of several layers, and of the context too."""
+
+    config: IJEPADenseConfig = eqx.field(static=True)
+
+    def forward(self, views: MaskedViews) -> DenseOutputs:
+        x, masks = views.image, views.masks  # (B, H, W, C); context (B, K), targets (B, M, T)
+        wanted, depth, also_context = self.config.predicted, self.config.encoder.depth, self.config.context_weight > 0
+        z = self.encoder(x, masks.context)  # (B, K, D)
+
+        # The predictor gives the layers of a token as one row of L * D numbers.
+        rows = self.predictor(z, masks, self.masks.grid, predict_context=also_context)  # (B, M, K + T, L * D)
+        rows = jnp.moveaxis(rows.reshape(*rows.shape[:3], len(wanted), -1), 3, 1)  # (B, L, M, K + T, D)
+        predictions = self.normalize_predictions(rows)
+        split = predictions.shape[3] - masks.targets.shape[2]
+
+        # Of the target encoder's last layers, those that are predicted.
+        h = self.target_encoder.average.intermediate_layers(x, depth - min(wanted) + 1)
+        h = h[jnp.array([layer - min(wanted) for layer in wanted])]  # (L, B, N, D)
+        embedded = self.normalize_targets(lax.stop_gradient(jnp.moveaxis(h, 0, 1)))
+        on_context = predictions[..., :split, :] if also_context else None
+        return DenseOutputs(pool(z), predictions[..., split:, :], on_context, embedded, masks)
+
+    def objective(self, outputs: DenseOutputs, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
+        predictions, embedded = (jnp.moveaxis(x, 1, 0) for x in (outputs.predictions, outputs.embedded))  # L first
+        masks, deepest = outputs.masks, self.config.deepest
+
+        # I-JEPA's loss of every layer.
+        losses = [self.distances(*pair, masks) for pair in zip(predictions, embedded, strict=True)]
+        loss, baseline = (self.over_layers(values) for values in zip(*losses, strict=True))
+        metrics = health_metrics(loss, baseline, predictions[deepest], embedded[deepest], masks)
+
+        # The loss on the context's own tokens.
+        if outputs.on_context is not None:
+            pairs = zip(jnp.moveaxis(outputs.on_context, 1, 0), embedded, strict=True)
+            metrics["context_loss"] = self.over_layers([self.context_loss(*pair, masks) for pair in pairs])
+            loss = loss + self.config.context_weight * metrics["context_loss"]
+
+        penalty, terms = regularise(self.config.regulariser, outputs.pooled, key=key)
+        return loss + penalty, metrics | terms
+
+    def context_loss(
+        self,
+        predictions: Float[Array, "batch blocks context dim"],
+        embedded: Float[Array, "batch patches dim"],
+        masks: Masks,
+    ) -> Float[Array, ""]:
+        """mean over blocks B and context tokens p of D / sqrt(d(p, B)), d to the nearest patch of B."""
+        near = 1 / jnp.sqrt(distance_to_nearest(masks, self.masks.grid))  # (B, M, K)
+        targets = take_patches(embedded, masks.context)[:, None]  # (B, 1, K, D): the same in every block's pass
+        distance = self.distance(predictions, jnp.broadcast_to(targets, predictions.shape))
+        return jnp.mean(jnp.mean(distance, axis=-1) * near)
+
+    def over_layers(self, values: list[Float[Array, ""]] | tuple[Float[Array, ""], ...]) -> Float[Array, ""]:
+        """The mean over the predicted layers, by their weights."""
+        weights = self.config.layer_weights or (1.0,) * len(values)
+        return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
