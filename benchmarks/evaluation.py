@@ -20,19 +20,19 @@ from typing import Any
 import jax
 import jax.random as jr
 
-from jepax import sharding
-from jepax.bench.machine import machine
+from jepax.bench.environment import describe_machine
 from jepax.data import DataConfig, open_source
-from jepax.evals.frozen import FrozenViT, encoder_of
-from jepax.evals.online import Online
-from jepax.evals.probe import PUBLISHED, ProbeConfig, Sweep, linear_probe
-from jepax.evals.splits import Split, some
-from jepax.nn import SIZES, ViT, ViTConfig
+from jepax.distributed import sharding
+from jepax.evals.eval_dataset import EvalDataset, random_subset
+from jepax.evals.feature_extractor import ViTFeatures, select_encoder
+from jepax.evals.online import OnlineEval
+from jepax.evals.probe import VISSL_PROBE, LinearProbeSweep, ProbeConfig, linear_probe
+from jepax.nn import VIT_SIZES, ViT, ViTConfig
 from jepax.recipes import RECIPES
-from jepax.settings import Config, prepare
-from jepax.step import Fixed, compiled_step
-from jepax.step import first_state as state_before
-from jepax.train import read
+from jepax.training.config import Config, setup_data_and_optimizer
+from jepax.training.loop import train_batches
+from jepax.training.step import TrainContext, run_train_step
+from jepax.training.step import first_state as state_before
 from jepax.views import CropConfig
 
 
@@ -46,15 +46,15 @@ def config_of(args: argparse.Namespace) -> Config:
     return dataclasses.replace(config, data=data, train=train)
 
 
-def row_of(config: Config) -> FrozenViT:
-    return FrozenViT(ViT(config.method.encoder, key=jr.key(0)), config.method.crop)
+def row_of(config: Config) -> ViTFeatures:
+    return ViTFeatures(ViT(config.method.encoder, key=jr.key(0)), config.method.crop)
 
 
 def sweep(config: Config, rounds: int) -> dict[str, Any]:
     """Seconds of extraction, of 24 heads, and of the widest head alone; each program was run once before."""
     row = row_of(config)
-    train, validation = (Split(row, open_source(config.data, split), 256) for split in ("train", "validation"))
-    len(Split(row, some(train.source, 256), 256).features)  # compiles
+    train, validation = (EvalDataset(row, open_source(config.data, split), 256) for split in ("train", "validation"))
+    len(EvalDataset(row, random_subset(train.source, 256), 256).features)  # compiles
     start = time.perf_counter()
     sizes = [len(split.features) for split in (train, validation)]
     features = time.perf_counter() - start
@@ -91,13 +91,14 @@ def sweep(config: Config, rounds: int) -> dict[str, Any]:
 def augmented(config: Config, rounds: int) -> dict[str, Any]:
     """The same where each pass embeds crops drawn anew: seconds of one pass, statistics and compilation left out."""
     row = row_of(config)
-    split = Split(row, open_source(config.data, "train"), 256)
-    published = dataclasses.replace(PUBLISHED, controls=False)
+    split = EvalDataset(row, open_source(config.data, "train"), 256)
+    published = dataclasses.replace(VISSL_PROBE, controls=False)
     one = dataclasses.replace(
         published, layers=("last four",), standardised=(True,), learning_rates=(0.01,), weight_decays=(0.0,)
     )
     sweeps = {
-        name: Sweep(split, split.source.classes, c, jr.key(0)) for name, c in (("sweep", published), ("one", one))
+        name: LinearProbeSweep(split, split.source.classes, c, jr.key(0))
+        for name, c in (("sweep", published), ("one", one))
     }
     times = {name: [] for name in sweeps}
     for turn in range(rounds + 1):
@@ -113,11 +114,11 @@ def augmented(config: Config, rounds: int) -> dict[str, Any]:
 
 def peak_of(count: int, depth: int) -> dict[str, float]:
     """In this process: the features of `count` made pictures at ViT-B's width, four layers of them, and a probe."""
-    config = ViTConfig(**SIZES["base"] | {"depth": depth}, patch_size=16)
-    row = FrozenViT(ViT(config, key=jr.key(0)), CropConfig(size=(16, 16), centre_resize=1.0))
+    config = ViTConfig(**VIT_SIZES["base"] | {"depth": depth}, patch_size=16)
+    row = ViTFeatures(ViT(config, key=jr.key(0)), CropConfig(size=(16, 16), centre_resize=1.0))
     made = {"source": "synthetic", "canvas": 16, "synthetic_images": count}
-    split = Split(row, open_source(DataConfig(**made, validation=0.01), "train"), 256)
-    few = Split(row, open_source(DataConfig(**made | {"synthetic_images": 4000}), "train"), 256)
+    split = EvalDataset(row, open_source(DataConfig(**made, validation=0.01), "train"), 256)
+    few = EvalDataset(row, open_source(DataConfig(**made | {"synthetic_images": 4000}), "train"), 256)
     probe = ProbeConfig(epochs=1, batch_size=1024, controls=False)
     linear_probe(few, few, split.source.classes, probe, key=jr.key(0))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -140,23 +141,23 @@ def memory(counts: tuple[int, ...], depth: int) -> list[dict[str, float]]:
 
 def online(config: Config, rounds: int, steps: int) -> dict[str, float]:
     """Seconds of one online evaluation against those of the steps between two, in turn."""
-    source, optimizer = prepare(config)
+    source, optimizer = setup_data_and_optimizer(config)
     mesh = sharding.make_mesh()
     state = sharding.replicate(state_before(config.method, optimizer, jr.key(0)), mesh)
     root = sharding.replicate(jr.key(1), mesh)
     settings, encoder = config.eval.online, config.eval.encoder
     sources = (open_source(config.data, split) for split in ("train", "validation"))
-    evaluate = Online(settings, *sources, config.eval.batch_size)
+    evaluate = OnlineEval(settings, *sources, config.eval.batch_size)
     times = {"evaluation": [], "step": []}
-    stream = read(config, source, steps * (rounds + 1), 0)
+    stream = train_batches(config, source, steps * (rounds + 1), 0)
     for turn in range(rounds + 1):
         start = time.perf_counter()
         for _ in range(steps):
             batch = sharding.shard_batch(next(stream), mesh)
-            state, _ = compiled_step(Fixed(optimizer, root), batch, state)
+            state, _ = run_train_step(TrainContext(optimizer, root), batch, state)
         jax.block_until_ready(state)
         between = time.perf_counter()
-        evaluate(FrozenViT(encoder_of(state.method, encoder), config.method.crop))
+        evaluate(ViTFeatures(select_encoder(state.method, encoder), config.method.crop))
         if turn:
             times["evaluation"].append(time.perf_counter() - between)
             times["step"].append((between - start) / steps)
@@ -176,7 +177,7 @@ def main(words: list[str] | None = None) -> None:
         print(json.dumps(peak_of(*args.peak)))
         return
     config, rounds = config_of(args), 1 if args.quick else 3
-    report = {"rounds": rounds, "machine": machine()}
+    report = {"rounds": rounds, "machine": describe_machine()}
     report["sweep of 24 heads, cached features"] = sweep(config, rounds)
     report["sweep of 24 heads, augmented crops"] = augmented(config, rounds)
     report["memory at ViT-B's width"] = memory((300,) if args.quick else (10_000, 50_000), 4)

@@ -55,27 +55,31 @@ class Case:
         """Compilation, steps, utilisation, and seconds by part if wanted."""
         import jax
 
-        from jepax import dryrun
-        from jepax.bench.machine import machine
-        from jepax.bench.peak import matrix_peak
-        from jepax.bench.subject import Subject
-        from jepax.settings import compute_dtype
+        from jepax.bench.environment import describe_machine
+        from jepax.bench.peak import measure_peak_flops
+        from jepax.bench.step_bench import StepBenchmark
+        from jepax.training import dry_run
+        from jepax.training.config import resolve_compute_dtype
 
-        subject = Subject(dryrun.make_plan(config, lambda _: None))
+        subject = StepBenchmark(dry_run.make_setup(config, lambda _: None))
         with tempfile.TemporaryDirectory() as folder:
             compiled = subject.compile(Path(folder))
         steps = subject.steps(self.rounds)
-        use = subject.utilisation(steps["pipelined_step_s"], matrix_peak(compute_dtype(config)))
-        found = {"batch": config.train.batch_size, "device": jax.devices()[0].device_kind, "machine": machine()}
+        use = subject.utilisation(steps["pipelined_step_s"], measure_peak_flops(resolve_compute_dtype(config)))
+        found = {
+            "batch": config.train.batch_size,
+            "device": jax.devices()[0].device_kind,
+            "machine": describe_machine(),
+        }
         found |= {"compile": compiled, "steps": steps, "utilisation": use}
         print(f"  {steps['images_per_s']:.0f} images/s, utilisation {use['utilisation']:.3f}", flush=True)
         return found | ({"parts": subject.parts(self.rounds)} if parts else {})
 
     def against(self, name: str) -> dict[str, Any]:
         """Our step and PyTorch's in turn."""
-        from jepax.bench import peer
+        from jepax.bench import torch_baseline
 
-        found = peer.compare(self.config(self.batch), 2 if self.quick else 6, (name,))
+        found = torch_baseline.compare_with_torch(self.config(self.batch), 2 if self.quick else 6, (name,))
         print(f"  {found['ours_s']:.4f} s, {found['against']}", flush=True)
         return found
 
@@ -83,10 +87,10 @@ class Case:
         """At the largest power of two that fits, by what the program for half as many takes."""
         import jax
 
-        from jepax import dryrun
-        from jepax.bench.subject import Subject
+        from jepax.bench.step_bench import StepBenchmark
+        from jepax.training import dry_run
 
-        subject = Subject(dryrun.make_plan(self.config(self.batch), lambda _: None))
+        subject = StepBenchmark(dry_run.make_setup(self.config(self.batch), lambda _: None))
         with tempfile.TemporaryDirectory() as folder:
             taken = subject.compile(Path(folder))["program_bytes"]
         state = sum(x.nbytes for x in jax.tree.leaves(subject.state) if hasattr(x, "nbytes"))
@@ -108,7 +112,7 @@ class Case:
         import jax.random as jr
         import numpy as np
 
-        from jepax.bench.clock import in_turn
+        from jepax.bench.timing import interleave
         from jepax.nn.kernels import attention, cudnn_attention
 
         config = self.config(self.batch).method
@@ -136,7 +140,7 @@ class Case:
                 both = jax.grad(lambda *x, f=function: jnp.sum(f(*x).astype(jnp.float32) ** 2), (0, 1, 2))
                 for what, program in (("forward", jax.jit(function)), ("both", jax.jit(both))):
                     calls[f"{form}, {what}"] = lambda f=program, x=given: f(*x)
-            found[name] = {call: float(np.median(times)) for call, times in in_turn(calls, self.rounds).items()}
+            found[name] = {call: float(np.median(times)) for call, times in interleave(calls, self.rounds).items()}
         return found
 
     def do(self, task: str) -> dict[str, Any]:

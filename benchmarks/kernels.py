@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from jepax.bench.clock import in_turn
+from jepax.bench.timing import interleave
 from jepax.nn import transformer
 from jepax.nn.transformer import FAST, PLAIN
 from jepax.recipes import RECIPES
-from jepax.step import loss_and_gradients
-from jepax.types import Images
+from jepax.training.step import loss_and_grads
+from jepax.types import ImageBatch
 
 DTYPE = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
 SHAPES = {"demo": (128, 16, 192, 3), "demo, predictor": (256, 12, 96, 3), "ViT-B/16": (8, 196, 768, 12)}
@@ -46,7 +46,7 @@ def times_of(plain: Callable, fast: Callable, arguments: list[jax.Array], rounds
     """Milliseconds of value and gradient of both forms."""
     forms = {"a": plain, "b": fast}
     programs = {k: jax.jit(lambda *a, f=f: (lambda y, back: back(y))(*jax.vjp(f, *a))) for k, f in forms.items()}
-    times = in_turn({name: partial(program, *arguments) for name, program in programs.items()}, rounds)
+    times = interleave({name: partial(program, *arguments) for name, program in programs.items()}, rounds)
     return [1e3 * min(times[name]) for name in forms]
 
 
@@ -55,9 +55,9 @@ def step_memory(recipe: str, batch: int, changes: dict) -> int:
     config = RECIPES[recipe]().method
     build = replace(config, **{n: replace(getattr(config, n), **changes) for n in ("encoder", "predictor")}).build
     canvas, integers = (batch, *config.crop.size, config.encoder.channels), partial(jnp.zeros, dtype=jnp.int32)
-    images = Images(jnp.zeros(canvas, jnp.uint8), integers((batch, 2)), integers(batch))
+    images = ImageBatch(jnp.zeros(canvas, jnp.uint8), integers((batch, 2)), integers(batch))
     given = jax.eval_shape(lambda: (build(total_steps=1, key=jr.key(0)), images))
-    program = jax.jit(lambda method, images: loss_and_gradients(method, images, jr.key(0), DTYPE))
+    program = jax.jit(lambda method, images: loss_and_grads(method, images, jr.key(0), DTYPE))
     return program.lower(*given).compile().memory_analysis().temp_size_in_bytes
 
 

@@ -18,11 +18,11 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, Float
 
-from jepax.bench.machine import machine
-from jepax.objectives.directions import unit_directions
-from jepax.objectives.rdmreg import rdmreg, rectified
+from jepax.bench.environment import describe_machine
+from jepax.objectives.rdmreg import rdmreg, sample_target
 from jepax.objectives.sigreg import sigreg
-from jepax.objectives.visreg import shape
+from jepax.objectives.slicing import random_unit_directions
+from jepax.objectives.visreg import shape_term
 
 Loss = Callable[..., Float[Array, ""]]
 """Of embeddings, a target sample and directions."""
@@ -33,8 +33,8 @@ LOSSES: dict[str, dict[str, Loss]] = {
     },
     "rdmreg": {"ours": rdmreg, "plain": partial(rdmreg, chunk=None)},
     "visreg's shape": {
-        "ours": lambda z, target, directions: shape(z, directions),
-        "plain": lambda z, target, directions: shape(z, directions, chunk=None),
+        "ours": lambda z, target, directions: shape_term(z, directions),
+        "plain": lambda z, target, directions: shape_term(z, directions, chunk=None),
     },
 }
 """Each regulariser as it is, and plain: one piece that holds every direction, nothing computed again."""
@@ -64,9 +64,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here, too")
     args = parser.parse_args(words)
     batch, dim, count, rounds = (64, 32, 256, 1) if args.quick else (2048, 1024, 1024, 7)
-    embeddings, target = jr.normal(jr.key(2), (batch, dim)), rectified(jr.key(1), (batch, dim))
-    inputs = embeddings, target, unit_directions(jr.key(0), dim, count)
-    report = {"batch": batch, "dim": dim, "directions": count, "rounds": rounds, "machine": machine()}
+    embeddings, target = jr.normal(jr.key(2), (batch, dim)), sample_target(jr.key(1), (batch, dim))
+    inputs = embeddings, target, random_unit_directions(jr.key(0), dim, count)
+    report = {"batch": batch, "dim": dim, "directions": count, "rounds": rounds, "machine": describe_machine()}
     for name, pair in LOSSES.items():
         report[name] = compare(pair, inputs, rounds)
         line = ", ".join(f"{key} {value:.4g}" for key, value in report[name].items())

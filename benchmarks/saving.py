@@ -28,15 +28,16 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from jepax import guard, sharding
-from jepax import step as steps
-from jepax.bench.machine import machine
+from jepax.bench.environment import describe_machine
 from jepax.data import DataConfig
+from jepax.distributed import sharding
+from jepax.io.checkpointer import CheckpointManager
 from jepax.recipes import RECIPES
-from jepax.saving import CheckpointManager
-from jepax.settings import Config, prepare
-from jepax.step import USUAL, TrainState, first_state
-from jepax.train import read
+from jepax.training import grad_guard
+from jepax.training import step as steps
+from jepax.training.config import Config, setup_data_and_optimizer
+from jepax.training.loop import train_batches
+from jepax.training.step import DEFAULT_GUARD, TrainState, first_state
 from jepax.types import Metrics
 
 
@@ -53,10 +54,10 @@ class Training:
     """A state, and our step with its guard and without, which takes it on."""
 
     def __init__(self, config: Config):
-        source, self.optimizer = prepare(config)
+        source, self.optimizer = setup_data_and_optimizer(config)
         mesh = sharding.make_mesh()
         self.root = sharding.replicate(jr.key(1), mesh)
-        self.images = sharding.shard_batch(next(read(config, source, 1, 0)), mesh)
+        self.images = sharding.shard_batch(next(train_batches(config, source, 1, 0)), mesh)
         state = sharding.replicate(first_state(config.method, self.optimizer, jr.key(0)), mesh)
         self.arrays, self.rest = eqx.partition(state, eqx.is_array)
         guarded, bare = (lambda arrays: self.raw(arrays) for _ in range(2))  # two, since one would be traced once
@@ -68,7 +69,7 @@ class Training:
 
     def raw(self, arrays: Any) -> tuple[Any, Metrics]:
         state = eqx.combine(arrays, self.rest)
-        new, metrics = steps.train_step(self.optimizer, state, self.images, self.root, jnp.float32, USUAL)
+        new, metrics = steps.train_step(self.optimizer, state, self.images, self.root, jnp.float32, DEFAULT_GUARD)
         return eqx.filter(new, eqx.is_array), metrics
 
     def take(self, name: str = "guarded") -> float:
@@ -83,13 +84,16 @@ class Training:
 @contextlib.contextmanager
 def unguarded() -> Iterator[None]:
     """Within, a step that is traced takes every update and judges nothing."""
-    kept = steps.only_if, guard.Guard.judge, guard.Guard.scale
-    steps.only_if = lambda condition, update, old: update(old)
-    guard.Guard.judge, guard.Guard.scale = lambda *_: jnp.int32(guard.FINE), lambda *_: 1.0
+    kept = steps.apply_if, grad_guard.GradGuardState.judge, grad_guard.GradGuardState.scale
+    steps.apply_if = lambda condition, update, old: update(old)
+    grad_guard.GradGuardState.judge, grad_guard.GradGuardState.scale = (
+        lambda *_: jnp.int32(grad_guard.FINE),
+        lambda *_: 1.0,
+    )
     try:
         yield
     finally:
-        steps.only_if, guard.Guard.judge, guard.Guard.scale = kept
+        steps.apply_if, grad_guard.GradGuardState.judge, grad_guard.GradGuardState.scale = kept
 
 
 def in_turn(training: Training, rounds: int) -> dict[str, Any]:
@@ -154,7 +158,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the demo alone, few rounds: only to see that it runs")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    results: dict[str, Any] = {"machine": machine()}
+    results: dict[str, Any] = {"machine": describe_machine()}
     for name, (recipe, batch, side, rounds, window) in list(CASES.items())[: 1 if args.quick else None]:
         config = config_of(recipe, batch, side, args.quick)
         training = Training(config)

@@ -25,14 +25,14 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from jepax.bench import clock, memory, peer
-from jepax.bench.machine import machine
+from jepax.bench import memory, timing, torch_baseline
+from jepax.bench.environment import describe_machine
 from jepax.distributed.multihost import cores
 from jepax.masking import MultiBlockConfig
 from jepax.methods.ijepa import IJEPAConfig
-from jepax.nn import SIZES, PredictorConfig, ViTConfig
-from jepax.settings import Config, TrainConfig
-from jepax.types import Images
+from jepax.nn import VIT_SIZES, PredictorConfig, ViTConfig
+from jepax.training.config import Config, TrainConfig
+from jepax.types import ImageBatch
 from jepax.views import CropConfig
 
 
@@ -45,7 +45,7 @@ def setting(encoder: ViTConfig, predictor: PredictorConfig, side: int, context: 
 
 def at_224(size: str, width: int, batch: int) -> Config:
     """A patch of 16 at 224 px, 50 context patches, a predictor of depth 6."""
-    encoder = ViTConfig(patch_size=16, **SIZES[size])
+    encoder = ViTConfig(patch_size=16, **VIT_SIZES[size])
     return setting(encoder, PredictorConfig(width=width, depth=6, heads=encoder.heads), 224, 50, batch)
 
 
@@ -70,10 +70,10 @@ def views_and_masks(config: Config) -> list[float]:
     """Seconds to make one batch of our views and masks, at the published ranges of block sizes, from 512 px or less."""
     method, side, batch = config.method, min(512, 2 * config.method.crop.size[0]), config.train.batch_size
     canvas = np.random.default_rng(0).integers(0, 256, (batch, side, side, method.encoder.channels), np.uint8)
-    images = Images(jnp.asarray(canvas), jnp.full((batch, 2), side, jnp.int32), jnp.arange(batch))
+    images = ImageBatch(jnp.asarray(canvas), jnp.full((batch, 2), side, jnp.int32), jnp.arange(batch))
     sampler = method.sampler()
     make = jax.jit(lambda images, key: method.views_and_masks(images, sampler, key=key))
-    return clock.in_turn({"": lambda: make(images, jr.key(0))}, rounds=10)[""]
+    return timing.interleave({"": lambda: make(images, jr.key(0))}, rounds=10)[""]
 
 
 SIDES = ("ours", "torch, eager", "torch, compiled")
@@ -110,9 +110,11 @@ class Side:
 def serve(side: str, config: Config) -> None:
     """Answers what `Side.ask` asks."""
     answers, sys.stdout = sys.stdout, sys.stderr
-    method = peer.Given(peer.plain(config.method), total_steps=peer.TOTAL, key=jr.key(0))
-    inputs = peer.make_inputs(method, config.train.batch_size)
-    on = machine(*([] if side == "ours" else ["torch"]))
+    method = torch_baseline.FixedViewIJEPA(
+        torch_baseline.published_config(config.method), total_steps=torch_baseline.TOTAL_STEPS, key=jr.key(0)
+    )
+    inputs = torch_baseline.make_inputs(method, config.train.batch_size)
+    on = describe_machine(*([] if side == "ours" else ["torch"]))
     if side != "ours":
         import torch
 
@@ -122,9 +124,9 @@ def serve(side: str, config: Config) -> None:
     forget()
     before = memory.peak_bytes() or 0
     if side == "ours":
-        step = peer.ours(method, inputs, "float32", config.train.log_every)
+        step = torch_baseline.jax_step(method, inputs, "float32", config.train.log_every)
     else:
-        step = peer.theirs(method, inputs, "float32", compiled=side == "torch, compiled")
+        step = torch_baseline.torch_step(method, inputs, "float32", compiled=side == "torch, compiled")
     asked = {"about": lambda: on, "step": step, "forget": forget, "peak": lambda: (memory.peak_bytes() or 0) - before}
     for line in sys.stdin:
         print(json.dumps(asked[line.strip()]()), file=answers, flush=True)
@@ -133,7 +135,7 @@ def serve(side: str, config: Config) -> None:
 def forget() -> None:
     """Lets the peak of memory count from here on, without what compiling took."""
     trim_heap()
-    memory.forget_peak()
+    memory.reset_peak()
 
 
 def compare(name: str, python: str, small: bool, rounds: int) -> dict[str, Any]:
@@ -142,14 +144,17 @@ def compare(name: str, python: str, small: bool, rounds: int) -> dict[str, Any]:
     with ExitStack() as stack:
         pythons = {side: python if side == "ours" else sys.executable for side in SIDES}
         sides = {side: stack.enter_context(Side(pythons[side], side, name, small)) for side in SIDES}
-        losses = peer.agreed({name: side.step for name, side in sides.items()}, peer.TOLERANCE["float32"])
+        losses = torch_baseline.check_losses_agree(
+            {name: side.step for name, side in sides.items()}, torch_baseline.LOSS_TOLERANCE["float32"]
+        )
         for side in sides.values():
             side.ask("forget")
-        times = clock.in_turn({name: side.step for name, side in sides.items()}, rounds)
+        times = timing.interleave({name: side.step for name, side in sides.items()}, rounds)
         held = {name: side.ask("peak") for name, side in sides.items()}
         ours = times["ours"]
         against = {
-            side: clock.ratio(ours, times[side]) | {"theirs_s": float(np.median(times[side]))} for side in SIDES[1:]
+            side: timing.median_ratio(ours, times[side]) | {"theirs_s": float(np.median(times[side]))}
+            for side in SIDES[1:]
         }
         about = {name: side.about for name, side in sides.items()}
     found = {"ours_s": float(np.median(ours)), "against": against, "peak_bytes": held, "losses": losses}

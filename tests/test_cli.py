@@ -8,11 +8,11 @@ import sys
 import pytest
 
 from jepax import cli
-from jepax import config as configs
 from jepax.commands import COMMANDS, train
 from jepax.commands.recipes import Recipes
 from jepax.commands.train import Train
-from jepax.settings import Config
+from jepax.io import config_yaml as configs
+from jepax.training.config import Config
 
 TINY = """
     --data.source synthetic --data.canvas 28 --data.channels 1 --data.synthetic-images 80 --data.validation 0.2
@@ -148,7 +148,7 @@ def test_a_switch_takes_no_value(monkeypatch):
 def test_a_recipes_help_shows_every_field_with_type_default_and_meaning(capsys):
     cli.main(["train", "ijepa_fashion_mnist", "--help"])
     out = capsys.readouterr().out
-    for path in configs.flat(Config()):
+    for path in configs.flatten(Config()):
         if path != "method.name":
             assert f"--{path.replace('_', '-')} " in out, path
     assert "--run-dir" in out and "Dimension of a token" in out and "default: 192" in out

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jepax import config as configs
 from jepax.commands import COMMANDS
 from jepax.commands.sweep import Sweep
 from jepax.commands.train import Train
-from jepax.grids import Grid
+from jepax.io import config_yaml as configs
 from jepax.recipes import RECIPES
+from jepax.sweeps import Sweep
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -65,7 +65,7 @@ def test_the_pages_grid_is_one(tmp_path):
     text = (ROOT / "docs" / "add_a_method.md").read_text()
     path = tmp_path / "momentum.yaml"
     path.write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
-    assert configs.load(Grid, path).name == "momentum"
+    assert configs.load(Sweep, path).name == "momentum"
     assert len(Sweep.read("sweep", [str(path)]).plan().jobs) == 4
 
 

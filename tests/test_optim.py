@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from jepax import schedules
-from jepax.optim import MUON_RMS, OptimConfig, Optimizer, decayed, matrices
-from jepax.trees import norm, trainable
+from jepax.optim import MUON_UPDATE_RMS, OptimConfig, Optimizer, matrix_mask, weight_decay_mask
+from jepax.trees import global_norm, trainable
 from jepax.types import UserError
 from tests.contracts.shrink import shrunk
 
@@ -23,7 +23,7 @@ def params():
 
 
 def test_decay_is_for_matrices_and_the_mask_token_alone(params):
-    marks = jax.tree_util.tree_leaves_with_path(decayed(params))
+    marks = jax.tree_util.tree_leaves_with_path(weight_decay_mask(params))
     names = {jax.tree_util.keystr(path): mark for path, mark in marks}
     assert {name for name, mark in names.items() if mark} == {
         name for name in names if name.endswith(".weight") and "norm" not in name
@@ -34,7 +34,7 @@ def test_decay_is_for_matrices_and_the_mask_token_alone(params):
 def test_an_update_is_optax_adamw(params):
     """At constant rates, over three steps, on parameters that are all decayed."""
     config = OptimConfig(peak_lr=1e-2, start_lr=1e-2, final_lr=1e-2, weight_decay=0.3, decay_shape="constant")
-    ours, theirs = Optimizer(config, 10, 0), optax.adamw(1e-2, weight_decay=0.3, mask=decayed(params))
+    ours, theirs = Optimizer(config, 10, 0), optax.adamw(1e-2, weight_decay=0.3, mask=weight_decay_mask(params))
     state_ours, state_theirs, a, b = ours.init(params), theirs.init(params), params, params
     for step in range(3):
         grads = jax.tree.map(lambda x, step=step: jnp.sin(x + step), params)
@@ -46,7 +46,9 @@ def test_an_update_is_optax_adamw(params):
 
 
 def test_muon_takes_the_matrices_of_the_blocks_alone(params):
-    marks = {jax.tree_util.keystr(path): mark for path, mark in jax.tree_util.tree_leaves_with_path(matrices(params))}
+    marks = {
+        jax.tree_util.keystr(path): mark for path, mark in jax.tree_util.tree_leaves_with_path(matrix_mask(params))
+    }
     layers = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2")
     expected = {f".{of}.stack.blocks.{layer}.weight" for of in ("encoder", "predictor") for layer in layers}
     assert {name for name, mark in marks.items() if mark} == expected
@@ -58,13 +60,13 @@ def test_muon_moves_every_singular_direction_alike_and_the_rest_as_adamw(params)
     grads = jax.tree.map(lambda x: jr.normal(jr.key(x.size), x.shape), params)
     muon, adamw = (Optimizer(OptimConfig(matrices=rule, **rates), 10, 0) for rule in ("muon", "adamw"))
     (moved, _), (adam, _) = (o.update(grads, o.init(params), params, jnp.int32(0)) for o in (muon, adamw))
-    flat = zip(*(jax.tree.leaves(tree) for tree in (matrices(params), moved, adam, grads)), strict=True)
+    flat = zip(*(jax.tree.leaves(tree) for tree in (matrix_mask(params), moved, adam, grads)), strict=True)
     for is_matrix, update, reference, grad in flat:
         if not is_matrix:
             np.testing.assert_array_equal(update, reference)
             continue
         for layer, slope in zip(np.asarray(update, np.float64), np.asarray(grad, np.float64), strict=True):
-            values = np.linalg.svd(layer, compute_uv=False) / (1e-2 * MUON_RMS * np.sqrt(max(layer.shape)))
+            values = np.linalg.svd(layer, compute_uv=False) / (1e-2 * MUON_UPDATE_RMS * np.sqrt(max(layer.shape)))
             left, strength, right = np.linalg.svd(slope, full_matrices=False)
             moved_far = strength > 0.1 * strength[0]
             assert 0.6 < values[: moved_far.sum()].min() and values.max() < 1.3
@@ -75,7 +77,7 @@ def test_clipping_bounds_the_global_norm(params):
     grads = jax.tree.map(lambda x: 100.0 * jnp.ones_like(x), params)
     clipped, plain = (Optimizer(OptimConfig(clip=clip), 10, 0) for clip in (1.0, None))
     moments = [o.update(grads, o.init(params), params, jnp.int32(0))[1][1].mu for o in (clipped, plain)]
-    norms = [float(norm(m)) / 0.1 for m in moments]  # the first mean is (1 - beta1) of the gradient
+    norms = [float(global_norm(m)) / 0.1 for m in moments]  # the first mean is (1 - beta1) of the gradient
     assert norms[0] == pytest.approx(1.0, rel=1e-3) and norms[1] > 1000
 
 

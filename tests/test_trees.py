@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 
 from jepax.nn.transformer import Linear
-from jepax.trees import EMA, cast, count_parameters, norm, norms_by_layer, trainable
+from jepax.trees import EMA, cast, count_parameters, global_norm, per_layer_norms, trainable
 
 
 class Pair(eqx.Module):
@@ -47,6 +47,6 @@ def test_cast_changes_floats_alone():
 
 def test_norms():
     tree = {"a": jnp.array([[3.0, 0.0], [0.0, 0.0]]), "b": jnp.array([4.0, 2.0])}
-    assert float(norm(tree)) == float(jnp.sqrt(29.0))
-    np.testing.assert_allclose(norms_by_layer(tree), [5.0, 2.0])
+    assert float(global_norm(tree)) == float(jnp.sqrt(29.0))
+    np.testing.assert_allclose(per_layer_norms(tree), [5.0, 2.0])
     assert count_parameters(tree) == 6

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from jepax.commands import COMMANDS
-from jepax.config import nearest
 from jepax.distributed import preemption
 from jepax.distributed.compile_cache import enable_compile_cache
 from jepax.distributed.malloc import run_cpu_synchronously, tune_malloc
-from jepax.errors import UserError, words
+from jepax.errors import UserError, user_message
+from jepax.io.config_yaml import suggest
 
-LINES = 5
+MAX_ERROR_LINES = 5
 """Longest message of an error."""
 
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Exits with 2 after an error of the user, with `preemption.EXIT_RETRY` if it was asked to end."""
     try:
         with preemption.install_handlers(), format_warnings():
-            run(list(sys.argv[1:] if argv is None else argv))
+            run_command(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         exit_with("stopped on request; rerun the same command to resume", preemption.EXIT_RETRY)
     except preemption.Preempted as ended:
@@ -32,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (OSError, ValueError, RuntimeError) as error:
-        if (message := words(error)) is None:
+        if (message := user_message(error)) is None:
             raise
         exit_with(message, 2)
 
 
-def run(argv: list[str]) -> None:
+def run_command(argv: list[str]) -> None:
     """Run the command that the first word names."""
     name, arguments = (argv[0], argv[1:]) if argv else ("--help", [])
     if name in ("-h", "--help", "help"):
@@ -51,7 +51,7 @@ def run(argv: list[str]) -> None:
         print_version(arguments)
         return
     if name not in COMMANDS:
-        raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
+        raise UserError(f"unknown command {name!r}; {suggest(name, COMMANDS)}")
     command = COMMANDS[name].read(name, arguments)
     if command is not None:
         run_cpu_synchronously()
@@ -83,7 +83,7 @@ def print_version(arguments: Sequence[str]) -> None:
 def exit_with(message: str, code: int) -> NoReturn:
     """Print a few plain lines to stderr, and exit."""
     lines = [line for line in f"jepax: {message}".splitlines() if line.strip()]
-    print("\n".join(lines[:LINES]), file=sys.stderr)
+    print("\n".join(lines[:MAX_ERROR_LINES]), file=sys.stderr)
     sys.exit(code)
 
 

@@ -8,7 +8,7 @@ class UserError(ValueError):
     """
 
 
-def words(error: BaseException) -> str | None:
+def user_message(error: BaseException) -> str | None:
     """The message for an error that a user can fix; None for all other errors."""
     if isinstance(error, UserError):
         return str(error)

@@ -32,7 +32,7 @@ class OptimConfig:
     """Weight decay at the first step; times the learning rate, on tensors of two or more dimensions only."""
     final_weight_decay: float = 0.4
     """Weight decay at the last step."""
-    decay_shape: schedules.Shape = "cosine"
+    decay_shape: schedules.ScheduleShape = "cosine"
     """Path of the weight decay from first to last; constant stays at the first."""
     beta1: float = 0.9
     """Decay of the mean of gradients (Muon's is 0.95)."""
@@ -59,7 +59,7 @@ class OptimConfig:
             raise UserError(f"optim.clip={self.clip} must be above 0; None does not clip")
 
 
-MUON_RMS = 0.2
+MUON_UPDATE_RMS = 0.2
 """Root mean square of an update of Muon before the learning rate: about AdamW's (Liu et al. 2025, arXiv:2502.16982)."""
 
 
@@ -95,7 +95,7 @@ class Optimizer(eqx.Module):
         adam = optax.scale_by_adam(b1=c.beta1, b2=c.beta2, eps=c.eps)
         if c.matrices == "adamw":
             return optax.chain(clip, adam)
-        return optax.chain(clip, optax.masked(adam, _others), optax.masked(_muon(), matrices))
+        return optax.chain(clip, optax.masked(adam, _non_matrix_mask), optax.masked(_scale_by_muon(), matrix_mask))
 
     def init(self, params: PyTree) -> optax.OptState:
         return self._rule.init(params)
@@ -110,10 +110,10 @@ class Optimizer(eqx.Module):
         def change(direction: Array, param: Array, decayed: bool) -> Array:
             return -lr * (direction + decay * param if decayed else direction)
 
-        return jax.tree.map(change, directions, params, decayed(params)), opt_state
+        return jax.tree.map(change, directions, params, weight_decay_mask(params)), opt_state
 
 
-def decayed(params: PyTree) -> PyTree:
+def weight_decay_mask(params: PyTree) -> PyTree:
     """True at weight matrices and the mask token; never at biases, norms or any other one-dimensional tensor.
 
     By name, because the arrays of stacked layers carry one dimension more than one layer's own.
@@ -126,7 +126,7 @@ def decayed(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
-def matrices(params: PyTree) -> PyTree:
+def matrix_mask(params: PyTree) -> PyTree:
     """True at the weight matrices of the blocks, which stack them as (layers, in, out)."""
 
     def is_matrix(path: tuple, array: Array) -> bool:
@@ -136,18 +136,18 @@ def matrices(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def _others(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda is_matrix: not is_matrix, matrices(params))
+def _non_matrix_mask(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda is_matrix: not is_matrix, matrix_mask(params))
 
 
-def _muon() -> optax.GradientTransformation:
+def _scale_by_muon() -> optax.GradientTransformation:
     """The momentum of each layer's matrix made orthogonal, then scaled to a root mean square of `MUON_RMS`.
 
     Source: Jordan et al. 2024 (Muon); the scale sqrt(max(in, out)) is Liu et al. 2025's.
     """
 
     def scale(update: Array) -> Array:
-        return MUON_RMS * jnp.sqrt(max(update.shape[1:])) * update
+        return MUON_UPDATE_RMS * jnp.sqrt(max(update.shape[1:])) * update
 
     def layers(params: PyTree) -> PyTree:
         return jax.tree.map(lambda _: MuonDimensionNumbers(reduction_axis=1, output_axis=2), params)

@@ -5,11 +5,11 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Step = int | float | Int[Array, ""] | Float[Array, ""]
-Shape = Literal["constant", "linear", "cosine"]
+StepLike = int | float | Int[Array, ""] | Float[Array, ""]
+ScheduleShape = Literal["constant", "linear", "cosine"]
 
 
-def ramp(shape: Shape, step: Step, *, start: float, final: float, total: int) -> Float[Array, ""]:
+def ramp(shape: ScheduleShape, step: StepLike, *, start: float, final: float, total: int) -> Float[Array, ""]:
     """From `start` at step 0 to `final` at step `total`, and `final` from then on; `constant` stays at `start`."""
     share = jnp.clip(jnp.asarray(step, float) / total, 0.0, 1.0)
     if shape == "constant":
@@ -19,7 +19,9 @@ def ramp(shape: Shape, step: Step, *, start: float, final: float, total: int) ->
     return final + (start - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * share))
 
 
-def warmup_cosine(step: Step, *, start: float, peak: float, final: float, warmup: int, total: int) -> Float[Array, ""]:
+def warmup_cosine(
+    step: StepLike, *, start: float, peak: float, final: float, warmup: int, total: int
+) -> Float[Array, ""]:
     """Linear from `start` at step 0 to `peak` at step `warmup`, then a cosine to `final` at step `total`.
 
     Source: the learning rate of I-JEPA, Assran et al. 2023, appendix A.

@@ -25,12 +25,12 @@ class EMA(eqx.Module, Generic[T]):
         def move(average: object, new: object) -> object:
             if not eqx.is_inexact_array(average):
                 return average
-            return as_stored(momentum * average + (1.0 - momentum) * jax.lax.stop_gradient(new), average.dtype)
+            return round_to_dtype(momentum * average + (1.0 - momentum) * jax.lax.stop_gradient(new), average.dtype)
 
         return EMA(jax.tree.map(move, self.average, online))
 
 
-def as_stored(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
+def round_to_dtype(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
     """x rounded to `dtype`. A cast alone does not bind: XLA may go on with the unrounded value in the same program."""
     kept = jnp.finfo(dtype)
     if kept.bits < jnp.finfo(x.dtype).bits:
@@ -64,20 +64,20 @@ def count_parameters(tree: PyTree) -> int:
     return sum(leaf.size for leaf in leaves if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
-def norm(tree: PyTree) -> Float[Array, ""]:
+def global_norm(tree: PyTree) -> Float[Array, ""]:
     """Euclidean norm over every array of the tree, accumulated in float32."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves))
 
 
 @eqx.filter_jit
-def finite(tree: PyTree) -> Bool[Array, ""]:
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every number of the tree is one."""
     arrays = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
     return jnp.all(jnp.stack([jnp.isfinite(jnp.sum(jnp.abs(leaf), dtype=jnp.float32)) for leaf in arrays]))
 
 
-def norms_by_layer(stacked: PyTree) -> Float[Array, "layers"]:
+def per_layer_norms(stacked: PyTree) -> Float[Array, "layers"]:
     """Euclidean norm of each layer of a stack whose arrays all carry a leading `layers` axis."""
     leaves = [leaf for leaf in jax.tree.leaves(stacked) if eqx.is_inexact_array(leaf)]
     squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=tuple(range(1, leaf.ndim))) for leaf in leaves]

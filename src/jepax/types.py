@@ -5,14 +5,14 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
-from jepax.errors import UserError, words
+from jepax.errors import UserError
 
 AnyArray = jax.Array | np.ndarray
 Metrics = dict[str, Array]
 """Named values of one step, on the device until they are logged."""
 
 
-class Images(eqx.Module):
+class ImageBatch(eqx.Module):
     """One batch as the host hands it over; each picture lies in its canvas's top left corner."""
 
     canvas: UInt8[AnyArray, "batch rows columns channels"]
@@ -38,11 +38,10 @@ __all__ = [
     "Array",
     "Bool",
     "Float",
-    "Images",
+    "ImageBatch",
     "Int",
     "Masks",
     "Metrics",
     "PRNGKeyArray",
     "UserError",
-    "words",
 ]

@@ -12,8 +12,8 @@ SOUND = {
 
 
 def test_an_idle_machine_is_not_doubted():
-    assert report.doubts(SOUND) == []
-    assert report.doubts({"machine": SOUND["machine"]}) == []  # of reading, which has no more
+    assert report.sanity_warnings(SOUND) == []
+    assert report.sanity_warnings({"machine": SOUND["machine"]}) == []  # of reading, which has no more
 
 
 @pytest.mark.parametrize(
@@ -25,5 +25,5 @@ def test_an_idle_machine_is_not_doubted():
     ],
 )
 def test_what_cannot_be_is_doubted(changed, said):
-    (doubt,) = report.doubts(SOUND | changed)
+    (doubt,) = report.sanity_warnings(SOUND | changed)
     assert said in doubt

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jepax.bench import peak, peer, run
-from jepax.bench.subject import Subject
+from jepax.bench import peak, run, torch_baseline
+from jepax.bench.step_bench import StepBenchmark
 from jepax.commands.bench import Bench
 from jepax.recipes import RECIPES
 from jepax.types import UserError
@@ -30,8 +30,8 @@ def found(tmp_path_factory):
     """Numbers of the demo's method, tiny, as they are written; and the table."""
     path = tmp_path_factory.mktemp("bench") / "found.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peak, "SIZES", {"cpu": (64,)})
-        returned = run.bench(config(*TINY), 3, say=lambda line: None, json=path)
+        patch.setattr(peak, "MATRIX_SIZES", {"cpu": (64,)})
+        returned = run.run_bench(config(*TINY), 3, say=lambda line: None, json=path)
     assert json.loads(path.read_text()) == json.loads(json.dumps(returned))
     return returned
 
@@ -91,20 +91,20 @@ def test_what_is_not_understood_is_refused(words, said):
 
 def test_the_peer_is_one_of_ijepa():
     with pytest.raises(UserError, match="is for I-JEPA; lejepa_fashion_mnist trains lejepa"):
-        peer.compare(RECIPES["lejepa_fashion_mnist"](), 1)
+        torch_baseline.compare_with_torch(RECIPES["lejepa_fashion_mnist"](), 1)
 
 
 def test_our_step_and_the_peers_agree_and_are_timed():
     pytest.importorskip("torch")
-    found = peer.compare(config(*TINY), 2, ("eager",))
+    found = torch_baseline.compare_with_torch(config(*TINY), 2, ("eager",))
     assert set(found["against"]) == {"torch, eager"} and found["against"]["torch, eager"]["ratio"] > 0
-    assert len(found["losses"]) == peer.CHECKED
+    assert len(found["losses"]) == torch_baseline.CHECKED_STEPS
 
 
 def test_no_step_is_counted_that_was_done_before_the_clock_started():
     """As on a CPU, where a step that is sent off is done."""
 
-    class Slow(Subject):
+    class Slow(StepBenchmark):
         def __init__(self):
             self.config = config()
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from jepax import config as configs
 from jepax.commands.parsing import to_field_path
 from jepax.commands.synonyms import closest_field
 from jepax.commands.train import Train
+from jepax.io import config_yaml as configs
 from jepax.recipes import RECIPES
 
 IJEPA, VICREG, LEJEPA = "ijepa_fashion_mnist", "vicreg_fashion_mnist", "lejepa_fashion_mnist"
@@ -218,12 +218,14 @@ GROUPS = (
 SPELLINGS = [(recipe, flag, field) for recipe, group in GROUPS for flag, field in group.items()]
 """A recipe, a flag of another code base, and the field that means the same; None: jepax has none."""
 
-renamed = pytest.mark.skipif("method.encoder.num_heads" not in configs.flat(RECIPES[IJEPA]()), reason="old field names")
+renamed = pytest.mark.skipif(
+    "method.encoder.num_heads" not in configs.flatten(RECIPES[IJEPA]()), reason="old field names"
+)
 
 
 def answer(recipe, flag, fields=None):
     """The field that a flag sets, or that its error suggests."""
-    fields = list(configs.flat(RECIPES[recipe]())) if fields is None else fields
+    fields = list(configs.flatten(RECIPES[recipe]())) if fields is None else fields
     name = to_field_path(flag)
     return name if name in fields else closest_field(name, [*fields, *Train.options()])
 

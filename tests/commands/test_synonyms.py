@@ -2,13 +2,13 @@
 
 import pytest
 
-from jepax import config as configs
 from jepax.commands import COMMANDS
 from jepax.commands.synonyms import ANSWERS, SYNONYMS, closest_field, way_out
+from jepax.io import config_yaml as configs
 from jepax.recipes import RECIPES
 
 FIELDS = ["seed", "optim.peak_lr", "optim.eps", "net.width", "net.depth", "head.width", "head.depth", "train.epochs"]
-CONFIGS = {path for recipe in RECIPES.values() for path in configs.flat(recipe())}
+CONFIGS = {path for recipe in RECIPES.values() for path in configs.flatten(recipe())}
 OPTIONS = {option for command in COMMANDS.values() for option in command.options()}
 
 

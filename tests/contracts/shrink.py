@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-from jepax import config as configs
 from jepax.data import DataConfig
+from jepax.io import config_yaml as configs
+from jepax.io.checkpointer import CheckpointConfig
 from jepax.nn import PredictorConfig
 from jepax.recipes import RECIPES
-from jepax.saving import SaveConfig
-from jepax.settings import Config, TrainConfig
-from jepax.views import CropConfig, MultiCropConfig, PhotometricConfig
+from jepax.training.config import Config, TrainConfig
+from jepax.views import ColorConfig, CropConfig, MultiCropConfig
 
 SIDE, PATCH, BATCH = 24, 4, 16
 
@@ -25,7 +25,7 @@ def shrunk(name: str, **method: object) -> Config:
             global_crop=CropConfig(size=(SIDE, SIDE), flip=0.5),
             locals=min(config.method.views.locals, 2),
             local_crop=CropConfig(size=(SIDE // 2, SIDE // 2), scale=(0.05, 0.3)),
-            photometric=PhotometricConfig(jitter=0.8),
+            photometric=ColorConfig(jitter=0.8),
         )
         changes["projector"] = replace(config.method.projector, hidden=(24,), width=8)
     else:
@@ -48,13 +48,13 @@ def shrunk(name: str, **method: object) -> Config:
         method=replace(config.method, **changes | method),
         data=data,
         optim=replace(config.optim, warmup_epochs=0.1),
-        train=TrainConfig(batch_size=BATCH, steps=6, log_every=2, save=SaveConfig(every=4)),
+        train=TrainConfig(batch_size=BATCH, steps=6, log_every=2, save=CheckpointConfig(every=4)),
     )
 
 
 def structure(config: Config) -> frozenset:
     """The shrunk method without its numbers: recipes that share it run the same program."""
-    flat = configs.flat(config.method)
+    flat = configs.flatten(config.method)
     kept = {path: value for path, value in flat.items() if not path.endswith("init_std")}
     return frozenset((path, value != 0 if isinstance(value, float) else str(value)) for path, value in kept.items())
 

@@ -9,15 +9,16 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax import checkpoint, sharding
 from jepax.data import open_source
+from jepax.distributed import sharding
+from jepax.io import checkpoint
 from jepax.recipes import RECIPES
-from jepax.settings import make_optimizer
-from jepax.step import Fixed, compiled_step, first_state, step_program
-from jepax.train import read
+from jepax.training.config import make_optimizer
+from jepax.training.loop import train_batches
+from jepax.training.step import TrainContext, first_state, jit_train_step, run_train_step
 from jepax.trees import EMA, trainable
-from jepax.types import Images
-from jepax.views import PhotometricConfig
+from jepax.types import ImageBatch
+from jepax.views import ColorConfig
 from tests.contracts.shrink import distinct
 
 STEPS = 6
@@ -35,7 +36,7 @@ def config(request):
 
 @pytest.fixture(scope="module")
 def batches(config):
-    return list(read(config, open_source(config.data, "train"), STEPS, 0))
+    return list(train_batches(config, open_source(config.data, "train"), STEPS, 0))
 
 
 def fresh(config, seed=None, devices=None):
@@ -55,7 +56,7 @@ def test_every_recipe_is_a_program_at_its_full_size(name):
     """Traced with abstract shapes: sizes fit each other, and nothing is computed."""
     config = RECIPES[name]()
     pictures = np.zeros((8, 64, 64, config.method.encoder.channels), np.uint8)
-    images = Images(canvas=pictures, size=np.full((8, 2), 64, np.int32), index=np.arange(8, dtype=np.int32))
+    images = ImageBatch(canvas=pictures, size=np.full((8, 2), 64, np.int32), index=np.arange(8, dtype=np.int32))
     method = eqx.filter_eval_shape(lambda: config.method.build(total_steps=10, key=jr.key(0)))
     loss = eqx.filter_eval_shape(lambda method: method.loss(images, key=jr.key(0))[0], method)
     assert config.recipe == name and loss.shape == () and loss.dtype == jnp.float32
@@ -71,7 +72,7 @@ def seeing_the_whole(method):
         return replace(method, crop=whole(method.crop))
     views = method.views
     crops = {"global_crop": whole(views.global_crop), "local_crop": whole(views.local_crop)}
-    return replace(method, views=replace(views, photometric=PhotometricConfig(), **crops))
+    return replace(method, views=replace(views, photometric=ColorConfig(), **crops))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_one_batch_is_overfitted(standing_still, batches):
     images, losses = jax.tree.map(jnp.asarray, batches[0]), []
     while len(losses) < 10 or np.mean(losses[-10:]) >= 0.5 * losses[0]:
         assert len(losses) < 150, losses[::15]
-        state, metrics = compiled_step(Fixed(optimizer, jr.key(1)), images, state)
+        state, metrics = run_train_step(TrainContext(optimizer, jr.key(1)), images, state)
         losses.append(float(metrics["loss"]))
 
 
@@ -152,15 +153,15 @@ def test_two_builds_compile_once(standing_still, batches):
     counts, images = [], jax.tree.map(jnp.asarray, batches[0])
     for seed in (0, 1):
         _, optimizer, state = fresh(standing_still, seed)
-        compiled_step(Fixed(optimizer, jr.key(seed)), images, state)
-        counts.append(step_program._cache_size())
+        run_train_step(TrainContext(optimizer, jr.key(seed)), images, state)
+        counts.append(jit_train_step._cache_size())
     assert counts[0] == counts[1] > 0
 
 
 def test_a_checkpoint_round_trips(standing_still, batches, tmp_path):
     _, optimizer, state = fresh(standing_still)
     images = jax.tree.map(jnp.asarray, batches[0])
-    state, _ = compiled_step(Fixed(optimizer, jr.key(1)), images, state)
+    state, _ = run_train_step(TrainContext(optimizer, jr.key(1)), images, state)
     checkpoint.save(tmp_path, 1, state)
     restored = checkpoint.restore(tmp_path, 1, fresh(standing_still, seed=5)[2])
     assert jax.tree.structure(restored) == jax.tree.structure(state)

@@ -2,11 +2,11 @@
 
 import numpy as np
 
+from jepax.evals.eval_dataset import HIDDEN_LABEL, EvalDataset
 from jepax.evals.features import Features
-from jepax.evals.splits import WITHHELD, Split
 
 
-class Made(Split):
+class Made(EvalDataset):
     """Features and labels as they are given, with neither an encoder nor pictures."""
 
     labels = None  # in place of the property, which reads them from a source
@@ -22,7 +22,7 @@ class Made(Split):
 
     def withheld(self):
         """The same without its labels, as a protocol is given the test split."""
-        return Made(self.features.layers, np.full_like(self.labels, WITHHELD))
+        return Made(self.features.layers, np.full_like(self.labels, HIDDEN_LABEL))
 
 
 def clusters(seed=0, sizes=(1003, 211, 301), layers=1, dim=16, classes=7, noise=1.5, offset=0.0):

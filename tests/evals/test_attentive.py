@@ -12,16 +12,16 @@ from scipy.special import erf, softmax
 from jepax.evals.attentive import (
     AttentiveConfig,
     AttentiveHead,
-    attention_heads,
     attentive,
-    first_sweep,
-    sweep_step,
+    attentive_step,
+    choose_num_heads,
+    init_heads_state,
     train_heads,
 )
-from jepax.evals.floors import RawPixels
-from jepax.evals.scoring import top1
-from jepax.evals.splits import Split, withheld
-from jepax.evals.streaming import loader_seed, without_labels
+from jepax.evals.baselines import PixelFeatures
+from jepax.evals.eval_dataset import EvalDataset, hide_labels
+from jepax.evals.head_training import loader_seed, without_labels
+from jepax.evals.scoring import top1_accuracy
 from jepax.types import UserError
 from tests.evals.textures import BATCH, CLASSES, CROP, arrays, majority, row, source, split
 
@@ -81,7 +81,7 @@ def test_logits_equal_the_definition():
     ("dim", "heads"), [(192, 3), (768, 12), (1280, 20), (32, 1), (49, 1), (147, 3), (96, 2), (1, 1), (131, 1)]
 )
 def test_attention_heads_are_about_64_wide(dim, heads):
-    assert attention_heads(dim) == heads
+    assert choose_num_heads(dim) == heads
 
 
 def test_together_is_alone():
@@ -98,7 +98,7 @@ def test_together_is_alone():
 def inputs_of_a_step(settings):
     train, _ = splits(row())
     images = next(iter(train.shuffled(BATCH, 1, loader_seed(jr.key(0)))))
-    sweep = first_sweep(len(settings), 32, CLASSES, key=jr.key(1))
+    sweep = init_heads_state(len(settings), 32, CLASSES, key=jr.key(1))
     return sweep, row(), without_labels(images), images.label, jr.key(2), np.asarray(settings, np.float32)
 
 
@@ -107,7 +107,7 @@ def stepped():
     """Two heads, the second with weight decay, before and after one step at learning rate 1e-2, and their losses."""
     sweep, *inputs = inputs_of_a_step([(1e-2, 0.0), (1e-2, 0.5)])
     start = jax.tree.map(np.array, sweep.heads)
-    after, losses = sweep_step(sweep, *inputs, config=replace(CONFIG, warmup=0.1), steps=10)
+    after, losses = attentive_step(sweep, *inputs, config=replace(CONFIG, warmup=0.1), steps=10)
     assert int(after.step) == 1
     return start, jax.tree.map(np.array, after.heads), losses
 
@@ -134,7 +134,7 @@ def test_heads_begin_alike_and_every_array_of_theirs_is_trained(stepped):
 @pytest.mark.parametrize("views", ["centre", "augmented"])
 def test_only_augmented_views_draw_random_numbers(views):
     inputs = inputs_of_a_step([(1e-3, 0.0)])
-    program = jax.make_jaxpr(lambda *inputs: sweep_step(*inputs, config=replace(CONFIG, views=views), steps=10))(
+    program = jax.make_jaxpr(lambda *inputs: attentive_step(*inputs, config=replace(CONFIG, views=views), steps=10))(
         *inputs
     )
     assert ("random_bits" in str(program)) == (views == "augmented")
@@ -147,9 +147,9 @@ def test_it_learns_and_validation_chooses(fitted):
     assert answer.settings is answer.tried[int(np.argmax(tops))]
     assert answer.settings["learning_rate"] == 3e-3 and "lr 0.003" in answer.variant
     test = split(row(), 70, 2)
-    assert top1(answer.guess(test), test.labels) > majority(test.labels) + 30
+    assert top1_accuracy(answer.guess(test), test.labels) > majority(test.labels) + 30
     _, validation = splits(row())
-    assert top1(answer.guess(validation), validation.labels) == max(tops)
+    assert top1_accuracy(answer.guess(validation), validation.labels) == max(tops)
     for old, new in zip(before, arrays(row()), strict=True):
         np.testing.assert_array_equal(old, new)  # the encoder
 
@@ -158,23 +158,24 @@ def test_labels_of_the_test_split_are_not_read(fitted):
     answer, _ = fitted
     pictures = source(70, 2)
     np.testing.assert_array_equal(
-        answer.guess(Split(row(), pictures, BATCH)), answer.guess(Split(row(), withheld(pictures), BATCH))
+        answer.guess(EvalDataset(row(), pictures, BATCH)),
+        answer.guess(EvalDataset(row(), hide_labels(pictures), BATCH)),
     )
 
 
 def test_one_program_for_all_rows_of_one_shape():
     train, other = (split(row(seed), 200, 0) for seed in (0, 1))
     first = train_heads(train, SETTINGS, CLASSES, SHORT, key=jr.key(0))
-    before = sweep_step._cache_size()
+    before = attentive_step._cache_size()
     second = train_heads(other, SETTINGS, CLASSES, SHORT, key=jr.key(0))
-    assert sweep_step._cache_size() == before
+    assert attentive_step._cache_size() == before
     assert np.abs(np.asarray(first.classify.weight - second.classify.weight)).max() > 1e-3
     again = train_heads(train, SETTINGS, CLASSES, SHORT, key=jr.key(0))
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
 def test_pixels_have_tokens_too():
-    pixels = RawPixels(CROP, 4)
+    pixels = PixelFeatures(CROP, 4)
     config = replace(CONFIG, views="centre", learning_rates=(3e-3,), weight_decays=(0.0,))
     train, validation = splits(pixels)
     (answer,) = attentive(train, validation, CLASSES, config, key=jr.key(0))

@@ -8,11 +8,18 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax.evals.finetune import FinetuneConfig, finetune, first_run, layer_rates, run_step, train_once
-from jepax.evals.floors import RawPixels
-from jepax.evals.scoring import top1
-from jepax.evals.splits import Split, withheld
-from jepax.evals.streaming import augmented, without_labels
+from jepax.evals.baselines import PixelFeatures
+from jepax.evals.eval_dataset import EvalDataset, hide_labels
+from jepax.evals.finetune import (
+    FinetuneConfig,
+    finetune,
+    finetune_once,
+    finetune_step,
+    init_finetune_state,
+    layer_lr_scales,
+)
+from jepax.evals.head_training import augment, without_labels
+from jepax.evals.scoring import top1_accuracy
 from jepax.types import UserError
 from tests.evals.textures import BATCH, CLASSES, CROP, arrays, majority, row, source, split
 
@@ -36,10 +43,10 @@ def one_step(**changes):
     config = replace(CONFIG, warmup=0.1, **changes)  # with ten steps the first is at the peak
     train, _ = splits(row())
     images = next(iter(train.shuffled(BATCH, 1, 0)))
-    run = first_run(row(), CLASSES, key=jr.key(1))
+    run = init_finetune_state(row(), CLASSES, key=jr.key(1))
     start = jax.tree.map(np.array, run.classifier)
     inputs = without_labels(images), images.label, jr.key(2), jnp.float32(1e-2)
-    after, loss = run_step(run, *inputs, config=config, steps=10)
+    after, loss = finetune_step(run, *inputs, config=config, steps=10)
     assert int(after.step) == 1
     return start, jax.tree.map(np.array, after.classifier), images, loss
 
@@ -66,7 +73,7 @@ def test_each_layer_has_its_share_of_the_learning_rate():
 
 
 def test_shares_of_a_deeper_stack_by_the_formula():
-    shares = layer_rates(first_run(row(), CLASSES, key=jr.key(0)).classifier, 0.75)
+    shares = layer_lr_scales(init_finetune_state(row(), CLASSES, key=jr.key(0)).classifier, 0.75)
     assert shares.head.weight == 1 and shares.encoder.norm.bias == 1
     assert shares.encoder.embed.weight == pytest.approx(0.75**3)
     np.testing.assert_allclose(shares.encoder.stack.blocks.mlp.fc1.weight.ravel(), [0.75**2, 0.75])
@@ -81,9 +88,9 @@ def test_with_a_tiny_decay_only_the_top_moves():
 
 
 def test_weights_decay_by_their_own_rate_and_nothing_else_does():
-    start = first_run(row(), CLASSES, key=jr.key(1)).classifier
+    start = init_finetune_state(row(), CLASSES, key=jr.key(1)).classifier
     kept, less = changes(weight_decay=0.0, layer_decay=0.5), changes(weight_decay=0.5, layer_decay=0.5)
-    shares = layer_rates(start, 0.5)
+    shares = layer_lr_scales(start, 0.5)
 
     def check(path, begin, share, without, with_decay):
         names = [entry.name for entry in path]
@@ -99,7 +106,7 @@ def test_the_loss_is_cross_entropy_to_smoothed_labels_of_crops():
     start, _, images, loss = one_step(label_smoothing=smoothing)
     start = jax.tree.map(jnp.asarray, start)
     crop = replace(CROP, scale=CONFIG.scale, flip=CONFIG.flip)
-    embed = jax.jit(lambda encoder, images, key: encoder(augmented(images, key, crop)))
+    embed = jax.jit(lambda encoder, images, key: encoder(augment(images, key, crop)))
     tokens = np.asarray(embed(start.encoder, without_labels(images), jr.key(2)), np.float64)
     logits = tokens.mean(axis=1) @ np.asarray(start.head.weight, np.float64)
     logged = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -117,9 +124,9 @@ def test_it_learns_and_validation_chooses(fitted):
         and answer.variant == "lr 0.003"
     )
     test = split(row(), 70, 2)
-    assert top1(answer.guess(test), test.labels) > majority(test.labels) + 30
+    assert top1_accuracy(answer.guess(test), test.labels) > majority(test.labels) + 30
     _, validation = splits(row())
-    assert top1(answer.guess(validation), validation.labels) == tops[1]
+    assert top1_accuracy(answer.guess(validation), validation.labels) == tops[1]
     for old, new in zip(before, arrays(row()), strict=True):
         np.testing.assert_array_equal(old, new)  # the row's own encoder, and its arrays still live
 
@@ -134,22 +141,23 @@ def test_labels_of_the_test_split_are_not_read(fitted):
     answer, _ = fitted
     pictures = source(70, 2)
     np.testing.assert_array_equal(
-        answer.guess(Split(row(), pictures, BATCH)), answer.guess(Split(row(), withheld(pictures), BATCH))
+        answer.guess(EvalDataset(row(), pictures, BATCH)),
+        answer.guess(EvalDataset(row(), hide_labels(pictures), BATCH)),
     )
 
 
 def test_one_program_for_every_learning_rate_and_every_row():
-    first = train_once(splits(row())[0], 1e-3, CLASSES, SHORT, key=jr.key(0))
-    before = run_step._cache_size()
-    second = train_once(splits(row(1))[0], 2e-3, CLASSES, SHORT, key=jr.key(0))
-    assert run_step._cache_size() == before
+    first = finetune_once(splits(row())[0], 1e-3, CLASSES, SHORT, key=jr.key(0))
+    before = finetune_step._cache_size()
+    second = finetune_once(splits(row(1))[0], 2e-3, CLASSES, SHORT, key=jr.key(0))
+    assert finetune_step._cache_size() == before
     assert np.abs(np.asarray(first.encoder.embed.weight - second.encoder.embed.weight)).max() > 1e-3
-    again = train_once(splits(row())[0], 1e-3, CLASSES, SHORT, key=jr.key(0))
+    again = finetune_once(splits(row())[0], 1e-3, CLASSES, SHORT, key=jr.key(0))
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
 def test_what_cannot_be_trained_is_refused():
-    pixels = RawPixels(CROP, 4)
+    pixels = PixelFeatures(CROP, 4)
     with pytest.raises(UserError, match="RawPixels"):
         finetune(*splits(pixels), CLASSES, CONFIG, key=jr.key(0))
     with pytest.raises(UserError, match="train"):

@@ -8,8 +8,8 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 import jepax.evals.knn as module
-from jepax.evals.knn import KnnConfig, knn, place, search, votes
-from jepax.evals.scoring import NONE, best_guesses
+from jepax.evals.knn import KnnConfig, build_index, count_votes, knn, search
+from jepax.evals.scoring import NO_CLASS, topk_classes
 from jepax.types import UserError
 from tests.evals.made import Made, clusters
 
@@ -28,9 +28,9 @@ def peer(train, neighbours, temperature):
 def test_votes_and_guesses_equal_scikit_learns(neighbours, temperature, chunk):
     train, validation, test = clusters()
     other, queries = peer(train, neighbours, temperature), test.features.last.astype(np.float64)
-    keys = place(train.features.last, train.labels)
+    keys = build_index(train.features.last, train.labels)
     found = [part for _, part in search(keys, test.features.last, 20, chunk)]
-    sums = np.concatenate([votes(part, 7, neighbours, temperature) for part in found])
+    sums = np.concatenate([count_votes(part, 7, neighbours, temperature) for part in found])
     sums = np.where(np.isfinite(sums), sums, 0)
     np.testing.assert_allclose(sums / sums.sum(1, keepdims=True), other.predict_proba(queries), atol=2e-5)
     (fitted,) = knn(train, validation, 7, KnnConfig((neighbours,), (temperature,), chunk), key=KEY)
@@ -61,8 +61,8 @@ def test_among_equals_the_first_is_chosen():
 
 
 def test_one_search_per_query_serves_every_setting(monkeypatch):
-    calls, nearest = [], module._nearest
-    monkeypatch.setattr(module, "_nearest", lambda *given: calls.append(given) or nearest(*given))
+    calls, nearest = [], module._nearest_neighbors
+    monkeypatch.setattr(module, "_nearest_neighbors", lambda *given: calls.append(given) or nearest(*given))
     train, validation, _ = clusters()
     knn(train, validation, 7, KnnConfig((1, 5, 20), chunk=64), key=KEY)
     assert len(calls) == 4 and {(id(c[0]), c[2].shape, c[3]) for c in calls} == {(id(calls[0][0]), (64, 16), 20)}
@@ -70,21 +70,21 @@ def test_one_search_per_query_serves_every_setting(monkeypatch):
 
 def test_equally_near_neighbours_go_by_number():
     train = Made(np.ones((200, 3)), np.repeat([2, 1, 0], [3, 2, 195]))
-    found = next(search(place(train.features.last, train.labels), train.features.last, 4, 256))[1]
-    sums = votes(found, 3, 4, 0.07)
+    found = next(search(build_index(train.features.last, train.labels), train.features.last, 4, 256))[1]
+    sums = count_votes(found, 3, 4, 0.07)
     assert (sums[:, 2] > sums[:, 1]).all() and (sums[:, 0] == -np.inf).all()
 
 
 def test_equal_votes_go_to_the_lower_class():
     train = Made(np.ones((2, 3)), [1, 0])
     (fitted,) = knn(train, train, 3, KnnConfig((2,)), key=KEY)
-    assert fitted.guess(train).tolist() == [[0, 1, NONE]] * 2
+    assert fitted.guess(train).tolist() == [[0, 1, NO_CLASS]] * 2
 
 
 def test_a_class_without_votes_is_not_named():
     train, test = Made(np.eye(3), [1, 1, 1]), Made(np.eye(3), [0, 1, 2])
     (fitted,) = knn(train, test, 3, KnnConfig((2,)), key=KEY)
-    assert fitted.guess(test).tolist() == [[1, NONE, NONE]] * 3
+    assert fitted.guess(test).tolist() == [[1, NO_CLASS, NO_CLASS]] * 3
     assert fitted.settings["validation_top1"] == pytest.approx(100 / 3)
 
 
@@ -141,5 +141,5 @@ def test_more_neighbours_than_examples_and_bad_labels_are_refused():
 def test_best_guesses_are_ordered_by_vote():
     train, validation, test = clusters()
     (fitted,) = knn(train, validation, 7, KnnConfig((20,), (0.07,)), key=KEY)
-    found = next(search(place(train.features.last, train.labels), test.features.last, 20, 301))[1]
-    np.testing.assert_array_equal(fitted.guess(test), best_guesses(votes(found, 7, 20, 0.07)))
+    found = next(search(build_index(train.features.last, train.labels), test.features.last, 20, 301))[1]
+    np.testing.assert_array_equal(fitted.guess(test), topk_classes(count_votes(found, 7, 20, 0.07)))

@@ -7,8 +7,8 @@ from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 
 import jepax.evals.logistic as module
-from jepax.evals.logistic import LogisticConfig, fit, logistic, path, standardiser
-from jepax.evals.scoring import NONE, best_guesses
+from jepax.evals.logistic import LogisticConfig, fit, fit_scaler, logistic, regularization_path
+from jepax.evals.scoring import NO_CLASS, topk_classes
 from jepax.types import UserError
 from tests.evals.made import Made, clusters
 
@@ -55,7 +55,7 @@ def test_the_optimum_is_scikit_learns(strength, layers):
 def test_the_slope_and_the_losses_are_the_float64_ones_padded_or_not(count):
     train, *_ = clusters(sizes=(count, 5, 5), offset=2)
     layers, labels = train.features.layers, train.labels
-    problem = module._problem(layers, labels, 7, None)
+    problem = module._make_problem(layers, labels, 7, None)
     assert len(problem.examples.share) == (256 if count == 256 else 512)
     z = np.concatenate([standardised(layers), np.ones((count, 1))], axis=1)
     theta = np.random.default_rng(0).normal(size=(17, 7)).astype(np.float32)
@@ -65,21 +65,21 @@ def test_the_slope_and_the_losses_are_the_float64_ones_padded_or_not(count):
     right = softmax(z @ theta, axis=1) - np.eye(7)[labels]
     np.testing.assert_allclose(slope, z.T @ right / count, atol=2e-6)
     np.testing.assert_allclose(problem.gram, z.T @ z / count, atol=1e-5)
-    alone = standardiser(layers)
+    alone = fit_scaler(layers)
     np.testing.assert_allclose(alone.mean, problem.standard.mean, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(alone.deviation, layers.astype(np.float64).std(1), rtol=1e-5)
 
 
 def test_large_sets_are_not_padded(monkeypatch):
-    monkeypatch.setattr(module, "PADDED", (16, 256))
+    monkeypatch.setattr(module, "PADDED_SIZE_RANGE", (16, 256))
     train, *_ = clusters(sizes=(257, 5, 5))
-    problem = module._problem(train.features.layers, train.labels, 7, None)
+    problem = module._make_problem(train.features.layers, train.labels, 7, None)
     assert problem.examples.z.shape == (257, 17)
 
 
 def test_sizes_share_programs():
     train, *_ = clusters(dim=11)
-    programs = (module._statistics, module._prepare, module._cross_entropy)
+    programs = (module._mean_and_std, module._standardize_with_gram, module._cross_entropy)
     counted = [program._cache_size() for program in programs]
     for count in (30, 100, 256):
         fit(train.features.layers[:, :count], train.labels[:count], 7, 0.1)
@@ -87,11 +87,11 @@ def test_sizes_share_programs():
 
 
 def test_a_path_goes_from_the_strongest_and_ends_where_lone_fits_do(monkeypatch):
-    starts, descend = [], module._descend
-    monkeypatch.setattr(module, "_descend", lambda *given: starts.append(given[2]) or descend(*given))
+    starts, descend = [], module._minimize
+    monkeypatch.setattr(module, "_minimize", lambda *given: starts.append(given[2]) or descend(*given))
     train, *_ = clusters(noise=2.5)
     layers, labels = train.features.layers, train.labels
-    fits = list(path(layers, labels, 7, (1e-3, 1e-1, 1e-2)))
+    fits = list(regularization_path(layers, labels, 7, (1e-3, 1e-1, 1e-2)))
     assert [strength for strength, _ in fits] == [1e-1, 1e-2, 1e-3]
     assert starts[0] is None and starts[1] is fits[0][1] and starts[2] is fits[1][1]
     for strength, model in fits:
@@ -111,7 +111,7 @@ def test_a_fit_may_start_from_another():
 
 def test_a_fit_that_stops_early_says_so(monkeypatch):
     train, *_ = clusters(noise=2.5)
-    monkeypatch.setattr(module, "ITERATIONS", 2)
+    monkeypatch.setattr(module, "MAX_ITERATIONS", 2)
     model = fit(train.features.layers, train.labels, 7, 1e-3)
     assert not model.converged and model.iterations == 2
 
@@ -145,25 +145,25 @@ def test_a_missing_class_is_never_named_and_the_others_are_fitted_without_it(mis
     model, other = fit(layers, labels, 7, 1e-2), peer(layers, labels, 1e-2)
     assert model.converged and model.bias[missing] == -np.inf
     losses, slope = module._cross_entropy(
-        np.zeros((17, 7), np.float32), module._problem(layers, labels, 7, None).examples
+        np.zeros((17, 7), np.float32), module._make_problem(layers, labels, 7, None).examples
     )
     np.testing.assert_allclose(losses, np.log(6), rtol=1e-6)
     assert np.all(slope[:, missing] == 0)
     there = np.arange(7) != missing
     np.testing.assert_allclose(model.weight.T[there], other.coef_, atol=1e-3)
-    guesses = best_guesses(model(test.features.layers))
+    guesses = topk_classes(model(test.features.layers))
     assert missing not in guesses
     warm = fit(layers, labels, 7, 1e-2, model)
     assert warm.converged and warm.bias[missing] == -np.inf
     lone = fit(layers[:, labels == 1], labels[labels == 1], 7, 1e-2)
-    assert (best_guesses(lone(test.features.layers)) == [1, NONE, NONE, NONE, NONE]).all()
+    assert (topk_classes(lone(test.features.layers)) == [1, NO_CLASS, NO_CLASS, NO_CLASS, NO_CLASS]).all()
 
 
 def test_logits_do_not_depend_on_the_chunk(monkeypatch):
     train, _, test = clusters(layers=2)
     model = fit(train.features.layers, train.labels, 7, 1e-2)
     whole = model(test.features.layers)
-    monkeypatch.setattr(module, "CHUNK", 100)
+    monkeypatch.setattr(module, "EXAMPLES_PER_CHUNK", 100)
     np.testing.assert_allclose(model(test.features.layers), whole, atol=1e-5)
 
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 import jepax.evals.low_shot as module
-from jepax.evals.logistic import path, read, standardiser
-from jepax.evals.low_shot import LowShotConfig, draw, low_shot
-from jepax.evals.say import Say
-from jepax.evals.scoring import best_guesses
+from jepax.evals.logistic import fit_scaler, regularization_path, select_layers
+from jepax.evals.low_shot import LowShotConfig, low_shot, sample_rows
+from jepax.evals.progress import ProgressReporter
+from jepax.evals.scoring import topk_classes
 from jepax.types import UserError
 from tests.evals.made import Made, clusters
 
@@ -21,15 +21,15 @@ def spied(monkeypatch, train, validation, config, classes=7):
     draws, fits = [], []
 
     def keep_draw(labels, counts, seed, part):
-        draws.append((part, seed, counts, draw(labels, counts, seed, part)))
+        draws.append((part, seed, counts, sample_rows(labels, counts, seed, part)))
         return draws[-1][-1]
 
     def keep_fit(features, labels, *rest):
         fits.append((features, labels))
-        return path(features, labels, *rest)
+        return regularization_path(features, labels, *rest)
 
-    monkeypatch.setattr(module, "draw", keep_draw)
-    monkeypatch.setattr(module, "path", keep_fit)
+    monkeypatch.setattr(module, "sample_rows", keep_draw)
+    monkeypatch.setattr(module, "regularization_path", keep_fit)
     return low_shot(train, validation, classes, config, key=KEY), draws, fits
 
 
@@ -50,16 +50,20 @@ def test_the_answer_is_the_fit_to_the_drawn_examples_chosen_on_the_drawn_validat
     train, validation, test = clusters(layers=2, noise=3.0)
     config = LowShotConfig((), (5,), 3, (1.0, 1e-2, 1e-4))
     answers = low_shot(train, validation, 7, config, key=KEY)
-    counts, standard = np.full(7, 5), standardiser(read(train, "last"))
+    counts, standard = np.full(7, 5), fit_scaler(select_layers(train, "last"))
     for seed, answer in enumerate(answers):
-        rows, held = draw(train.labels, counts, seed, 0), draw(validation.labels, counts, seed, 1)
-        fits = list(path(read(train, "last")[:, rows], train.labels[rows], 7, config.strengths, standard))
-        guesses = [best_guesses(model(read(validation, "last")[:, held]))[:, 0] for _, model in fits]
+        rows, held = sample_rows(train.labels, counts, seed, 0), sample_rows(validation.labels, counts, seed, 1)
+        fits = list(
+            regularization_path(
+                select_layers(train, "last")[:, rows], train.labels[rows], 7, config.strengths, standard
+            )
+        )
+        guesses = [topk_classes(model(select_layers(validation, "last")[:, held]))[:, 0] for _, model in fits]
         reached = [100 * np.mean(guess == validation.labels[held]) for guess in guesses]
         assert [tried["validation_top1"] for tried in answer.tried] == pytest.approx(reached)
         strength, model = fits[int(np.argmax(reached))]
         assert answer.settings["strength"] == strength
-        np.testing.assert_array_equal(answer.guess(test.withheld()), best_guesses(model(read(test, "last"))))
+        np.testing.assert_array_equal(answer.guess(test.withheld()), topk_classes(model(select_layers(test, "last"))))
     assert len({tuple(tried["validation_top1"] for tried in answer.tried) for answer in answers}) > 1
 
 
@@ -93,24 +97,24 @@ def test_other_labels_change_nothing(monkeypatch):
 def test_draws_are_stratified_nested_and_fixed_by_the_seed(part):
     labels = np.random.default_rng(0).integers(0, 5, 400).astype(np.int32)
     labels[:3] = 4
-    few, many = (draw(labels, np.array(counts), 3, part) for counts in ([1, 2, 0, 3, 1], [5, 5, 0, 5, 1]))
+    few, many = (sample_rows(labels, np.array(counts), 3, part) for counts in ([1, 2, 0, 3, 1], [5, 5, 0, 5, 1]))
     assert np.bincount(labels[few], minlength=5).tolist() == [1, 2, 0, 3, 1]
     assert set(few) <= set(many) and (np.diff(many) > 0).all()
-    np.testing.assert_array_equal(few, draw(labels, np.array([1, 2, 0, 3, 1]), 3, part))
-    others = [draw(labels, np.full(5, 10), seed, side).tolist() for seed in (0, 1, 2) for side in (0, 1)]
+    np.testing.assert_array_equal(few, sample_rows(labels, np.array([1, 2, 0, 3, 1]), 3, part))
+    others = [sample_rows(labels, np.full(5, 10), seed, side).tolist() for seed in (0, 1, 2) for side in (0, 1)]
     assert len({tuple(rows) for rows in others}) == 6
-    everything = draw(labels, np.full(5, 10**6), 0, part)
+    everything = sample_rows(labels, np.full(5, 10**6), 0, part)
     np.testing.assert_array_equal(everything, np.arange(400))
 
 
 def test_the_draw_is_the_recorded_one():
     labels = np.tile(np.arange(3, dtype=np.int32), 20)
-    assert draw(labels, np.full(3, 2), 0, 0).tolist() == [0, 8, 19, 26, 31, 51]
+    assert sample_rows(labels, np.full(3, 2), 0, 0).tolist() == [0, 8, 19, 26, 31, 51]
 
 
 def test_every_example_is_drawn_about_as_often():
     labels = np.repeat(np.arange(2, dtype=np.int32), 50)
-    drawn = np.concatenate([draw(labels, np.array([10, 5]), seed, 0) for seed in range(400)])
+    drawn = np.concatenate([sample_rows(labels, np.array([10, 5]), seed, 0) for seed in range(400)])
     often = np.bincount(drawn, minlength=100)
     assert 50 < often[:50].min() and often[:50].max() < 110
     assert 18 < often[50:].min() and often[50:].max() < 65
@@ -118,13 +122,13 @@ def test_every_example_is_drawn_about_as_often():
 
 def test_a_shot_is_of_every_class_that_has_examples():
     labels = np.repeat(np.arange(4), [1000, 149, 3, 0]).astype(np.int32)
-    shots = dict(module.counts_of(labels, 4, LowShotConfig((0.01, 0.125), ()), Say(print)))
+    shots = dict(module.examples_per_class(labels, 4, LowShotConfig((0.01, 0.125), ()), ProgressReporter(print)))
     assert {name: counts.tolist() for name, counts in shots.items()} == {
         "1%": [10, 1, 1, 0],
         "12.5%": [125, 19, 1, 0],
     }
     lines = []
-    shots = dict(module.counts_of(labels, 4, LowShotConfig((), (3, 4)), Say(lines.append)))
+    shots = dict(module.examples_per_class(labels, 4, LowShotConfig((), (3, 4)), ProgressReporter(lines.append)))
     assert {name: counts.tolist() for name, counts in shots.items()} == {"3 per class": [3, 3, 3, 0]}
     assert len(lines) == 1
 
@@ -134,7 +138,7 @@ def test_a_shot_that_asks_too_much_is_left_out_and_said():
     train, validation, _ = clusters(sizes=(60, 30, 5), classes=3)
     smallest = np.bincount(train.labels).min()
     config = LowShotConfig((), (2, 50), 1, (1e-1,))
-    answers = low_shot(train, validation, 3, config, key=KEY, say=Say(lines.append))
+    answers = low_shot(train, validation, 3, config, key=KEY, say=ProgressReporter(lines.append))
     assert [one.name for one in answers] == ["2 per class"]
     assert lines == [f"low-shot: 50 per class is left out, since the smallest class has {smallest} training examples"]
     with pytest.raises(UserError, match=rf"per_class=\(50,\) are all more than the {smallest}"):

@@ -9,12 +9,12 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from jepax.data.sources import ArraySource
-from jepax.evals.frozen import FrozenViT
-from jepax.evals.probe import PUBLISHED, ProbeConfig, Sweep, linear_probe
-from jepax.evals.say import Say
-from jepax.evals.scoring import scores, top1
-from jepax.evals.splits import Split, withheld
-from jepax.evals.sweep import cached_pass
+from jepax.evals.eval_dataset import EvalDataset, hide_labels
+from jepax.evals.feature_extractor import ViTFeatures
+from jepax.evals.probe import VISSL_PROBE, LinearProbeSweep, ProbeConfig, linear_probe
+from jepax.evals.probe_sweep import train_cached_epoch
+from jepax.evals.progress import ProgressReporter
+from jepax.evals.scoring import compute_accuracy, top1_accuracy
 from jepax.nn import ViT, ViTConfig
 from jepax.types import UserError
 from jepax.views import CropConfig
@@ -23,7 +23,7 @@ from tests.evals.made import Made
 CLASSES = 4
 CONFIG = ProbeConfig(epochs=4, batch_size=100, learning_rates=(1e-3, 1e-2), weight_decays=(0.0, 0.1), controls=False)
 LARS = dataclasses.replace(
-    PUBLISHED, epochs=16, batch_size=100, learning_rates=(0.05, 0.5), views="centre", controls=False
+    VISSL_PROBE, epochs=16, batch_size=100, learning_rates=(0.05, 0.5), views="centre", controls=False
 )
 
 
@@ -38,7 +38,7 @@ def made(n, layers=2, dim=12, spread=2.0, seed=0):
 
 
 def trained(split, config):
-    sweep = Sweep(split, CLASSES, config, jr.key(3))
+    sweep = LinearProbeSweep(split, CLASSES, config, jr.key(3))
     for epoch in range(config.epochs):
         sweep.train_pass(epoch)
     return sweep
@@ -83,7 +83,7 @@ def plain_lars(x, y, lr, wd, weight, batches, total):
 
 def test_lars_is_its_definition_in_float64():
     split = made(1050)
-    sweep = Sweep(split, CLASSES, LARS, jr.key(3))
+    sweep = LinearProbeSweep(split, CLASSES, LARS, jr.key(3))
     first = np.asarray(sweep.state["last"][0].weight[0], np.float64)
     assert 0.005 < first.std() < 0.02
     orders = [
@@ -106,7 +106,7 @@ def test_accuracy_is_that_of_converged_logistic_regression():
     )
     config = ProbeConfig(epochs=30, learning_rates=(1e-3, 5e-3, 2e-2))  # rates that suit 4,000 examples
     (answer,) = linear_probe(train, validation, CLASSES, config, key=jr.key(0))
-    result = scores(answer.guess(test.withheld()), test.labels)
+    result = compute_accuracy(answer.guess(test.withheld()), test.labels)
     peer = LogisticRegression(max_iter=1000).fit(train.features.last, train.labels)
     expected = 100 * peer.score(test.features.last, test.labels)
     assert 50 < expected < 90
@@ -137,7 +137,7 @@ def test_the_reported_head_is_the_chosen_one(answers):
     validation = made(200, seed=1)
     for answer in answers:
         guesses = answer.guess(validation.withheld())
-        assert top1(guesses, validation.labels) == pytest.approx(answer.settings["validation_top1"])
+        assert top1_accuracy(guesses, validation.labels) == pytest.approx(answer.settings["validation_top1"])
 
 
 def test_a_random_projection_of_four_layers_cannot_beat_them_and_expansion_adds_nothing_linear():
@@ -145,7 +145,7 @@ def test_a_random_projection_of_four_layers_cannot_beat_them_and_expansion_adds_
     train, validation, test = (made(n, layers=4, dim=24, seed=s) for n, s in ((4000, 0), (2000, 1), (4000, 2)))
     config = ProbeConfig(epochs=20, learning_rates=(5e-3,), weight_decays=(0.0,))
     answers = linear_probe(train, validation, CLASSES, config, key=jr.key(0))
-    found = {answer.name: top1(answer.guess(test.withheld()), test.labels) for answer in answers}
+    found = {answer.name: top1_accuracy(answer.guess(test.withheld()), test.labels) for answer in answers}
     assert found["last four"] > found["last"] + 2
     assert found["last four"] > found["last four, projected"] + 2
     assert abs(found["last, expanded"] - found["last"]) < 1
@@ -163,16 +163,16 @@ def test_constant_features_stay_constants(value):
     constant = Made(np.full((1, 5000, 12), value), np.tile(made(500).labels, 10))
     (answer,) = linear_probe(constant, constant, CLASSES, CONFIG, key=jr.key(0))
     assert 0 < answer.settings["validation_top1"] < 50
-    moments = Sweep(constant, CLASSES, CONFIG, jr.key(0)).basis.moments["last"]
+    moments = LinearProbeSweep(constant, CLASSES, CONFIG, jr.key(0)).basis.moments["last"]
     assert np.all(np.asarray(moments.std) >= 1e-3)
 
 
 def test_the_sweep_compiles_once_for_a_shape():
     splits = made(500, seed=0), made(200, seed=1)
     linear_probe(*splits, CLASSES, CONFIG, key=jr.key(0))
-    before = cached_pass._cache_size()
+    before = train_cached_epoch._cache_size()
     linear_probe(*splits, CLASSES, CONFIG, key=jr.key(1))
-    assert cached_pass._cache_size() == before > 0
+    assert train_cached_epoch._cache_size() == before > 0
 
 
 @pytest.mark.parametrize(
@@ -223,17 +223,17 @@ def pictures(n, seed):
 
 @pytest.fixture(scope="module")
 def row():
-    return FrozenViT(ViT(ViTConfig(patch_size=4, channels=1, width=16, depth=2, heads=2), key=jr.key(0)), CROP)
+    return ViTFeatures(ViT(ViTConfig(patch_size=4, channels=1, width=16, depth=2, heads=2), key=jr.key(0)), CROP)
 
 
 AUGMENTED = dataclasses.replace(
-    PUBLISHED, epochs=8, batch_size=64, learning_rates=(100.0,), views="augmented", scale=(0.5, 1.0), flip=0.0
+    VISSL_PROBE, epochs=8, batch_size=64, learning_rates=(100.0,), views="augmented", scale=(0.5, 1.0), flip=0.0
 )
 
 
 def test_augmented_crops_are_drawn_anew_in_each_pass(row):
-    split = Split(row, pictures(200, 0), 64)
-    sweep = Sweep(split, CLASSES, AUGMENTED, jr.key(0))
+    split = EvalDataset(row, pictures(200, 0), 64)
+    sweep = LinearProbeSweep(split, CLASSES, AUGMENTED, jr.key(0))
     first, again, second = ([layers for layers, _ in sweep._crops(epoch)] for epoch in (0, 0, 1))
     assert len(first) == 3
     np.testing.assert_array_equal(first[0], again[0])
@@ -242,33 +242,35 @@ def test_augmented_crops_are_drawn_anew_in_each_pass(row):
 
 
 def test_the_published_probe_learns_from_augmented_crops_and_reads_no_test_label(row):
-    train, validation = Split(row, pictures(600, 0), 64), Split(row, pictures(200, 1), 64)
+    train, validation = EvalDataset(row, pictures(600, 0), 64), EvalDataset(row, pictures(200, 1), 64)
     source = pictures(200, 2)
     answers = linear_probe(train, validation, CLASSES, AUGMENTED, key=jr.key(0))
-    found = top1(answers[0].guess(Split(row, withheld(source), 64)), source.labels)
+    found = top1_accuracy(answers[0].guess(EvalDataset(row, hide_labels(source), 64)), source.labels)
     assert found > 60
 
 
 def test_crops_do_not_depend_on_the_pieces_that_the_encoder_takes(row):
     config = dataclasses.replace(AUGMENTED, batch_size=96)
-    whole, pieces = (Sweep(Split(row, pictures(200, 0), b), CLASSES, config, jr.key(0)) for b in (96, 48))
+    whole, pieces = (
+        LinearProbeSweep(EvalDataset(row, pictures(200, 0), b), CLASSES, config, jr.key(0)) for b in (96, 48)
+    )
     assert (whole.piece, pieces.piece, pieces.course.batch_size, pieces.course.steps) == (96, 48, 96, 2)
     for (one, its), (two, labels) in zip(whole._crops(1), pieces._crops(1), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-5)
         np.testing.assert_array_equal(its, labels)
-    odd = Sweep(Split(row, pictures(200, 0), 40), CLASSES, config, jr.key(0))
+    odd = LinearProbeSweep(EvalDataset(row, pictures(200, 0), 40), CLASSES, config, jr.key(0))
     assert (odd.piece, odd.course.batch_size) == (40, 80)
 
 
 def test_the_bar_counts_every_batch(row):
     counts = []
 
-    class Telling(Say):
+    class Telling(ProgressReporter):
         @contextlib.contextmanager
         def counting(self, what, total):
             yield lambda count: counts.append((what, count, total))
 
-    splits = Split(row, pictures(200, 0), 64), Split(row, pictures(100, 1), 64)
+    splits = EvalDataset(row, pictures(200, 0), 64), EvalDataset(row, pictures(100, 1), 64)
     linear_probe(*splits, CLASSES, AUGMENTED, key=jr.key(0), say=Telling(print))
     assert counts == [("linear probe", count, 27) for count in range(1, 28)]
     counts.clear()
@@ -277,7 +279,7 @@ def test_the_bar_counts_every_batch(row):
 
 
 def test_the_statistics_of_augmented_crops_are_those_of_a_whole_pass(row):
-    sweep = Sweep(Split(row, pictures(200, 0), 64), CLASSES, AUGMENTED, jr.key(0))
+    sweep = LinearProbeSweep(EvalDataset(row, pictures(200, 0), 64), CLASSES, AUGMENTED, jr.key(0))
     seen = np.concatenate([layers for layers, _ in sweep._crops(0)], axis=1)[-1].astype(np.float64)
     np.testing.assert_allclose(sweep.basis.moments["last"].mean, seen.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(sweep.basis.moments["last"].std, np.sqrt(seen.var(0) + 1e-6), rtol=1e-4)

@@ -11,14 +11,14 @@ from rich.console import Console
 
 from jepax.data.sources import ArraySource
 from jepax.evals import report
-from jepax.evals.floors import RawPixels
-from jepax.evals.frozen import FrozenViT
+from jepax.evals.baselines import PixelFeatures
+from jepax.evals.feature_extractor import ViTFeatures
 from jepax.evals.knn import KnnConfig
 from jepax.evals.probe import ProbeConfig
+from jepax.evals.progress import ProgressReporter
 from jepax.evals.protocols import PROTOCOLS, EvalConfig
-from jepax.evals.report import beside, evaluate_all, repeated, table, write
-from jepax.evals.say import Say
-from jepax.evals.scoring import Fitted
+from jepax.evals.report import aggregate_runs, controls_table, evaluate_rows, results_table, write_report
+from jepax.evals.scoring import FittedProbe
 from jepax.nn import ViT, ViTConfig
 from jepax.types import UserError
 from jepax.views import CropConfig
@@ -48,14 +48,14 @@ def sources():
 
 @pytest.fixture(scope="module")
 def rows():
-    trained, untrained = (FrozenViT(ViT(ENCODER, key=jr.key(seed)), CROP) for seed in (1, 0))
-    return {"trained": trained, "untrained": untrained, "pixels": RawPixels(CROP, 4)}
+    trained, untrained = (ViTFeatures(ViT(ENCODER, key=jr.key(seed)), CROP) for seed in (1, 0))
+    return {"trained": trained, "untrained": untrained, "pixels": PixelFeatures(CROP, 4)}
 
 
 @pytest.fixture(scope="module")
 def evaluation(rows, sources):
     lines = []
-    return evaluate_all(rows, sources, CONFIG, step=12, key=jr.key(0), say=Say(lines.append)), lines
+    return evaluate_rows(rows, sources, CONFIG, step=12, key=jr.key(0), say=ProgressReporter(lines.append)), lines
 
 
 def test_every_row_has_its_accuracies(evaluation):
@@ -75,7 +75,7 @@ def test_every_row_has_its_accuracies(evaluation):
 def test_test_labels_change_no_choice_and_reach_no_protocol(rows, sources, evaluation):
     """Other labels of the test split: every setting that was tried and chosen stays, and only the scores change."""
     planted = dataclasses.replace(sources["test"], labels=np.roll(sources["test"].labels, 1))
-    found = evaluate_all(rows, sources | {"test": planted}, CONFIG, step=12, key=jr.key(0))
+    found = evaluate_rows(rows, sources | {"test": planted}, CONFIG, step=12, key=jr.key(0))
     for row in rows:
         for protocol in CONFIG.protocols:
             honest, other = evaluation[0]["rows"][row][protocol], found["rows"][row][protocol]
@@ -93,11 +93,11 @@ def test_a_protocol_that_looks_for_the_test_labels_finds_none(rows, sources, mon
             seen.extend(images.label[:valid] for images, valid in split.pictures())
             return split.labels[:, None]
 
-        return [Fitted("leaky", guess, {})]
+        return [FittedProbe("leaky", guess, {})]
 
     monkeypatch.setitem(PROTOCOLS, "knn", leaky)
     config = dataclasses.replace(CONFIG, protocols=("knn",))
-    found = evaluate_all({"trained": rows["trained"]}, sources, config, step=0, key=jr.key(0))
+    found = evaluate_rows({"trained": rows["trained"]}, sources, config, step=0, key=jr.key(0))
     assert found["rows"]["trained"]["knn"]["top1"] == 0.0
     assert seen and all((labels == -1).all() for labels in seen)
 
@@ -107,8 +107,13 @@ def test_test_pictures_planted_in_training_are_told(rows, sources):
         sources["train"], images=np.concatenate([sources["train"].images[:140], sources["test"].images[:10]])
     )
     lines = []
-    found = evaluate_all(
-        {"trained": rows["trained"]}, sources | {"train": train}, CONFIG, step=0, key=jr.key(0), say=Say(lines.append)
+    found = evaluate_rows(
+        {"trained": rows["trained"]},
+        sources | {"train": train},
+        CONFIG,
+        step=0,
+        key=jr.key(0),
+        say=ProgressReporter(lines.append),
     )
     assert found["rows"]["trained"]["shared_pictures"]["train/test"] == 10
     assert [line for line in lines if "warning" in line] == ["warning: 10 pictures of train and test are the same"]
@@ -119,49 +124,49 @@ def test_pixels_are_not_fine_tuned(rows, sources, monkeypatch):
 
     def tuned(train, *_, **__):
         called.append(type(train.row).__name__)
-        return [Fitted("finetune", lambda split: np.zeros((len(split), 1), np.int32), {})]
+        return [FittedProbe("finetune", lambda split: np.zeros((len(split), 1), np.int32), {})]
 
     monkeypatch.setitem(PROTOCOLS, "finetune", tuned)
     config = dataclasses.replace(CONFIG, protocols=("finetune",))
-    found = evaluate_all(rows, sources, config, step=0, key=jr.key(0))
+    found = evaluate_rows(rows, sources, config, step=0, key=jr.key(0))
     assert called == ["FrozenViT", "FrozenViT"]
     assert "finetune" not in found["rows"]["pixels"]
-    assert table(found).row_count == 4
+    assert results_table(found).row_count == 4
 
 
 def test_an_encoder_that_gives_one_vector_for_everything_is_evaluated_too(rows, sources, tmp_path):
     still = jax.tree.map(lambda leaf: leaf * 0, rows["trained"])
-    found = evaluate_all({"trained": still}, sources, CONFIG, step=0, key=jr.key(0))
+    found = evaluate_rows({"trained": still}, sources, CONFIG, step=0, key=jr.key(0))
     assert found["rows"]["trained"]["effective_rank"] == 1.0
     assert found["rows"]["trained"]["health"]["feature_alpha"] is None
-    assert json.loads(write(found, tmp_path, "still").read_text()) == found
+    assert json.loads(write_report(found, tmp_path, "still").read_text()) == found
 
 
 def test_repeats_are_told_by_mean_and_deviation():
     runs = [{"top1": top1, "top5": 90.0, "interval": (top1 - 3, top1 + 2)} for top1 in (60.0, 62.0, 67.0)]
-    found = repeated(runs)
+    found = aggregate_runs(runs)
     assert found["top1"] == pytest.approx(63) and found["deviation"] == pytest.approx(np.std([60, 62, 67], ddof=1))
     assert found["interval"] == pytest.approx([60, 65])
-    assert found["runs"] == runs and repeated(runs[:1]) == runs[0]
+    assert found["runs"] == runs and aggregate_runs(runs[:1]) == runs[0]
 
 
 def test_floors_are_kept_and_found_again(rows, sources, evaluation, tmp_path, monkeypatch):
-    first = evaluate_all(rows, sources, CONFIG, step=12, key=jr.key(0), floors=tmp_path)
+    first = evaluate_rows(rows, sources, CONFIG, step=12, key=jr.key(0), floors=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     measured = []
     row = report.Evaluation.row
     monkeypatch.setattr(
         report.Evaluation, "row", lambda self, name, frozen: measured.append(name) or row(self, name, frozen)
     )
-    again = evaluate_all(rows, sources, CONFIG, step=12, key=jr.key(0), floors=tmp_path)
+    again = evaluate_rows(rows, sources, CONFIG, step=12, key=jr.key(0), floors=tmp_path)
     assert measured == ["trained"] and again["rows"] == first["rows"] == evaluation[0]["rows"]
     other = dataclasses.replace(CONFIG, knn=KnnConfig(neighbours=(5,), temperatures=(0.1,)))
-    evaluate_all(rows, sources, other, step=12, key=jr.key(0), floors=tmp_path)
+    evaluate_rows(rows, sources, other, step=12, key=jr.key(0), floors=tmp_path)
     assert measured == ["trained", "trained", "untrained", "pixels"]
 
 
 def test_the_file_holds_exactly_the_results(evaluation, tmp_path):
-    path = write(evaluation[0], tmp_path, "final")
+    path = write_report(evaluation[0], tmp_path, "final")
     assert path == tmp_path / "evals" / "final.json"
     assert json.loads(path.read_text()) == evaluation[0]
     assert [entry.name for entry in path.parent.iterdir()] == ["final.json"]
@@ -177,7 +182,7 @@ def shown(*tables):
 
 def test_the_tables_show_every_row_and_what_stands_beside(evaluation):
     results = evaluation[0]
-    text = shown(table(results), beside(results))
+    text = shown(results_table(results), controls_table(results))
     for name in ("trained encoder", "untrained encoder", "raw pixels", "majority class", "step 12"):
         assert name in text
     found = results["rows"]["trained"]
@@ -190,12 +195,12 @@ def test_the_tables_show_every_row_and_what_stands_beside(evaluation):
 def test_bad_labels_are_refused_before_anything_is_embedded(rows, sources):
     bad = dataclasses.replace(sources["test"], labels=np.full(70, 7, np.int32))
     with pytest.raises(UserError, match="labels of the test split"):
-        evaluate_all(rows, sources | {"test": bad}, CONFIG, step=0, key=jr.key(0))
+        evaluate_rows(rows, sources | {"test": bad}, CONFIG, step=0, key=jr.key(0))
 
 
 def test_names_that_are_paths_are_refused(evaluation, tmp_path):
     with pytest.raises(UserError, match="name"):
-        write(evaluation[0], tmp_path, "../final")
+        write_report(evaluation[0], tmp_path, "../final")
 
 
 @pytest.mark.parametrize("change", [{"protocols": ("knn", "knn")}, {"batch_size": 0}])

@@ -8,8 +8,8 @@ import jax.random as jr
 import numpy as np
 
 from jepax.data.sources import ArraySource
-from jepax.evals.frozen import FrozenViT
-from jepax.evals.splits import Split
+from jepax.evals.eval_dataset import EvalDataset
+from jepax.evals.feature_extractor import ViTFeatures
 from jepax.nn import ViT, ViTConfig
 from jepax.views import CropConfig
 
@@ -29,13 +29,13 @@ def source(examples: int, seed: int) -> ArraySource:
 
 
 @functools.lru_cache
-def row(seed: int = 0) -> FrozenViT:
+def row(seed: int = 0) -> ViTFeatures:
     config = ViTConfig(patch_size=4, channels=1, width=32, depth=2, heads=2, init_std=None)
-    return FrozenViT(eqx.filter_jit(lambda key: ViT(config, key=key))(jr.key(seed)), CROP)
+    return ViTFeatures(eqx.filter_jit(lambda key: ViT(config, key=key))(jr.key(seed)), CROP)
 
 
-def split(frozen, examples: int, seed: int) -> Split:
-    return Split(frozen, source(examples, seed), BATCH)
+def split(frozen, examples: int, seed: int) -> EvalDataset:
+    return EvalDataset(frozen, source(examples, seed), BATCH)
 
 
 def majority(labels: np.ndarray) -> float:

@@ -26,14 +26,14 @@ def main(folder: str, changes: str = "{}") -> None:
     if "JAX_NUM_PROCESSES" in os.environ:
         multihost.initialize()
     with multihost.peer_guard():
-        from jepax.saving import SaveConfig
-        from jepax.sharding import ShardingConfig
-        from jepax.train import train
+        from jepax.distributed.sharding import ShardingConfig
+        from jepax.io.checkpointer import CheckpointConfig
+        from jepax.training.loop import train
         from tests.contracts.shrink import shrunk
 
         config = shrunk("ijepa_fashion_mnist")
         config = replace(config, eval=replace(config.eval, online=replace(config.eval.online, every=0)))
-        save = SaveConfig(every=int(os.environ.get("JEPAX_TEST_SAVE", 100_000)))
+        save = CheckpointConfig(every=int(os.environ.get("JEPAX_TEST_SAVE", 100_000)))
         config = replace(config, train=replace(config.train, save=save))
         changed = json.loads(changes)
         if online := changed.pop("online", {}):
@@ -41,7 +41,7 @@ def main(folder: str, changes: str = "{}") -> None:
         if encoder := changed.pop("encoder", {}):
             config = replace(config, method=replace(config.method, encoder=replace(config.method.encoder, **encoder)))
         for part, values in changed.items():
-            for name, group in (("save", SaveConfig), ("sharding", ShardingConfig)):
+            for name, group in (("save", CheckpointConfig), ("sharding", ShardingConfig)):
                 if name in values:
                     values[name] = group(**values[name])
             config = replace(config, **{part: replace(getattr(config, part), **values)})
@@ -55,12 +55,12 @@ def disturb() -> None:
     """What the environment asks for, just after the step was begun."""
     import jax
 
-    from jepax import train as training
+    from jepax.training import loop as training
 
     several = jax.process_count() > 1
     leave = int(os.environ.get("JEPAX_TEST_LEAVE_AT", -1)) - (EARLIER if several else 1)
     die = int(os.environ.get("JEPAX_TEST_DIE_AT", -1))
-    real = training.compiled_step
+    real = training.run_train_step
 
     def step(inputs: tuple, images: object, state: object) -> tuple:
         number = int(state.step)
@@ -70,7 +70,7 @@ def disturb() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(inputs, images, state)
 
-    training.compiled_step = step
+    training.run_train_step = step
 
 
 def spoilt(owner: object, name: str, process: int, before: Callable[..., object]) -> tuple[()]:
@@ -89,28 +89,28 @@ def spoilt(owner: object, name: str, process: int, before: Callable[..., object]
 
 
 def full_disk() -> tuple[()]:
-    from jepax import manifest
+    from jepax.io import checksums
 
     def full(folder: Path) -> None:
         raise OSError(28, "No space left on device", str(folder))
 
-    return spoilt(manifest, "sums", 0, full)
+    return spoilt(checksums, "sums", 0, full)
 
 
 def slow_disk() -> tuple[()]:
     """Process 0 takes longer to finish a checkpoint."""
-    from jepax import manifest
+    from jepax.io import checksums
 
-    return spoilt(manifest, "sums", 0, lambda folder: time.sleep(4))
+    return spoilt(checksums, "sums", 0, lambda folder: time.sleep(4))
 
 
 def not_finite() -> tuple[()]:
     """Training ends with a dump, which takes process 0 longer."""
-    from jepax import config as configs
-    from jepax import monitor
+    from jepax.io import config_yaml as configs
+    from jepax.training import monitor
 
-    def took(self: monitor.Monitor, step: int, metrics: object, images: monitor.Images) -> None:
-        raise monitor.NotFinite(step, images, {"loss": "nan", "grad_norm": "nan"})
+    def took(self: monitor.Monitor, step: int, metrics: object, images: monitor.ImageBatch) -> None:
+        raise monitor.NonFiniteError(step, images, {"loss": "nan", "grad_norm": "nan"})
 
     monitor.Monitor.took = took
     return spoilt(configs, "dump", 0, lambda config, path: "dumps" in path.parts and time.sleep(4))
@@ -130,7 +130,7 @@ def own_folder() -> tuple[str]:
     """Each process has a folder of its own, of which it thinks that all see it."""
     import jax
 
-    from jepax import lock
+    from jepax.io import lock
 
     lock.SHARED_FS_TIMEOUT_S = 1
     return (f"of {jax.process_index()}",)
@@ -140,7 +140,7 @@ def other_clock() -> tuple[()]:
     """By the clock of process 1 it is always time to save."""
     import jax
 
-    from jepax.saving import CheckpointManager
+    from jepax.io.checkpointer import CheckpointManager
 
     CheckpointManager.timer_expired = lambda self: jax.process_index() == 1
     return ()

@@ -11,10 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jepax import sharding
 from jepax.cli import exit_with
-from jepax.distributed import multihost, preemption
-from jepax.types import UserError, words
+from jepax.distributed import multihost, preemption, sharding
+from jepax.errors import UserError, user_message
 
 FULL = OSError(28, "No space left on device", "a/file")
 
@@ -64,4 +63,4 @@ if __name__ == "__main__":
     except preemption.Preempted as ended:
         exit_with(str(ended), preemption.EXIT_RETRY)
     except (UserError, OSError) as error:
-        exit_with(words(error), 2)
+        exit_with(user_message(error), 2)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jepax.methods.ijepa import IJEPA, IJEPAConfig
-from jepax.settings import Config
-from jepax.types import Images, Metrics
+from jepax.training.config import Config
+from jepax.types import ImageBatch, Metrics
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SpoiltConfig(IJEPAConfig, name="spoilt_ijepa"):
 class Spoilt(IJEPA):
     """See `SpoiltConfig`."""
 
-    def loss(self, images: Images, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
+    def loss(self, images: ImageBatch, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
         config, batch = self.config, images.index[0] // self.config.batch_size
 
         def times(batches: tuple[int, ...], factor: float) -> Float[Array, ""]:

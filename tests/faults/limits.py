@@ -16,13 +16,14 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jepax import checkpoint, cli, lock
-from jepax import config as configs
-from jepax import train as training
+from jepax import cli
 from jepax.distributed import preemption
-from jepax.saving import CheckpointManager, SaveConfig
-from jepax.settings import Config
-from jepax.train import train
+from jepax.io import checkpoint, lock
+from jepax.io import config_yaml as configs
+from jepax.io.checkpointer import CheckpointConfig, CheckpointManager
+from jepax.training import loop as training
+from jepax.training.config import Config
+from jepax.training.loop import train
 from tests.contracts.shrink import shrunk
 
 STEPS = 4
@@ -32,7 +33,7 @@ LINES = 5
 def tiny(**train: object) -> Config:
     """Four steps, each saved and logged, all checkpoints kept, no evaluation on the way, one protocol at the end."""
     config = shrunk("ijepa_fashion_mnist")
-    train = {"steps": STEPS, "log_every": 1, "save": SaveConfig(every=1, keep=99)} | train
+    train = {"steps": STEPS, "log_every": 1, "save": CheckpointConfig(every=1, keep=99)} | train
     eval_ = replace(config.eval, online=replace(config.eval.online, every=0), protocols=("knn",), batch_size=16)
     return replace(config, train=replace(config.train, **train), eval=eval_)
 
@@ -40,7 +41,7 @@ def tiny(**train: object) -> Config:
 def written(config: Config, folder: Path) -> str:
     """Path of a YAML file with this config."""
     path = folder / "wanted.yaml"
-    configs.dump(config, path)
+    configs.save(config, path)
     return str(path)
 
 
@@ -97,7 +98,7 @@ def digests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def train(*given, **named):
         state = real(*given, **named)
-        found.append(checkpoint.digest(state))
+        found.append(checkpoint.state_digest(state))
         return state
 
     monkeypatch.setattr(training, "train", train)
@@ -116,7 +117,7 @@ def contents(run: Path) -> dict[str, bytes]:
 
 def sound(run: Path) -> list[int]:
     """Steps of the checkpoints, each of which must be sound."""
-    found = checkpoint.steps(run / "checkpoints")
+    found = checkpoint.list_steps(run / "checkpoints")
     assert [checkpoint.verify(run / "checkpoints", step) for step in found] == [[]] * len(found)
     return found
 
@@ -193,7 +194,7 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(kept_programs: None, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     run = tmp_path_factory.mktemp("runs") / "whole"
-    return Whole(run, checkpoint.digest(train(tiny(), run)))
+    return Whole(run, checkpoint.state_digest(train(tiny(), run)))
 
 
 def part(wanted: str, run: str, until: str) -> None:

@@ -9,8 +9,7 @@ import sys
 import jax
 import numpy as np
 
-from jepax import sharding
-from jepax.distributed import multihost
+from jepax.distributed import multihost, sharding
 from jepax.types import UserError
 
 

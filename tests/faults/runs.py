@@ -4,10 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from jepax import checkpoint, evaluation, logs
-from jepax import config as configs
-from jepax.saving import SaveConfig
-from jepax.settings import Config
+from jepax.commands import evaluation
+from jepax.io import checkpoint, logger
+from jepax.io import config_yaml as configs
+from jepax.io.checkpointer import CheckpointConfig
+from jepax.training.config import Config
 from tests.contracts.shrink import shrunk
 
 STEPS, EVERY = 300, 20
@@ -18,7 +19,7 @@ SPEED = {"seconds_per_step", "images_per_second", "online_seconds"}
 def tiny(**changes: object) -> Config:
     """Lines of the log at other steps than checkpoints; one quick protocol at the end. `changes`: to `train`."""
     config = shrunk("ijepa_fashion_mnist")
-    settings = {"steps": STEPS, "log_every": 7, "save": SaveConfig(every=EVERY, keep=2)} | changes
+    settings = {"steps": STEPS, "log_every": 7, "save": CheckpointConfig(every=EVERY, keep=2)} | changes
     online = replace(config.eval.online, every=0)
     return replace(
         config, train=replace(config.train, **settings), eval=replace(config.eval, protocols=("knn",), online=online)
@@ -27,13 +28,13 @@ def tiny(**changes: object) -> Config:
 
 def result(run: Path) -> tuple[int, str]:
     """The last checkpoint's step, and the digest of its state."""
-    state = evaluation.restored(configs.load(Config, run / "config.yaml"), run, only=checkpoint.ALL)
-    return int(state.step), checkpoint.digest(state)
+    state = evaluation.load_state(configs.load(Config, run / "config.yaml"), run, only=checkpoint.ALL_ARRAYS)
+    return int(state.step), checkpoint.state_digest(state)
 
 
 def log(run: Path) -> list[dict]:
     """The lines of the log but for their speeds."""
-    lines = logs.read_metrics(run / "metrics.jsonl")
+    lines = logger.read_metrics(run / "metrics.jsonl")
     return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
 
 
@@ -44,4 +45,4 @@ def same(run: Path, other: Path) -> None:
     health, wanted = (json.loads((each / "health.json").read_text()) for each in (run, other))
     assert health == wanted
     assert checkpoint.partial_checkpoints(run / "checkpoints") == []
-    assert checkpoint.steps(run / "checkpoints") == checkpoint.steps(other / "checkpoints")
+    assert checkpoint.list_steps(run / "checkpoints") == checkpoint.list_steps(other / "checkpoints")

@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from jepax import checkpoint, events, logs, manifest
-from jepax.events import Events
-from jepax.saving import SaveConfig
-from jepax.train import train
+from jepax.io import checkpoint, checksums, events, logger
+from jepax.io.checkpointer import CheckpointConfig
+from jepax.io.events import Events
+from jepax.training.loop import train
 from jepax.types import UserError
 from tests.faults.runs import result, same, tiny
 
-CONFIG = tiny(steps=6, log_every=1, save=SaveConfig(every=2, keep=3))
+CONFIG = tiny(steps=6, log_every=1, save=CheckpointConfig(every=2, keep=3))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "whole"
     train(CONFIG, run)
-    assert checkpoint.steps(run / "checkpoints") == [2, 4, 6]
+    assert checkpoint.list_steps(run / "checkpoints") == [2, 4, 6]
     return run
 
 
@@ -76,7 +76,7 @@ def test_damage_to_any_file_is_found_and_the_one_before_is_taken(run, damage):
 
 @pytest.mark.fault(5, "a checkpoint is damaged")
 def test_a_bit_anywhere_in_the_manifest_counts(run):
-    path = run / "checkpoints/00000006" / manifest.MANIFEST_FILE
+    path = run / "checkpoints/00000006" / checksums.MANIFEST_FILE
     whole = path.read_bytes()
     for place in range(0, len(whole), 7):
         content = bytearray(whole)
@@ -147,8 +147,8 @@ def test_a_torn_log_is_read_and_mended(trained, tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     whole = (trained / "metrics.jsonl").read_bytes()
     path.write_bytes(whole + torn)
-    assert logs.read_metrics(path)[:6] == logs.read_metrics(trained / "metrics.jsonl")
-    with logs.Log(path, steps=8, start=6) as log:
+    assert logger.read_metrics(path)[:6] == logger.read_metrics(trained / "metrics.jsonl")
+    with logger.Log(path, steps=8, start=6) as log:
         log.write(6, {"loss": 1.0, "images_per_second": 1.0, "seconds_per_step": 1.0})
     lines = path.read_bytes().splitlines(keepends=True)
     assert b"".join(lines[:6]) == whole and json.loads(lines[6])["step"] == 6 and len(lines) == 7

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from jepax import checkpoint, evaluation, files, logs, manifest, saving
-from jepax import events as happened
-from jepax.evals import alarms
-from jepax.logs import Log
-from jepax.saving import SaveConfig
-from jepax.train import train
+from jepax.commands import evaluation
+from jepax.health import alerts
+from jepax.io import atomic, checkpoint, checkpointer, checksums, logger
+from jepax.io import events as happened
+from jepax.io.checkpointer import CheckpointConfig
+from jepax.io.logger import Log
+from jepax.training.loop import train
 from tests.faults import limits
 from tests.faults.conftest import ROOT
 from tests.faults.limits import (
@@ -33,7 +34,7 @@ from tests.faults.limits import (
     whole,
 )
 
-SAVES = SaveConfig(every=2, keep=99)
+SAVES = CheckpointConfig(every=2, keep=99)
 fixtures = digests, disk, kept_programs, whole
 pytestmark = [pytest.mark.slow_fault, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
@@ -51,7 +52,7 @@ def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(disk, whole, 
     disk.resize("64m")
     command(capsys, "train", wanted, "--run-dir", run, code=0)
     assert digests == [whole.digest] and sound(run) == [1, 2, 3, 4]
-    assert [line["step"] for line in logs.read_metrics(run / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [line["step"] for line in logger.read_metrics(run / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
 def fills(disk, monkeypatch, owner, name, when):
@@ -70,12 +71,12 @@ def fills(disk, monkeypatch, owner, name, when):
 
 
 MOMENTS = {
-    "config.yaml": (files, "atomic_write", lambda path, text: path.name == "config.yaml"),
-    "data.json": (files, "atomic_write", lambda path, text: path.name == "data.json"),
+    "config.yaml": (atomic, "atomic_write", lambda path, text: path.name == "config.yaml"),
+    "data.json": (atomic, "atomic_write", lambda path, text: path.name == "data.json"),
     "metrics.jsonl": (Log, "write", lambda log, step, values: step == 2),
-    "health.json": (files, "atomic_write", lambda path, text: path.name == "health.json"),
-    "events.jsonl": (files, "append", lambda path, text: path.name == "events.jsonl"),
-    "lock": (files, "with_path_in_error", lambda path: path.name == "lock"),
+    "health.json": (atomic, "atomic_write", lambda path, text: path.name == "health.json"),
+    "events.jsonl": (atomic, "append", lambda path, text: path.name == "events.jsonl"),
+    "lock": (atomic, "with_path_in_error", lambda path: path.name == "lock"),
 }
 
 
@@ -89,11 +90,11 @@ def test_a_full_disk_spoils_no_other_file(moment, disk, whole, digests, tmp_path
     assert sound(run) == ([2] if moment == "metrics.jsonl" else []) and parts(run) == []
     (disk.path / "filling").unlink()
     monkeypatch.undo()
-    assert checkpoint.digest(train(tiny(save=SAVES), run)) == whole.digest
-    assert [line["step"] for line in logs.read_metrics(run / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert checkpoint.state_digest(train(tiny(save=SAVES), run)) == whole.digest
+    assert [line["step"] for line in logger.read_metrics(run / "metrics.jsonl")] == [0, 1, 2, 3]
     for name in ("metrics.jsonl", "events.jsonl"):
         assert all(map(json.loads, (run / name).read_text().splitlines())), name
-    assert alarms.read(run) == []
+    assert alerts.load_alerts(run) == []
 
 
 @pytest.mark.fault(7, "the disk is full when a run goes on")
@@ -102,13 +103,13 @@ def test_what_was_there_stays_where_its_new_self_does_not_fit(name, disk, whole,
     run, other = disk.path / "run", tiny(log_every=2)
     shutil.copytree(whole.run, run)
     before = contents(run)
-    fills(disk, monkeypatch, files, "atomic_write", lambda path, text: path.name == name)
+    fills(disk, monkeypatch, atomic, "atomic_write", lambda path, text: path.name == name)
     said = refused(capsys, "train", limits.written(other, tmp_path), "--run-dir", run)
     assert f"No space left on device: {run / name}" in said
     assert contents(run)[name] == before[name] and contents(run).keys() == before.keys()
     (disk.path / "filling").unlink()
     monkeypatch.undo()
-    assert checkpoint.digest(train(other, run)) == whole.digest
+    assert checkpoint.state_digest(train(other, run)) == whole.digest
 
 
 @pytest.mark.fault(7, "the disk is full within a line")
@@ -118,28 +119,28 @@ def test_a_line_that_did_not_fit_is_left_out_by_the_next_command(disk, whole, tm
     path = run / "events.jsonl"
     room = 4096 - 20 - path.stat().st_size  # but for 20 bytes of the page that its end lies on
     happened.append_jsonl(path, {"event": "filling", "step": 0, "x": "x" * (room - 42)})
-    fills(disk, monkeypatch, files, "append", lambda path, text: True)
+    fills(disk, monkeypatch, atomic, "append", lambda path, text: True)
     assert f"No space left on device: {path}" in refused(
         capsys, "train", limits.written(tiny(), tmp_path), "--run-dir", run
     )
     assert 4076 <= len(path.read_text()) <= 4096 and not path.read_text().endswith("\n")
     (disk.path / "filling").unlink()
     monkeypatch.undo()
-    assert checkpoint.digest(train(tiny(), run)) == whole.digest
+    assert checkpoint.state_digest(train(tiny(), run)) == whole.digest
     assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["started", "filling", "resumed"]
 
 
 @pytest.mark.fault(8, "saves faster than the disk")
 def test_every_checkpoint_is_written_however_slow_the_disk(whole, tmp_path, monkeypatch, capsys):
-    sums = manifest.sums
-    monkeypatch.setattr(manifest, "sums", lambda folder: time.sleep(0.3) or sums(folder))
-    monkeypatch.setattr(saving, "SLOW_SAVE_WARNING_S", 0.05)
+    sums = checksums.compute_checksums
+    monkeypatch.setattr(checksums, "compute_checksums", lambda folder: time.sleep(0.3) or sums(folder))
+    monkeypatch.setattr(checkpointer, "SLOW_SAVE_WARNING_S", 0.05)
     last = train(tiny(), tmp_path)
     monkeypatch.undo()
     assert sound(tmp_path) == list(range(1, STEPS + 1))
     for step in sound(tmp_path):
         saved = [checkpoint.restore(run / "checkpoints", step, last) for run in (tmp_path, whole.run)]
-        assert int(saved[0].step) == step and len({checkpoint.digest(state) for state in saved}) == 1
+        assert int(saved[0].step) == step and len({checkpoint.state_digest(state) for state in saved}) == 1
     assert "the disk is slower than train.save.every" in capsys.readouterr().err
 
 
@@ -159,8 +160,11 @@ def test_the_command_says_so_in_a_few_lines(processes, disk, whole, tmp_path):
     disk.resize("64m")
     trained(disk.path / "run", 0)
     trained(tmp_path / "whole", 0)
-    ends = [evaluation.restored(tiny(), run, only=checkpoint.ALL) for run in (disk.path / "run", tmp_path / "whole")]
-    assert len({checkpoint.digest(state) for state in ends}) == 1
+    ends = [
+        evaluation.load_state(tiny(), run, only=checkpoint.ALL_ARRAYS)
+        for run in (disk.path / "run", tmp_path / "whole")
+    ]
+    assert len({checkpoint.state_digest(state) for state in ends}) == 1
 
 
 @pytest.mark.slow_fault

@@ -10,15 +10,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jepax import checkpoint, dump, evaluation, events, guard, logs
-from jepax import config as configs
+from jepax.commands import evaluation
 from jepax.distributed import preemption
-from jepax.guard import GuardConfig
-from jepax.monitor import Diverged, Monitor
-from jepax.replay import replay
-from jepax.saving import SaveConfig
-from jepax.settings import Config
-from jepax.train import train
+from jepax.io import checkpoint, events, logger
+from jepax.io import config_yaml as configs
+from jepax.io.checkpointer import CheckpointConfig
+from jepax.training import grad_guard, nan_dump
+from jepax.training.config import Config
+from jepax.training.grad_guard import GradGuardConfig
+from jepax.training.loop import train
+from jepax.training.monitor import DivergedError, Monitor
+from jepax.training.replay import replay
 from tests.contracts.shrink import BATCH, shrunk
 from tests.faults.injected import spoilt
 
@@ -30,7 +32,7 @@ def run_of(guard, **batches):
     """A tiny run that is spoilt in these batches."""
     config = shrunk("ijepa_fashion_mnist")
     config = replace(config, eval=replace(config.eval, online=replace(config.eval.online, every=0)))
-    train = replace(config.train, steps=STEPS, log_every=4, save=SaveConfig(every=16, keep=9), guard=guard)
+    train = replace(config.train, steps=STEPS, log_every=4, save=CheckpointConfig(every=16, keep=9), guard=guard)
     return spoilt(replace(config, train=train), **batches)
 
 
@@ -46,14 +48,16 @@ def ended(tmp_path_factory):
     It was asked to end after the first of the three, and went on: the count is part of the state.
     """
     folder = tmp_path_factory.mktemp("runs") / "spoilt"
-    config = run_of(GuardConfig(patience=3), large_gradient=(SPIKE,), **BAD)
+    config = run_of(GradGuardConfig(patience=3), large_gradient=(SPIKE,), **BAD)
     with pytest.raises(preemption.Preempted), asked_to_end_at(39):  # seen in the step after it
         train(config, folder)
     shutil.copytree(folder, folder.with_name("earlier"))
-    left = folder / "dumps/step_00000042" / dump.batch_file(7)  # of more processes, before the steps were taken again
+    left = (
+        folder / "dumps/step_00000042" / nan_dump.batch_filename(7)
+    )  # of more processes, before the steps were taken again
     left.parent.mkdir(parents=True)
     left.write_bytes(b"")
-    with pytest.raises(Diverged) as end:
+    with pytest.raises(DivergedError) as end:
         train(config, folder)
     return folder, end.value
 
@@ -79,7 +83,7 @@ def test_what_is_not_finite_is_told_with_its_examples(ended):
     told = happened(ended[0], "not finite")
     assert [line["step"] for line in told] == [3, 5, 7, 40, 41, 42]
     assert all(line["examples"] == list(range(BATCH * line["step"], BATCH * (line["step"] + 1))) for line in told)
-    lines = {line["step"]: line for line in logs.read_metrics(ended[0] / "metrics.jsonl")}
+    lines = {line["step"]: line for line in logger.read_metrics(ended[0] / "metrics.jsonl")}
     assert [lines[step]["unused_steps"] for step in (0, 3, 7, 11, 39)] == [0, 1, 3, 3, 3]
     assert lines[3]["grad_norm"] is None and lines[3]["loss"] is None and np.isfinite(lines[39]["loss"])
     assert "embedding_rank" not in lines[3] and "embedding_rank" in lines[39]
@@ -89,8 +93,10 @@ def test_what_is_not_finite_is_told_with_its_examples(ended):
 def test_what_is_not_finite_changes_nothing(ended):
     """The state that was saved between the bad steps is, but for counts, that of the dump after them."""
     folder = ended[0]
-    before = evaluation.restored(configs.load(Config, folder / "config.yaml"), folder, 41, only=checkpoint.ALL)
-    after = checkpoint.named_arrays(checkpoint.restore(folder / "dumps" / "step_00000042" / dump.STATE, 42, before))
+    before = evaluation.load_state(configs.load(Config, folder / "config.yaml"), folder, 41, only=checkpoint.ALL_ARRAYS)
+    after = checkpoint.named_arrays(
+        checkpoint.restore(folder / "dumps" / "step_00000042" / nan_dump.STATE_DIR, 42, before)
+    )
     before = {name: np.asarray(x) for name, x in checkpoint.named_arrays(before).items()}
     assert {name for name, x in before.items() if not np.array_equal(x, after[name])} <= {
         *("step", "guard.in_a_row", "guard.unused", "guard.norms")
@@ -103,15 +109,15 @@ def test_as_many_in_a_row_as_the_guard_bears_end_the_run(ended):
     folder, error = ended
     assert error.step == 42 and "3 steps in a row, up to step 42, were not finite" in str(error)
     assert "jepax replay" in str(error) and len(str(error).splitlines()) <= 5
-    assert max(checkpoint.steps(folder / "checkpoints")) == 41
+    assert max(checkpoint.list_steps(folder / "checkpoints")) == 41
     assert json.loads((folder / "health.json").read_text())["ended"].startswith("3 steps in a row")
 
 
 @pytest.mark.slow_fault
 @pytest.mark.fault(15, "less patience than a run has used up already")
 def test_a_run_that_goes_on_with_less_patience_ends_at_once(ended):
-    config = run_of(GuardConfig(patience=1), large_gradient=(SPIKE,), **BAD)
-    with pytest.raises(Diverged, match="up to step 41") as end:
+    config = run_of(GradGuardConfig(patience=1), large_gradient=(SPIKE,), **BAD)
+    with pytest.raises(DivergedError, match="up to step 41") as end:
         train(config, ended[0].with_name("earlier"), allow=["train.guard.patience"])
     assert end.value.step == 41
 
@@ -124,21 +130,21 @@ def test_its_last_step_can_be_replayed(ended, capsys):
     said = capsys.readouterr().out
     assert "state before it: all finite" in said and "bit-identical" in said
     assert "gradients: not finite in encoder." in said and "predictor" not in said
-    assert int(metrics["verdict"]) == guard.NOT_FINITE and np.isnan(metrics["grad_norm"])
+    assert int(metrics["verdict"]) == grad_guard.NOT_FINITE and np.isnan(metrics["grad_norm"])
     assert configs.load(Config, folder / "config.yaml").train.precision == "float32"
-    assert dump.read_batch(folder).index.tolist() == list(range(42 * BATCH, 43 * BATCH))
+    assert nan_dump.read_batch(folder).index.tolist() == list(range(42 * BATCH, 43 * BATCH))
 
 
 @pytest.mark.fault(16, "a gradient times 1000: clipped")
 def test_a_spike_is_clipped(ended):
     (told,) = happened(ended[0], "clipped")
     assert told["step"] == SPIKE and told["grad_norm"] > told["grad_norm_limit"] > 0
-    (line,) = [line for line in logs.read_metrics(ended[0] / "metrics.jsonl") if line["step"] == 39]
+    (line,) = [line for line in logger.read_metrics(ended[0] / "metrics.jsonl") if line["step"] == 39]
     assert line["grad_norm_max"] == pytest.approx(told["grad_norm"])
 
 
 def spike(action, batches=(40,)):
-    return run_of(GuardConfig(patience=2, spike=action), large_gradient=batches)
+    return run_of(GradGuardConfig(patience=2, spike=action), large_gradient=batches)
 
 
 @pytest.mark.slow_fault
@@ -159,16 +165,16 @@ def test_training_goes_back_behind_a_spike(tmp_path):
     whole = train(config, tmp_path / "whole")
     assert [line["step"] for line in happened(tmp_path / "whole", "rolled back")] == [40]
     assert checkpoint.metadata(tmp_path / "whole" / "checkpoints", 44)["shift"] == 40 - 32 + 1
-    lines = [line["step"] for line in logs.read_metrics(tmp_path / "whole" / "metrics.jsonl")]
+    lines = [line["step"] for line in logger.read_metrics(tmp_path / "whole" / "metrics.jsonl")]
     assert lines == sorted(set(lines)) and lines[-1] == 43
     with asked_to_end_at(46) as steps, pytest.raises(preemption.Preempted):
         train(config, tmp_path / "parts")
     assert steps == [37]
-    assert checkpoint.digest(train(config, tmp_path / "parts")) == checkpoint.digest(whole)
+    assert checkpoint.state_digest(train(config, tmp_path / "parts")) == checkpoint.state_digest(whole)
 
 
 @pytest.mark.slow_fault
 @pytest.mark.fault(16, "spikes wherever training goes on")
 def test_going_back_ends_where_it_does_not_help(tmp_path):
-    with pytest.raises(Diverged, match=r"gradient spikes brought training back to step 32 3 times"):
+    with pytest.raises(DivergedError, match=r"gradient spikes brought training back to step 32 3 times"):
         train(spike("rollback", batches=tuple(range(40, 80))), tmp_path)

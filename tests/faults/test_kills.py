@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from jepax import checkpoint, lock, logs
-from jepax import config as configs
 from jepax.distributed import preemption
+from jepax.io import checkpoint, lock, logger
+from jepax.io import config_yaml as configs
 from tests.faults.conftest import Processes, running
 from tests.faults.runs import EVERY, STEPS, result, same, tiny
 
@@ -27,7 +27,7 @@ class Command:
 
     def __init__(self, processes: Processes, run: Path):
         self.processes, self.run, self.config = processes, run, run.with_suffix(".yaml")
-        configs.dump(tiny(), self.config)
+        configs.save(tiny(), self.config)
 
     def start(self, **environment: str) -> subprocess.Popen:
         arguments = "train", str(self.config), "--run-dir", str(self.run)
@@ -47,13 +47,13 @@ class Command:
         self.until(lambda: text in self.said())
 
     def until_step(self, step: int) -> None:
-        self.until(lambda: any(line["step"] >= step for line in logs.read_metrics(self.run / "metrics.jsonl")))
+        self.until(lambda: any(line["step"] >= step for line in logger.read_metrics(self.run / "metrics.jsonl")))
 
     def until_saving(self, step: int) -> None:
-        self.until(lambda: (self.run / f"checkpoints/{step:08d}{checkpoint.PART}").is_dir())
+        self.until(lambda: (self.run / f"checkpoints/{step:08d}{checkpoint.PARTIAL_SUFFIX}").is_dir())
 
     def newest(self) -> int:
-        return max(checkpoint.steps(self.run / "checkpoints"), default=0)
+        return max(checkpoint.list_steps(self.run / "checkpoints"), default=0)
 
     def kill(self) -> None:
         self.process.kill()

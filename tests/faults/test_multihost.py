@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jepax import checkpoint, sharding
-from jepax.data import broken
-from jepax.distributed import multihost, preemption
-from jepax.logs import read
+from jepax.data import corrupt
+from jepax.distributed import multihost, preemption, sharding
+from jepax.io import checkpoint
+from jepax.io.logger import read_metrics
 from jepax.types import UserError
 from tests.faults.conftest import Processes, of_session
 
@@ -114,7 +114,7 @@ def test_no_process_ends_before_all_have_saved(processes):
 
 
 def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read(run / "metrics.jsonl")]
+    return [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
 
 
 STEPS = '{"train": {"steps": 14, "log_every": 1}}'
@@ -146,7 +146,9 @@ def test_two_processes_score_what_one_does(processes, tmp_path):
     assert [process.wait(150) for process in alone] == [0], processes.said(alone[0])
     both = processes.group("driver", str(tmp_path / "two"), changes, devices=2)
     assert [process.wait(150) for process in both] == [0, 0], processes.said(both[0]) + processes.said(both[1])
-    one, two = ([line.get("knn_top1") for line in read(tmp_path / run / "metrics.jsonl")] for run in ("one", "two"))
+    one, two = (
+        [line.get("knn_top1") for line in read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("one", "two")
+    )
     assert one == two and [score is not None for score in one] == [False, False, True] * 2
 
 
@@ -313,8 +315,8 @@ def test_one_clock_decides_and_every_process_tells_of_pictures(processes, tmp_pa
     data = {"source": "image_folder", "root": str(root), "broken_share": 1.0}
     train = {"steps": 8, "save": {"every": 100, "keep": 9}}
     said = ended(processes, run, "other_clock", [0, 0], train, data=data)
-    assert checkpoint.steps(run / "checkpoints") == [8]
-    mine, others = (path.read_text().splitlines() for path in broken.find_lists(run))
+    assert checkpoint.list_steps(run / "checkpoints") == [8]
+    mine, others = (path.read_text().splitlines() for path in corrupt.find_lists(run))
     assert min(len(mine), len(others)) > 3
     for line in others:
         file = json.loads(line)["file"]

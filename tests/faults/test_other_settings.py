@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jepax import checkpoint, evaluation, settings
-from jepax import config as configs
-from jepax import events as happened
+from jepax.commands import evaluation
 from jepax.data import batches, open_source
-from jepax.saving import SaveConfig
-from jepax.settings import Config
-from jepax.sharding import ShardingConfig
-from jepax.train import train
+from jepax.distributed.sharding import ShardingConfig
+from jepax.io import checkpoint
+from jepax.io import config_yaml as configs
+from jepax.io import events as happened
+from jepax.io.checkpointer import CheckpointConfig
+from jepax.training import config as train_config
+from jepax.training.config import Config
+from jepax.training.loop import train
 from tests.contracts.shrink import SIDE
 from tests.faults import limits
 from tests.faults.limits import STEPS, command, contents, digests, kept_programs, refused, sound, tiny, whole
@@ -114,11 +116,15 @@ def test_a_model_that_does_not_fit_is_an_error_also_for_who_insists(whole, tmp_p
 @pytest.mark.fault(17, "settings that training does not depend on")
 def test_settings_that_do_not_matter_may_change(whole, digests, tmp_path, capsys):
     run = half_of(whole, tmp_path)
-    config = tiny(log_every=3, save=SaveConfig(every=3, keep=1), sharding=ShardingConfig("replicated"))
+    config = tiny(log_every=3, save=CheckpointConfig(every=3, keep=1), sharding=ShardingConfig("replicated"))
     config = replace(config, data=replace(config.data, threads=1, broken_share=0.5, root="elsewhere"))
     config = replace(config, eval=replace(config.eval, protocols=("linear",)))
-    changed = {line.split(":")[0] for line in configs.differences(tiny(), config)}
-    assert {name for name in settings.FREE if not any(settings.under(path, [name]) for path in changed)} == {
+    changed = {line.split(":")[0] for line in configs.diff(tiny(), config)}
+    assert {
+        name
+        for name in train_config.RESUMABLE_FIELDS
+        if not any(train_config.matches_prefix(path, [name]) for path in changed)
+    } == {
         "data.workers",  # by a process of its own, below
         "train.trackers",
         "train.accumulate",  # gives the same losses but for the rounding of sums: tests/test_sharding.py
@@ -157,13 +163,13 @@ def test_a_run_goes_on_with_other_threads_and_workers(processes, tmp_path):
         config = replace(longer, data=replace(longer.data, threads=threads, workers=workers))
         process = processes.start("limits", "part", limits.written(config, tmp_path), str(run), str(until))
         assert process.wait(300) == 0, processes.said(process)
-        assert checkpoint.steps(run / "checkpoints")[-1] == until
+        assert checkpoint.list_steps(run / "checkpoints")[-1] == until
 
     take(tmp_path / "whole", workers=0, threads=0, until=8)
     for until, workers, threads in ((2, 0, 1), (4, 2, 8), (6, 3, 1), (8, 1, 8)):
         take(tmp_path / "parts", workers, threads, until)
-    ends = [evaluation.restored(longer, tmp_path / run, only=checkpoint.ALL) for run in ("whole", "parts")]
-    assert len({checkpoint.digest(state) for state in ends}) == 1
+    ends = [evaluation.load_state(longer, tmp_path / run, only=checkpoint.ALL_ARRAYS) for run in ("whole", "parts")]
+    assert len({checkpoint.state_digest(state) for state in ends}) == 1
 
 
 GREYS = {"cat": 40, "dog": 200}

@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jepax import cli, untrusted, weights
-from jepax import config as configs
+from jepax import cli
 from jepax.data.decode import read_image
 from jepax.data.sources import CorruptExampleError
-from jepax.grids import GRIDS
+from jepax.export import weights
+from jepax.io import config_yaml as configs
+from jepax.io import safe_load
 from jepax.nn import ViT, ViTConfig
 from jepax.recipes import RECIPES
-from jepax.settings import Config
+from jepax.sweeps import SWEEPS
+from jepax.training.config import Config
 from jepax.types import UserError
 from jepax.views import CropConfig
 
@@ -94,7 +96,7 @@ def test_pickled_weights_are_refused_and_not_read(name, tmp_path, marker, capsys
 
 def test_a_pickle_under_the_name_of_weights_is_not_read(tmp_path, marker, capsys):
     folder = whole(tmp_path / "encoder")
-    write_payload(folder / weights.MODEL, marker)
+    write_payload(folder / weights.MODEL_FILE, marker)
     assert "no whole safetensors file" in fails(capsys, "evaluate", folder)
 
 
@@ -173,8 +175,8 @@ def test_yaml_that_is_more_than_plain_values_is_refused(content, word, tmp_path,
 
 def test_the_loader_itself_would_run_no_code(tmp_path, marker):
     """Behind the refusal of tags stands a loader that knows none of Python's."""
-    assert not set(untrusted._PlainLoader.yaml_constructors) - set(untrusted.yaml.SafeLoader.yaml_constructors)
-    assert not any("python" in str(tag) for tag in untrusted._PlainLoader.yaml_multi_constructors)
+    assert not set(safe_load._StrictYamlLoader.yaml_constructors) - set(safe_load.yaml.SafeLoader.yaml_constructors)
+    assert not any("python" in str(tag) for tag in safe_load._StrictYamlLoader.yaml_multi_constructors)
 
 
 def test_a_file_without_end_is_not_read_to_its_end(capsys):
@@ -182,13 +184,13 @@ def test_a_file_without_end_is_not_read_to_its_end(capsys):
 
 
 def test_our_own_files_hold_no_aliases(tmp_path):
-    for config in [function() for function in (*RECIPES.values(), *GRIDS.values())]:
-        configs.dump(config, tmp_path / "config.yaml")
+    for config in [function() for function in (*RECIPES.values(), *SWEEPS.values())]:
+        configs.save(config, tmp_path / "config.yaml")
         assert configs.load(type(config), tmp_path / "config.yaml") == config
     shared = (0.25, 0.5)
     crop = CropConfig(scale=shared, ratio=shared)
-    assert "*" not in configs.text(crop) and "&" not in configs.text(crop)
-    assert len(configs.text(Config())) * 20 < untrusted.LARGEST
+    assert "*" not in configs.to_yaml(crop) and "&" not in configs.to_yaml(crop)
+    assert len(configs.to_yaml(Config())) * 20 < safe_load.MAX_YAML_BYTES
 
 
 def whole(folder):
@@ -211,7 +213,7 @@ def folder(template, tmp_path):
     values = json.loads((template / "config.json").read_text())
     del values["jepax"]
     (place / "config.json").write_text(json.dumps(values))
-    (place / weights.MODEL).write_bytes((template / weights.MODEL).read_bytes())
+    (place / weights.MODEL_FILE).write_bytes((template / weights.MODEL_FILE).read_bytes())
     return place
 
 
@@ -242,7 +244,7 @@ def test_sizes_that_the_tensors_do_not_have_take_no_memory_and_no_time(folder):
     for number, values in enumerate(HUGE):
         place = folder.with_name(f"huge{number}")
         place.mkdir()
-        for name in ("config.json", weights.MODEL):
+        for name in ("config.json", weights.MODEL_FILE):
             (place / name).write_bytes((folder / name).read_bytes())
         change(place, **values)
     script = """
@@ -269,7 +271,7 @@ def test_sizes_that_the_tensors_do_not_have_take_no_memory_and_no_time(folder):
 
 
 def test_a_last_layer_alone_makes_no_stack(folder):
-    path, last = folder / weights.MODEL, "encoder.layer.64999.intermediate.dense.weight"
+    path, last = folder / weights.MODEL_FILE, "encoder.layer.64999.intermediate.dense.weight"
     save_file(load_file(path) | {last: np.zeros((64, 16), np.float32)}, path)
     change(folder, num_hidden_layers=65_000)
     assert "too few for 65000 layers" in refused(lambda: weights.load_encoder(folder), path)
@@ -319,13 +321,13 @@ LIES = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_header_that_lies_is_refused(lie, folder):
-    path = folder / weights.MODEL
+    path = folder / weights.MODEL_FILE
     path.write_bytes(LIES[lie](path.read_bytes()))
     assert "no whole safetensors file" in refused(lambda: weights.load_encoder(folder), path)
 
 
 def test_a_header_that_is_absurdly_large_is_not_parsed(folder):
-    path = folder / weights.MODEL
+    path = folder / weights.MODEL_FILE
     with path.open("wb") as file:
         file.write((90_000_000).to_bytes(8, "little") + b"{")
         file.truncate(90_000_008)  # a file with a hole: it takes no disk
@@ -334,7 +336,7 @@ def test_a_header_that_is_absurdly_large_is_not_parsed(folder):
 
 
 def test_names_of_tensors_are_shown_harmlessly(folder):
-    path = folder / weights.MODEL
+    path = folder / weights.MODEL_FILE
     save_file(load_file(path) | {"\x1b[2J" + "a" * 5000: np.zeros(1, np.float32)}, path)
     error = refused(lambda: weights.load_encoder(folder), path)
     assert "\x1b" not in error and len(error) < 600

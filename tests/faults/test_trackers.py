@@ -9,8 +9,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from jepax import trackers
-from jepax.logs import Log, read
+from jepax.io import trackers
+from jepax.io.logger import Log, read_metrics
 
 pytestmark = pytest.mark.fault(23, "tracker or network unreachable")
 
@@ -59,4 +59,4 @@ def test_a_run_ends_as_without_a_tracker(network, word, request, tmp_path, monke
         steps = time.perf_counter() - start
     assert steps < 1 and time.perf_counter() - start < 3
     assert len(said) == 1 and word in said[0] and "metrics.jsonl is complete" in said[0], said
-    assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == list(range(20))
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(20))

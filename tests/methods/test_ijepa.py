@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from jepax.data import iter_once, open_source
+from jepax.methods.ema import EMAConfig
 from jepax.methods.ijepa import IJEPAConfig
-from jepax.methods.momentum import MomentumConfig
-from jepax.methods.regulariser import RegulariserConfig
+from jepax.methods.regularizer import RegularizerConfig
 from jepax.objectives import covariance, variance
 from jepax.types import UserError
 from tests.contracts.shrink import shrunk
@@ -80,10 +80,10 @@ def drawn(images, seed):
         pytest.param({"layers": (1,)}, marks=pytest.mark.long),
         {"layers": (1, 2), "layer_weights": (1.0, 3.0)},
         {"context_weight": 0.5},
-        {"regulariser": RegulariserConfig("vicreg")},
-        pytest.param({"regulariser": RegulariserConfig("visreg", directions=8)}, marks=pytest.mark.long),
-        pytest.param({"regulariser": RegulariserConfig("sigreg", directions=8)}, marks=pytest.mark.long),
-        {"regulariser": RegulariserConfig("rdmreg", directions=8)},
+        {"regulariser": RegularizerConfig("vicreg")},
+        pytest.param({"regulariser": RegularizerConfig("visreg", directions=8)}, marks=pytest.mark.long),
+        pytest.param({"regulariser": RegularizerConfig("sigreg", directions=8)}, marks=pytest.mark.long),
+        {"regulariser": RegularizerConfig("rdmreg", directions=8)},
     ],
 )
 def test_each_setting_changes_the_loss_and_stays_finite(images, settings):
@@ -101,7 +101,7 @@ def test_two_norms_on_the_predictions_are_allowed_with_a_warning():
 
 
 def test_a_regulariser_adds_its_weighted_value_of_the_pooled_context(images):
-    chosen = RegulariserConfig("vicreg", weight=0.5, variance=3.0, covariance=0.25)
+    chosen = RegularizerConfig("vicreg", weight=0.5, variance=3.0, covariance=0.25)
     method = build(regulariser=chosen)
     loss, metrics = whole_loss(method, images, jr.key(0))
     view, masks = drawn(images, 0)
@@ -186,7 +186,7 @@ def test_the_context_loss_is_that_of_its_equation(images):
 
 @pytest.mark.parametrize("teacher", ["ema", "stopped", "shared"])
 def test_only_a_shared_encoder_learns_from_its_targets(images, teacher):
-    method = build(teacher=teacher, regulariser=RegulariserConfig("sigreg", directions=8))
+    method = build(teacher=teacher, regulariser=RegularizerConfig("sigreg", directions=8))
     view, _ = drawn(images, 0)
     grads = eqx.filter_jit(eqx.filter_grad(lambda m: jnp.sum(jnp.square(m.targets(view)[..., :3]))))(method)
     reached = any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
@@ -197,7 +197,7 @@ def test_only_a_shared_encoder_learns_from_its_targets(images, teacher):
 
 
 def test_a_shared_encoders_targets_can_be_regularised_instead(images):
-    chosen = {"teacher": "shared", "target_norm": "none", "regulariser": RegulariserConfig("vicreg")}
+    chosen = {"teacher": "shared", "target_norm": "none", "regulariser": RegularizerConfig("vicreg")}
     method = build(**chosen, regularised="targets")
     view, masks = drawn(images, 0)
     _, metrics = loss_of(method, view, masks, jr.key(0))
@@ -209,7 +209,7 @@ def test_a_shared_encoders_targets_can_be_regularised_instead(images):
 
 
 def test_directions_are_new_at_each_step_and_belong_to_the_batch(images):
-    method = build(regulariser=RegulariserConfig("sigreg", directions=4))
+    method = build(regulariser=RegularizerConfig("sigreg", directions=4))
     view, masks = drawn(images, 0)
     first, again, other = (loss_of(method, view, masks, jr.key(k))[1]["sigreg_loss"] for k in (0, 0, 1))
     assert first == again != other
@@ -250,7 +250,7 @@ def test_new_keys_give_new_views(images):
 
 
 def test_the_teacher_moves_after_the_update():
-    method = build(momentum=MomentumConfig(start=0.5, final=0.5))
+    method = build(momentum=EMAConfig(start=0.5, final=0.5))
     method = eqx.tree_at(lambda m: m.encoder.norm.bias, method, method.encoder.norm.bias + 1.0)
     moved, metrics = method.after_update(jnp.int32(0))
     np.testing.assert_allclose(moved.target_encoder.average.norm.bias, 0.5)
@@ -280,11 +280,11 @@ def test_bad_settings_are_refused():
     with pytest.warns(UserWarning, match="collapse"):
         IJEPAConfig(teacher="shared")
     with pytest.raises(UserError, match=r"regulariser.weight=-1"):
-        RegulariserConfig("sigreg", weight=-1.0)
+        RegularizerConfig("sigreg", weight=-1.0)
     with pytest.raises(UserError, match=r"regulariser.directions=0"):
-        RegulariserConfig("sigreg", directions=0)
+        RegularizerConfig("sigreg", directions=0)
     with pytest.raises(UserError, match=r"method.momentum.start=1.5"):
-        MomentumConfig(start=1.5)
+        EMAConfig(start=1.5)
     with pytest.raises(UserError, match=r"masks\.context=40 cannot be met"):
         config = shrunk("ijepa_vitb16_in1k").method
         replace(config, masks=replace(config.masks, context=40)).build(total_steps=1, key=jr.key(0))

@@ -11,14 +11,14 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+from jepax.distributed.sharding import make_mesh, replicate, shard_batch
 from jepax.methods.lejepa import LeJEPAConfig
-from jepax.methods.multiview import agreement_explained, invariance, merged, split, spread
+from jepax.methods.multiview import explained_by_views, invariance_loss, merge_views, pairwise_mse, unmerge_views
 from jepax.methods.rectified_lpjepa import RectifiedLpJEPAConfig
 from jepax.methods.vicreg import VICRegConfig
 from jepax.methods.visreg import VISRegConfig
 from jepax.nn import ProjectorConfig, ViTConfig
 from jepax.objectives import covariance, rdmreg, variance
-from jepax.sharding import make_mesh, replicate, shard_batch
 from jepax.types import UserError
 from jepax.views import MultiCropConfig
 from tests.methods.small import SHARED, VIEWS, loss_of
@@ -62,9 +62,9 @@ def test_the_share_of_variance_that_is_not_disagreement(groups):
     pairs = [np.mean((views[v] - views[w]) ** 2) for v in range(5) for w in range(5) if v != w]
     strangers = 2 * np.mean((views - views.mean((0, 1))) ** 2)
     shifted = tuple(group + 3.0 for group in groups)
-    np.testing.assert_allclose(agreement_explained(shifted), 1 - np.mean(pairs) / strangers, rtol=1e-4)
+    np.testing.assert_allclose(explained_by_views(shifted), 1 - np.mean(pairs) / strangers, rtol=1e-4)
     alike = jnp.broadcast_to(groups[0][:1], groups[0].shape)
-    assert agreement_explained((alike,)) == 1 and agreement_explained((jnp.ones((2, 4, 3)),)) == 0
+    assert explained_by_views((alike,)) == 1 and explained_by_views((jnp.ones((2, 4, 3)),)) == 0
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -76,11 +76,11 @@ def test_projections_and_their_agreement_are_logged(name, images):
 def test_invariance_and_spread(groups):
     large, small = (np.asarray(group, np.float64) for group in groups)
     every = np.concatenate([large, small])
-    np.testing.assert_allclose(invariance(groups), ((every - large.mean(0)) ** 2).mean(), rtol=1e-5)
-    np.testing.assert_allclose(invariance(groups[:1]), ((large[0] - large[1]) ** 2).mean() / 4, rtol=1e-5)
-    np.testing.assert_allclose(spread(groups[0]), ((large[0] - large[1]) ** 2).mean(), rtol=1e-5)
+    np.testing.assert_allclose(invariance_loss(groups), ((every - large.mean(0)) ** 2).mean(), rtol=1e-5)
+    np.testing.assert_allclose(invariance_loss(groups[:1]), ((large[0] - large[1]) ** 2).mean() / 4, rtol=1e-5)
+    np.testing.assert_allclose(pairwise_mse(groups[0]), ((large[0] - large[1]) ** 2).mean(), rtol=1e-5)
     pairs = [((every[i] - every[j]) ** 2).mean() for i in range(5) for j in range(i)]
-    np.testing.assert_allclose(spread(jnp.concatenate(groups)), np.mean(pairs), rtol=1e-5)
+    np.testing.assert_allclose(pairwise_mse(jnp.concatenate(groups)), np.mean(pairs), rtol=1e-5)
 
 
 def test_lejepa_weighs_its_two_terms(groups):
@@ -113,9 +113,9 @@ def test_visreg_weighs_its_terms(groups):
 
 def test_views_are_merged_by_images_and_come_apart_again(groups):
     group = groups[1]
-    batch = merged(group)
+    batch = merge_views(group)
     np.testing.assert_array_equal(batch[:3], group[:, 0])  # an image's views side by side
-    np.testing.assert_array_equal(split(batch, 3), group)
+    np.testing.assert_array_equal(unmerge_views(batch, 3), group)
 
 
 def test_devices_share_the_images_of_every_view(images):
@@ -141,7 +141,7 @@ def test_rectified_lpjepa_tells_the_share_of_nonzeros(groups, sigma):
     loss, metrics = method.objective(groups, key=jr.key(2))
     np.testing.assert_allclose(loss, 25 * metrics["invariance"] + 125 * metrics["rdmreg"], rtol=1e-6)
     np.testing.assert_allclose(metrics["share_of_nonzeros"], 0.5, atol=0.05)
-    scale = rdmreg.sigma_before(1.0) if sigma == "before" else rdmreg.sigma_after(1.0, -0.5)
+    scale = rdmreg.sigma_before_relu(1.0) if sigma == "before" else rdmreg.sigma_after_relu(1.0, -0.5)
     expected = 0.5 * np.exp(-0.5 / scale)
     np.testing.assert_allclose(metrics["expected_share_of_nonzeros"], expected, rtol=1e-5)
 

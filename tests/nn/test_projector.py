@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jepax.distributed.sharding import make_mesh
 from jepax.nn.projector import BatchNorm, Projector, ProjectorConfig
-from jepax.sharding import make_mesh
 from jepax.types import UserError
 
 

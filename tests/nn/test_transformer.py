@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jepax import costs
+from jepax import flops
 from jepax.nn.transformer import FAST, PLAIN, Attention, LayerNorm, gelu, init_stack, normalize
 from jepax.trees import cast
 
@@ -158,13 +158,15 @@ def test_arithmetic_is_counted_once_however_blocks_are_executed(tokens, num_quer
         return jax.grad(lambda s: jnp.sum(s(tokens, num_queries=num_queries)[0] ** 2))(stack)
 
     counts = {
-        costs.flops(gradient, stack(scan_layers=scan, remat=remat, fast=fast), tokens)
+        flops.count_flops(gradient, stack(scan_layers=scan, remat=remat, fast=fast), tokens)
         for scan in (False, True)
         for remat in ("none", "dots", "full")
         for fast in (False, True)
     }
     assert len(counts) == 1 and min(counts) > 0
-    fast = costs.flops(lambda tokens: gradient(stack(), tokens), tokens)  # a closure's network is counted as it is
+    fast = flops.count_flops(
+        lambda tokens: gradient(stack(), tokens), tokens
+    )  # a closure's network is counted as it is
     assert counts == {fast}
 
 

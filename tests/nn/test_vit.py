@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax.nn import SIZES, ViT, ViTConfig, kernels, transformer
+from jepax.nn import VIT_SIZES, ViT, ViTConfig, kernels, transformer
 from jepax.nn.pos_embed import sincos_2d
 from jepax.nn.transformer import FAST
 from jepax.nn.vit import patchify
@@ -69,7 +69,7 @@ def test_the_plain_form_of_an_encoder_is_the_same_encoder(monkeypatch):
     [("tiny", 5.5), ("small", 21.6), ("base", 85.6), ("large", 303), ("huge", 631), ("giant", 1011)],
 )
 def test_published_sizes(name, millions):
-    vit = eqx.filter_eval_shape(lambda key: ViT(ViTConfig(patch_size=14, **SIZES[name]), key=key), jr.key(0))
+    vit = eqx.filter_eval_shape(lambda key: ViT(ViTConfig(patch_size=14, **VIT_SIZES[name]), key=key), jr.key(0))
     assert abs(count_parameters(vit) / 1e6 / millions - 1) < 0.01
 
 

@@ -10,16 +10,16 @@ import pytest
 from scipy import integrate, stats
 
 from jepax.objectives import rdmreg, sigreg, visreg
-from jepax.objectives.directions import mean_over_directions, unit_directions
+from jepax.objectives.slicing import random_unit_directions, sliced_mean
 
 
 @pytest.fixture(scope="module")
 def directions():
-    return unit_directions(jr.key(0), 12, 50)
+    return random_unit_directions(jr.key(0), 12, 50)
 
 
 def test_directions_are_unit_and_uniform():
-    drawn = unit_directions(jr.key(1), 6, 20_000)
+    drawn = random_unit_directions(jr.key(1), 6, 20_000)
     np.testing.assert_allclose(jnp.linalg.norm(drawn, axis=0), 1.0, rtol=1e-5)
     np.testing.assert_allclose(drawn @ drawn.T / 20_000, np.eye(6) / 6, atol=0.01)
     np.testing.assert_allclose(drawn.mean(axis=1), 0.0, atol=0.02)
@@ -36,7 +36,7 @@ def test_pieces_change_neither_value_nor_gradient(directions, chunk):
         def statistic(some):
             return jnp.mean(jnp.square(jnp.sort(z @ some, axis=0)) * jnp.arange(32)[:, None], axis=0)
 
-        return mean_over_directions(statistic, directions, chunk)
+        return sliced_mean(statistic, directions, chunk)
 
     for ours, expected in zip(jax.value_and_grad(pieces)(z), jax.value_and_grad(whole)(z), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
@@ -66,16 +66,16 @@ def test_sigreg_grows_with_the_batch_only_away_from_the_normal(directions):
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 50.0])
 def test_rectified_samples_have_their_moments_and_share_of_nonzeros(p):
     for mu in (-0.5, 0.0, 0.7):
-        sigma = rdmreg.sigma_before(p)
-        drawn = np.asarray(rdmreg.rectified(jr.key(3), (400, 500), p=p, mu=mu), np.float64)
+        sigma = rdmreg.sigma_before_relu(p)
+        drawn = np.asarray(rdmreg.sample_target(jr.key(3), (400, 500), p=p, mu=mu), np.float64)
         mean, variance = rdmreg.moments(p, mu, sigma)
         np.testing.assert_allclose([drawn.mean(), drawn.var()], [mean, variance], rtol=0.05)
-        np.testing.assert_allclose((drawn > 0).mean(), rdmreg.share_of_nonzeros(p, mu, sigma), atol=0.01)
+        np.testing.assert_allclose((drawn > 0).mean(), rdmreg.nonzero_fraction(p, mu, sigma), atol=0.01)
 
 
 def test_sigma_after_gives_unit_variance():
     for p, mu in ((0.7, -0.4), (2.0, 0.3)):
-        assert rdmreg.moments(p, mu, rdmreg.sigma_after(p, mu))[1] == pytest.approx(1.0)
+        assert rdmreg.moments(p, mu, rdmreg.sigma_after_relu(p, mu))[1] == pytest.approx(1.0)
 
 
 def test_rdmreg_is_the_one_dimensional_wasserstein_distance(directions):
@@ -87,14 +87,14 @@ def test_rdmreg_is_the_one_dimensional_wasserstein_distance(directions):
 
 def test_visreg_tells_scale_and_shape_apart(directions):
     normal = jr.normal(jr.key(6), (1024, 12))
-    assert visreg.scale(normal) < 0.01 and visreg.shape(normal, directions) < 0.02
-    assert visreg.scale(3 * normal) > 1 and visreg.shape(3 * normal, directions) < 0.02
+    assert visreg.scale_term(normal) < 0.01 and visreg.shape_term(normal, directions) < 0.02
+    assert visreg.scale_term(3 * normal) > 1 and visreg.shape_term(3 * normal, directions) < 0.02
     signs = jnp.sign(normal)
-    spiky = visreg.shape(jnp.broadcast_to(signs[:, :1], signs.shape), directions)
-    assert visreg.scale(signs) < 0.01 and spiky > 0.1
+    spiky = visreg.shape_term(jnp.broadcast_to(signs[:, :1], signs.shape), directions)
+    assert visreg.scale_term(signs) < 0.01 and spiky > 0.1
     quantile = stats.norm.ppf((np.arange(8) + 1) / 9)[:, None]
     one = jnp.ones((1, 1))
-    exact = visreg.shape(jnp.asarray(quantile / quantile.std(), jnp.float32), one)
+    exact = visreg.shape_term(jnp.asarray(quantile / quantile.std(), jnp.float32), one)
     np.testing.assert_allclose(exact, np.mean((quantile / quantile.std() - quantile) ** 2), rtol=1e-2)
 
 
@@ -102,14 +102,14 @@ def test_visregs_scale_pulls_a_collapsed_batch_apart():
     """The gradient with respect to the deviation tends to a constant, -2 / dim each."""
     z = jr.normal(jr.key(7), (256, 4))
     for width in (0.1, 1e-3):
-        slope = jax.grad(lambda s: visreg.scale(s * z))(jnp.float32(width))
+        slope = jax.grad(lambda s: visreg.scale_term(s * z))(jnp.float32(width))
         assert float(slope) == pytest.approx(-2 * (1 - width), rel=0.1)
-    assert jnp.isfinite(jax.grad(visreg.scale)(jnp.zeros((8, 4)))).all()
+    assert jnp.isfinite(jax.grad(visreg.scale_term)(jnp.zeros((8, 4)))).all()
 
 
 def test_visregs_centre_is_the_squared_mean():
     z = jr.normal(jr.key(8), (64, 4)) + jnp.array([0.0, 1.0, 2.0, 3.0])
-    np.testing.assert_allclose(visreg.centre(z), np.square(np.asarray(z, np.float64).mean(0)).mean(), rtol=1e-5)
+    np.testing.assert_allclose(visreg.center_term(z), np.square(np.asarray(z, np.float64).mean(0)).mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sigreg", "rdmreg", "visreg"])
@@ -119,7 +119,7 @@ def test_memory_at_scale_is_that_of_one_piece_of_directions(name):
     losses = {
         "sigreg": lambda z, target, directions, **rest: sigreg.sigreg(z, directions, **rest),
         "rdmreg": rdmreg.rdmreg,
-        "visreg": lambda z, target, directions, **rest: visreg.shape(z, directions, **rest),
+        "visreg": lambda z, target, directions, **rest: visreg.shape_term(z, directions, **rest),
     }
 
     def beyond(**rest):

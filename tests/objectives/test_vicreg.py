@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jepax.objectives import covariance, variance
-from jepax.objectives.vicreg import EPS
+from jepax.objectives.vicreg import VARIANCE_EPS
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def embeddings():
 
 
 def test_variance_is_the_mean_hinge_of_each_deviation(embeddings):
-    deviation = np.sqrt(np.asarray(embeddings, np.float64).var(axis=0, ddof=1) + EPS)
+    deviation = np.sqrt(np.asarray(embeddings, np.float64).var(axis=0, ddof=1) + VARIANCE_EPS)
     assert (deviation < 1).any() and (deviation > 1).any()
     for floor in (1.0, 0.5):
         expected = np.maximum(floor - deviation, 0).mean()

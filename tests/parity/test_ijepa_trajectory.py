@@ -7,11 +7,11 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax.methods.ijepa import gather
+from jepax.methods.ijepa import take_patches
 from jepax.optim import OptimConfig, Optimizer
-from jepax.step import init_state, train_step
+from jepax.training.step import init_state, train_step
 from jepax.trees import trainable
-from jepax.types import Images
+from jepax.types import ImageBatch
 from tests.parity.reference import GOLDEN, group, masks_of, method_of, named_parameters, views_of, with_parameters
 
 FILE = GOLDEN / "ijepa_reference_trajectory.npz"
@@ -70,7 +70,7 @@ def test_values_of_step_0(golden, method):
     @eqx.filter_jit
     def values(method, view, masks):
         context = method.encoder(view, masks.context)
-        targets = gather(method.targets(view), masks.targets)[0]
+        targets = take_patches(method.targets(view), masks.targets)[0]
         return method.target_encoder.average(view), targets, context, method.predictions(context, masks)[0][0]
 
     output, targets, context, predictions = values(method, views_of(golden, 0), masks_of(golden, 0))
@@ -114,7 +114,7 @@ def test_losses_and_final_parameters(golden, method):
     optimizer, patch = optimizer_of(golden), int(golden["config.patch_size"])
     state, losses = init_state(method, optimizer), []
     batch = golden["step0.images"].shape[0]
-    images = Images(np.zeros((batch, 1, 1, 3), np.uint8), np.ones((batch, 2), np.int32), np.arange(batch))
+    images = ImageBatch(np.zeros((batch, 1, 1, 3), np.uint8), np.ones((batch, 2), np.int32), np.arange(batch))
 
     @eqx.filter_jit
     def recorded_step(state, view, masks):

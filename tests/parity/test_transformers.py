@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jepax.export.weights import export, load_encoder
 from jepax.nn import ViT, ViTConfig
-from jepax.types import Images
-from jepax.views import CropConfig, centre_crop
-from jepax.weights import export, load_encoder
+from jepax.types import ImageBatch
+from jepax.views import CropConfig, center_crop
 from tests.parity.reference import GOLDEN, group, views_of
 
 FILE = GOLDEN / "ijepa_reference_trajectory.npz"
@@ -111,6 +111,6 @@ def test_transformers_prepares_the_same_pixels(folder, transformers):
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     pixels = processor(picture, return_tensors="np")["pixel_values"]
     canvas = np.pad(picture, ((0, 20), (0, 0), (0, 0)))[None]
-    ours = centre_crop(Images(canvas, np.array([[40, 60]], np.int32), np.zeros(1, np.int32)), crop)
+    ours = center_crop(ImageBatch(canvas, np.array([[40, 60]], np.int32), np.zeros(1, np.int32)), crop)
     levels = (pixels.transpose(0, 2, 3, 1) - np.asarray(ours)) * np.array(crop.std) * 255
     assert np.max(np.abs(levels)) <= 1.01

@@ -12,16 +12,8 @@ import skimage.data
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from jepax.types import Images, UserError
-from jepax.views import (
-    CropConfig,
-    centre_crop,
-    denormalise,
-    normalise,
-    random_resized_crop,
-    resample,
-    sample_boxes,
-)
+from jepax.types import ImageBatch, UserError
+from jepax.views import CropConfig, center_crop, denormalize, normalize, random_resized_crop, resize_crop, sample_boxes
 
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 GREY = CropConfig(size=(28, 28), scale=(0.6, 1.0), mean=(0.2860,), std=(0.3530,), centre_resize=1.0)
@@ -36,7 +28,7 @@ def photos() -> dict[str, np.ndarray]:
 PHOTOS = photos()
 
 
-def batch(pictures: list[np.ndarray], side: int | None = None) -> Images:
+def batch(pictures: list[np.ndarray], side: int | None = None) -> ImageBatch:
     """Pictures in the corner of one canvas; the canvas's rest is noise, which no view may show."""
     side = side or max(max(picture.shape[:2]) for picture in pictures)
     shape = (len(pictures), side, side, pictures[0].shape[2])
@@ -44,16 +36,16 @@ def batch(pictures: list[np.ndarray], side: int | None = None) -> Images:
     for place, picture in zip(canvas, pictures, strict=True):
         place[: picture.shape[0], : picture.shape[1]] = picture
     size = np.asarray([picture.shape[:2] for picture in pictures], np.int32)
-    return Images(canvas, size, np.arange(len(pictures), dtype=np.int32))
+    return ImageBatch(canvas, size, np.arange(len(pictures), dtype=np.int32))
 
 
 COLOUR = [picture for name, picture in PHOTOS.items() if name != "grey"]
 PACKED = batch(COLOUR)
 
 
-resize = jax.jit(resample, static_argnames=("size", "filter"))
+resize = jax.jit(resize_crop, static_argnames=("size", "filter"))
 jit_random = jax.jit(random_resized_crop, static_argnames="config")
-jit_centre = jax.jit(centre_crop, static_argnames="config")
+jit_centre = jax.jit(center_crop, static_argnames="config")
 jit_boxes = jax.jit(sample_boxes, static_argnames="config")
 
 
@@ -117,14 +109,14 @@ def test_flip_mirrors_left_and_right_where_asked(filter):
 def test_whole_pictures_of_the_views_size_come_through_unchanged(filter):
     pictures = [PHOTOS["grey"][:28, :28], PHOTOS["grey"][200:228, 200:228]]
     view = jit_centre(batch(pictures), dataclasses.replace(GREY, filter=filter))
-    np.testing.assert_allclose(denormalise(view, GREY), np.stack(pictures) / 255, atol=1e-6)
+    np.testing.assert_allclose(denormalize(view, GREY), np.stack(pictures) / 255, atol=1e-6)
 
 
 @pytest.mark.parametrize("filter", PILLOW)
 @pytest.mark.parametrize("side, centre_resize", [(224, 256 / 224), (224, 1.0), (64, 1.25)])
 def test_centre_crop_equals_pillows_resize_then_crop(side, centre_resize, filter):
     config = CropConfig(size=(side, side), filter=filter, centre_resize=centre_resize)
-    views = denormalise(jit_centre(PACKED, config), config)
+    views = denormalize(jit_centre(PACKED, config), config)
     for view, picture in zip(views, COLOUR, strict=True):
         height, width = picture.shape[:2]
         shorter = round(side * centre_resize)
@@ -136,7 +128,7 @@ def test_centre_crop_equals_pillows_resize_then_crop(side, centre_resize, filter
 
 def test_centre_crop_of_another_shape_covers_it():
     config = CropConfig(size=(40, 100), centre_resize=1.0)
-    view = denormalise(jit_centre(batch([PHOTOS["astronaut"]]), config), config)[0]
+    view = denormalize(jit_centre(batch([PHOTOS["astronaut"]]), config), config)[0]
     expected = Image.fromarray(PHOTOS["astronaut"]).resize((100, 100), PILLOW["bilinear"]).crop((0, 30, 100, 70))
     assert_close_to_pillow(view, np.asarray(expected) / 255)
 
@@ -206,8 +198,8 @@ def test_a_picture_no_draw_fits_gives_its_central_box(picture, box):
 def test_normalise_and_back():
     config = CropConfig(mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
     pixels = jr.uniform(jr.key(0), (2, 4, 5, 3))
-    np.testing.assert_allclose(normalise(jnp.ones((1, 1, 3)), config), [[[1.0, 3.0, 1.0]]])
-    np.testing.assert_allclose(denormalise(normalise(pixels, config), config), pixels, atol=1e-6)
+    np.testing.assert_allclose(normalize(jnp.ones((1, 1, 3)), config), [[[1.0, 3.0, 1.0]]])
+    np.testing.assert_allclose(denormalize(normalize(pixels, config), config), pixels, atol=1e-6)
 
 
 def test_jit_compiles_once_for_pictures_of_different_sizes():
@@ -217,7 +209,7 @@ def test_jit_compiles_once_for_pictures_of_different_sizes():
     def views(images, keys):
         traces.append(None)
         config = CropConfig(size=(16, 16))
-        return random_resized_crop(images, keys, config), centre_crop(images, config)
+        return random_resized_crop(images, keys, config), center_crop(images, config)
 
     for seed, name in enumerate(("astronaut", "cat", "coffee")):
         for view in views(batch([PHOTOS[name]], side=640), keys(1, seed)):

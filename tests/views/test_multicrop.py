@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jepax.data import DataConfig, iter_once, open_source
-from jepax.types import Images, UserError
-from jepax.views import CropConfig, MultiCropConfig, PhotometricConfig
+from jepax.types import ImageBatch, UserError
+from jepax.views import ColorConfig, CropConfig, MultiCropConfig
 from jepax.views import multicrop as eager_multicrop
 
 multicrop = eqx.filter_jit(eager_multicrop)
@@ -18,14 +18,14 @@ CONFIG = MultiCropConfig(
     global_crop=CropConfig(size=(24, 24), **TONE),
     locals=3,
     local_crop=CropConfig(size=(12, 12), scale=(0.05, 0.3), **TONE),
-    photometric=PhotometricConfig(jitter=0.8, solarise=0.2),
+    photometric=ColorConfig(jitter=0.8, solarise=0.2),
 )
 
 
 @pytest.fixture(scope="module")
 def images():
     batch, _ = next(iter(iter_once(open_source(DataConfig(source="synthetic", canvas=32), "train"), 6)))
-    return Images(*(jnp.asarray(part) for part in (batch.canvas, batch.size, batch.index)))
+    return ImageBatch(*(jnp.asarray(part) for part in (batch.canvas, batch.size, batch.index)))
 
 
 def test_each_group_has_its_size_and_each_view_its_draw(images):
@@ -42,7 +42,7 @@ def test_each_group_has_its_size_and_each_view_its_draw(images):
 def test_views_belong_to_the_example_and_to_their_number(images):
     whole = multicrop(images, CONFIG, key=jr.key(1))
     rows = jnp.array([4, 1])
-    some = multicrop(Images(images.canvas[rows], images.size[rows], images.index[rows]), CONFIG, key=jr.key(1))
+    some = multicrop(ImageBatch(images.canvas[rows], images.size[rows], images.index[rows]), CONFIG, key=jr.key(1))
     for ours, theirs in zip(some, whole, strict=True):
         np.testing.assert_allclose(ours, theirs[:, rows], atol=1e-4)
     fewer = multicrop(
@@ -54,7 +54,7 @@ def test_views_belong_to_the_example_and_to_their_number(images):
 
 
 def test_the_same_picture_at_other_places_of_the_order_gets_other_views(images):
-    alike = Images(
+    alike = ImageBatch(
         jnp.broadcast_to(images.canvas[:1], images.canvas.shape),
         jnp.broadcast_to(images.size[:1], images.size.shape),
         images.index,

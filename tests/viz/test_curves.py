@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from jepax.evals.alarms import Alarm
-from jepax.viz.curves import PANELS, Series, curves, running_median
+from jepax.health.alerts import Alert
+from jepax.viz.curves import PANELS, Series, plot_curves, running_median
 
 
 def log(steps: int, **changed: object) -> list[dict]:
@@ -38,7 +38,7 @@ def labels(axes) -> list[str]:
 
 
 def test_every_metric_has_its_panel_and_norms_that_fall_far_a_log_scale():
-    drawn = panels(curves(log(60), "mine"))
+    drawn = panels(plot_curves(log(60), "mine"))
     assert list(drawn) == [panel.title for panel in PANELS]
     assert drawn["loss"].get_yscale() == drawn["gradient norm (L2)"].get_yscale() == "log"
     assert drawn["momentum"].get_yscale() == drawn["learning rate"].get_yscale() == "linear"
@@ -53,15 +53,15 @@ def test_scores_of_few_lines_are_points_as_they_were_logged():
     lines = [{name: value for name, value in line.items() if value is not None} for line in lines]
     for place, line in enumerate(line for line in lines if "probe_top1" in line):
         line["probe_top1"] = float(place % 2)
-    drawn = panels(curves(lines, "mine"))["validation top-1 during training (%)"]
+    drawn = panels(plot_curves(lines, "mine"))["validation top-1 during training (%)"]
     probe = next(line for line in drawn.lines if line.get_label() == "linear probe")
     np.testing.assert_array_equal(probe.get_xdata(), np.arange(0, 2000, 100))
     np.testing.assert_array_equal(probe.get_ydata(), np.arange(20) % 2)
 
 
 def test_alarms_are_lines_in_every_panel_and_named_once():
-    said = [Alarm("spike", 120, {}, ""), Alarm("collapse", 130, {}, "")]
-    drawn = panels(curves(log(60), "mine", said))
+    said = [Alert("spike", 120, {}, ""), Alert("collapse", 130, {}, "")]
+    drawn = panels(plot_curves(log(60), "mine", said))
     for axes in drawn.values():
         upright = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
         assert upright == [120, 130]
@@ -72,12 +72,12 @@ def test_alarms_are_lines_in_every_panel_and_named_once():
 def test_one_value_far_below_does_not_hide_the_others():
     lines = log(60)
     lines[0]["loss_explained"] = -3000.0
-    assert panels(curves(lines, "mine"))["share of loss explained"].get_ylim()[0] == -1
+    assert panels(plot_curves(lines, "mine"))["share of loss explained"].get_ylim()[0] == -1
 
 
 def test_a_metric_that_no_panel_holds_gets_its_own():
     lines = log(60, sigreg=3.0, seconds_per_step=0.1)
-    drawn = panels(curves(lines, "mine"))
+    drawn = panels(plot_curves(lines, "mine"))
     assert list(drawn)[len(PANELS) :] == ["sigreg"]
     assert drawn["sigreg"].lines[0].get_ydata()[0] == 3.0
 
@@ -86,7 +86,7 @@ def test_what_a_method_does_not_log_is_left_out():
     lines = log(60)
     for line in lines:
         del line["momentum"], line["ema_step_norm"], line["ema_step_expected"], line["grad_norm_predictor"]
-    drawn = panels(curves(lines, "mine"))
+    drawn = panels(plot_curves(lines, "mine"))
     assert "momentum" not in drawn
     assert drawn["change per step (L2 norm)"].get_legend() is None
     assert "gradient norm, predictor (L2)" not in drawn
@@ -96,7 +96,7 @@ def test_values_that_were_not_finite_are_marked_at_their_steps():
     lines = log(60)
     lines[7]["grad_norm"] = None
     lines[9]["grad_norm_encoder_by_block"] = [0.1, None, 0.3, 0.4]
-    axes = panels(curves(lines, "mine"))["gradient norm (L2)"]
+    axes = panels(plot_curves(lines, "mine"))["gradient norm (L2)"]
     marks = next(line for line in axes.lines if line.get_label() == "not finite")
     assert list(marks.get_xdata()) == [70, 90]
 
@@ -104,7 +104,7 @@ def test_values_that_were_not_finite_are_marked_at_their_steps():
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_a_run_that_has_just_begun_can_be_drawn(steps):
     lines = log(steps, loss=None, learning_rate=0.0)
-    figure = curves(lines, "mine")
+    figure = plot_curves(lines, "mine")
     figure.canvas.draw()
     assert len(panels(figure)) == len(PANELS)
 

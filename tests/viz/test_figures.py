@@ -7,14 +7,14 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from jepax.viz import draw
-from jepax.viz.figures import save
+from jepax.viz import draw_figures
+from jepax.viz.figures import save_figure
 
 
 def test_both_figures_are_drawn_into_the_run(config, tmp_path):
     lines = [{"step": step, "loss": 1.0, "grad_norm": 2.0} for step in (0, 49, 99)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    paths = draw(config, tmp_path)
+    paths = draw_figures(config, tmp_path)
     assert paths == [tmp_path / "figures" / "curves.png", tmp_path / "figures" / "masks.png"]
     assert sorted((tmp_path / "figures").iterdir()) == paths
     for path in paths:
@@ -24,14 +24,14 @@ def test_both_figures_are_drawn_into_the_run(config, tmp_path):
 
 
 def test_without_metrics_and_masks_there_is_nothing_to_draw(config, tmp_path):
-    assert draw(SimpleNamespace(method=object(), data=config.data, seed=0), tmp_path) == []
+    assert draw_figures(SimpleNamespace(method=object(), data=config.data, seed=0), tmp_path) == []
 
 
 def test_a_figure_that_fails_leaves_the_old_one(tmp_path):
-    path = save(Figure(), tmp_path / "figures" / "a.png")
+    path = save_figure(Figure(), tmp_path / "figures" / "a.png")
     old = path.read_bytes()
     broken = Figure()
     broken.draw = lambda renderer: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        save(broken, path)
+        save_figure(broken, path)
     assert path.read_bytes() == old

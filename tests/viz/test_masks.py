@@ -8,30 +8,38 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax import settings, train
 from jepax.methods.ijepa import IJEPA
 from jepax.optim import OptimConfig
+from jepax.training import config as train_config
+from jepax.training import loop
 from jepax.types import Masks
-from jepax.views import CropConfig, denormalise
+from jepax.views import CropConfig, denormalize
 from jepax.viz import figures
-from jepax.viz.masks import BLANK, Seen, _borders, only, seen, sheet
+from jepax.viz.masks import (
+    HIDDEN_PATCH_COLOR,
+    MaskedExamples,
+    _patch_borders,
+    blank_hidden_patches,
+    make_masked_examples,
+    plot_masks,
+)
 
 KEY = jr.key(7)
 
 
 @pytest.fixture(scope="module")
 def images(config):
-    return figures.first_images(config)
+    return figures.load_first_images(config)
 
 
 @pytest.fixture(scope="module")
-def shown(config, images) -> Seen:
-    return seen(config.method, images, KEY)
+def shown(config, images) -> MaskedExamples:
+    return make_masked_examples(config.method, images, KEY)
 
 
 def test_pictures_and_patches_are_the_draw_of_the_key(config, images, shown):
     view, masks = eqx.filter_jit(config.method.views_and_masks)(images, config.method.sampler(), key=KEY)
-    np.testing.assert_allclose(shown.pixels, denormalise(view, config.method.crop), atol=1e-6)
+    np.testing.assert_allclose(shown.pixels, denormalize(view, config.method.crop), atol=1e-6)
     for image in range(len(shown.context)):
         assert np.flatnonzero(shown.context[image]).tolist() == np.asarray(masks.context[image]).tolist()
     assert np.array_equal(shown.targets.sum(axis=(2, 3)), masks.target_valid.sum(axis=2))
@@ -52,25 +60,25 @@ def test_the_loss_takes_its_randomness_from_the_same_function(images):
 
 
 def test_the_key_and_the_images_are_those_of_the_first_training_step(config, monkeypatch, tmp_path):
-    steps = settings.TrainConfig(batch_size=16, steps=300)
+    steps = train_config.TrainConfig(batch_size=16, steps=300)
     optim = OptimConfig(warmup_epochs=0.0)
-    config = settings.Config(seed=3, method=config.method, data=config.data, optim=optim, train=steps)
+    config = train_config.Config(seed=3, method=config.method, data=config.data, optim=optim, train=steps)
     met, drawn = [], []
 
     def first_step(inputs, images, state):
         met.append((inputs[1], images))
         raise InterruptedError
 
-    monkeypatch.setattr(train, "compiled_step", first_step)
+    monkeypatch.setattr(loop, "run_train_step", first_step)
     monkeypatch.setattr(
-        train.Run, "first", lambda run: SimpleNamespace(method=config.method.build(total_steps=9, key=jr.key(0)))
+        loop.Trainer, "first", lambda run: SimpleNamespace(method=config.method.build(total_steps=9, key=jr.key(0)))
     )
     with pytest.raises(InterruptedError):
-        train.train(config, tmp_path)
-    monkeypatch.setattr(figures, "seen", lambda *given: drawn.extend(given))
-    monkeypatch.setattr(figures, "sheet", lambda _: None)
-    monkeypatch.setattr(figures, "save", lambda _, path: path)
-    figures.draw(config, tmp_path)
+        loop.train(config, tmp_path)
+    monkeypatch.setattr(figures, "make_masked_examples", lambda *given: drawn.extend(given))
+    monkeypatch.setattr(figures, "plot_masks", lambda _: None)
+    monkeypatch.setattr(figures, "save_figure", lambda _, path: path)
+    figures.draw_figures(config, tmp_path)
     (root, taken), (_, shown, key) = met[0], drawn
     assert jr.fold_in(root, 0) == key
     np.testing.assert_array_equal(np.asarray(taken.canvas)[:8], shown.canvas)
@@ -80,22 +88,22 @@ def test_the_key_and_the_images_are_those_of_the_first_training_step(config, mon
 def test_a_patch_is_shown_or_blank():
     pixels = np.random.default_rng(0).random((6, 8, 3), np.float32)
     patches = np.array([[True, False], [False, False], [False, True]])
-    cut = only(pixels, patches)
+    cut = blank_hidden_patches(pixels, patches)
     np.testing.assert_array_equal(cut[:2, :4], pixels[:2, :4])
     np.testing.assert_array_equal(cut[4:, 4:], pixels[4:, 4:])
     hidden = np.kron(~patches, np.ones((2, 4), bool))
-    np.testing.assert_array_equal(cut[hidden], np.broadcast_to(np.float32(BLANK), (hidden.sum(), 3)))
+    np.testing.assert_array_equal(cut[hidden], np.broadcast_to(np.float32(HIDDEN_PATCH_COLOR), (hidden.sum(), 3)))
 
 
 def test_the_sheet_has_one_row_per_image_and_counts_patches(shown):
-    figure = sheet(shown)
+    figure = plot_masks(shown)
     assert len(figure.axes) == 8 * (2 + 4)
     for row, context, targets in zip(np.reshape(figure.axes, (8, 6)), shown.context, shown.targets, strict=True):
         titles = [cell.get_title() for cell in row]
         assert titles[0] == "view: 16 × 24 px"
         assert titles[1] == f"context: {context.sum()} of 24 patches"
         assert titles[2:] == [f"target {i}: {target.sum()} patches" for i, target in enumerate(targets, 1)]
-        blank = np.all(row[1].images[0].get_array() == np.float32(BLANK), axis=2)
+        blank = np.all(row[1].images[0].get_array() == np.float32(HIDDEN_PATCH_COLOR), axis=2)
         np.testing.assert_array_equal(blank, np.kron(~context, np.ones((4, 4), bool)))
 
 
@@ -109,7 +117,7 @@ def test_padding_of_short_targets_is_not_shown_and_grey_is_repeated_over_the_col
         sampler=type("Sampler", (), {"grid": (4, 6)}),
         views_and_masks=lambda images, sampler, *, key: (view, masks),
     )
-    shown = seen(method, images, KEY)
+    shown = make_masked_examples(method, images, KEY)
     assert shown.pixels.shape == (8, 16, 24, 3)
     assert np.ptp(shown.pixels, axis=-1).max() == 0 < np.ptp(shown.pixels)
     assert np.argwhere(shown.targets[7]).tolist() == [[0, 0, 5], [0, 1, 0], [1, 0, 0], [1, 0, 1], [1, 0, 2]]
@@ -117,6 +125,6 @@ def test_padding_of_short_targets_is_not_shown_and_grey_is_repeated_over_the_col
 
 
 def test_borders_go_round_what_is_marked_and_not_through_it():
-    assert len(_borders(np.ones((2, 3), bool))) == 2 * (2 + 3)
-    assert len(_borders(np.eye(2, dtype=bool))) == 8
-    assert _borders(np.ones((1, 1), bool)).max() == 1
+    assert len(_patch_borders(np.ones((2, 3), bool))) == 2 * (2 + 3)
+    assert len(_patch_borders(np.eye(2, dtype=bool))) == 8
+    assert _patch_borders(np.ones((1, 1), bool)).max() == 1

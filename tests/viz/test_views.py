@@ -11,10 +11,10 @@ import pytest
 from jepax.data import DataConfig
 from jepax.methods.lejepa import LeJEPAConfig
 from jepax.nn import ViTConfig
-from jepax.views import CropConfig, MultiCropConfig, denormalise
-from jepax.viz import draw
-from jepax.viz.figures import first_images
-from jepax.viz.views import gallery
+from jepax.views import CropConfig, MultiCropConfig, denormalize
+from jepax.viz import draw_figures
+from jepax.viz.figures import load_first_images
+from jepax.viz.views import plot_views
 
 VIEWS = MultiCropConfig(
     globals=2,
@@ -31,12 +31,12 @@ def viewed():
 
 
 def test_each_cell_is_a_view_of_the_step_with_that_key(viewed):
-    images, key = first_images(viewed), jr.key(5)
-    axes = np.reshape(gallery(viewed.method, images, key).axes, (8, 4))
+    images, key = load_first_images(viewed), jr.key(5)
+    axes = np.reshape(plot_views(viewed.method, images, key).axes, (8, 4))
     groups = jax.jit(lambda images: viewed.method.draw_views(images, key=key))(images)
     views = [*groups[0], *groups[1]]
     for column, view in enumerate(views, 1):
-        expected = np.asarray(denormalise(view, VIEWS.global_crop))
+        expected = np.asarray(denormalize(view, VIEWS.global_crop))
         for row in range(8):
             shown = axes[row, column].images[0].get_array()
             np.testing.assert_allclose(shown, np.broadcast_to(expected[row], shown.shape), atol=1e-5)
@@ -54,9 +54,9 @@ def test_the_loss_sees_the_same_views(viewed, monkeypatch):
         return (jnp.zeros((2, 8, 16, 16, 3)),)
 
     monkeypatch.setattr(type(viewed.method), "draw_views", draw_views)
-    method.loss(first_images(viewed), key=jr.key(5))
+    method.loss(load_first_images(viewed), key=jr.key(5))
     assert asked == [jr.key(5)]
 
 
 def test_a_run_gets_the_sheet(viewed, tmp_path):
-    assert draw(viewed, tmp_path) == [tmp_path / "figures" / "views.png"]
+    assert draw_figures(viewed, tmp_path) == [tmp_path / "figures" / "views.png"]

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import jax
 
-STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+PROC_STATUS, PROC_CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def forget_peak() -> None:
+def reset_peak() -> None:
     """Lets `peak_bytes` count from here on, where the host's memory is the device's; Linux only."""
-    if jax.default_backend() == "cpu" and FORGET.exists():
-        FORGET.write_text("5")
+    if jax.default_backend() == "cpu" and PROC_CLEAR_REFS.exists():
+        PROC_CLEAR_REFS.write_text("5")
 
 
 def peak_bytes() -> int | None:
@@ -19,5 +19,5 @@ def peak_bytes() -> int | None:
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("peak_bytes_in_use")
-    found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text()) if STATUS.exists() else None
+    found = re.search(r"VmHWM:\s+(\d+) kB", PROC_STATUS.read_text()) if PROC_STATUS.exists() else None
     return int(found[1]) * 1024 if found else None

@@ -8,21 +8,21 @@ import jax.random as jr
 from jax import lax
 from jax.typing import DTypeLike
 
-from jepax.bench.clock import WARM, seconds
+from jepax.bench.timing import WARMUP_CALLS, time_call
 
-SIZES = {"cpu": (768, 1536, 3072)}
-LARGE = (4096, 8192, 16384)
+MATRIX_SIZES = {"cpu": (768, 1536, 3072)}
+DEFAULT_MATRIX_SIZES = (4096, 8192, 16384)
 """Sides of the square matrices, by platform; `LARGE` where there is no entry."""
-CHAIN = 8
+CHAIN_LENGTH = 8
 """Products in one program, each of the last one's result, so that no launch is counted."""
 
 
-def matrix_peak(compute: DTypeLike, rounds: int = 5) -> float:
+def measure_peak_flops(compute: DTypeLike, rounds: int = 5) -> float:
     """FLOP/s of one device: the best of a few sizes, products of the compute type with sums in float32."""
     best = 0.0
-    for side in SIZES.get(jax.default_backend(), LARGE):
+    for side in MATRIX_SIZES.get(jax.default_backend(), DEFAULT_MATRIX_SIZES):
         a = (jr.normal(jr.key(0), (side, side)) / side**0.5).astype(compute)
-        chain = jax.jit(lambda a: lax.fori_loop(0, CHAIN, lambda _, x: x @ a, a))
-        times = [seconds(lambda chain=chain, a=a: chain(a)) for _ in range(WARM + rounds)]
-        best = max(best, 2 * side**3 * CHAIN / min(times[WARM:]))
+        chain = jax.jit(lambda a: lax.fori_loop(0, CHAIN_LENGTH, lambda _, x: x @ a, a))
+        times = [time_call(lambda chain=chain, a=a: chain(a)) for _ in range(WARMUP_CALLS + rounds)]
+        best = max(best, 2 * side**3 * CHAIN_LENGTH / min(times[WARMUP_CALLS:]))
     return best

@@ -76,7 +76,7 @@ class Block(nn.Module):
         return x + self.contract(F.gelu(self.expand(self.norm2(x))))
 
 
-def gather(tokens: Tensor, indices: Tensor) -> Tensor:
+def take_patches(tokens: Tensor, indices: Tensor) -> Tensor:
     """The tokens (batch, patches, dim) at the indices (batch, n)."""
     return tokens.take_along_dim(indices[..., None], dim=1)
 
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
     def forward(self, patches: Tensor, keep: Tensor | None = None) -> Tensor:
         positions = self.positions
         if keep is not None:
-            patches, positions = gather(patches, keep), positions[keep]
+            patches, positions = take_patches(patches, keep), positions[keep]
         x = self.embed(patches) + positions
         for block in self.blocks:
             x = block(x)
@@ -121,7 +121,7 @@ class Predictor(nn.Module):
         return self.project(self.norm(x)).unflatten(0, targets.shape[:2])
 
 
-class Peer:
+class TorchBaseline:
     """Networks, AdamW and teacher; `step` is one update and returns the loss as a tensor."""
 
     def __init__(
@@ -154,7 +154,7 @@ class Peer:
         with torch.no_grad():
             embedded = self.teacher(patches)
             embedded = F.layer_norm(embedded, embedded.shape[-1:], eps=1e-6)
-            wanted = gather(embedded, targets.flatten(1)).unflatten(1, targets.shape[1:])
+            wanted = take_patches(embedded, targets.flatten(1)).unflatten(1, targets.shape[1:])
         return F.smooth_l1_loss(self.predictor(self.encoder(patches, context), context, targets), wanted, beta=1.0)
 
     def step(self, view: Tensor, context: Tensor, targets: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ class Peer:
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1.0 - momentum)
 
 
-def put(layer: nn.Module, weight: jax.Array, bias: jax.Array) -> None:
+def copy_linear(layer: nn.Module, weight: jax.Array, bias: jax.Array) -> None:
     """Copies a layer's parameters in; a matrix arrives as (inputs, outputs)."""
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(np.asarray(weight).T))

@@ -12,7 +12,7 @@ from jepax.commands.synonyms import closest_field, to_flag
 from jepax.errors import UserError
 
 if TYPE_CHECKING:  # jax takes seconds to import
-    from jepax.settings import Config
+    from jepax.training.config import Config
 
 C = TypeVar("C", bound="Command")
 OPTIONS = (tyro.conf.AvoidSubcommands, tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
@@ -94,7 +94,7 @@ class RecipeCommand(ConfigCommand):
 
     def config_fields(self) -> dict[str, tuple[Any, object]]:
         from jepax.commands.overrides import load_base
-        from jepax.settings import Config
+        from jepax.training.config import Config
 
         # A config's boolean fields take a value; a command's own do not.
         return {

@@ -40,4 +40,4 @@ class Bench(BenchOptions):
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         from jepax.bench import run
 
-        run.bench(self.config(), self.repeats, json=self.json, against_torch=self.baseline is not None)
+        run.run_bench(self.config(), self.repeats, json=self.json, against_torch=self.baseline is not None)

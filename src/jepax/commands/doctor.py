@@ -23,7 +23,7 @@ class Doctor(Command):
     """Folder of a run."""
 
     def run(self) -> None:
-        from jepax.doctor import examine
+        from jepax.training.inspect_run import inspect_run
 
-        if not examine(self.run_folder):
+        if not inspect_run(self.run_folder):
             sys.exit(1)

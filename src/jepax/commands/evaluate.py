@@ -10,8 +10,7 @@ from jepax.commands.base import ConfigCommand
 from jepax.errors import UserError
 
 if TYPE_CHECKING:  # jax takes seconds to import
-    from jepax.evaluation import Subject
-    from jepax.settings import Config
+    from jepax.training.config import Config
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,11 @@ class Evaluate(ConfigCommand):
 
     def own_config(self) -> "Config":
         """The run's config; for exported weights, the default one."""
-        from jepax import evaluation
-        from jepax.settings import Config
-        from jepax.weights import MODEL
+        from jepax.commands import evaluation
+        from jepax.export.weights import MODEL_FILE
+        from jepax.training.config import Config
 
-        return Config() if (self.run_folder / MODEL).is_file() else evaluation.config_of(self.run_folder)
+        return Config() if (self.run_folder / MODEL_FILE).is_file() else evaluation.load_run_config(self.run_folder)
 
     def settings(self, config: "Config") -> "Config":
         """The config that the evaluation uses: `config` with what the command line overrides in eval, data and seed."""
@@ -61,17 +60,18 @@ class Evaluate(ConfigCommand):
             raise UserError(f"name the protocols: jepax evaluate {self.run_folder} --protocols linear knn")
         return settings
 
-    def target(self) -> "Subject":
+    def target(self) -> "EvalTarget":
         """What is evaluated."""
-        from jepax import evaluation, weights
+        from jepax.commands import evaluation
+        from jepax.export import weights
 
         folder, config = self.run_folder, self.own_config()
         settings = self.settings(config)
-        if not (folder / weights.MODEL).is_file():
-            state = evaluation.restored(config, folder, self.step)
-            target = evaluation.of_run(config, state, folder, settings)
+        if not (folder / weights.MODEL_FILE).is_file():
+            state = evaluation.load_state(config, folder, self.step)
+            target = evaluation.target_from_run(config, state, folder, settings)
         elif self.step is None:
-            target = evaluation.of_weights(folder, settings)
+            target = evaluation.target_from_weights(folder, settings)
         else:
             raise UserError(f"--step is for runs, and {folder} contains exported weights")
         if self.run_dir is None:
@@ -82,21 +82,21 @@ class Evaluate(ConfigCommand):
         print(evaluate_and_print(self.target()))
 
 
-def evaluate_and_print(target: "Subject") -> Path:
+def evaluate_and_print(target: "EvalTarget") -> Path:
     """Evaluate, print the tables, and return the file of the results.
 
     Baselines are kept in a folder next to it: an interrupted evaluation, and other steps of the run, reuse them.
     """
     from rich.console import Console
 
-    from jepax import evaluation
+    from jepax.commands import evaluation
     from jepax.evals import report
-    from jepax.evals.say import Say
+    from jepax.evals.progress import ProgressReporter
 
-    results, written = evaluation.evaluate(target, Say(), floors=target.folder / "evals" / "floors")
+    results, written = evaluation.evaluate(target, ProgressReporter(), floors=target.folder / "evals" / "floors")
     console = Console()
     console = console if console.is_terminal else Console(width=160)
-    for table in (report.table(results), report.beside(results)):
+    for table in (report.results_table(results), report.controls_table(results)):
         if table is not None:
             console.print(table)
     return written

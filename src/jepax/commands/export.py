@@ -27,10 +27,11 @@ class Export(Command):
     """target or context; by default the encoder that evaluations read."""
 
     def run(self) -> None:
-        from jepax import evaluation, weights
+        from jepax.commands import evaluation
+        from jepax.export import weights
 
-        config = evaluation.config_of(self.run_folder)
-        state = evaluation.restored(config, self.run_folder, self.step)
+        config = evaluation.load_run_config(self.run_folder)
+        state = evaluation.load_state(config, self.run_folder, self.step)
         encoders, step = state.method.encoders(), int(state.step)
         name = self.encoder or next(iter(encoders))
         if name not in encoders:

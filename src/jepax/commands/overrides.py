@@ -5,12 +5,12 @@ from pathlib import Path
 
 import tyro
 
-from jepax import config as configs
 from jepax.commands.parsing import Flags, leaves, parse
 from jepax.commands.synonyms import way_out
 from jepax.errors import UserError
+from jepax.io import config_yaml as configs
 from jepax.recipes import RECIPES
-from jepax.settings import Config
+from jepax.training.config import Config
 
 OPTIONS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
 
@@ -25,7 +25,7 @@ def load_base(name: str) -> Config:
         raise UserError(f"{name} is a folder; to train its run again: {again}")
     if path.suffix in (".yaml", ".yml") or path.exists():
         return configs.load(Config, path)
-    raise UserError(f"{name!r} is neither a recipe nor a config file; {configs.nearest(name, RECIPES)}")
+    raise UserError(f"{name!r} is neither a recipe nor a config file; {configs.suggest(name, RECIPES)}")
 
 
 def override(base: Config, groups: Flags, also: Sequence[str] = ()) -> Config:

@@ -40,7 +40,7 @@ class Pack(Command):
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
     def run(self) -> None:
-        from jepax import pack
+        from jepax.data import pack
         from jepax.distributed import multihost
 
         threads = self.threads or multihost.cores()

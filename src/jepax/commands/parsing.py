@@ -10,8 +10,8 @@ from typing import Any, TypeVar, get_type_hints
 import tyro
 
 from jepax.commands.synonyms import way_out
-from jepax.config import describe
 from jepax.errors import UserError
+from jepax.io.config_yaml import type_name
 
 T = TypeVar("T")
 Flags = Sequence[Sequence[str]]
@@ -86,7 +86,7 @@ def parse(
     for flag, *values in groups:
         failed = attempt([[flag, *values]])[1]
         if failed is not None and _user_error(failed) is None:
-            wanted = describe(kinds[to_field_path(flag)])
+            wanted = type_name(kinds[to_field_path(flag)])
             given = f"{' '.join(values)} is invalid: expected" if values else "a value is missing: expected"
             raise UserError(f"{flag}: {given} {wanted}")
     raise UserError(f"these fields do not fit together: {' '.join(' '.join(group) for group in groups)}")

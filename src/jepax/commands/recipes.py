@@ -13,11 +13,11 @@ class Recipes(Command):
     """
 
     def run(self) -> None:
-        from jepax.grids import GRIDS
         from jepax.recipes import RECIPES
+        from jepax.sweeps import SWEEPS
 
-        width = max(map(len, [*RECIPES, *GRIDS]))
-        for title, functions in (("", RECIPES), ("\nsweeps", GRIDS)):
+        width = max(map(len, [*RECIPES, *SWEEPS]))
+        for title, functions in (("", RECIPES), ("\nsweeps", SWEEPS)):
             if title:
                 print(title)
             for name, function in sorted(functions.items()):

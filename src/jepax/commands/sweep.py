@@ -14,9 +14,9 @@ from jepax.commands.parsing import Flags, split_words, to_field_path
 from jepax.errors import UserError
 
 if TYPE_CHECKING:  # jax takes seconds to import
-    from jepax.grids.base import Grid, Row
-    from jepax.grids.run import SweepPlan
-    from jepax.settings import Config
+    from jepax.sweeps.base import Sweep
+    from jepax.sweeps.run import SweepPlan
+    from jepax.training.config import Config
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Sweep(ConfigCommand):
 
         Raises `UserError` naming the sweep, the row or the field, and the way out.
         """
-        from jepax.grids import table
-        from jepax.grids.run import Job, SweepPlan
+        from jepax.sweeps import table
+        from jepax.sweeps.run import SweepJob, SweepPlan
 
         check_overrides(self.overrides)
         grid = load_sweep(self.sweep)
@@ -63,35 +63,35 @@ class Sweep(ConfigCommand):
         shared = [*plain_overrides(grid.shared), *self.overrides]
         configs = [config_of_row(row, shared, also=list(self.options())) for row in grid.rows]
 
-        def jobs_of(seeds: Iterable[int]) -> list[Job]:
+        def jobs_of(seeds: Iterable[int]) -> list[SweepJob]:
             runs = [
                 (row, dataclasses.replace(c, seed=s)) for s in seeds for row, c in zip(grid.rows, configs, strict=True)
             ]
-            return [Job(row, config, table.folder_of(folder, row, config.seed)) for row, config in runs]
+            return [SweepJob(row, config, table.job_folder(folder, row, config.seed)) for row, config in runs]
 
         # The table also shows what earlier commands, of whatever seeds, left in the folder.
-        existing = [job for job in jobs_of(table.seeds_of(grid, folder)) if (job.folder / "config.yaml").exists()]
+        existing = [job for job in jobs_of(table.list_seeds(grid, folder)) if (job.folder / "config.yaml").exists()]
         return SweepPlan(grid, folder, jobs_of(grid.seeds)[self.part()], existing)
 
     def run(self) -> None:
-        from jepax.grids import run as sweeps
+        from jepax.sweeps import run as sweeps
 
-        written = sweeps.run(self.plan(), say=lambda line: print(line, file=sys.stderr))
+        written = sweeps.run_sweep(self.plan(), say=lambda line: print(line, file=sys.stderr))
         print(written[0].read_text(), end="")
         for path in written:
             print(path)
 
 
-def load_sweep(name: str) -> "Grid":
+def load_sweep(name: str) -> "Sweep":
     """The sweep of that name, or the sweep in that file."""
-    from jepax import config as configs
-    from jepax.grids.base import GRIDS, Grid
+    from jepax.io import config_yaml as configs
+    from jepax.sweeps.base import SWEEPS, Sweep
 
-    if name in GRIDS:
-        return GRIDS[name]()
+    if name in SWEEPS:
+        return SWEEPS[name]()
     if Path(name).suffix in (".yaml", ".yml"):
-        return configs.load(Grid, Path(name))
-    raise UserError(f"{name!r} is neither a sweep nor a sweep's file; {configs.nearest(name, GRIDS)}")
+        return configs.load(Sweep, Path(name))
+    raise UserError(f"{name!r} is neither a sweep nor a sweep's file; {configs.suggest(name, SWEEPS)}")
 
 
 def check_overrides(groups: Flags) -> None:
@@ -115,13 +115,13 @@ def plain_overrides(words: tuple[str, ...]) -> list[list[str]]:
     return groups
 
 
-def config_of_row(row: "Row", shared: Flags, also: Sequence[str]) -> "Config":
+def config_of_row(row: "Variant", shared: Flags, also: Sequence[str]) -> "Config":
     """The config of a row. Raises `UserError` if all rows are given what this one varies."""
     from jepax.commands import overrides
-    from jepax.grids.run import blamed
+    from jepax.sweeps.run import with_variant_in_error
 
     varied = plain_overrides(row.overrides)
     if both := {to_field_path(flag) for flag, *_ in varied} & {to_field_path(flag) for flag, *_ in shared}:
         raise UserError(f"row {row.name} varies {min(both)}, so it cannot be given to every row")
-    with blamed(row):
+    with with_variant_in_error(row):
         return overrides.override(overrides.load_base(row.recipe), [*shared, *varied], also)

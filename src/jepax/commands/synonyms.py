@@ -7,7 +7,7 @@ the last part of a path alone, then names spelled alike (`SIMILAR`); else the er
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
-from jepax.config import SIMILAR
+from jepax.io.config_yaml import SIMILAR
 
 SYNONYMS = {
     # optimizer: optax, timm, HF, torchtitan

@@ -12,8 +12,8 @@ from jepax.commands.parsing import to_field_path
 from jepax.errors import UserError
 
 if TYPE_CHECKING:  # jax takes seconds to import
-    from jepax.settings import Config
-    from jepax.step import TrainState
+    from jepax.training.config import Config
+    from jepax.training.step import TrainState
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,17 @@ class Train(RecipeCommand):
         config = self.config()
         check_names("--allow-config-change", self.allowed, config)
         if self.dry_run:
-            from jepax.dryrun import dry_run
+            from jepax.training.dry_run import dry_run
 
             dry_run(config)
             return
         import equinox as eqx
 
-        from jepax import lock, settings, sharding
-        from jepax import train as training
-        from jepax.distributed import multihost
-        from jepax.evals import alarms
+        from jepax.distributed import multihost, sharding
+        from jepax.health import alerts
+        from jepax.io import lock
+        from jepax.training import config as train_config
+        from jepax.training import loop as training
 
         folder = self.folder(config)
         if self.distributed:
@@ -73,27 +74,27 @@ class Train(RecipeCommand):
             # Evaluation after the last step needs these splits: fail now if one is missing.
             with multihost.collective_errors():
                 if config.eval.protocols:
-                    settings.check_splits(config.data)
-            state = training.train(config, folder, allow=self.allowed)
+                    train_config.check_eval_splits(config.data)
+            state = training.train(config, folder, allow_changes=self.allowed)
             # Evaluations read the method alone, in one process.
-            state = sharding.local(eqx.tree_at(lambda s: s.opt_state, state, None))
+            state = sharding.to_local(eqx.tree_at(lambda s: s.opt_state, state, None))
             multihost.shutdown()
         if not multihost.is_main_process():
             return
         with lock.run_lock(folder):
             finalize(config, state, folder)
-        print(f"done in {(time.perf_counter() - start) / 60:.1f} min; {alarms.summary(folder)}")
+        print(f"done in {(time.perf_counter() - start) / 60:.1f} min; {alerts.summarize_alerts(folder)}")
 
 
 def finalize(config: "Config", state: "TrainState", folder: Path) -> None:
     """Evaluate, draw the figures, and print the table and the paths of all files."""
-    from jepax import evaluation
+    from jepax.commands import evaluation
     from jepax.commands.evaluate import evaluate_and_print
     from jepax.viz import figures
 
     if config.eval.protocols:
-        print(evaluate_and_print(evaluation.of_run(config, state, folder)))
+        print(evaluate_and_print(evaluation.target_from_run(config, state, folder)))
     else:
         print(f"not evaluated: eval.protocols is empty; jepax evaluate {folder} --protocols linear knn")
-    for path in figures.draw(config, folder):
+    for path in figures.draw_figures(config, folder):
         print(path)

@@ -3,19 +3,19 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from jepax.data.broken import CorruptLog, corrupt_file
+from jepax.data.corrupt import CorruptLog, corrupt_file
 from jepax.data.loader import OnCorrupt, batches, iter_once
-from jepax.data.sources import ImageSource, Source, Split, fashion_mnist, image_folder, packed, synthetic
+from jepax.data.sources import ImageSource, Source, SplitName, fashion_mnist, image_folder, packed, synthetic
 from jepax.types import UserError
 
-Kind = Literal["fashion_mnist", "image_folder", "packed", "synthetic"]
+DatasetName = Literal["fashion_mnist", "image_folder", "packed", "synthetic"]
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where the images come from and how they are read."""
 
-    source: Kind = "fashion_mnist"
+    source: DatasetName = "fashion_mnist"
     """Kind of data: Fashion-MNIST, a folder of photos (train/CLASS/*.jpg, val/CLASS/*.jpg), a pack of one
     (`jepax pack`), or generated shapes."""
     root: str | None = None
@@ -41,24 +41,24 @@ class DataConfig:
     """Worker processes; 0: threads only. A script that sets it needs an `if __name__ == "__main__":` guard."""
 
     def __post_init__(self):
-        for name, choices in (("source", get_args(Kind)), ("channels", (None, 1, 3))):
+        for name, choices in (("source", get_args(DatasetName)), ("channels", (None, 1, 3))):
             if getattr(self, name) not in choices:
-                _refuse(self, name, f"is none of {', '.join(map(str, choices))}")
+                _raise_invalid(self, name, f"is none of {', '.join(map(str, choices))}")
         if not 0 <= self.validation < 1:
-            _refuse(self, "validation", "is not a fraction in [0, 1); try 0.1")
+            _raise_invalid(self, "validation", "is not a fraction in [0, 1); try 0.1")
         if not 0 <= self.broken_share <= 1:
-            _refuse(self, "broken_share", "is not a fraction in [0, 1]; try 0.01")
+            _raise_invalid(self, "broken_share", "is not a fraction in [0, 1]; try 0.01")
         lowest = {"canvas": 1, "synthetic_images": 1, "synthetic_seed": 0, "threads": 0, "workers": 0}
         for name, least in lowest.items():
             if getattr(self, name) < least:
-                _refuse(self, name, f"is below the least that works, {least}")
+                _raise_invalid(self, name, f"is below the least that works, {least}")
 
 
-def _refuse(config: DataConfig, name: str, why: str):
+def _raise_invalid(config: DataConfig, name: str, why: str):
     raise UserError(f"data.{name}={getattr(config, name)} {why}.")
 
 
-def open_source(config: DataConfig, split: Split) -> ImageSource:
+def open_source(config: DataConfig, split: SplitName) -> ImageSource:
     """Opens one split. `validation` is held out of the training images; `test` is the data's own test set.
 
     Raises `UserError` where the data is missing, corrupt or laid out in another way.
@@ -75,7 +75,7 @@ def open_source(config: DataConfig, split: Split) -> ImageSource:
             varied=config.synthetic_varied,
         )
     if config.root is None:
-        holds = "train/ and val/" if config.source == "image_folder" else packed.PACK
+        holds = "train/ and val/" if config.source == "image_folder" else packed.PACK_FILE
         raise UserError(f"data.root=None, but data.source={config.source} needs the folder that holds {holds}.")
     photos = image_folder if config.source == "image_folder" else packed
     return photos.open_split(config.root, split, config.validation, config.canvas, config.channels or 3)
@@ -87,7 +87,7 @@ __all__ = [
     "ImageSource",
     "OnCorrupt",
     "Source",
-    "Split",
+    "SplitName",
     "batches",
     "corrupt_file",
     "iter_once",

@@ -27,10 +27,10 @@ from PIL import (
 
 from jepax.data.sources import CorruptExampleError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """No others are opened, whatever a file's name: some of Pillow's other formats start external programs."""
-ORIENTATION = 0x0112
+EXIF_ORIENTATION = 0x0112
 MIN_SIDE = 2
 """Pixels. An image with a shorter side shows nothing: a page's spacer, or the rest of an empty download."""
 MAX_FILE_BYTES = 2**30
@@ -93,8 +93,8 @@ def decode(data: bytes, channels: int, fit: tuple[int, int] | None = None) -> Pi
     pixels without a known range (32-bit, float); and, before anything is decoded, Pillow's DecompressionBombWarning or
     -Error for images over `PIL.Image.MAX_IMAGE_PIXELS`.
     """
-    image = _open(data)
-    pixels = _fast_jpeg(image, data, fit)
+    image = _open_header(data)
+    pixels = _decode_jpeg_turbo(image, data, fit)
     if pixels is not None and pixels.shape[2] == channels:
         return pixels
     image = _to_rgb8(image) if pixels is None else _to_pillow(pixels)
@@ -119,23 +119,23 @@ def _to_pillow(pixels: Pixels) -> Image.Image:
 
 def longer_side(data: bytes) -> int:
     """Returns the longer side in pixels, by the header. Raises as `decode` does."""
-    return max(_open(data).size)
+    return max(_open_header(data).size)
 
 
 def is_gray(data: bytes) -> bool:
     """True if the image has no colors, by its header. Raises as `decode` does."""
-    image = _open(data)
+    image = _open_header(data)
     return image.mode in ("1", "L") or image.mode.startswith("I")
 
 
-def _open(data: bytes) -> Image.Image:
+def _open_header(data: bytes) -> Image.Image:
     """Reads the header only, and checks the size by it."""
     if not data:
         raise ValueError("it is empty")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
     except UnidentifiedImageError as error:  # whose own message names an object in memory
-        raise ValueError(f"its content is none of {', '.join(FORMATS)}") from error
+        raise ValueError(f"its content is none of {', '.join(PILLOW_FORMATS)}") from error
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:  # Pillow itself raises only at twice the limit
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are over the limit of {limit}")
@@ -144,11 +144,11 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _fast_jpeg(image: Image.Image, data: bytes, fit: tuple[int, int] | None) -> Pixels | None:
+def _decode_jpeg_turbo(image: Image.Image, data: bytes, fit: tuple[int, int] | None) -> Pixels | None:
     """Decodes by libjpeg-turbo without Pillow's copies, bit-equal to it; None for all that Pillow must decode."""
     if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
         return None
-    if image.getexif().get(ORIENTATION, 1) != 1:
+    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
         return None
     height, width = (image.height, image.width) if fit is None else _dct_size((image.height, image.width), fit)
     try:

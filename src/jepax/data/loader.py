@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int, Int32
 
-from jepax.data.broken import default_on_corrupt
+from jepax.data.corrupt import default_on_corrupt
 from jepax.data.sources import Batch, Source
 from jepax.types import UserError
 
@@ -56,7 +56,7 @@ def batches(
         raise UserError(f"batch_size={batch_size} is not a positive multiple of the {process_count} processes.")
     local = batch_size // process_count
     read = partial(_read_step, source, seed, batch_size, process_index * local, local)
-    return _to_batches(_read_ahead(read, start, steps, threads, workers), on_corrupt or default_on_corrupt(source))
+    return _to_batches(_prefetch(read, start, steps, threads, workers), on_corrupt or default_on_corrupt(source))
 
 
 def iter_once(
@@ -70,7 +70,7 @@ def iter_once(
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} is below 1.")
     read = partial(_read_in_order, source, batch_size)
-    reads = _read_ahead(read, 0, -(-len(source) // batch_size), threads, workers)
+    reads = _prefetch(read, 0, -(-len(source) // batch_size), threads, workers)
     for step, batch in enumerate(_to_batches(reads, on_corrupt or default_on_corrupt(source))):
         yield batch, min(batch_size, len(source) - step * batch_size)
 
@@ -122,7 +122,7 @@ def _to_batches(reads: Generator[Read, None, None], on_corrupt: OnCorrupt) -> Ge
             yield jax.tree.map(np.asarray, batch)
 
 
-def _read_ahead(
+def _prefetch(
     read: Callable[[int], Read], start: int, stop: int, threads: int, workers: int
 ) -> Generator[Read, None, None]:
     """Yields read(start) .. read(stop - 1), computed ahead of their use. At most `threads` + 1 wait per process."""

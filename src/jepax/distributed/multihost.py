@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool
 
 from jepax.distributed.preemption import EXIT_RETRY, Preempted
-from jepax.types import UserError, words
+from jepax.errors import UserError, user_message
 
 HEARTBEAT_S = 60
 """Seconds without a heartbeat after which a process counts as lost; `JEPAX_HEARTBEAT_SECONDS` overrides it."""
@@ -129,7 +129,7 @@ def collective_errors() -> Iterator[None]:
         yield
     except (UserError, OSError) as raised:
         error = raised
-    messages = all_gather_str((words(error) or type(error).__name__) if error else "")
+    messages = all_gather_str((user_message(error) or type(error).__name__) if error else "")
     if error is not None and len(messages) == 1:
         raise error
     if error is not None:
@@ -174,7 +174,7 @@ def peer_guard() -> Iterator[None]:
         raise
     except Exception as error:
         lost = isinstance(error, PeerLostError)
-        message = str(error) if lost else words(error)
+        message = str(error) if lost else user_message(error)
         if message is None or not jax.distributed.is_initialized():
             raise
         # Not by `sys.exit`: JAX would wait there for the other processes, and then abort with code 134.

@@ -16,33 +16,33 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jepax.evals.frozen import Frozen
-from jepax.evals.say import SILENT, Say
-from jepax.evals.scoring import Fitted, check_labels, top1
-from jepax.evals.splits import Split
-from jepax.evals.streaming import (
+from jepax.evals.eval_dataset import EvalDataset
+from jepax.evals.feature_extractor import FeatureExtractor
+from jepax.evals.head_training import (
     ADAM,
-    Views,
-    adamw,
-    check_training,
-    guesses_of,
-    lengths,
+    TrainViews,
+    adamw_update,
+    batch_size_and_steps,
+    check_any_prediction,
+    check_field,
+    check_head_training,
     loader_seed,
-    rate,
-    refuse_nothing,
-    require,
-    run_steps,
-    training_view,
+    lr_scale,
+    make_train_view,
+    predict,
+    run_head_training,
     without_labels,
 )
+from jepax.evals.progress import SILENT_PROGRESS, ProgressReporter
+from jepax.evals.scoring import FittedProbe, check_labels, top1_accuracy
 from jepax.nn.transformer import MLP, LayerNorm, Linear, init_weight, normalize
-from jepax.types import Images
-from jepax.views import centre_crop
+from jepax.types import ImageBatch
+from jepax.views import center_crop
 
-CHANNELS = 64
+TARGET_HEAD_DIM = 64
 """Width of an attention head that is aimed at."""
 MLP_RATIO = 4
-QUERY_STD = 0.02
+QUERY_INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class AttentiveConfig:
     """Decoupled weight decay (multiplied by the learning rate), on weight matrices only."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises from 0; a cosine to 0 follows."""
-    views: Views = "augmented"
+    views: TrainViews = "augmented"
     """What the heads are trained on: random resized crops, or the centre views that they are scored on."""
     scale: tuple[float, float] = (0.3, 1.0)
     """Read by views=augmented: smallest and largest share of the picture's area that a crop takes."""
@@ -67,10 +67,12 @@ class AttentiveConfig:
     """Read by views=augmented: chance of a horizontal flip."""
 
     def __post_init__(self) -> None:
-        check_training("attentive", self)
+        check_head_training("attentive", self)
         decays = self.weight_decays
-        require("attentive", self, "weight_decays", len(decays) > 0 and min(decays) >= 0, "one number, none below 0")
-        require("attentive", self, "views", self.views in ("centre", "augmented"), "centre or augmented")
+        check_field(
+            "attentive", self, "weight_decays", len(decays) > 0 and min(decays) >= 0, "one number, none below 0"
+        )
+        check_field("attentive", self, "views", self.views in ("centre", "augmented"), "centre or augmented")
 
 
 class AttentiveHead(eqx.Module):
@@ -101,7 +103,7 @@ class AttentiveHead(eqx.Module):
     def __init__(self, dim: int, classes: int, *, key: PRNGKeyArray):
         key_query, key_ask, key_keys, key_values, key_project, key_mlp, key_classify = jr.split(key, 7)
         linear = partial(Linear, dim, std=None)
-        self.query = init_weight(key_query, (dim,), QUERY_STD)
+        self.query = init_weight(key_query, (dim,), QUERY_INIT_STD)
         self.norm1, self.norm2 = LayerNorm(dim), LayerNorm(dim)
         self.ask = linear(dim, key=key_ask)
         self.keys = linear(dim, bias=False, key=key_keys)
@@ -109,7 +111,7 @@ class AttentiveHead(eqx.Module):
         self.project = linear(dim, key=key_project)
         self.mlp = MLP(dim, MLP_RATIO * dim, std=None, key=key_mlp)
         self.classify = linear(classes, key=key_classify)
-        self.heads = attention_heads(dim)
+        self.heads = choose_num_heads(dim)
 
     def __call__(self, tokens: Float[Array, "batch patches dim"]) -> Float[Array, "batch classes"]:
         z, dim = normalize(tokens), tokens.shape[2]  # norm1 without its weight and bias: the same for a whole sweep
@@ -123,13 +125,13 @@ class AttentiveHead(eqx.Module):
         return self.classify(read + self.mlp(self.norm2(read)[:, None])[:, 0])
 
 
-def attention_heads(dim: int) -> int:
+def choose_num_heads(dim: int) -> int:
     """How many attention heads: the divisor of the width whose heads are nearest to `CHANNELS` wide, by ratio."""
     divisors = [heads for heads in range(1, dim + 1) if dim % heads == 0]
-    return min(divisors, key=lambda heads: max(dim // heads / CHANNELS, CHANNELS / (dim // heads)))
+    return min(divisors, key=lambda heads: max(dim // heads / TARGET_HEAD_DIM, TARGET_HEAD_DIM / (dim // heads)))
 
 
-class Sweep(eqx.Module):
+class HeadsState(eqx.Module):
     """All that a step changes: heads whose arrays carry a leading axis, one entry for each setting."""
 
     heads: AttentiveHead
@@ -138,86 +140,86 @@ class Sweep(eqx.Module):
 
 
 @partial(jax.jit, static_argnames=("count", "dim", "classes"))
-def first_sweep(count: int, dim: int, classes: int, *, key: PRNGKeyArray) -> Sweep:
+def init_heads_state(count: int, dim: int, classes: int, *, key: PRNGKeyArray) -> HeadsState:
     """`count` heads that all begin alike."""
     head = AttentiveHead(dim, classes, key=key)
     heads = jax.tree.map(lambda array: jnp.tile(array, (count,) + array.ndim * (1,)), head)
-    return Sweep(heads, jax.vmap(ADAM.init)(heads), jnp.int32(0))
+    return HeadsState(heads, jax.vmap(ADAM.init)(heads), jnp.int32(0))
 
 
 @partial(jax.jit, static_argnames=("config", "steps"), donate_argnames=("sweep",))
-def sweep_step(
-    sweep: Sweep,
-    row: Frozen,
-    images: Images,
+def attentive_step(
+    sweep: HeadsState,
+    row: FeatureExtractor,
+    images: ImageBatch,
     labels: Int[Array, "batch"],
     key: PRNGKeyArray,
     settings: Float[Array, "settings 2"],
     *,
     config: AttentiveConfig,
     steps: int,
-) -> tuple[Sweep, Float[Array, "settings"]]:
+) -> tuple[HeadsState, Float[Array, "settings"]]:
     """One update of every head, and their losses. The row's forward pass is computed once, without a gradient.
 
     `settings`: learning rate and weight decay of each head. No head's arithmetic holds another's numbers.
     """
-    tokens = row.tokens(training_view(config.views, images, key, row.crop, config))
+    tokens = row.tokens(make_train_view(config.views, images, key, row.crop, config))
 
     def loss_of(head: AttentiveHead) -> Float[Array, ""]:
         return optax.softmax_cross_entropy_with_integer_labels(head(tokens), labels).mean()
 
     def update(head: AttentiveHead, moments: optax.OptState, setting: Float[Array, "2"]):
         loss, grads = jax.value_and_grad(loss_of)(head)
-        rates = jax.tree.map(lambda _: setting[0] * rate(config, sweep.step, steps), head)
-        return *adamw(grads, moments, head, rates, setting[1]), loss
+        rates = jax.tree.map(lambda _: setting[0] * lr_scale(config, sweep.step, steps), head)
+        return *adamw_update(grads, moments, head, rates, setting[1]), loss
 
     heads, moments, losses = jax.vmap(update)(sweep.heads, sweep.moments, settings)
-    return Sweep(heads, moments, sweep.step + 1), losses
+    return HeadsState(heads, moments, sweep.step + 1), losses
 
 
-class Attended(eqx.Module):
+class AttentiveProbe(eqx.Module):
     """What the heads answer for pictures: values of the classes from the centre view's tokens."""
 
-    row: Frozen
+    row: FeatureExtractor
     heads: AttentiveHead
 
-    def __call__(self, images: Images) -> Float[Array, "settings batch classes"]:
-        tokens = self.row.tokens(centre_crop(images, self.row.crop))
+    def __call__(self, images: ImageBatch) -> Float[Array, "settings batch classes"]:
+        tokens = self.row.tokens(center_crop(images, self.row.crop))
         return jax.vmap(lambda head: head(tokens))(self.heads)
 
 
 def train_heads(
-    train: Split,
+    train: EvalDataset,
     settings: Float[np.ndarray, "settings 2"],
     classes: int,
     config: AttentiveConfig,
     *,
     key: PRNGKeyArray,
-    say: Say = SILENT,
+    say: ProgressReporter = SILENT_PROGRESS,
 ) -> AttentiveHead:
     """The heads of all settings, trained side by side on the same batches from the same start."""
     key_head, key_order, key_views = jr.split(key, 3)
-    size, steps = lengths(config, len(train))
+    size, steps = batch_size_and_steps(config, len(train))
     shape = jax.eval_shape(lambda row: row.tokens(jnp.zeros((1, *row.crop.size, len(row.crop.mean)))), train.row)
 
-    def step(sweep: Sweep, images: Images) -> tuple[Sweep, Array]:
+    def step(sweep: HeadsState, images: ImageBatch) -> tuple[HeadsState, Array]:
         inputs = train.row, without_labels(images), images.label, key_views, settings
-        return sweep_step(sweep, *inputs, config=config, steps=steps)
+        return attentive_step(sweep, *inputs, config=config, steps=steps)
 
-    sweep = first_sweep(len(settings), shape.shape[2], classes, key=key_head)
+    sweep = init_heads_state(len(settings), shape.shape[2], classes, key=key_head)
     with say.counting("attentive probe", steps) as done:
-        return run_steps(step, sweep, train.shuffled(size, steps, loader_seed(key_order)), done).heads
+        return run_head_training(step, sweep, train.shuffled(size, steps, loader_seed(key_order)), done).heads
 
 
 def attentive(
-    train: Split,
-    validation: Split,
+    train: EvalDataset,
+    validation: EvalDataset,
     classes: int,
     config: AttentiveConfig,
     *,
     key: PRNGKeyArray,
-    say: Say = SILENT,
-) -> list[Fitted]:
+    say: ProgressReporter = SILENT_PROGRESS,
+) -> list[FittedProbe]:
     """The head of the sweep with the greatest validation top-1, the first of equals.
 
     Tokens are never kept: each step embeds its batch, once for all heads.
@@ -232,13 +234,13 @@ def attentive(
         check_labels(split.labels, classes, name)
     settings = list(itertools.product(config.learning_rates, config.weight_decays))
     heads = train_heads(train, np.asarray(settings, np.float32), classes, config, key=key, say=say)
-    guesses = guesses_of(Attended(train.row, heads), validation)
-    refuse_nothing(guesses, "attentive")
+    guesses = predict(AttentiveProbe(train.row, heads), validation)
+    check_any_prediction(guesses, "attentive")
     tried = [
-        {"learning_rate": lr, "weight_decay": decay, "validation_top1": top1(of_head, validation.labels)}
+        {"learning_rate": lr, "weight_decay": decay, "validation_top1": top1_accuracy(of_head, validation.labels)}
         for (lr, decay), of_head in zip(settings, guesses, strict=True)
     ]
     best = max(range(len(tried)), key=lambda head: tried[head]["validation_top1"])
-    alone = Attended(train.row, jax.tree.map(lambda array: array[best : best + 1], heads))
+    alone = AttentiveProbe(train.row, jax.tree.map(lambda array: array[best : best + 1], heads))
     variant = "lr {learning_rate:g}, wd {weight_decay:g}".format(**tried[best])
-    return [Fitted("attentive", lambda split: guesses_of(alone, split)[0], tried[best], variant, tried)]
+    return [FittedProbe("attentive", lambda split: predict(alone, split)[0], tried[best], variant, tried)]

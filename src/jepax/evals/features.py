@@ -8,14 +8,14 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from jepax.sharding import spread
-from jepax.types import Array, Float, Images, Int, UserError
+from jepax.distributed.sharding import shard_if_possible
+from jepax.types import Array, Float, ImageBatch, Int, UserError
 
-Embed = Callable[[Images], Float[Array, "layers batch dim"]]
+EmbedFn = Callable[[ImageBatch], Float[Array, "layers batch dim"]]
 """Features of a batch from each of the last (up to four) layers, the very last one at the end."""
 
 
-class FeaturesNotFinite(UserError):
+class NonFiniteFeaturesError(UserError):
     """An encoder's features are not finite."""
 
 
@@ -23,7 +23,7 @@ class FeaturesNotFinite(UserError):
 class Features:
     """Features of one split, float32 on the host.
 
-    **Raises** `FeaturesNotFinite` where a value is not finite: every accuracy read from such features is meaningless.
+    **Raises** `NonFiniteFeaturesError` where a value is not finite: every accuracy read from such features is meaningless.
     """
 
     layers: Float[np.ndarray, "layers n dim"]
@@ -31,7 +31,7 @@ class Features:
 
     def __post_init__(self):
         if not all(np.isfinite(part).all() for layer in self.layers for part in np.array_split(layer, 16)):
-            raise FeaturesNotFinite(
+            raise NonFiniteFeaturesError(
                 "features are not finite: the encoder has diverged or its input holds NaN.\n"
                 "Look at the loss in metrics.jsonl and evaluate an earlier checkpoint."
             )
@@ -50,9 +50,9 @@ class Features:
         return jax.device_put(self.layers, may_alias=True)
 
 
-def extract(
-    embed: Embed,
-    batches: Iterable[tuple[Images, int]],
+def extract_features(
+    embed: EmbedFn,
+    batches: Iterable[tuple[ImageBatch, int]],
     labels: Int[np.ndarray, "n"],
     progress: Callable[[int], None] = lambda done: None,
 ) -> Features:
@@ -69,21 +69,21 @@ def extract(
     """
     run, kept, waiting, done = eqx.filter_jit(embed), None, None, 0
     for images, valid in batches:
-        ahead = (run(spread(replace(images, label=None))), slice(done, done + valid))
+        ahead = (run(shard_if_possible(replace(images, label=None))), slice(done, done + valid))
         if kept is None:
             layers, _, dim = ahead[0].shape
-            kept = aligned((layers, len(labels), dim))
+            kept = empty_aligned((layers, len(labels), dim))
         if waiting is not None:  # fetched one batch late, so that the device works while the host copies
-            _keep(kept, *waiting)
+            _copy_rows(kept, *waiting)
         waiting, done = ahead, done + valid
         progress(done)
     if waiting is None:
         raise UserError("no batches to extract features from: the split is empty; choose another split or source")
-    _keep(kept, *waiting)
+    _copy_rows(kept, *waiting)
     return Features(kept[:, :done], np.asarray(labels, np.int32)[:done])
 
 
-def aligned(shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+def empty_aligned(shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
     """An empty float32 array that begins at a multiple of 64 bytes: a CPU device can then read it without a copy."""
     size = 4 * int(np.prod(shape))
     memory = np.empty(size + 64, np.uint8)
@@ -91,5 +91,5 @@ def aligned(shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
     return memory[start : start + size].view(np.float32).reshape(shape)
 
 
-def _keep(kept: Float[np.ndarray, "layers n dim"], output: Float[Array, "layers batch dim"], rows: slice) -> None:
+def _copy_rows(kept: Float[np.ndarray, "layers n dim"], output: Float[Array, "layers batch dim"], rows: slice) -> None:
     kept[:, rows] = np.asarray(output, dtype=np.float32)[:, : rows.stop - rows.start]

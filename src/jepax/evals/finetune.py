@@ -15,31 +15,31 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jepax.distributed.compile_cache import COMPILER_OPTIONS
-from jepax.evals.frozen import FrozenViT, View
-from jepax.evals.say import SILENT, Say
-from jepax.evals.scoring import Fitted, check_labels, top1
-from jepax.evals.splits import Split
-from jepax.evals.streaming import (
+from jepax.evals.eval_dataset import EvalDataset
+from jepax.evals.feature_extractor import ViewBatch, ViTFeatures
+from jepax.evals.head_training import (
     ADAM,
-    adamw,
-    check_training,
-    guesses_of,
-    lengths,
+    adamw_update,
+    batch_size_and_steps,
+    check_any_prediction,
+    check_field,
+    check_head_training,
     loader_seed,
-    rate,
-    refuse_nothing,
-    require,
-    run_steps,
-    training_view,
+    lr_scale,
+    make_train_view,
+    predict,
+    run_head_training,
     without_labels,
 )
+from jepax.evals.progress import SILENT_PROGRESS, ProgressReporter
+from jepax.evals.scoring import FittedProbe, check_labels, top1_accuracy
 from jepax.nn import ViT
 from jepax.nn.transformer import Linear
 from jepax.trees import cast
-from jepax.types import Images, UserError
-from jepax.views import CropConfig, centre_crop
+from jepax.types import ImageBatch, UserError
+from jepax.views import CropConfig, center_crop
 
-HEAD_STD = 2e-5
+HEAD_INIT_STD = 2e-5
 """Deviation of the head's weights at the start, as published: every class is equally likely."""
 
 
@@ -67,8 +67,8 @@ class FinetuneConfig:
     """Chance of a horizontal flip."""
 
     def __post_init__(self) -> None:
-        check_training("finetune", self)
-        ok = partial(require, "finetune", self)
+        check_head_training("finetune", self)
+        ok = partial(check_field, "finetune", self)
         ok("layer_decay", 0 < self.layer_decay <= 1, "a factor in (0, 1]; try 0.75")
         ok("weight_decay", self.weight_decay >= 0, "a number not below 0; try 0.05")
         ok("label_smoothing", 0 <= self.label_smoothing < 1, "a share in [0, 1); try 0.1")
@@ -81,14 +81,14 @@ class Classifier(eqx.Module):
     head: Linear
     crop: CropConfig = eqx.field(static=True)
 
-    def logits(self, view: View) -> Float[Array, "batch classes"]:
+    def logits(self, view: ViewBatch) -> Float[Array, "batch classes"]:
         return self.head(jnp.mean(self.encoder(view), axis=1))
 
-    def __call__(self, images: Images) -> Float[Array, "batch classes"]:
-        return self.logits(centre_crop(images, self.crop))
+    def __call__(self, images: ImageBatch) -> Float[Array, "batch classes"]:
+        return self.logits(center_crop(images, self.crop))
 
 
-class Run(eqx.Module):
+class FinetuneState(eqx.Module):
     """All that a step changes."""
 
     classifier: Classifier
@@ -96,15 +96,15 @@ class Run(eqx.Module):
     step: Int[Array, ""]
 
 
-def first_run(row: FrozenViT, classes: int, *, key: PRNGKeyArray) -> Run:
+def init_finetune_state(row: ViTFeatures, classes: int, *, key: PRNGKeyArray) -> FinetuneState:
     """A copy of the row's encoder under a new head: a step takes its arrays over, and may not take the row's."""
     encoder = cast(jax.tree.map(jnp.copy, row.encoder), jnp.float32)
-    head = Linear(row.encoder.config.width, classes, std=HEAD_STD, key=key)
+    head = Linear(row.encoder.config.width, classes, std=HEAD_INIT_STD, key=key)
     classifier = Classifier(encoder, head, row.crop)
-    return Run(classifier, ADAM.init(classifier), jnp.int32(0))
+    return FinetuneState(classifier, ADAM.init(classifier), jnp.int32(0))
 
 
-def layer_rates(classifier: Classifier, decay: float) -> Classifier:
+def layer_lr_scales(classifier: Classifier, decay: float) -> Classifier:
     """Each array's share of the learning rate: decay^(depth + 1 - i), i = 0 the patch embedding, 1 .. depth the blocks.
 
     The final norm and the head have 1. The blocks' arrays are stacked, so theirs is a vector along the layers' axis.
@@ -122,18 +122,18 @@ def layer_rates(classifier: Classifier, decay: float) -> Classifier:
 
 
 @partial(jax.jit, static_argnames=("config", "steps"), donate_argnames=("run",), compiler_options=COMPILER_OPTIONS)
-def run_step(
-    run: Run,
-    images: Images,
+def finetune_step(
+    run: FinetuneState,
+    images: ImageBatch,
     labels: Int[Array, "batch"],
     key: PRNGKeyArray,
     learning_rate: Float[Array, ""],
     *,
     config: FinetuneConfig,
     steps: int,
-) -> tuple[Run, Float[Array, ""]]:
+) -> tuple[FinetuneState, Float[Array, ""]]:
     """One update of the encoder and its head, and the loss."""
-    view = training_view("augmented", images, key, run.classifier.crop, config)
+    view = make_train_view("augmented", images, key, run.classifier.crop, config)
 
     def loss_of(classifier: Classifier) -> Float[Array, ""]:
         logits = classifier.logits(view)
@@ -141,43 +141,43 @@ def run_step(
         return optax.softmax_cross_entropy(logits, targets).mean()
 
     loss, grads = jax.value_and_grad(loss_of)(run.classifier)
-    now = learning_rate * rate(config, run.step, steps)
-    rates = jax.tree.map(lambda share: now * share, layer_rates(run.classifier, config.layer_decay))
-    classifier, moments = adamw(grads, run.moments, run.classifier, rates, config.weight_decay)
-    return Run(classifier, moments, run.step + 1), loss
+    now = learning_rate * lr_scale(config, run.step, steps)
+    rates = jax.tree.map(lambda share: now * share, layer_lr_scales(run.classifier, config.layer_decay))
+    classifier, moments = adamw_update(grads, run.moments, run.classifier, rates, config.weight_decay)
+    return FinetuneState(classifier, moments, run.step + 1), loss
 
 
-def train_once(
-    train: Split,
+def finetune_once(
+    train: EvalDataset,
     learning_rate: float,
     classes: int,
     config: FinetuneConfig,
     *,
     key: PRNGKeyArray,
-    say: Say = SILENT,
+    say: ProgressReporter = SILENT_PROGRESS,
 ) -> Classifier:
     """One run. The same key gives every learning rate the same head, batches and crops."""
     key_head, key_order, key_views = jr.split(key, 3)
-    size, steps = lengths(config, len(train))
+    size, steps = batch_size_and_steps(config, len(train))
     peak = jnp.float32(learning_rate)
 
-    def step(run: Run, images: Images) -> tuple[Run, Array]:
-        return run_step(run, without_labels(images), images.label, key_views, peak, config=config, steps=steps)
+    def step(run: FinetuneState, images: ImageBatch) -> tuple[FinetuneState, Array]:
+        return finetune_step(run, without_labels(images), images.label, key_views, peak, config=config, steps=steps)
 
-    run = first_run(train.row, classes, key=key_head)
+    run = init_finetune_state(train.row, classes, key=key_head)
     with say.counting(f"fine-tuning, lr {learning_rate:g}", steps) as done:
-        return run_steps(step, run, train.shuffled(size, steps, loader_seed(key_order)), done).classifier
+        return run_head_training(step, run, train.shuffled(size, steps, loader_seed(key_order)), done).classifier
 
 
 def finetune(
-    train: Split,
-    validation: Split,
+    train: EvalDataset,
+    validation: EvalDataset,
     classes: int,
     config: FinetuneConfig,
     *,
     key: PRNGKeyArray,
-    say: Say = SILENT,
-) -> list[Fitted]:
+    say: ProgressReporter = SILENT_PROGRESS,
+) -> list[FittedProbe]:
     """The fine-tuned encoder with the greatest validation top-1, the first of equals; the row's own does not change.
 
     On an untrained encoder this is training from scratch, the floor that a trained one must beat.
@@ -188,18 +188,18 @@ def finetune(
     **Raises** `UserError` if the row has no encoder to train, if a split is empty or has a label out of range, or if
     every run diverges.
     """
-    if not isinstance(train.row, FrozenViT):
+    if not isinstance(train.row, ViTFeatures):
         raise UserError(f"finetune needs an encoder, and {type(train.row).__name__} has none to train; leave it out")
     for name, split in (("train", train), ("validation", validation)):
         check_labels(split.labels, classes, name)
     tried, best = [], None
     for learning_rate in config.learning_rates:
-        classifier = train_once(train, learning_rate, classes, config, key=key, say=say)
-        guesses = guesses_of(classifier, validation)
-        tried.append({"learning_rate": learning_rate, "validation_top1": top1(guesses, validation.labels)})
+        classifier = finetune_once(train, learning_rate, classes, config, key=key, say=say)
+        guesses = predict(classifier, validation)
+        tried.append({"learning_rate": learning_rate, "validation_top1": top1_accuracy(guesses, validation.labels)})
         if best is None or tried[-1]["validation_top1"] > best[0]["validation_top1"]:
             best = tried[-1], classifier, guesses
     settings, classifier, guesses = best
-    refuse_nothing(guesses, "finetune")
+    check_any_prediction(guesses, "finetune")
     variant = f"lr {settings['learning_rate']:g}"
-    return [Fitted("finetune", partial(guesses_of, classifier), settings, variant, tried)]
+    return [FittedProbe("finetune", partial(predict, classifier), settings, variant, tried)]

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jepax.evals.say import SILENT, Say
-from jepax.evals.scoring import Fitted, Guesses, best_guesses, check_labels
-from jepax.evals.splits import Split
+from jepax.evals.eval_dataset import EvalDataset
+from jepax.evals.progress import SILENT_PROGRESS, ProgressReporter
+from jepax.evals.scoring import FittedProbe, TopKPredictions, check_labels, topk_classes
 from jepax.types import AnyArray, Array, Float, Int, PRNGKeyArray, UserError
 
 
@@ -37,7 +37,7 @@ class KnnConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Keys:
+class KnnIndex:
     """The training examples, placed on the device once."""
 
     features: Float[Array, "keys dim"]
@@ -47,7 +47,7 @@ class Keys:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class Neighbors:
     """The nearest keys of some queries, the nearest first."""
 
     similarity: Float[np.ndarray, "queries k"]
@@ -55,8 +55,14 @@ class Found:
 
 
 def knn(
-    train: Split, validation: Split, classes: int, config: KnnConfig, *, key: PRNGKeyArray, say: Say = SILENT
-) -> list[Fitted]:
+    train: EvalDataset,
+    validation: EvalDataset,
+    classes: int,
+    config: KnnConfig,
+    *,
+    key: PRNGKeyArray,
+    say: ProgressReporter = SILENT_PROGRESS,
+) -> list[FittedProbe]:
     """Neighbours in the last layer's features; the training examples vote. `key` is not used: nothing is drawn.
 
     One search per query, of the largest k, serves every k and temperature. The first of equally good ones is chosen.
@@ -70,13 +76,13 @@ def knn(
         raise UserError(
             f"neighbours={config.neighbours} are all more than the {len(train)} training examples; lower one of them"
         )
-    keys, most = place(train.features.last, train.labels), max(possible)
+    keys, most = build_index(train.features.last, train.labels), max(possible)
     pairs = list(itertools.product(possible, config.temperatures))
     right = np.zeros(len(pairs))
     with say.counting("kNN", len(validation)) as done:
         for rows, found in search(keys, validation.features.last, most, config.chunk):
             truth = validation.labels[rows]
-            right += [np.sum(votes(found, classes, *pair).argmax(axis=1) == truth) for pair in pairs]
+            right += [np.sum(count_votes(found, classes, *pair).argmax(axis=1) == truth) for pair in pairs]
             done(rows.stop)
     tried = [
         {"neighbours": k, "temperature": t, "validation_top1": 100 * float(hits) / len(validation)}
@@ -85,14 +91,16 @@ def knn(
     chosen = max(tried, key=lambda one: one["validation_top1"])
     k, temperature = chosen["neighbours"], chosen["temperature"]
 
-    def guess(split: Split) -> Guesses:
+    def guess(split: EvalDataset) -> TopKPredictions:
         parts = search(keys, split.features.last, most, config.chunk)
-        return np.concatenate([best_guesses(votes(found, classes, k, temperature)) for _, found in parts])
+        return np.concatenate([topk_classes(count_votes(found, classes, k, temperature)) for _, found in parts])
 
-    return [Fitted("kNN", guess, chosen, f"k {k}, temperature {temperature:g}", tried)]
+    return [FittedProbe("kNN", guess, chosen, f"k {k}, temperature {temperature:g}", tried)]
 
 
-def votes(found: Found, classes: int, neighbours: int, temperature: float) -> Float[np.ndarray, "queries classes"]:
+def count_votes(
+    found: Neighbors, classes: int, neighbours: int, temperature: float
+) -> Float[np.ndarray, "queries classes"]:
     """By class, the sum of the votes exp(s / T) of the k nearest; -inf without a vote, so that it is not named.
 
     Source: Wu et al. 2018, arXiv:1805.01978, section 3.4.
@@ -106,15 +114,15 @@ def votes(found: Found, classes: int, neighbours: int, temperature: float) -> Fl
     return np.where(sums > 0, sums, -np.inf).astype(np.float32)
 
 
-def place(features: Float[AnyArray, "keys dim"], labels: Int[np.ndarray, "keys"]) -> Keys:
+def build_index(features: Float[AnyArray, "keys dim"], labels: Int[np.ndarray, "keys"]) -> KnnIndex:
     """Puts the keys on the device."""
     on_device = jnp.asarray(features)
-    return Keys(on_device, _length(on_device), np.asarray(labels))
+    return KnnIndex(on_device, _row_norms(on_device), np.asarray(labels))
 
 
 def search(
-    keys: Keys, queries: Float[AnyArray, "queries dim"], neighbours: int, chunk: int
-) -> Iterator[tuple[slice, Found]]:
+    keys: KnnIndex, queries: Float[AnyArray, "queries dim"], neighbours: int, chunk: int
+) -> Iterator[tuple[slice, Neighbors]]:
     """The rows of each chunk of queries, and what is nearest to them: never more than chunk x keys similarities.
 
     The last chunk is padded, so one program serves any number of queries.
@@ -122,13 +130,13 @@ def search(
     for start in range(0, len(queries), chunk):
         part = queries[start : start + chunk]
         padded = np.pad(part, ((0, chunk - len(part)), (0, 0)))
-        nearest = jax.device_get(_nearest(keys.features, keys.length, padded, neighbours))
+        nearest = jax.device_get(_nearest_neighbors(keys.features, keys.length, padded, neighbours))
         similarity, index = (array[: len(part)] for array in nearest)
-        yield slice(start, start + len(part)), Found(similarity, keys.labels[index])
+        yield slice(start, start + len(part)), Neighbors(similarity, keys.labels[index])
 
 
 @partial(jax.jit, static_argnames="neighbours")
-def _nearest(
+def _nearest_neighbors(
     features: Float[AnyArray, "keys dim"],
     length: Float[AnyArray, "keys"],
     queries: Float[AnyArray, "queries dim"],
@@ -139,11 +147,11 @@ def _nearest(
     Equally near ones go by number.
     """
     product = jnp.einsum("qd,kd->qk", queries, features, precision=lax.Precision.HIGHEST)
-    values, index = lax.top_k(product / _length(queries)[:, None] / length, neighbours)
+    values, index = lax.top_k(product / _row_norms(queries)[:, None] / length, neighbours)
     return values, index
 
 
 @jax.jit
-def _length(rows: Float[AnyArray, "n dim"]) -> Float[Array, "n"]:
+def _row_norms(rows: Float[AnyArray, "n dim"]) -> Float[Array, "n"]:
     length = jnp.linalg.norm(rows, axis=1)
     return jnp.where(length > 0, length, 1)

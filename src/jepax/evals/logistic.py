@@ -18,33 +18,33 @@ from scipy.linalg import cholesky, solve_triangular
 from scipy.optimize import minimize
 from threadpoolctl import ThreadpoolController
 
-from jepax.evals.say import SILENT, Say
-from jepax.evals.scoring import Fitted, Guesses, best_guesses, check_labels, top1
-from jepax.evals.splits import Split
+from jepax.evals.eval_dataset import EvalDataset
+from jepax.evals.progress import SILENT_PROGRESS, ProgressReporter
+from jepax.evals.scoring import FittedProbe, TopKPredictions, check_labels, top1_accuracy, topk_classes
 from jepax.types import AnyArray, Array, Float, Int, PRNGKeyArray, UserError
 
-Layers = Literal["last", "last four"]
-TOLERANCE = 2e-5
+LayerChoice = Literal["last", "last four"]
+GRADIENT_TOLERANCE = 2e-5
 """Of the largest slope in the descent's own coordinates, where the curvature is about 1: the objective is then within
 about 1e-8 of its least value. Smaller ones are lost in the rounding of float32."""
-SLACK = 10
+CONVERGENCE_SLACK = 10
 """A descent that float32 stopped early has converged too if its slope is within so many tolerances."""
-ITERATIONS = 1000
-MEMORY = 20
+MAX_ITERATIONS = 1000
+LBFGS_MEMORY = 20
 """Steps that L-BFGS remembers."""
-SEARCH = 10
+MAX_LINE_SEARCH_STEPS = 10
 """Evaluations of one line search; more are spent only where float32 shows no descent any longer."""
-LEAST = 1e-6
+MIN_CURVATURE = 1e-6
 """Of the curvature by which the descent's coordinates are scaled."""
-RIDGE = 1e-5
+GRAM_RIDGE = 1e-5
 """Added to the features' variances of 1 before they are inverted; it moves no optimum, only the way there."""
-PADDED = (256, 8192)
+PADDED_SIZE_RANGE = (256, 8192)
 """Sets within are padded to a power of two, smaller ones to the first, so that few programs serve many sizes."""
-BLAS = ThreadpoolController()
-ALONE = 1024
+BLAS_THREADS = ThreadpoolController()
+MAX_SINGLE_THREAD_DIM = 1024
 """Inputs up to which the host's share of a descent runs on one thread: on a busy machine OpenBLAS's threads wait for
 each other at every small product, and a fit was seen to take ten times as long."""
-CHUNK = 1024
+EXAMPLES_PER_CHUNK = 1024
 """Examples classified at once; bounds memory, changes no number."""
 
 
@@ -54,22 +54,22 @@ class LogisticConfig:
 
     strengths: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     """Weights of the L2 penalty; fitted from the strongest, each from where the last one ended."""
-    layers: tuple[Layers, ...] = ("last", "last four")
+    layers: tuple[LayerChoice, ...] = ("last", "last four")
     """What is read: the last layer, or the last four side by side."""
 
     def __post_init__(self):
-        check_strengths(self.strengths)
-        if not self.layers or set(self.layers) - set(get_args(Layers)):
-            raise UserError(f"layers={self.layers} must hold at least one of {get_args(Layers)}, and nothing else")
+        check_l2_penalties(self.strengths)
+        if not self.layers or set(self.layers) - set(get_args(LayerChoice)):
+            raise UserError(f"layers={self.layers} must hold at least one of {get_args(LayerChoice)}, and nothing else")
 
 
-def check_strengths(strengths: tuple[float, ...]) -> None:
+def check_l2_penalties(strengths: tuple[float, ...]) -> None:
     """**Raises** `UserError` unless there is one, and all are above 0: without a penalty there may be no optimum."""
     if not strengths or not min(strengths) > 0:
         raise UserError(f"strengths={strengths} must hold at least one number, all above 0")
 
 
-class Standard(eqx.Module):
+class FeatureScaler(eqx.Module):
     """How features are standardised."""
 
     mean: Float[Array, "layers dim"]
@@ -77,27 +77,29 @@ class Standard(eqx.Module):
     """1 where the feature is constant."""
 
 
-class Linear(eqx.Module):
+class FittedLogistic(eqx.Module):
     """A fitted classifier. Called with features, it gives the logits, -inf for classes it had no example of."""
 
     weight: Float[np.ndarray, "inputs classes"]
     """On standardised features, the layers side by side."""
     bias: Float[np.ndarray, "classes"]
-    standard: Standard
+    standard: FeatureScaler
     converged: bool
     iterations: int
 
     def __call__(self, features: Float[AnyArray, "layers n dim"]) -> Float[np.ndarray, "n classes"]:
         count = features.shape[1]
         logits = np.empty((count, len(self.bias)), np.float32)
-        for start in range(0, count, CHUNK):
-            part = features[:, start : start + CHUNK]
-            padded = np.pad(part, ((0, 0), (0, CHUNK - part.shape[1]), (0, 0)))
-            logits[start : start + CHUNK] = _logits(padded, self.standard, self.weight, self.bias)[: part.shape[1]]
+        for start in range(0, count, EXAMPLES_PER_CHUNK):
+            part = features[:, start : start + EXAMPLES_PER_CHUNK]
+            padded = np.pad(part, ((0, 0), (0, EXAMPLES_PER_CHUNK - part.shape[1]), (0, 0)))
+            logits[start : start + EXAMPLES_PER_CHUNK] = _logits(padded, self.standard, self.weight, self.bias)[
+                : part.shape[1]
+            ]
         return logits
 
 
-class Examples(eqx.Module):
+class PaddedExamples(eqx.Module):
     """Labelled features on the device."""
 
     z: Float[Array, "rows inputs"]
@@ -110,11 +112,11 @@ class Examples(eqx.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class LogisticProblem:
     """What the fits of every strength share."""
 
-    examples: Examples
-    standard: Standard
+    examples: PaddedExamples
+    standard: FeatureScaler
     gram: Float[np.ndarray, "inputs inputs"]
     """mean z z^T, on the host."""
     count: int
@@ -122,8 +124,14 @@ class Problem:
 
 
 def logistic(
-    train: Split, validation: Split, classes: int, config: LogisticConfig, *, key: PRNGKeyArray, say: Say = SILENT
-) -> list[Fitted]:
+    train: EvalDataset,
+    validation: EvalDataset,
+    classes: int,
+    config: LogisticConfig,
+    *,
+    key: PRNGKeyArray,
+    say: ProgressReporter = SILENT_PROGRESS,
+) -> list[FittedProbe]:
     """The best strength and layers by validation top-1; of equals the first, the strongest penalty.
 
     `key` is not used: the problem is convex and nothing is drawn.
@@ -137,30 +145,32 @@ def logistic(
     best, tried = None, []
     with say.counting("logistic regression", len(names) * len(config.strengths)) as done:
         for name in names:
-            fits = path(read(train, name), train.labels, classes, config.strengths)
+            fits = regularization_path(select_layers(train, name), train.labels, classes, config.strengths)
             for strength, model in fits:
-                reached = top1(best_guesses(model(read(validation, name))), validation.labels)
-                tried.append({"layers": name, **summary(strength, model), "validation_top1": reached})
+                reached = top1_accuracy(topk_classes(model(select_layers(validation, name))), validation.labels)
+                tried.append({"layers": name, **fit_info(strength, model), "validation_top1": reached})
                 if best is None or reached > best[0]["validation_top1"]:
                     best = (tried[-1], model)
                 done(len(tried))
     chosen, model = best
-    guess = guesser(model, chosen["layers"])
-    return [Fitted("logistic regression", guess, chosen, f"{chosen['layers']}, strength {chosen['strength']:g}", tried)]
+    guess = make_predictor(model, chosen["layers"])
+    return [
+        FittedProbe("logistic regression", guess, chosen, f"{chosen['layers']}, strength {chosen['strength']:g}", tried)
+    ]
 
 
-def read(split: Split, name: Layers) -> Float[np.ndarray, "layers n dim"]:
+def select_layers(split: EvalDataset, name: LayerChoice) -> Float[np.ndarray, "layers n dim"]:
     """The layers of that name, without a copy."""
     layers = split.features.layers
     return layers[-1:] if name == "last" else layers
 
 
-def guesser(model: Linear, name: Layers) -> Callable[[Split], Guesses]:
+def make_predictor(model: FittedLogistic, name: LayerChoice) -> Callable[[EvalDataset], TopKPredictions]:
     """The classes of greatest logit."""
-    return lambda split: best_guesses(model(read(split, name)))
+    return lambda split: topk_classes(model(select_layers(split, name)))
 
 
-def summary(strength: float, model: Linear) -> dict[str, float | bool | int]:
+def fit_info(strength: float, model: FittedLogistic) -> dict[str, float | bool | int]:
     """What `tried` tells of a fit."""
     return {"strength": strength, "converged": model.converged, "iterations": model.iterations}
 
@@ -170,64 +180,66 @@ def fit(
     labels: Int[AnyArray, "n"],
     classes: int,
     strength: float,
-    start: Linear | None = None,
-) -> Linear:
+    start: FittedLogistic | None = None,
+) -> FittedLogistic:
     """The optimum for one strength, from zero or from `start`. For several strengths, `path` prepares only once."""
-    return _descend(_problem(features, labels, classes, None), strength, start)
+    return _minimize(_make_problem(features, labels, classes, None), strength, start)
 
 
-def path(
+def regularization_path(
     features: Float[AnyArray, "layers n dim"],
     labels: Int[AnyArray, "n"],
     classes: int,
     strengths: tuple[float, ...],
-    standard: Standard | None = None,
-) -> Iterator[tuple[float, Linear]]:
+    standard: FeatureScaler | None = None,
+) -> Iterator[tuple[float, FittedLogistic]]:
     """The optimum for each strength, from the strongest down, each from the one before.
 
     - `standard`: if not these features' own, as where they are few of many.
     """
-    problem = _problem(features, labels, classes, standard)
+    problem = _make_problem(features, labels, classes, standard)
     model = None
     for strength in sorted(strengths, reverse=True):
-        model = _descend(problem, strength, model)
+        model = _minimize(problem, strength, model)
         yield strength, model
 
 
-def standardiser(features: Float[AnyArray, "layers n dim"]) -> Standard:
+def fit_scaler(features: Float[AnyArray, "layers n dim"]) -> FeatureScaler:
     """The mean and deviation of every feature."""
     count = features.shape[1]
-    return _statistics(features, np.full(count, 1 / count, np.float32))
+    return _mean_and_std(features, np.full(count, 1 / count, np.float32))
 
 
 @jax.jit
-def _statistics(features: Float[AnyArray, "layers rows dim"], share: Float[AnyArray, "rows"]) -> Standard:
+def _mean_and_std(features: Float[AnyArray, "layers rows dim"], share: Float[AnyArray, "rows"]) -> FeatureScaler:
     """Measured from the first example, so that a constant feature's deviation is 0 exactly, and replaced by 1."""
     part, first = share[:, None], features[:, :1]
     mean = first + jnp.sum(part * (features - first), axis=1, keepdims=True)
     deviation = jnp.sqrt(jnp.sum(part * (features - mean) ** 2, axis=1))
-    return Standard(mean[:, 0], jnp.where(deviation > 0, deviation, 1))
+    return FeatureScaler(mean[:, 0], jnp.where(deviation > 0, deviation, 1))
 
 
-def _problem(
-    features: Float[AnyArray, "layers n dim"], labels: Int[AnyArray, "n"], classes: int, standard: Standard | None
-) -> Problem:
+def _make_problem(
+    features: Float[AnyArray, "layers n dim"], labels: Int[AnyArray, "n"], classes: int, standard: FeatureScaler | None
+) -> LogisticProblem:
     """Places the features on the device, padded; standardised by their own statistics if by no others."""
     labels, count = np.asarray(labels), len(labels)
-    least, most = PADDED
+    least, most = PADDED_SIZE_RANGE
     spare = max(least, 1 << (count - 1).bit_length()) - count if count <= most else 0
     if spare:
         features = np.pad(features, ((0, 0), (0, spare), (0, 0)))
         labels = np.pad(labels, (0, spare), mode="edge")
     on_device, labels = jnp.asarray(features), jnp.asarray(labels)
     share = jnp.asarray(np.where(np.arange(count + spare) < count, 1 / count, 0).astype(np.float32))
-    standard = _statistics(on_device, share) if standard is None else standard
+    standard = _mean_and_std(on_device, share) if standard is None else standard
     absent = jnp.where(jnp.bincount(labels, length=classes) > 0, 0.0, -jnp.inf)
-    z, gram = _prepare(on_device, standard, share)
-    return Problem(Examples(z, labels, share, absent), standard, np.asarray(gram, np.float64) / count, count)
+    z, gram = _standardize_with_gram(on_device, standard, share)
+    return LogisticProblem(
+        PaddedExamples(z, labels, share, absent), standard, np.asarray(gram, np.float64) / count, count
+    )
 
 
-def _descend(problem: Problem, strength: float, start: Linear | None) -> Linear:
+def _minimize(problem: LogisticProblem, strength: float, start: FittedLogistic | None) -> FittedLogistic:
     """L-BFGS in coordinates u of even curvature, (W, b) = back u, with sums in float64 on the host.
 
     `back` is the inverse root of curvature * gram + strength: the Hessian, were every example's p (1 - p) the mean at
@@ -253,20 +265,26 @@ def _descend(problem: Problem, strength: float, start: Linear | None) -> Linear:
         return value, (back.T @ (slope + penalty * theta)).ravel()
 
     doubt = np.mean(1 - np.exp(-entropies(theta)[0]))  # what the right class's probability lacks
-    curvature = max(2 * doubt / np.isfinite(absent).sum(), LEAST)
-    options = {"maxiter": ITERATIONS, "maxcor": MEMORY, "maxls": SEARCH, "gtol": TOLERANCE, "ftol": 0}
-    with BLAS.limit(limits=1 if shape[0] <= ALONE else None, user_api="blas"):
-        root = cholesky(curvature * (gram + RIDGE * np.eye(shape[0])) + np.diag(penalty[:, 0]), lower=True)
+    curvature = max(2 * doubt / np.isfinite(absent).sum(), MIN_CURVATURE)
+    options = {
+        "maxiter": MAX_ITERATIONS,
+        "maxcor": LBFGS_MEMORY,
+        "maxls": MAX_LINE_SEARCH_STEPS,
+        "gtol": GRADIENT_TOLERANCE,
+        "ftol": 0,
+    }
+    with BLAS_THREADS.limit(limits=1 if shape[0] <= MAX_SINGLE_THREAD_DIM else None, user_api="blas"):
+        root = cholesky(curvature * (gram + GRAM_RIDGE * np.eye(shape[0])) + np.diag(penalty[:, 0]), lower=True)
         back = solve_triangular(root, np.eye(shape[0]), lower=True).T
         end = minimize(objective, (root.T @ theta).ravel(), jac=True, method="L-BFGS-B", options=options)
     theta = (back @ end.x.reshape(shape)).astype(np.float32)
-    converged = bool(np.abs(end.jac).max() <= SLACK * TOLERANCE)
-    return Linear(theta[:-1], theta[-1] + absent, problem.standard, converged, int(end.nit))
+    converged = bool(np.abs(end.jac).max() <= CONVERGENCE_SLACK * GRADIENT_TOLERANCE)
+    return FittedLogistic(theta[:-1], theta[-1] + absent, problem.standard, converged, int(end.nit))
 
 
 @jax.jit
-def _prepare(
-    features: Float[AnyArray, "layers rows dim"], standard: Standard, share: Float[AnyArray, "rows"]
+def _standardize_with_gram(
+    features: Float[AnyArray, "layers rows dim"], standard: FeatureScaler, share: Float[AnyArray, "rows"]
 ) -> tuple[Float[Array, "rows inputs"], Float[Array, "inputs inputs"]]:
     """z, and z^T z."""
     scaled = [(x - m) / d for x, m, d in zip(features, standard.mean, standard.deviation, strict=True)]
@@ -276,7 +294,7 @@ def _prepare(
 
 @jax.jit
 def _cross_entropy(
-    theta: Float[AnyArray, "inputs classes"], examples: Examples
+    theta: Float[AnyArray, "inputs classes"], examples: PaddedExamples
 ) -> tuple[Float[Array, "rows"], Float[Array, "inputs classes"]]:
     """Every example's -log softmax(theta^T z)[y], and the slope of their mean."""
 
@@ -293,7 +311,7 @@ def _cross_entropy(
 @jax.jit
 def _logits(
     features: Float[AnyArray, "layers n dim"],
-    standard: Standard,
+    standard: FeatureScaler,
     weight: Float[AnyArray, "inputs classes"],
     bias: Float[AnyArray, "classes"],
 ) -> Float[Array, "n classes"]:

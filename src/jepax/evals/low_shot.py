@@ -5,10 +5,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jepax.evals.logistic import Standard, check_strengths, guesser, path, read, standardiser, summary
-from jepax.evals.say import SILENT, Say
-from jepax.evals.scoring import Fitted, best_guesses, check_labels, top1
-from jepax.evals.splits import Split
+from jepax.evals.eval_dataset import EvalDataset
+from jepax.evals.logistic import (
+    FeatureScaler,
+    check_l2_penalties,
+    fit_info,
+    fit_scaler,
+    make_predictor,
+    regularization_path,
+    select_layers,
+)
+from jepax.evals.progress import SILENT_PROGRESS, ProgressReporter
+from jepax.evals.scoring import FittedProbe, check_labels, top1_accuracy, topk_classes
 from jepax.types import Int, PRNGKeyArray, UserError
 
 
@@ -36,12 +44,18 @@ class LowShotConfig:
             )
         if self.seeds < 1:
             raise UserError(f"seeds={self.seeds} must be at least 1")
-        check_strengths(self.strengths)
+        check_l2_penalties(self.strengths)
 
 
 def low_shot(
-    train: Split, validation: Split, classes: int, config: LowShotConfig, *, key: PRNGKeyArray, say: Say = SILENT
-) -> list[Fitted]:
+    train: EvalDataset,
+    validation: EvalDataset,
+    classes: int,
+    config: LowShotConfig,
+    *,
+    key: PRNGKeyArray,
+    say: ProgressReporter = SILENT_PROGRESS,
+) -> list[FittedProbe]:
     """One answer per shot and seed, named by its shot. A classifier sees only the labels that its seed drew.
 
     The budget is of labels: the strength is chosen on validation examples that the same seed drew, of every class at
@@ -59,22 +73,22 @@ def low_shot(
     """
     check_labels(train.labels, classes, "train")
     check_labels(validation.labels, classes, "validation")
-    shots = dict(counts_of(train.labels, classes, config, say))
+    shots = dict(examples_per_class(train.labels, classes, config, say))
     if not shots:
         least = min(n for n in np.bincount(train.labels) if n)
         raise UserError(f"per_class={config.per_class} are all more than the {least} examples of the smallest class")
-    standard = standardiser(read(train, "last"))
+    standard = fit_scaler(select_layers(train, "last"))
     answers = []
     with say.counting("low-shot", len(shots) * config.seeds) as done:
         for name, counts in shots.items():
             for seed in range(config.seeds):
-                answers.append(_answer(name, counts, seed, train, validation, config, standard))
+                answers.append(_fit_draw(name, counts, seed, train, validation, config, standard))
                 done(len(answers))
     return answers
 
 
-def counts_of(
-    labels: Int[np.ndarray, "n"], classes: int, config: LowShotConfig, say: Say
+def examples_per_class(
+    labels: Int[np.ndarray, "n"], classes: int, config: LowShotConfig, say: ProgressReporter
 ) -> Iterator[tuple[str, Int[np.ndarray, "classes"]]]:
     """Every shot that can be drawn: its name, and its examples of each class. Classes without an example have none."""
     there = np.bincount(labels, minlength=classes)
@@ -88,7 +102,7 @@ def counts_of(
             say.line(f"low-shot: {count} per class is left out, since the smallest class has {least} training examples")
 
 
-def draw(
+def sample_rows(
     labels: Int[np.ndarray, "n"], counts: Int[np.ndarray, "classes"], seed: int, part: int
 ) -> Int[np.ndarray, "drawn"]:
     """Rows, ascending: of each class so many as `counts` says, or all it has, in an order that seed and part decide.
@@ -102,26 +116,26 @@ def draw(
     return np.sort(order[rank < counts[ordered]])
 
 
-def _answer(
+def _fit_draw(
     name: str,
     counts: Int[np.ndarray, "classes"],
     seed: int,
-    train: Split,
-    validation: Split,
+    train: EvalDataset,
+    validation: EvalDataset,
     config: LowShotConfig,
-    standard: Standard,
-) -> Fitted:
-    rows, held = draw(train.labels, counts, seed, 0), draw(validation.labels, counts, seed, 1)
-    truth, seen = validation.labels[held], read(validation, "last")[:, held]
+    standard: FeatureScaler,
+) -> FittedProbe:
+    rows, held = sample_rows(train.labels, counts, seed, 0), sample_rows(validation.labels, counts, seed, 1)
+    truth, seen = validation.labels[held], select_layers(validation, "last")[:, held]
     check_labels(truth, len(counts), "validation")
     tried, best = [], None
-    for strength, model in path(
-        read(train, "last")[:, rows], train.labels[rows], len(counts), config.strengths, standard
+    for strength, model in regularization_path(
+        select_layers(train, "last")[:, rows], train.labels[rows], len(counts), config.strengths, standard
     ):
-        reached = top1(best_guesses(model(seen)), truth)
-        tried.append({**summary(strength, model), "validation_top1": reached})
+        reached = top1_accuracy(topk_classes(model(seen)), truth)
+        tried.append({**fit_info(strength, model), "validation_top1": reached})
         if best is None or reached > best[0]["validation_top1"]:  # of equals the strongest
             best = (tried[-1], model)
     chosen, model = best
     settings = {**chosen, "seed": seed, "labels": len(rows), "validation_labels": len(held)}
-    return Fitted(name, guesser(model, "last"), settings, f"strength {chosen['strength']:g}", tried)
+    return FittedProbe(name, make_predictor(model, "last"), settings, f"strength {chosen['strength']:g}", tried)

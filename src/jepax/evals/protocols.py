@@ -5,18 +5,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jepax.evals.attentive import AttentiveConfig, attentive
+from jepax.evals.feature_extractor import EncoderChoice, FeatureExtractor, Pooling, ViTFeatures
 from jepax.evals.finetune import FinetuneConfig, finetune
-from jepax.evals.frozen import Choice, Frozen, FrozenViT, Pool
 from jepax.evals.knn import KnnConfig, knn
 from jepax.evals.logistic import LogisticConfig, logistic
 from jepax.evals.low_shot import LowShotConfig, low_shot
 from jepax.evals.online import OnlineConfig
-from jepax.evals.probe import PUBLISHED, ProbeConfig, linear_probe
-from jepax.evals.scoring import Fitted
+from jepax.evals.probe import VISSL_PROBE, ProbeConfig, linear_probe
+from jepax.evals.scoring import FittedProbe
 from jepax.types import UserError
 
-Name = Literal["linear", "linear_published", "knn", "logistic", "low_shot", "attentive", "finetune"]
-PROTOCOLS: dict[str, Callable[..., list[Fitted]]] = {
+ProtocolName = Literal["linear", "linear_published", "knn", "logistic", "low_shot", "attentive", "finetune"]
+PROTOCOLS: dict[str, Callable[..., list[FittedProbe]]] = {
     "linear": linear_probe,
     "linear_published": linear_probe,
     "knn": knn,
@@ -32,17 +32,17 @@ PROTOCOLS: dict[str, Callable[..., list[Fitted]]] = {
 class EvalConfig:
     """What is evaluated, and by which protocols. Each protocol's settings stand under its own name."""
 
-    protocols: tuple[Name, ...] = ("linear", "knn")
+    protocols: tuple[ProtocolName, ...] = ("linear", "knn")
     """Protocols, in the table's order; none: the run is not evaluated when it ends."""
-    encoder: Choice = "default"
+    encoder: EncoderChoice = "default"
     """Encoder that is evaluated; default: the one that the method's paper evaluates."""
-    pool: Pool = "mean"
+    pool: Pooling = "mean"
     """How an image's patches become one vector; attentive and finetune have ways of their own."""
     batch_size: int = 256
     """Images per batch when features are extracted."""
     linear: ProbeConfig = field(default_factory=ProbeConfig)
     """Linear probe that is quick."""
-    linear_published: ProbeConfig = PUBLISHED
+    linear_published: ProbeConfig = VISSL_PROBE
     """Linear probe as in I-JEPA's paper."""
     knn: KnnConfig = field(default_factory=KnnConfig)
     """Nearest neighbours."""
@@ -64,6 +64,6 @@ class EvalConfig:
             raise UserError(f"protocols={self.protocols} must name none twice")
 
 
-def applies(protocol: str, frozen: Frozen) -> bool:
+def supports(protocol: str, frozen: FeatureExtractor) -> bool:
     """Pixels cannot be fine-tuned."""
-    return protocol != "finetune" or isinstance(frozen, FrozenViT)
+    return protocol != "finetune" or isinstance(frozen, ViTFeatures)

@@ -7,24 +7,24 @@ from typing import Any
 import numpy as np
 from scipy.stats import binom
 
-from jepax.evals.splits import Split
+from jepax.evals.eval_dataset import EvalDataset
 from jepax.types import AnyArray, Float, Int, UserError
 
-GUESSES = 5
-NONE = -1
+TOP_K = 5
+NO_CLASS = -1
 """In a guess: no class was named. It is never right."""
-INTERVAL = (0.025, 0.975)
-Guesses = Int[np.ndarray, "n guesses"]
+CI95_QUANTILES = (0.025, 0.975)
+TopKPredictions = Int[np.ndarray, "n guesses"]
 """The likeliest classes of each example, best first, at most `GUESSES` of them."""
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedProbe:
     """What a protocol made of the training and validation splits. It has not seen a label of the test split."""
 
     name: str
     """What it is among the protocol's answers; answers of one name are repeats, shown by their mean and deviation."""
-    guess: Callable[[Split], Guesses]
+    guess: Callable[[EvalDataset], TopKPredictions]
     """Guesses of a split whose labels it does not read."""
     settings: dict[str, Any]
     """What validation chose; `validation_top1`, in percent, is among it."""
@@ -35,7 +35,7 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Scores:
+class Accuracy:
     """Accuracy in percent of the examples."""
 
     top1: float
@@ -48,24 +48,24 @@ class Scores:
     """
 
 
-def best_guesses(values: Float[AnyArray, "n classes"]) -> Guesses:
+def topk_classes(values: Float[AnyArray, "n classes"]) -> TopKPredictions:
     """The classes of greatest value, by value and then by class number; `NONE` where the value is NaN or -inf."""
     values = np.asarray(values, np.float32)
     values = np.where(np.isnan(values), -np.inf, values)
-    order = np.argsort(-values, axis=1, kind="stable")[:, :GUESSES]
+    order = np.argsort(-values, axis=1, kind="stable")[:, :TOP_K]
     named = np.take_along_axis(values, order, axis=1) > -np.inf
-    return np.where(named, order, NONE).astype(np.int32)
+    return np.where(named, order, NO_CLASS).astype(np.int32)
 
 
-def scores(guesses: Guesses, labels: Int[AnyArray, "n"]) -> Scores:
+def compute_accuracy(guesses: TopKPredictions, labels: Int[AnyArray, "n"]) -> Accuracy:
     """Top-1 and top-5 of guesses against the labels."""
     hits = guesses == np.asarray(labels)[:, None]
     count, first = len(hits), int(hits[:, 0].sum())
-    low, high = (100 * float(q) / count for q in binom.ppf(INTERVAL, count, first / count))
-    return Scores(100 * first / count, 100 * int(hits.any(axis=1).sum()) / count, (low, high))
+    low, high = (100 * float(q) / count for q in binom.ppf(CI95_QUANTILES, count, first / count))
+    return Accuracy(100 * first / count, 100 * int(hits.any(axis=1).sum()) / count, (low, high))
 
 
-def top1(guesses: Guesses, labels: Int[AnyArray, "n"]) -> float:
+def top1_accuracy(guesses: TopKPredictions, labels: Int[AnyArray, "n"]) -> float:
     """Top-1 in percent."""
     return 100 * float(np.mean(guesses[:, 0] == np.asarray(labels)))
 

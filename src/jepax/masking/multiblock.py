@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from jepax.types import Masks, UserError
 
-_TRIES = 512  # images simulated to learn how many context patches the settings allow
-_UNMET = 1e-9  # chance of an image that is given up on, where all attempts are drawn at once
-_LEAST_ACCEPTED = 0.02  # below this share of first draws accepted, redrawing would dominate the step
+_NUM_TRIAL_MASKS = 512  # images simulated to learn how many context patches the settings allow
+_MAX_FAILURE_PROB = 1e-9  # chance of an image that is given up on, where all attempts are drawn at once
+_MIN_ACCEPTANCE_RATE = 0.02  # below this share of first draws accepted, redrawing would dominate the step
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,10 @@ class MultiBlock(eqx.Module):
     def __init__(self, config: MultiBlockConfig, grid: tuple[int, int]):
         self.config, self.grid = config, grid
         self.largest = int(self._table(target=True)[0].prod(axis=1).max())
-        refused = min(1 - self._accepted() + 3 / _TRIES, 1 - _LEAST_ACCEPTED)  # 3: with 95% certainty no more, of none
-        self.attempts = math.ceil(math.log(_UNMET) / math.log(refused))
+        refused = min(
+            1 - self._accepted() + 3 / _NUM_TRIAL_MASKS, 1 - _MIN_ACCEPTANCE_RATE
+        )  # 3: with 95% certainty no more, of none
+        self.attempts = math.ceil(math.log(_MAX_FAILURE_PROB) / math.log(refused))
 
     def _table(self, *, target: bool) -> tuple[np.ndarray, np.ndarray]:
         c = self.config
@@ -106,9 +108,9 @@ class MultiBlock(eqx.Module):
     def _accepted(self) -> float:
         """Share of first draws that leave the context enough patches; raises where hardly any does."""
         with jax.ensure_compile_time_eval():  # also where the method is built from abstract shapes
-            counts = np.asarray(self.context_sizes(jr.split(jr.key(0), _TRIES)))
+            counts = np.asarray(self.context_sizes(jr.split(jr.key(0), _NUM_TRIAL_MASKS)))
         accepted = np.mean(counts >= self.config.context)
-        if accepted < _LEAST_ACCEPTED:
+        if accepted < _MIN_ACCEPTANCE_RATE:
             raise UserError(
                 f"masks.context={self.config.context} cannot be met on a {self.grid[0]}x{self.grid[1]} grid:"
                 f" {self.config.blocks} targets of masks.target_scale={self.config.target_scale} leave"

@@ -18,7 +18,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from jepax.nn import ViT, ViTConfig
-from jepax.types import Images, Metrics, UserError
+from jepax.types import ImageBatch, Metrics, UserError
 from jepax.views import CropConfig
 
 NO_EXAMPLE = 2**32 - 1
@@ -124,4 +124,4 @@ class ImageMethod(Method):
         """Encoders that probes may read, named "target" and "context"; the first is the default."""
 
     @abc.abstractmethod
-    def draw(self, batch: Images, keys: Key[Array, "batch"]) -> PyTree: ...
+    def draw(self, batch: ImageBatch, keys: Key[Array, "batch"]) -> PyTree: ...

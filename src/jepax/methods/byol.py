@@ -18,24 +18,24 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jepax.methods.momentum import MomentumConfig, follow, teacher_of
+from jepax.methods.ema import EMAConfig, ema_update, init_ema
 from jepax.methods.multiview import (
     Embeddings,
     MultiView,
     MultiViewConfig,
     Projections,
+    check_no_final_relu,
     embed,
     project,
-    refuse_rectified,
     view_metrics,
 )
 from jepax.nn import Projector, ProjectorConfig, ViT
-from jepax.objectives import share_explained
+from jepax.objectives import explained_fraction
 from jepax.trees import EMA
 from jepax.types import Metrics, UserError
 from jepax.views import MultiCropViews
 
-EPS = 1e-12
+NORM_EPS = 1e-12
 """Added to the squared length of a projection, which may be 0."""
 
 
@@ -47,12 +47,12 @@ class BYOLConfig(MultiViewConfig, name="byol"):
     """Head on the mean over patches."""
     predictor: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(hidden=(4096,), width=256))
     """Head on the projection, as wide at its end as the projector's."""
-    momentum: MomentumConfig = field(default_factory=lambda: MomentumConfig(shape="cosine"))
+    momentum: EMAConfig = field(default_factory=lambda: EMAConfig(shape="cosine"))
     """Schedule of the teacher's momentum."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_rectified(self.projector, self.predictor)
+        check_no_final_relu(self.projector, self.predictor)
         if self.predictor.width != self.projector.width:
             raise UserError(
                 f"method.predictor.width={self.predictor.width} must be method.projector.width={self.projector.width}"
@@ -84,7 +84,7 @@ class BYOL(MultiView):
 
     def __init__(self, config: BYOLConfig, *, total_steps: int, key: PRNGKeyArray):
         super().__init__(config, key=key)
-        self.target = teacher_of((self.encoder, self.projector), config.momentum.precision)
+        self.target = init_ema((self.encoder, self.projector), config.momentum.precision)
         key_predictor = jr.split(key, 3)[2]  # the first two are the encoder's and the projector's
         self.predictor = Projector(config.predictor, config.projector.width, key=key_predictor)
         self.total_steps = total_steps
@@ -103,12 +103,12 @@ class BYOL(MultiView):
         return loss, view_metrics(outputs.online, z) | {
             "target_norm": jnp.mean(jnp.linalg.norm(targets, axis=2)),
             "prediction_norm": lax.stop_gradient(jnp.mean(jnp.linalg.norm(predictions, axis=2))),
-            "loss_explained": share_explained(loss, cosine_distance_of_mean(targets)),
+            "loss_explained": explained_fraction(loss, cosine_distance_of_mean(targets)),
         }
 
     def after_update(self, step: Int[Array, ""]) -> tuple["BYOL", Metrics]:
         momentum = self.config.momentum.at(step, self.total_steps)
-        moved, metrics = follow(self.target, (self.encoder, self.projector), momentum)
+        moved, metrics = ema_update(self.target, (self.encoder, self.projector), momentum)
         return eqx.tree_at(lambda method: method.target, self, moved), metrics
 
     def encoders(self) -> dict[str, ViT]:
@@ -117,7 +117,7 @@ class BYOL(MultiView):
 
 def cosine_distance(predictions: Projections, targets: Projections) -> Float[Array, ""]:
     """mean over pairs v != w of 2 - 2 cos(predictions[v], targets[w]); view w of both is the same. From 0 to 4."""
-    predictions, targets = unit(predictions), unit(targets)
+    predictions, targets = l2_normalize(predictions), l2_normalize(targets)
     cosines = jnp.mean(jnp.einsum("vbd,wbd->vwb", predictions, targets, precision=lax.Precision.HIGHEST), axis=2)
     other = ~jnp.eye(*cosines.shape, dtype=bool)
     return 2 - 2 * jnp.sum(jnp.where(other, cosines, 0)) / jnp.sum(other)
@@ -125,10 +125,10 @@ def cosine_distance(predictions: Projections, targets: Projections) -> Float[Arr
 
 def cosine_distance_of_mean(targets: Projections) -> Float[Array, ""]:
     """`cosine_distance` of one prediction for all images: the direction of the mean over the batch of unit targets."""
-    units = unit(targets)
-    return 2 - 2 * jnp.mean(jnp.sum(units * unit(jnp.mean(units, axis=(0, 1), keepdims=True)), axis=2))
+    units = l2_normalize(targets)
+    return 2 - 2 * jnp.mean(jnp.sum(units * l2_normalize(jnp.mean(units, axis=(0, 1), keepdims=True)), axis=2))
 
 
-def unit(x: Projections) -> Projections:
+def l2_normalize(x: Projections) -> Projections:
     """Each projection at length 1."""
-    return x * lax.rsqrt(jnp.sum(x * x, axis=2, keepdims=True) + EPS)
+    return x * lax.rsqrt(jnp.sum(x * x, axis=2, keepdims=True) + NORM_EPS)

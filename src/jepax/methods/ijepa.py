@@ -23,13 +23,13 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from jepax.masking import MultiBlock, MultiBlockConfig
 from jepax.methods.base import ImageMethod, ImageMethodConfig
-from jepax.methods.momentum import MomentumConfig, follow, teacher_of
-from jepax.methods.regulariser import RegulariserConfig, regularise
+from jepax.methods.ema import EMAConfig, ema_update, init_ema
+from jepax.methods.regularizer import RegularizerConfig, regularize
 from jepax.nn import Predictor, PredictorConfig, ViT, ViTConfig
 from jepax.nn.transformer import LayerNorm, normalize
-from jepax.objectives import masked_mean, share_explained, smooth_l1, squared_error
+from jepax.objectives import explained_fraction, masked_mean, smooth_l1, squared_error
 from jepax.trees import EMA
-from jepax.types import Images, Masks, Metrics, UserError
+from jepax.types import ImageBatch, Masks, Metrics, UserError
 from jepax.views import CropConfig, MaskedViews, random_resized_crop
 
 
@@ -53,9 +53,9 @@ class IJEPAConfig(ImageMethodConfig, name="ijepa"):
     """Parameter-free LayerNorm on the targets, or none. Without it they drift: docs/failures/drift.md."""
     prediction_norm: Literal["none", "trainable", "plain"] = "none"
     """LayerNorm on the predictions: none (as published), trainable, or plain (parameter-free)."""
-    momentum: MomentumConfig = field(default_factory=MomentumConfig)
+    momentum: EMAConfig = field(default_factory=EMAConfig)
     """Schedule of the moving average's momentum."""
-    regulariser: RegulariserConfig = field(default_factory=RegulariserConfig)
+    regulariser: RegularizerConfig = field(default_factory=RegularizerConfig)
     """Regularizer of the context's embedding; none as published."""
 
     def __post_init__(self) -> None:
@@ -98,13 +98,13 @@ class IJEPA(ImageMethod):
         key_encoder, key_predictor = jr.split(key)
         width = config.encoder.width
         self.encoder = ViT(config.encoder, key=key_encoder)
-        self.target_encoder = teacher_of(self.encoder, config.momentum.precision)
+        self.target_encoder = init_ema(self.encoder, config.momentum.precision)
         self.predictor = Predictor(config.predictor, width, num_outputs=predicted_layers, key=key_predictor)
         self.prediction_norm = LayerNorm(width) if config.prediction_norm == "trainable" else None
         self.masks = MultiBlock(config.masks, config.encoder.grid(config.crop.size))
         self.config, self.total_steps = config, total_steps
 
-    def draw(self, batch: Images, keys: Key[Array, "batch"]) -> MaskedViews:
+    def draw(self, batch: ImageBatch, keys: Key[Array, "batch"]) -> MaskedViews:
         """One crop and one mask per image, each from the image's own key."""
         key_crop, key_mask = jnp.moveaxis(jax.vmap(jr.split)(keys), 1, 0)
         return MaskedViews(random_resized_crop(batch, key_crop, self.config.crop), self.masks(key_mask))
@@ -122,12 +122,12 @@ class IJEPA(ImageMethod):
         metrics = health_metrics(loss, baseline, outputs.predictions, outputs.embedded, outputs.masks)
 
         # What the regularizer adds, if there is one.
-        penalty, terms = regularise(self.config.regulariser, outputs.pooled, key=key)
+        penalty, terms = regularize(self.config.regulariser, outputs.pooled, key=key)
         return loss + penalty, metrics | terms
 
     def after_update(self, step: Int[Array, ""]) -> tuple["IJEPA", Metrics]:
         momentum = self.config.momentum.at(step, self.total_steps)
-        moved, metrics = follow(self.target_encoder, self.encoder, momentum)
+        moved, metrics = ema_update(self.target_encoder, self.encoder, momentum)
         return eqx.tree_at(lambda method: method.target_encoder, self, moved), metrics
 
     def encoders(self) -> dict[str, ViT]:
@@ -196,5 +196,5 @@ def health_metrics(
         "target_norm": mean_norm(take_patches(embedded, masks.targets)),
         "prediction_norm": mean_norm(predictions),
     }
-    explained = {"prediction_loss": loss, "loss_explained": share_explained(loss, baseline)}
+    explained = {"prediction_loss": loss, "loss_explained": explained_fraction(loss, baseline)}
     return lax.stop_gradient(explained | norms | {"embeddings": pool(embedded)})

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jepax.masking import distance_to_nearest
 from jepax.methods.ijepa import IJEPA, IJEPAConfig, health_metrics, pool, take_patches
-from jepax.methods.regulariser import regularise
+from jepax.methods.regularizer import regularize
 from jepax.types import Masks, Metrics, UserError
 from jepax.views import MaskedViews
 
@@ -119,7 +119,7 @@ class IJEPADense(IJEPA):
             metrics["context_loss"] = self.over_layers([self.context_loss(*pair, masks) for pair in pairs])
             loss = loss + self.config.context_weight * metrics["context_loss"]
 
-        penalty, terms = regularise(self.config.regulariser, outputs.pooled, key=key)
+        penalty, terms = regularize(self.config.regulariser, outputs.pooled, key=key)
         return loss + penalty, metrics | terms
 
     def context_loss(

@@ -18,13 +18,13 @@ from jepax.methods.multiview import (
     Embeddings,
     MultiView,
     MultiViewConfig,
-    invariance,
-    refuse_below_one,
-    refuse_rectified,
+    check_counts,
+    check_no_final_relu,
+    invariance_loss,
     view_metrics,
 )
-from jepax.objectives.directions import unit_directions
 from jepax.objectives.sigreg import sigreg
+from jepax.objectives.slicing import random_unit_directions
 from jepax.types import Metrics, UserError
 
 
@@ -39,10 +39,10 @@ class LeJEPAConfig(MultiViewConfig, name="lejepa"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_rectified(self.projector)
+        check_no_final_relu(self.projector)
         if not 0 <= self.weight <= 1:
             raise UserError(f"method.weight={self.weight} is not in [0, 1]")
-        refuse_below_one(self, "directions")
+        check_counts(self, "directions")
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "LeJEPA":
         return LeJEPA(self, key=key)
@@ -61,10 +61,10 @@ class LeJEPA(MultiView):
         z = jnp.concatenate(groups)  # (V, B, D)
 
         # Views of an image agree.
-        inv = invariance(groups)
+        inv = invariance_loss(groups)
 
         # Each view's projections, along any direction, are a standard normal.
-        directions = unit_directions(key, z.shape[2], self.config.directions)
+        directions = random_unit_directions(key, z.shape[2], self.config.directions)
         sigreg_loss = jnp.mean(jax.vmap(lambda z_v: sigreg(z_v, directions))(z))
 
         loss = (1 - self.config.weight) * inv + self.config.weight * sigreg_loss

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from jepax.methods.base import ImageMethod, ImageMethodConfig
 from jepax.nn import Projector, ProjectorConfig, ViT, ViTConfig
-from jepax.objectives import share_explained
-from jepax.types import Images, Metrics, UserError
+from jepax.objectives import explained_fraction
+from jepax.types import ImageBatch, Metrics, UserError
 from jepax.views import CropConfig, MultiCropConfig, MultiCropViews, ViewGroup, multicrop
 
 Embeddings = tuple[Float[Array, "batch _views dim"], ...]
@@ -66,7 +66,7 @@ class MultiView(ImageMethod):
         self.projector = Projector(config.projector, config.encoder.width, key=key_projector)
         self.config = config
 
-    def draw(self, batch: Images, keys: Key[Array, "batch"]) -> MultiCropViews:
+    def draw(self, batch: ImageBatch, keys: Key[Array, "batch"]) -> MultiCropViews:
         """All views of each image, from the image's own key."""
         return multicrop(batch, keys, self.config.views)
 
@@ -100,10 +100,10 @@ def project(projector: Projector, group: Float[Array, "batch views _inputs"]) ->
 def view_metrics(embeddings: Embeddings, groups: tuple[Projections, ...]) -> Metrics:
     """The first view's embeddings and projections, which are read for collapse, and the agreement of all views."""
     rows = {"embeddings": embeddings[0][:, 0], "projections": groups[0][0]}
-    return rows | {"loss_explained": agreement_explained(groups)}
+    return rows | {"loss_explained": explained_by_views(groups)}
 
 
-def invariance(groups: tuple[Projections, ...]) -> Float[Array, ""]:
+def invariance_loss(groups: tuple[Projections, ...]) -> Float[Array, ""]:
     """Mean squared distance of every view's projection to the mean over the image's global views.
 
     Scale: per dimension and view. With two global views alone it is a quarter of the mean of (z_1 - z_2)^2.
@@ -121,29 +121,29 @@ def pairwise_mse(views: Projections) -> Float[Array, ""]:
     return 2 * jnp.mean(jnp.var(views, axis=0, ddof=1))
 
 
-def agreement_explained(groups: tuple[Projections, ...]) -> Float[Array, ""]:
+def explained_by_views(groups: tuple[Projections, ...]) -> Float[Array, ""]:
     """Fraction of the projections' variance that is not disagreement between the views of an image.
 
     1 - `pairwise_mse` / that of views of different images, which is twice the variance about the mean over the batch.
     """
     z = jnp.concatenate(groups)
-    return share_explained(pairwise_mse(z), 2 * jnp.mean(jnp.square(z - jnp.mean(z, axis=(0, 1)))))
+    return explained_fraction(pairwise_mse(z), 2 * jnp.mean(jnp.square(z - jnp.mean(z, axis=(0, 1)))))
 
 
-def refuse_below_one(config: object, *names: str) -> None:
+def check_counts(config: object, *names: str) -> None:
     """Raise `UserError` at the first count below 1."""
     for name in names:
         if getattr(config, name) < 1:
             raise UserError(f"method.{name}={getattr(config, name)} must be at least 1")
 
 
-def refuse_rectified(*heads: ProjectorConfig) -> None:
+def check_no_final_relu(*heads: ProjectorConfig) -> None:
     """Raise `UserError` if a ReLU ends a head whose output must have both signs."""
     if any(head.rectified for head in heads):
         raise UserError("projector.rectified=True leaves no projection below 0, but the loss wants some; set it False")
 
 
-def refuse_negative(config: object, *names: str) -> None:
+def check_weights(config: object, *names: str) -> None:
     """Raise `UserError` at the first weight below 0."""
     for name in names:
         if getattr(config, name) < 0:

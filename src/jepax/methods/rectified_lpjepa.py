@@ -19,14 +19,14 @@ from jepax.methods.multiview import (
     Embeddings,
     MultiView,
     MultiViewConfig,
+    check_counts,
+    check_weights,
     pairwise_mse,
-    refuse_below_one,
-    refuse_negative,
     view_metrics,
 )
 from jepax.nn import ProjectorConfig
 from jepax.objectives import rdmreg
-from jepax.objectives.directions import unit_directions
+from jepax.objectives.slicing import random_unit_directions
 from jepax.types import Metrics, UserError
 
 
@@ -51,8 +51,8 @@ class RectifiedLpJEPAConfig(MultiViewConfig, name="rectified_lpjepa"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_negative(self, "invariance", "matching")
-        refuse_below_one(self, "directions")
+        check_weights(self, "invariance", "matching")
+        check_counts(self, "directions")
         if self.p <= 0:
             raise UserError(f"method.p={self.p} must be above 0; try 1.0")
         if not self.projector.rectified:
@@ -73,15 +73,15 @@ class RectifiedLpJEPA(MultiView):
     def objective(self, outputs: Embeddings, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
         groups, c = self.project(outputs), self.config
         z = jnp.concatenate(groups)  # (V, B, D), none below 0
-        sigma = rdmreg.sigma_before(c.p) if c.sigma == "before" else rdmreg.sigma_after(c.p, c.mu)
+        sigma = rdmreg.sigma_before_relu(c.p) if c.sigma == "before" else rdmreg.sigma_after_relu(c.p, c.mu)
 
         # Views of an image agree.
         inv = pairwise_mse(z)
 
         # Each view's projections are distributed, along any direction, as the target is.
         key_directions, key_target = jr.split(key)
-        directions = unit_directions(key_directions, z.shape[2], c.directions)
-        target = rdmreg.rectified(key_target, z.shape[1:], p=c.p, mu=c.mu, sigma=sigma)
+        directions = random_unit_directions(key_directions, z.shape[2], c.directions)
+        target = rdmreg.sample_target(key_target, z.shape[1:], p=c.p, mu=c.mu, sigma=sigma)
         rdmreg_loss = jnp.mean(jax.vmap(lambda z_v: rdmreg.rdmreg(z_v, target, directions))(z))
 
         loss = c.invariance * inv + c.matching * rdmreg_loss
@@ -89,5 +89,5 @@ class RectifiedLpJEPA(MultiView):
             "invariance": inv,
             "rdmreg": rdmreg_loss,
             "share_of_nonzeros": jnp.mean(z > 0),
-            "expected_share_of_nonzeros": jnp.float32(rdmreg.share_of_nonzeros(c.p, c.mu, sigma)),
+            "expected_share_of_nonzeros": jnp.float32(rdmreg.nonzero_fraction(c.p, c.mu, sigma)),
         }

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jepax.methods.multiview import Embeddings, MultiView, MultiViewConfig, pairwise_mse, refuse_negative, view_metrics
+from jepax.methods.multiview import Embeddings, MultiView, MultiViewConfig, check_weights, pairwise_mse, view_metrics
 from jepax.objectives import covariance, variance
 from jepax.types import Metrics
 
@@ -35,7 +35,7 @@ class VICRegConfig(MultiViewConfig, name="vicreg"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_negative(self, "invariance", "variance", "covariance")
+        check_weights(self, "invariance", "variance", "covariance")
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "VICReg":
         return VICReg(self, key=key)

@@ -18,14 +18,14 @@ from jepax.methods.multiview import (
     Embeddings,
     MultiView,
     MultiViewConfig,
-    invariance,
-    refuse_below_one,
-    refuse_negative,
-    refuse_rectified,
+    check_counts,
+    check_no_final_relu,
+    check_weights,
+    invariance_loss,
     view_metrics,
 )
 from jepax.objectives import visreg
-from jepax.objectives.directions import unit_directions
+from jepax.objectives.slicing import random_unit_directions
 from jepax.types import Metrics, UserError
 
 
@@ -46,11 +46,11 @@ class VISRegConfig(MultiViewConfig, name="visreg"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_rectified(self.projector)
+        check_no_final_relu(self.projector)
         if not 0 <= self.weight <= 1:
             raise UserError(f"method.weight={self.weight} is not in [0, 1]")
-        refuse_negative(self, "scale", "centre", "shape")
-        refuse_below_one(self, "directions")
+        check_weights(self, "scale", "centre", "shape")
+        check_counts(self, "directions")
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "VISReg":
         return VISReg(self, key=key)
@@ -69,13 +69,13 @@ class VISReg(MultiView):
         z = jnp.concatenate(groups)  # (V, B, D)
 
         # Views of an image agree.
-        inv = invariance(groups)
+        inv = invariance_loss(groups)
 
         # Deviation 1, mean 0, and normal along any direction: each of one view's batch, then the mean over views.
-        directions = unit_directions(key, z.shape[2], c.directions)
-        scale = jnp.mean(jax.vmap(visreg.scale)(z))
-        center = jnp.mean(jax.vmap(visreg.centre)(z))
-        shape = jnp.mean(jax.vmap(lambda z_v: visreg.shape(z_v, directions))(z))
+        directions = random_unit_directions(key, z.shape[2], c.directions)
+        scale = jnp.mean(jax.vmap(visreg.scale_term)(z))
+        center = jnp.mean(jax.vmap(visreg.center_term)(z))
+        shape = jnp.mean(jax.vmap(lambda z_v: visreg.shape_term(z_v, directions))(z))
 
         loss = (1 - c.weight) * inv + c.weight * (c.scale * scale + c.centre * center + c.shape * shape)
         terms = {"invariance": inv, "scale_loss": scale, "centre_loss": center, "shape_loss": shape}

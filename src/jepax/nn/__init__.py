@@ -2,6 +2,6 @@
 
 from jepax.nn.predictor import Predictor, PredictorConfig
 from jepax.nn.projector import Projector, ProjectorConfig
-from jepax.nn.vit import SIZES, ViT, ViTConfig
+from jepax.nn.vit import VIT_SIZES, ViT, ViTConfig
 
-__all__ = ["SIZES", "Predictor", "PredictorConfig", "Projector", "ProjectorConfig", "ViT", "ViTConfig"]
+__all__ = ["VIT_SIZES", "Predictor", "PredictorConfig", "Projector", "ProjectorConfig", "ViT", "ViTConfig"]

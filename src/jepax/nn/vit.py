@@ -12,7 +12,7 @@ from jepax.nn.pos_embed import sincos_2d
 from jepax.nn.transformer import BlockStack, LayerNorm, Linear, Remat, init_stack
 from jepax.types import UserError
 
-SIZES: dict[str, dict[str, int | float]] = {
+VIT_SIZES: dict[str, dict[str, int | float]] = {
     "tiny": {"width": 192, "depth": 12, "heads": 3},
     "small": {"width": 384, "depth": 12, "heads": 6},
     "base": {"width": 768, "depth": 12, "heads": 12},

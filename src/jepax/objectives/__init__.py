@@ -1,6 +1,6 @@
 """The equations: array functions on the global batch."""
 
-from jepax.objectives.prediction import masked_mean, share_explained, smooth_l1, squared_error
+from jepax.objectives.regression import explained_fraction, masked_mean, smooth_l1, squared_error
 from jepax.objectives.vicreg import covariance, variance
 
-__all__ = ["covariance", "masked_mean", "share_explained", "smooth_l1", "squared_error", "variance"]
+__all__ = ["covariance", "explained_fraction", "masked_mean", "smooth_l1", "squared_error", "variance"]

@@ -10,14 +10,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from scipy.optimize import brentq
 from scipy.special import gamma, gammaincc
 
-from jepax.objectives.directions import CHUNK, along, mean_over_directions
+from jepax.objectives.slicing import DIRECTIONS_PER_CHUNK, project_onto_directions, sliced_mean
 
 
 def rdmreg(
     features: Float[Array, "batch dim"],
     target: Float[Array, "batch dim"],
     directions: Float[Array, "dim directions"],
-    chunk: int | None = CHUNK,
+    chunk: int | None = DIRECTIONS_PER_CHUNK,
 ) -> Float[Array, ""]:
     """The mean over unit `directions` of the squared 2-Wasserstein distance of the two batches along them.
 
@@ -26,13 +26,16 @@ def rdmreg(
     """
 
     def distance(some: Float[Array, "dim chunk"]) -> Float[Array, "chunk"]:
-        ours, theirs = jnp.sort(along(features, some), axis=0), jnp.sort(along(target, some), axis=0)
+        ours, theirs = (
+            jnp.sort(project_onto_directions(features, some), axis=0),
+            jnp.sort(project_onto_directions(target, some), axis=0),
+        )
         return jnp.mean(jnp.square(ours - theirs), axis=0)
 
-    return mean_over_directions(distance, directions, chunk)
+    return sliced_mean(distance, directions, chunk)
 
 
-def generalised_gaussian(key: PRNGKeyArray, p: float, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
+def sample_generalized_gaussian(key: PRNGKeyArray, p: float, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
     """g = +-(p G)^(1/p), G of the Gamma distribution of shape 1/p: Laplace at p = 1, standard normal at p = 2.
 
     By logarithms: at a great p most of G is below float32's least number, while its root is near 1.
@@ -42,19 +45,21 @@ def generalised_gaussian(key: PRNGKeyArray, p: float, shape: tuple[int, ...]) ->
     return jr.rademacher(key_sign, shape) * size
 
 
-def rectified(
+def sample_target(
     key: PRNGKeyArray, shape: tuple[int, ...], *, p: float = 1.0, mu: float = 0.0, sigma: float | None = None
 ) -> Float[Array, "*shape"]:
     """Samples of max(0, mu + sigma g); sigma None takes `sigma_before(p)`, the paper's default."""
-    return jnp.maximum(0.0, mu + (sigma_before(p) if sigma is None else sigma) * generalised_gaussian(key, p, shape))
+    return jnp.maximum(
+        0.0, mu + (sigma_before_relu(p) if sigma is None else sigma) * sample_generalized_gaussian(key, p, shape)
+    )
 
 
-def sigma_before(p: float) -> float:
+def sigma_before_relu(p: float) -> float:
     """The sigma of unit variance before the rectification: sqrt(Gamma(1/p) / Gamma(3/p)) / p^(1/p)."""
     return float(np.sqrt(gamma(1 / p) / gamma(3 / p)) / p ** (1 / p))
 
 
-def sigma_after(p: float, mu: float) -> float:
+def sigma_after_relu(p: float, mu: float) -> float:
     """The sigma of unit variance after the rectification; found by bracketing, since it has no closed form."""
     high = 1.0
     while moments(p, mu, high)[1] < 1:
@@ -67,18 +72,18 @@ def moments(p: float, mu: float, sigma: float) -> tuple[float, float]:
 
     E y^k = sum over j of binom(k, j) mu^(k - j) sigma^j T_j, with T_j = integral of g^j above -mu / sigma.
     """
-    tail = [_tail(j, -mu / sigma, p) for j in range(3)]
+    tail = [_tail_moment(j, -mu / sigma, p) for j in range(3)]
     mean = mu * tail[0] + sigma * tail[1]
     square = mu**2 * tail[0] + 2 * mu * sigma * tail[1] + sigma**2 * tail[2]
     return float(mean), float(square - mean**2)
 
 
-def share_of_nonzeros(p: float, mu: float, sigma: float) -> float:
+def nonzero_fraction(p: float, mu: float, sigma: float) -> float:
     """Expected share of entries above zero: P(g > -mu / sigma)."""
-    return float(_tail(0, -mu / sigma, p))
+    return float(_tail_moment(0, -mu / sigma, p))
 
 
-def _tail(power: int, start: float, p: float) -> float:
+def _tail_moment(power: int, start: float, p: float) -> float:
     """integral from `start` to infinity of g^power times g's density.
 
     Where start >= 0 it is half of E|g|^power times the upper incomplete Gamma ratio; below, by symmetry of the density.

@@ -3,14 +3,14 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jepax.objectives.directions import CHUNK, along, mean_over_directions
+from jepax.objectives.slicing import DIRECTIONS_PER_CHUNK, project_onto_directions, sliced_mean
 
-KNOTS = 17
-LIMIT = 3.0
+NUM_KNOTS = 17
+INTEGRATION_LIMIT = 3.0
 
 
 def epps_pulley(
-    projections: Float[Array, "batch directions"], knots: int = KNOTS, limit: float = LIMIT
+    projections: Float[Array, "batch directions"], knots: int = NUM_KNOTS, limit: float = INTEGRATION_LIMIT
 ) -> Float[Array, "directions"]:
     """N * integral from -limit to limit of |phi_N(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt, of each column.
 
@@ -31,11 +31,13 @@ def epps_pulley(
 
 
 def sigreg(
-    embeddings: Float[Array, "batch dim"], directions: Float[Array, "dim directions"], chunk: int | None = CHUNK
+    embeddings: Float[Array, "batch dim"],
+    directions: Float[Array, "dim directions"],
+    chunk: int | None = DIRECTIONS_PER_CHUNK,
 ) -> Float[Array, ""]:
     """The mean over unit `directions` of the Epps-Pulley statistic of the embeddings along them, `chunk` at a time.
 
     Scale: as `epps_pulley`, proportional to the global batch N away from the optimum.
     Source: Balestriero & LeCun 2025 (arXiv:2511.08544), SIGReg.
     """
-    return mean_over_directions(lambda some: epps_pulley(along(embeddings, some)), directions, chunk)
+    return sliced_mean(lambda some: epps_pulley(project_onto_directions(embeddings, some)), directions, chunk)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-EPS = 1e-4
+VARIANCE_EPS = 1e-4
 """Added to the variance before its root, as in the paper."""
 
 
@@ -15,7 +15,7 @@ def variance(embeddings: Float[Array, "batch dim"], floor: float = 1.0) -> Float
     Scale: from 0 to `floor`, whatever the width and the batch. Source: Bardes et al. 2022, equation 1. Not a
     number at a single embedding, which has no variance.
     """
-    return jnp.mean(jax.nn.relu(floor - jnp.sqrt(jnp.var(embeddings, axis=0, ddof=1) + EPS)))
+    return jnp.mean(jax.nn.relu(floor - jnp.sqrt(jnp.var(embeddings, axis=0, ddof=1) + VARIANCE_EPS)))
 
 
 def covariance(embeddings: Float[Array, "batch dim"]) -> Float[Array, ""]:

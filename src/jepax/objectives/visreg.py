@@ -5,22 +5,22 @@ from jax import lax
 from jax.scipy.special import ndtri
 from jaxtyping import Array, Float
 
-from jepax.objectives.directions import CHUNK, along, mean_over_directions
+from jepax.objectives.slicing import DIRECTIONS_PER_CHUNK, project_onto_directions, sliced_mean
 
-EPS = 1e-12
+VARIANCE_EPS = 1e-12
 """Added to the variance before its root, whose slope is infinite at 0."""
 
 
-def scale(embeddings: Float[Array, "batch dim"]) -> Float[Array, ""]:
+def scale_term(embeddings: Float[Array, "batch dim"]) -> Float[Array, ""]:
     """mean over dimensions j of (1 - sigma_j)^2, sigma_j the deviation of z_j over the global batch.
 
     Scale: 1 at collapse, where its slope by sigma_j stays 2 / dim; whatever width and batch.
     Source: Wu et al. 2026, the scale term.
     """
-    return jnp.mean(jnp.square(1 - jnp.sqrt(jnp.var(embeddings, axis=0) + EPS)))
+    return jnp.mean(jnp.square(1 - jnp.sqrt(jnp.var(embeddings, axis=0) + VARIANCE_EPS)))
 
 
-def centre(embeddings: Float[Array, "batch dim"]) -> Float[Array, ""]:
+def center_term(embeddings: Float[Array, "batch dim"]) -> Float[Array, ""]:
     """mean over dimensions j of mu_j^2, mu_j the mean of z_j over the global batch.
 
     Scale: that of squared embeddings, whatever width and batch. Source: Wu et al. 2026, public code.
@@ -28,8 +28,10 @@ def centre(embeddings: Float[Array, "batch dim"]) -> Float[Array, ""]:
     return jnp.mean(jnp.square(jnp.mean(embeddings, axis=0)))
 
 
-def shape(
-    embeddings: Float[Array, "batch dim"], directions: Float[Array, "dim directions"], chunk: int | None = CHUNK
+def shape_term(
+    embeddings: Float[Array, "batch dim"],
+    directions: Float[Array, "dim directions"],
+    chunk: int | None = DIRECTIONS_PER_CHUNK,
 ) -> Float[Array, ""]:
     """Sliced 2-Wasserstein distance, squared, of the standardised embeddings to the standard normal.
 
@@ -39,11 +41,11 @@ def shape(
     Source: Wu et al. 2026, the shape term and public code.
     """
     centred = embeddings - jnp.mean(embeddings, axis=0)
-    normal = centred * lax.stop_gradient(lax.rsqrt(jnp.var(embeddings, axis=0) + EPS))
+    normal = centred * lax.stop_gradient(lax.rsqrt(jnp.var(embeddings, axis=0) + VARIANCE_EPS))
     count = embeddings.shape[0]
     quantiles = ndtri((jnp.arange(count) + 1) / (count + 1))[:, None]
 
     def distance(some: Float[Array, "dim chunk"]) -> Float[Array, "chunk"]:
-        return jnp.mean(jnp.square(jnp.sort(along(normal, some), axis=0) - quantiles), axis=0)
+        return jnp.mean(jnp.square(jnp.sort(project_onto_directions(normal, some), axis=0) - quantiles), axis=0)
 
-    return mean_over_directions(distance, directions, chunk)
+    return sliced_mean(distance, directions, chunk)

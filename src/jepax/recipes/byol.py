@@ -8,12 +8,12 @@ batch 4096.
 from dataclasses import replace
 
 from jepax.methods.byol import BYOLConfig
-from jepax.methods.momentum import MomentumConfig
+from jepax.methods.ema import EMAConfig
 from jepax.nn import ProjectorConfig
 from jepax.recipes.lejepa import lejepa_fashion_mnist
 from jepax.recipes.registry import recipe
 from jepax.recipes.vicreg import vicreg_vits16_in100
-from jepax.settings import Config
+from jepax.training.config import Config
 
 
 @recipe
@@ -25,7 +25,7 @@ def byol_fashion_mnist() -> Config:
         projector=base.method.projector,
         predictor=base.method.projector,
         views=base.method.views,
-        momentum=MomentumConfig(start=0.99, shape="cosine"),
+        momentum=EMAConfig(start=0.99, shape="cosine"),
     )
     return replace(base, recipe="byol_fashion_mnist", method=method)
 

@@ -4,7 +4,7 @@ from jepax.evals.attentive import AttentiveConfig
 from jepax.evals.online import OnlineConfig
 from jepax.evals.protocols import EvalConfig
 
-EVALUATION = EvalConfig(
+FASHION_MNIST_EVAL = EvalConfig(
     attentive=AttentiveConfig(views="centre"),  # crops and flips cost these small pictures two points
     online=OnlineConfig(every=200),
 )

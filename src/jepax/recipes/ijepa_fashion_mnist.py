@@ -13,18 +13,18 @@ What differs from the published recipe, and why (measured, see docs/log.md):
 from dataclasses import replace
 
 from jepax.data import DataConfig
+from jepax.io.checkpointer import CheckpointConfig
 from jepax.masking import MultiBlockConfig
+from jepax.methods.ema import EMAConfig
 from jepax.methods.ijepa import IJEPAConfig
 from jepax.methods.ijepa_dense import IJEPADenseConfig
 from jepax.methods.ijepa_no_teacher import IJEPANoTeacherConfig
-from jepax.methods.momentum import MomentumConfig
-from jepax.methods.regulariser import RegulariserConfig
+from jepax.methods.regularizer import RegularizerConfig
 from jepax.nn import PredictorConfig, ViTConfig
 from jepax.optim import OptimConfig
-from jepax.recipes.fashion_mnist import EVALUATION
+from jepax.recipes.fashion_mnist import FASHION_MNIST_EVAL
 from jepax.recipes.registry import recipe
-from jepax.saving import SaveConfig
-from jepax.settings import Config, TrainConfig
+from jepax.training.config import Config, TrainConfig
 from jepax.views import CropConfig
 
 
@@ -40,8 +40,8 @@ def ijepa_fashion_mnist() -> Config:
             crop=CropConfig(
                 size=(28, 28), scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3), mean=(0.2860,), std=(0.3530,), centre_resize=1.0
             ),
-            regulariser=RegulariserConfig(kind="vicreg", weight=2e-3),
-            momentum=MomentumConfig(start=0.99),
+            regulariser=RegularizerConfig(kind="vicreg", weight=2e-3),
+            momentum=EMAConfig(start=0.99),
         ),
         data=DataConfig(source="fashion_mnist"),
         optim=OptimConfig(
@@ -54,8 +54,8 @@ def ijepa_fashion_mnist() -> Config:
             decay_shape="constant",
             beta2=0.95,
         ),
-        train=TrainConfig(batch_size=128, epochs=4.0, log_every=20, save=SaveConfig(every=1000)),
-        eval=EVALUATION,
+        train=TrainConfig(batch_size=128, epochs=4.0, log_every=20, save=CheckpointConfig(every=1000)),
+        eval=FASHION_MNIST_EVAL,
     )
 
 
@@ -66,11 +66,9 @@ def ijepa_fashion_mnist_long() -> Config:
     return replace(
         config,
         recipe="ijepa_fashion_mnist_long",
-        method=replace(
-            config.method, encoder=replace(config.method.encoder, depth=4), momentum=MomentumConfig(start=0.996)
-        ),
+        method=replace(config.method, encoder=replace(config.method.encoder, depth=4), momentum=EMAConfig(start=0.996)),
         optim=replace(config.optim, peak_lr=3e-3, warmup_epochs=1.0),
-        train=replace(config.train, epochs=25.0, log_every=50, save=SaveConfig(every=2000)),
+        train=replace(config.train, epochs=25.0, log_every=50, save=CheckpointConfig(every=2000)),
         eval=replace(config.eval, online=replace(config.eval.online, every=1000)),
     )
 
@@ -95,6 +93,6 @@ def ijepa_fashion_mnist_no_teacher() -> Config:
     """
     config = ijepa_fashion_mnist()
     shared = {name: value for name, value in vars(config.method).items() if name != "momentum"}
-    rdmreg = RegulariserConfig(kind="rdmreg", weight=0.05, directions=256)
+    rdmreg = RegularizerConfig(kind="rdmreg", weight=0.05, directions=256)
     method = IJEPANoTeacherConfig(**shared | {"regulariser": rdmreg})
     return replace(config, recipe="ijepa_fashion_mnist_no_teacher", method=method)

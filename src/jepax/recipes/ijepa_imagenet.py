@@ -21,10 +21,10 @@ from dataclasses import replace
 from jepax.data import DataConfig
 from jepax.masking import MultiBlockConfig
 from jepax.methods.ijepa import IJEPAConfig
-from jepax.nn import SIZES, PredictorConfig, ViTConfig
+from jepax.nn import VIT_SIZES, PredictorConfig, ViTConfig
 from jepax.optim import OptimConfig
 from jepax.recipes.registry import recipe
-from jepax.settings import Config, TrainConfig
+from jepax.training.config import Config, TrainConfig
 from jepax.views import CropConfig
 
 
@@ -37,7 +37,7 @@ def ijepa_vitb16_in1k() -> Config:
     return Config(
         recipe="ijepa_vitb16_in1k",
         method=IJEPAConfig(
-            encoder=ViTConfig(patch_size=16, **SIZES["base"]),
+            encoder=ViTConfig(patch_size=16, **VIT_SIZES["base"]),
             predictor=PredictorConfig(width=384, depth=6, heads=12),
             masks=MultiBlockConfig(context=50),
             crop=CropConfig(size=(224, 224), scale=(0.3, 1.0)),
@@ -50,7 +50,7 @@ def ijepa_vitb16_in1k() -> Config:
 
 def _sized(config: Config, name: str, size: str, patch: int, side: int, context: int, epochs: float) -> Config:
     """The same experiment with another encoder; deep ones are scanned, with matrix products kept for the backward."""
-    encoder = ViTConfig(patch_size=patch, scan=True, remat="dots", **SIZES[size])
+    encoder = ViTConfig(patch_size=patch, scan=True, remat="dots", **VIT_SIZES[size])
     predictor = PredictorConfig(width=384, depth=12, heads=encoder.heads, scan=True, remat="dots")
     method = replace(
         config.method,

@@ -15,14 +15,14 @@ Where the published numbers come from: [paper] or [code], its public repository 
 from dataclasses import replace
 
 from jepax.data import DataConfig
+from jepax.io.checkpointer import CheckpointConfig
 from jepax.methods.lejepa import LeJEPAConfig
-from jepax.nn import SIZES, ProjectorConfig, ViTConfig
+from jepax.nn import VIT_SIZES, ProjectorConfig, ViTConfig
 from jepax.optim import OptimConfig
-from jepax.recipes.fashion_mnist import EVALUATION
+from jepax.recipes.fashion_mnist import FASHION_MNIST_EVAL
 from jepax.recipes.registry import recipe
-from jepax.saving import SaveConfig
-from jepax.settings import Config, TrainConfig
-from jepax.views import LEJEPA, CropConfig, MultiCropConfig, PhotometricConfig
+from jepax.training.config import Config, TrainConfig
+from jepax.views import LEJEPA_COLOR, ColorConfig, CropConfig, MultiCropConfig
 
 
 @recipe
@@ -45,7 +45,7 @@ def lejepa_fashion_mnist() -> Config:
         method=LeJEPAConfig(
             encoder=ViTConfig(patch_size=7, channels=1, width=192, depth=3, heads=3, init_std=None),
             projector=ProjectorConfig(hidden=(512,), width=64),
-            views=MultiCropConfig(globals=2, global_crop=crop, photometric=PhotometricConfig(jitter=0.8)),
+            views=MultiCropConfig(globals=2, global_crop=crop, photometric=ColorConfig(jitter=0.8)),
             weight=0.05,
             directions=256,
         ),
@@ -60,8 +60,8 @@ def lejepa_fashion_mnist() -> Config:
             decay_shape="constant",
             beta2=0.95,
         ),
-        train=TrainConfig(batch_size=128, epochs=2.0, log_every=20, save=SaveConfig(every=1000)),
-        eval=EVALUATION,
+        train=TrainConfig(batch_size=128, epochs=2.0, log_every=20, save=CheckpointConfig(every=1000)),
+        eval=FASHION_MNIST_EVAL,
     )
 
 
@@ -74,12 +74,12 @@ def lejepa_vits8_imagenette() -> Config:
     views = MultiCropConfig(
         globals=4,
         global_crop=CropConfig(size=(128, 128), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, centre_resize=1.0),
-        photometric=replace(PhotometricConfig(**LEJEPA), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
+        photometric=replace(ColorConfig(**LEJEPA_COLOR), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
     )
     return Config(
         recipe="lejepa_vits8_imagenette",
         method=LeJEPAConfig(
-            encoder=ViTConfig(patch_size=8, **SIZES["small"]),
+            encoder=ViTConfig(patch_size=8, **VIT_SIZES["small"]),
             projector=ProjectorConfig(hidden=(2048, 2048), width=16),
             views=views,
             weight=0.02,
@@ -106,13 +106,13 @@ def lejepa_vitl14_in1k() -> Config:
         global_crop=crop,
         locals=6,
         local_crop=replace(crop, size=(98, 98), scale=(0.05, 0.3)),
-        photometric=PhotometricConfig(**LEJEPA),
+        photometric=ColorConfig(**LEJEPA_COLOR),
     )
     return replace(
         base,
         recipe="lejepa_vitl14_in1k",
         method=LeJEPAConfig(
-            encoder=ViTConfig(patch_size=14, scan=True, remat="dots", **SIZES["large"]),
+            encoder=ViTConfig(patch_size=14, scan=True, remat="dots", **VIT_SIZES["large"]),
             projector=ProjectorConfig(hidden=(2048, 2048), width=512),
             views=views,
         ),

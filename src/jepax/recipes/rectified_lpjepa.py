@@ -10,7 +10,7 @@ from jepax.methods.rectified_lpjepa import RectifiedLpJEPAConfig
 from jepax.recipes.lejepa import lejepa_fashion_mnist
 from jepax.recipes.registry import recipe
 from jepax.recipes.vicreg import vicreg_vits16_in100
-from jepax.settings import Config
+from jepax.training.config import Config
 
 
 @recipe

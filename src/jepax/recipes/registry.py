@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from jepax.settings import Config
+from jepax.training.config import Config
 
 RECIPES: dict[str, Callable[[], Config]] = {}
 

@@ -12,12 +12,12 @@ from dataclasses import replace
 
 from jepax.data import DataConfig
 from jepax.methods.vicreg import VICRegConfig
-from jepax.nn import SIZES, ProjectorConfig, ViTConfig
+from jepax.nn import VIT_SIZES, ProjectorConfig, ViTConfig
 from jepax.optim import OptimConfig
 from jepax.recipes.lejepa import lejepa_fashion_mnist
 from jepax.recipes.registry import recipe
-from jepax.settings import Config, TrainConfig
-from jepax.views import CropConfig, MultiCropConfig, PhotometricConfig
+from jepax.training.config import Config, TrainConfig
+from jepax.views import ColorConfig, CropConfig, MultiCropConfig
 
 
 @recipe
@@ -37,12 +37,12 @@ def vicreg_vits16_in100() -> Config:
     views = MultiCropConfig(
         globals=2,
         global_crop=CropConfig(size=(224, 224), scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, filter="bicubic"),
-        photometric=PhotometricConfig(jitter=0.8, grey=0.2, blur=0.5, solarise=0.1),
+        photometric=ColorConfig(jitter=0.8, grey=0.2, blur=0.5, solarise=0.1),
     )
     return Config(
         recipe="vicreg_vits16_in100",
         method=VICRegConfig(
-            encoder=ViTConfig(patch_size=16, **SIZES["small"]),
+            encoder=ViTConfig(patch_size=16, **VIT_SIZES["small"]),
             projector=ProjectorConfig(hidden=(2048, 2048), width=2048),
             views=views,
             variance=50.0,

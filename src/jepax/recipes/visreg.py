@@ -12,11 +12,11 @@ fixed positions that a local view counts from its own corner (there learned and 
 from dataclasses import replace
 
 from jepax.methods.visreg import VISRegConfig
-from jepax.nn import SIZES, ProjectorConfig, ViTConfig
+from jepax.nn import VIT_SIZES, ProjectorConfig, ViTConfig
 from jepax.optim import OptimConfig
 from jepax.recipes.lejepa import lejepa_fashion_mnist, lejepa_vitl14_in1k
 from jepax.recipes.registry import recipe
-from jepax.settings import Config, TrainConfig
+from jepax.training.config import Config, TrainConfig
 
 
 @recipe
@@ -45,7 +45,7 @@ def visreg_vitb16_in1k() -> Config:
         base,
         recipe="visreg_vitb16_in1k",
         method=VISRegConfig(
-            encoder=ViTConfig(patch_size=16, **SIZES["base"]),
+            encoder=ViTConfig(patch_size=16, **VIT_SIZES["base"]),
             projector=ProjectorConfig(hidden=(2048, 2048), width=256),
             views=views,
         ),

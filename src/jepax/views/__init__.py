@@ -1,34 +1,34 @@
 """A key and a canvas become views: crops and photometric changes, on the device."""
 
+from jepax.views.color import LEJEPA_COLOR, ColorConfig, distort_color
 from jepax.views.crops import (
     CropConfig,
-    centre_crop,
-    denormalise,
-    normalise,
-    random_pixels,
+    center_crop,
+    denormalize,
+    normalize,
+    random_crop_unnormalized,
     random_resized_crop,
-    resample,
+    resize_crop,
     sample_boxes,
 )
 from jepax.views.masked import MaskedViews
 from jepax.views.multicrop import MultiCropConfig, MultiCropViews, ViewGroup, multicrop
-from jepax.views.photometric import LEJEPA, PhotometricConfig, photometric
 
 __all__ = [
-    "LEJEPA",
+    "LEJEPA_COLOR",
+    "ColorConfig",
     "CropConfig",
     "MaskedViews",
     "MultiCropConfig",
     "MultiCropViews",
-    "PhotometricConfig",
     "ViewGroup",
-    "centre_crop",
-    "denormalise",
+    "center_crop",
+    "denormalize",
+    "distort_color",
     "multicrop",
-    "normalise",
-    "photometric",
-    "random_pixels",
+    "normalize",
+    "random_crop_unnormalized",
     "random_resized_crop",
-    "resample",
+    "resize_crop",
     "sample_boxes",
 ]

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, Real, UInt8
 
-from jepax.types import AnyArray, Images, UserError
+from jepax.types import AnyArray, ImageBatch, UserError
 
-Filter = Literal["bilinear", "bicubic"]
-_TRIES = 10
+Interpolation = Literal["bilinear", "bicubic"]
+_NUM_ATTEMPTS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class CropConfig:
     """Smallest and largest share of the picture's area that a random crop takes."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width over height of a random crop, drawn log-uniformly."""
-    filter: Filter = "bilinear"
+    filter: Interpolation = "bilinear"
     """Kernel of the antialiased resize, as Pillow defines it."""
     flip: float = 0.0
     """Chance of a horizontal flip."""
@@ -67,26 +67,26 @@ class CropConfig:
 
 
 def random_resized_crop(
-    images: Images, keys: Key[Array, "batch"], config: CropConfig
+    images: ImageBatch, keys: Key[Array, "batch"], config: CropConfig
 ) -> Float[Array, "batch height width channels"]:
     """A random box of each picture, resized, perhaps flipped, and normalised; a function of picture and key alone.
 
     Raises `UserError` if the pictures' channels are not as many as the config's mean and std.
     """
-    return normalise(random_pixels(images, keys, config), config)
+    return normalize(random_crop_unnormalized(images, keys, config), config)
 
 
-def random_pixels(
-    images: Images, keys: Key[Array, "batch"], config: CropConfig
+def random_crop_unnormalized(
+    images: ImageBatch, keys: Key[Array, "batch"], config: CropConfig
 ) -> Float[Array, "batch height width channels"]:
     """`random_resized_crop` before its normalisation: values in [0, 1]."""
     key_box, key_flip = jnp.moveaxis(jax.vmap(jr.split)(keys), 1, 0)
     box = sample_boxes(key_box, images.size, config)
     flip = jax.vmap(lambda key: jr.bernoulli(key, config.flip))(key_flip)
-    return resample(images.canvas, box, config.size, config.filter, flip=flip)
+    return resize_crop(images.canvas, box, config.size, config.filter, flip=flip)
 
 
-def centre_crop(images: Images, config: CropConfig) -> Float[Array, "batch height width channels"]:
+def center_crop(images: ImageBatch, config: CropConfig) -> Float[Array, "batch height width channels"]:
     """The view for evaluation: resized to just cover size * centre_resize, the centre cut to size, normalised.
 
     With a square size the shorter side becomes size * centre_resize, as torchvision's Resize and CenterCrop do. One
@@ -94,9 +94,9 @@ def centre_crop(images: Images, config: CropConfig) -> Float[Array, "batch heigh
     Raises `UserError` if the pictures' channels are not as many as the config's mean and std.
     """
     picture = jnp.asarray(images.size, jnp.int32)
-    box = _centre_boxes(picture, config)
+    box = _center_boxes(picture, config)
     limits = jnp.concatenate([jnp.zeros_like(picture), picture], axis=1)
-    return normalise(resample(images.canvas, box, config.size, config.filter, limits=limits), config)
+    return normalize(resize_crop(images.canvas, box, config.size, config.filter, limits=limits), config)
 
 
 def sample_boxes(
@@ -109,11 +109,11 @@ def sample_boxes(
     return jax.vmap(lambda key, picture: _sample_box(key, picture, config))(keys, jnp.asarray(size, jnp.int32))
 
 
-def resample(
+def resize_crop(
     canvas: UInt8[AnyArray, "batch rows columns channels"],
     box: Real[Array, "batch 4"],
     size: tuple[int, int],
-    filter: Filter,
+    filter: Interpolation,
     *,
     flip: Bool[Array, "batch"] | None = None,
     limits: Real[Array, "batch 4"] | None = None,
@@ -129,32 +129,32 @@ def resample(
     """
     limits = box if limits is None else limits
     rows, columns = canvas.shape[1:3]
-    weigh_rows = _weights(box[:, 0::2], limits[:, 0::2], rows, size[0], filter)
-    weigh_columns = _weights(box[:, 1::2], limits[:, 1::2], columns, size[1], filter)
+    weigh_rows = _resize_weights(box[:, 0::2], limits[:, 0::2], rows, size[0], filter)
+    weigh_columns = _resize_weights(box[:, 1::2], limits[:, 1::2], columns, size[1], filter)
     if flip is not None:
         weigh_columns = jnp.where(flip[:, None, None], weigh_columns[:, ::-1], weigh_columns)
     # Whole numbers up to 255 are exact in every matrix format an accelerator may choose; hence the division comes last.
     canvas = jnp.asarray(canvas, jnp.float32)
-    return _two_products(canvas, weigh_rows, weigh_columns, _columns_first(rows, columns, size, filter)) / 255
+    return _resize_two_pass(canvas, weigh_rows, weigh_columns, _is_columns_first(rows, columns, size, filter)) / 255
 
 
-def normalise(
+def normalize(
     pixels: Float[Array, "*batch height width channels"], config: CropConfig
 ) -> Float[Array, "*batch height width channels"]:
     """(pixels - mean) / std for pixel values in [0, 1]. Raises `UserError` if the channels are not as many as mean."""
-    mean, std = _statistics(pixels, config)
+    mean, std = _mean_and_std(pixels, config)
     return (pixels - mean) / std
 
 
-def denormalise(
+def denormalize(
     view: Float[Array, "*batch height width channels"], config: CropConfig
 ) -> Float[Array, "*batch height width channels"]:
     """A normalised view's pixel values, clipped to [0, 1], for figures. Raises `UserError` as `normalise` does."""
-    mean, std = _statistics(view, config)
+    mean, std = _mean_and_std(view, config)
     return jnp.clip(view * std + mean, 0, 1)
 
 
-def _statistics(pixels: Array, config: CropConfig) -> tuple[Array, Array]:
+def _mean_and_std(pixels: Array, config: CropConfig) -> tuple[Array, Array]:
     channels = pixels.shape[-1]
     if channels != len(config.mean):
         raise UserError(
@@ -172,19 +172,19 @@ def _sample_box(key: PRNGKeyArray, picture: Int[Array, "2"], config: CropConfig)
     """The first of ten drawn sides that fits the picture, else the largest central box of an allowed ratio."""
     key_area, key_ratio, key_place = jr.split(key, 3)
     low, high = (math.log(ratio) for ratio in config.ratio)
-    area = jnp.prod(picture) * jr.uniform(key_area, (_TRIES,), minval=config.scale[0], maxval=config.scale[1])
-    ratio = jnp.exp(jr.uniform(key_ratio, (_TRIES,), minval=low, maxval=high))
+    area = jnp.prod(picture) * jr.uniform(key_area, (_NUM_ATTEMPTS,), minval=config.scale[0], maxval=config.scale[1])
+    ratio = jnp.exp(jr.uniform(key_ratio, (_NUM_ATTEMPTS,), minval=low, maxval=high))
     sides = jnp.round(jnp.sqrt(jnp.stack([area / ratio, area * ratio], axis=1))).astype(picture.dtype)
     fits = jnp.all((sides > 0) & (sides <= picture), axis=1)
     drawn = sides[jnp.argmax(fits)]
     # With no draw that fits `drawn` may exceed the picture; its place is then not used.
     place = jr.randint(key_place, (2,), 0, jnp.maximum(picture - drawn, 0) + 1, dtype=picture.dtype)
-    central = _central_sides(picture, config)
+    central = _central_crop_size(picture, config)
     fallback = jnp.concatenate([(picture - central) // 2, central])
     return jnp.where(jnp.any(fits), jnp.concatenate([place, drawn]), fallback)
 
 
-def _central_sides(picture: Int[Array, "2"], config: CropConfig) -> Int[Array, "2"]:
+def _central_crop_size(picture: Int[Array, "2"], config: CropConfig) -> Int[Array, "2"]:
     """The picture's height and width, the longer one shortened until the ratio is allowed."""
     height, width = picture
     tallest = jnp.round(width / config.ratio[0]).astype(picture.dtype)
@@ -192,7 +192,7 @@ def _central_sides(picture: Int[Array, "2"], config: CropConfig) -> Int[Array, "
     return jnp.maximum(1, jnp.minimum(picture, jnp.stack([tallest, widest])))
 
 
-def _centre_boxes(picture: Int[Array, "batch 2"], config: CropConfig) -> Float[Array, "batch 4"]:
+def _center_boxes(picture: Int[Array, "batch 2"], config: CropConfig) -> Float[Array, "batch 4"]:
     """The centre crop's box in the picture's own pixels."""
     cover = jnp.asarray([round(side * config.centre_resize) for side in config.size], picture.dtype)
     # The side that binds is resized to cover exactly, the other in proportion, rounded down as torchvision's Resize.
@@ -204,8 +204,8 @@ def _centre_boxes(picture: Int[Array, "batch 2"], config: CropConfig) -> Float[A
     return jnp.concatenate([start * pixels, jnp.asarray(config.size) * pixels], axis=1)
 
 
-def _weights(
-    span: Real[Array, "batch 2"], limits: Real[Array, "batch 2"], pixels: int, out: int, filter: Filter
+def _resize_weights(
+    span: Real[Array, "batch 2"], limits: Real[Array, "batch 2"], pixels: int, out: int, filter: Interpolation
 ) -> Float[Array, "batch out pixels"]:
     """Weight of each input pixel in each output pixel along one side; spans are start and length. Rows sum to one."""
     start, length = (side[:, None, None].astype(jnp.float32) for side in span.T)
@@ -215,29 +215,29 @@ def _weights(
     centre = start + (jnp.arange(out, dtype=jnp.float32)[:, None] + 0.5) * step
     distance = jnp.abs(pixel + 0.5 - centre) / jnp.maximum(step, 1)
     touched = (pixel + 1 > first) & (pixel < first + reach)
-    weights = jnp.where(touched, _triangle(distance) if filter == "bilinear" else _keys(distance), 0)
+    weights = jnp.where(touched, _triangle_kernel(distance) if filter == "bilinear" else _cubic_kernel(distance), 0)
     return weights / jnp.sum(weights, axis=2, keepdims=True)
 
 
-def _triangle(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def _triangle_kernel(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """k(x) = max(0, 1 - x) at distances x >= 0."""
     return jnp.maximum(0, 1 - x)
 
 
-def _keys(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def _cubic_kernel(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Keys' cubic, a = -1/2, x >= 0: 3/2 x^3 - 5/2 x^2 + 1 below 1, -1/2 (x^3 - 5 x^2 + 8 x - 4) below 2."""
     near = (1.5 * x - 2.5) * x**2 + 1
     far = -0.5 * (((x - 5) * x + 8) * x - 4)
     return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
 
 
-def _columns_first(rows: int, columns: int, size: tuple[int, int], filter: Filter) -> bool:
+def _is_columns_first(rows: int, columns: int, size: tuple[int, int], filter: Interpolation) -> bool:
     """Pillow's usual order where the clip between the passes makes it matter, else the one with fewer operations."""
     height, width = size
     return filter == "bicubic" or width * rows * (columns + height) < height * columns * (rows + width)
 
 
-def _two_products(
+def _resize_two_pass(
     canvas: Float[Array, "batch rows columns channels"],
     weigh_rows: Float[Array, "batch height rows"],
     weigh_columns: Float[Array, "batch width columns"],

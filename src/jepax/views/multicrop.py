@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, Key
 
-from jepax.types import Images, UserError
-from jepax.views.crops import CropConfig, normalise, random_pixels
-from jepax.views.photometric import PhotometricConfig, photometric
+from jepax.types import ImageBatch, UserError
+from jepax.views.color import ColorConfig, distort_color
+from jepax.views.crops import CropConfig, normalize, random_crop_unnormalized
 
 ViewGroup = Float[Array, "batch _views _height _width channels"]
 
@@ -28,7 +28,7 @@ class MultiCropConfig:
     """Local views of each image."""
     local_crop: CropConfig = field(default_factory=lambda: CropConfig(size=(96, 96), scale=(0.05, 0.3)))
     """Crop of a local view; its mean and std are to be the global one's."""
-    photometric: PhotometricConfig = field(default_factory=PhotometricConfig)
+    photometric: ColorConfig = field(default_factory=ColorConfig)
     """Changes of colour, focus and tone, drawn for every view by itself."""
 
     def __post_init__(self) -> None:
@@ -61,13 +61,15 @@ class MultiCropViews(eqx.Module):
         return (self.global_views,) if self.local_views is None else (self.global_views, self.local_views)
 
 
-def multicrop(images: Images, keys: Key[Array, "batch"], config: MultiCropConfig) -> MultiCropViews:
+def multicrop(images: ImageBatch, keys: Key[Array, "batch"], config: MultiCropConfig) -> MultiCropViews:
     """Global and local views, normalized. View v of image i draws from `fold_in(keys[i], v)`, global views first."""
 
     def view(number: Int[Array, ""], crop: CropConfig) -> Float[Array, "batch height width channels"]:
         own = jax.vmap(lambda key: jr.split(jr.fold_in(key, number)))(keys)
         key_crop, key_color = own[:, 0], own[:, 1]
-        return normalise(photometric(random_pixels(images, key_crop, crop), key_color, config.photometric), crop)
+        return normalize(
+            distort_color(random_crop_unnormalized(images, key_crop, crop), key_color, config.photometric), crop
+        )
 
     def group(first: int, count: int, crop: CropConfig) -> ViewGroup:
         numbers = first + jnp.arange(count)

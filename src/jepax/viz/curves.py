@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-from jepax.evals.alarms import Alarm
+from jepax.health.alerts import Alert
 
 INK, ORANGE, BLUE, RED = "#222222", "#E69F00", "#0072B2", "#D55E00"  # told apart by colour-blind people (Okabe, Ito)
-COLUMNS = 3
-LOG_FROM = 10.0
+NUM_COLUMNS = 3
+LOG_SCALE_MIN_RATIO = 10.0
 """Greatest over least value from which on a panel takes a logarithmic scale."""
-SHARE, LONGEST = 20, 100
+SMOOTHING_DIVISOR, MAX_SMOOTHING_REACH = 20, 100
 """The running median covers the run's lines divided by SHARE, but reaches no further than LONGEST to each side."""
 
 
@@ -37,7 +37,7 @@ class Panel:
     """Where a linear axis ends below, if values reach further: one of them would hide the others."""
 
 
-QUANTILES = (("least", "10%", "median", "90%", "greatest"), "")
+QUANTILE_LABELS = (("least", "10%", "median", "90%", "greatest"), "")
 """Names of the lines of the features' deviations, in the order in which they are logged."""
 PANELS = (
     Panel("loss", {"loss_max": ("highest of a step", ORANGE), "loss": ("loss", INK)}),
@@ -75,9 +75,13 @@ PANELS = (
         False,
         False,
     ),
-    Panel("deviation of embeddings' features", {"embedding_std_quantiles": QUANTILES, "embedding_std": ("mean", INK)}),
     Panel(
-        "deviation of projections' features", {"projection_std_quantiles": QUANTILES, "projection_std": ("mean", INK)}
+        "deviation of embeddings' features",
+        {"embedding_std_quantiles": QUANTILE_LABELS, "embedding_std": ("mean", INK)},
+    ),
+    Panel(
+        "deviation of projections' features",
+        {"projection_std_quantiles": QUANTILE_LABELS, "projection_std": ("mean", INK)},
     ),
     Panel(
         "share of dead features",
@@ -115,7 +119,7 @@ PANELS = (
 NOT_DRAWN = {"step", "seconds_per_step", "online_seconds"}
 
 
-def panels_of(lines: list[dict]) -> tuple[Panel, ...]:
+def choose_panels(lines: list[dict]) -> tuple[Panel, ...]:
     """`PANELS`, and one more for each metric that none of them holds, such as a term of a method's own loss."""
     known = NOT_DRAWN.union(*(panel.metrics for panel in PANELS))
     others = dict.fromkeys(name for line in lines for name in line if name not in known)
@@ -159,24 +163,24 @@ def running_median(values: Float[np.ndarray, "lines"], reach: int) -> Float[np.n
     return medians
 
 
-def curves(lines: list[dict], title: str, alarms: Sequence[Alarm] = ()) -> Figure:
+def plot_curves(lines: list[dict], title: str, alarms: Sequence[Alert] = ()) -> Figure:
     """The figure of a run's log, `lines` as `logs.read_metrics` gives them; at least one is needed.
 
     An alarm is a vertical line in every panel, named in that of the loss.
     """
-    panels = [(panel, kept) for panel in panels_of(lines) if (kept := _kept(panel, lines))]
-    rows = -(-len(panels) // COLUMNS)
+    panels = [(panel, kept) for panel in choose_panels(lines) if (kept := _select_series(panel, lines))]
+    rows = -(-len(panels) // NUM_COLUMNS)
     figure = Figure(figsize=(13, 0.7 + 2.9 * rows), dpi=110, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
-    axes = figure.subplots(rows, COLUMNS, squeeze=False).reshape(-1)
-    reach = min(len(lines) // (2 * SHARE), LONGEST)
+    axes = figure.subplots(rows, NUM_COLUMNS, squeeze=False).reshape(-1)
+    reach = min(len(lines) // (2 * SMOOTHING_DIVISOR), MAX_SMOOTHING_REACH)
     for cell, (panel, kept) in zip(axes, panels, strict=False):
         if len(lines) < 3:  # too few for a line
             cell.set_prop_cycle(marker=["o"])
         _draw_panel(cell, panel, kept, reach)
-        _style(cell, panel, np.concatenate([series.values.reshape(-1) for series in kept.values()]))
+        _style_axes(cell, panel, np.concatenate([series.values.reshape(-1) for series in kept.values()]))
         cell.set_xlim(lines[0]["step"], max(lines[-1]["step"], lines[0]["step"] + 1))
-        _mark(cell, alarms, named="loss" in kept)
+        _mark_alerts(cell, alarms, named="loss" in kept)
     for cell in axes[len(panels) :]:
         cell.set_axis_off()
     smoothed = f"; light: as logged, dark: running median over {2 * reach + 1} lines" if reach else ""
@@ -185,7 +189,7 @@ def curves(lines: list[dict], title: str, alarms: Sequence[Alarm] = ()) -> Figur
     return figure
 
 
-def _kept(panel: Panel, lines: list[dict]) -> dict[str, Series]:
+def _select_series(panel: Panel, lines: list[dict]) -> dict[str, Series]:
     series = {name: Series(lines, name) for name in panel.metrics}
     present = {name: one for name, one in series.items() if len(one.steps)}
     return {name: one for name, one in present.items() if not one.empty} or present
@@ -197,7 +201,7 @@ def _draw_panel(axes: Axes, panel: Panel, kept: dict[str, Series], reach: int) -
         if series.by_layer:
             _draw_layers(axes, series, label, reach)
         else:
-            _draw_one(axes, series, label, colour, reach, panel.points)
+            _draw_series(axes, series, label, colour, reach, panel.points)
     lost = sorted({int(step) for series in kept.values() for step in series.steps[series.lost]})
     if lost:
         axes.plot(
@@ -215,7 +219,7 @@ def _draw_panel(axes: Axes, panel: Panel, kept: dict[str, Series], reach: int) -
         axes.legend(fontsize=8, frameon=False, loc="best")
 
 
-def _mark(axes: Axes, alarms: Sequence[Alarm], named: bool) -> None:
+def _mark_alerts(axes: Axes, alarms: Sequence[Alert], named: bool) -> None:
     """Vertical lines at the alarms' steps; their names run along them, one below the other where steps are near."""
     for place, alarm in enumerate(alarms):
         axes.axvline(alarm.step, color=RED, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1.5)
@@ -233,7 +237,7 @@ def _mark(axes: Axes, alarms: Sequence[Alarm], named: bool) -> None:
             )
 
 
-def _draw_one(axes: Axes, series: Series, label: str, colour: str, reach: int, points: bool) -> None:
+def _draw_series(axes: Axes, series: Series, label: str, colour: str, reach: int, points: bool) -> None:
     values = series.values[:, 0]
     if points:
         axes.plot(series.steps, values, color=colour, linewidth=1.6, marker="o", markersize=3, label=label)
@@ -253,10 +257,10 @@ def _draw_layers(axes: Axes, series: Series, label: str | tuple[str, ...], reach
         axes.plot(series.steps, running_median(values, reach), color=colour, linewidth=0.8, label=name)
 
 
-def _style(axes: Axes, panel: Panel, values: Float[np.ndarray, "values"]) -> None:
+def _style_axes(axes: Axes, panel: Panel, values: Float[np.ndarray, "values"]) -> None:
     finite = values[np.isfinite(values)]
-    if panel.may_log and _spread(finite) >= LOG_FROM:
-        _log_axis(axes, _spread(finite))
+    if panel.may_log and _dynamic_range(finite) >= LOG_SCALE_MIN_RATIO:
+        _set_log_scale(axes, _dynamic_range(finite))
     else:
         axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
         if panel.from_zero:
@@ -271,7 +275,7 @@ def _style(axes: Axes, panel: Panel, values: Float[np.ndarray, "values"]) -> Non
     axes.set_axisbelow(True)
 
 
-def _spread(finite: Float[np.ndarray, "values"]) -> float:
+def _dynamic_range(finite: Float[np.ndarray, "values"]) -> float:
     """Greatest over least value; 1 where a tenth or more is not above 0. The teacher's last step may be exactly 0."""
     positive = finite[finite > 0]
     if not len(positive) or len(positive) < 0.9 * len(finite):
@@ -279,7 +283,7 @@ def _spread(finite: Float[np.ndarray, "values"]) -> float:
     return float(positive.max() / positive.min())
 
 
-def _log_axis(axes: Axes, spread: float) -> None:
+def _set_log_scale(axes: Axes, spread: float) -> None:
     axes.set_yscale("log")
     if spread < 1000:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

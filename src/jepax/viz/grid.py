@@ -7,10 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 DPI = 120
-LINEAR, KNN = "#0072B2", "#E69F00"
+LINEAR_COLOR, KNN_COLOR = "#0072B2", "#E69F00"
 """Safe for the colour-blind (Okabe, Ito)."""
-LABELS = {"linear": "linear", "knn": "kNN"}
-FLOORS = {"untrained": "untrained", "pixels": "raw pixels"}
+PROTOCOL_LABELS = {"linear": "linear", "knn": "kNN"}
+BASELINE_LABELS = {"untrained": "untrained", "pixels": "raw pixels"}
 
 
 @runtime_checkable
@@ -28,7 +28,7 @@ class Scored(Protocol):
     minutes: float
 
 
-def chart(title: str, runs: Sequence[Scored]) -> Figure:
+def plot_sweep(title: str, runs: Sequence[Scored]) -> Figure:
     """Rows from top to bottom: a dot per seed and a bar at their mean, the floors as marks; rank and minutes beside."""
     names = list(dict.fromkeys(run.row for run in runs))
     figure = Figure(figsize=(9.5, 1.1 + 0.34 * len(names)), dpi=DPI, layout="constrained")
@@ -46,17 +46,17 @@ def chart(title: str, runs: Sequence[Scored]) -> Figure:
 
 
 def _draw_scores(axes: Axes, names: list[str], runs: Sequence[Scored]) -> None:
-    for field, colour, label, shift in (("linear", LINEAR, "linear", -0.12), ("knn", KNN, "kNN", 0.12)):
+    for field, colour, label, shift in (("linear", LINEAR_COLOR, "linear", -0.12), ("knn", KNN_COLOR, "kNN", 0.12)):
         for place, name in enumerate(names):
             scores = [getattr(run, field) for run in runs if run.row == name]
             first = label if place == 0 else None
             heights = [place + shift] * len(scores)
             axes.plot(scores, heights, "o", color=colour, markersize=4, alpha=0.7, label=first)
             axes.vlines(_mean(scores), place + shift - 0.16, place + shift + 0.16, color=colour, linewidth=2)
-    for kind, shift, colour in (("linear", -0.12, LINEAR), ("knn", 0.12, KNN)):
+    for kind, shift, colour in (("linear", -0.12, LINEAR_COLOR), ("knn", 0.12, KNN_COLOR)):
         for floor, mark in (("untrained", "|"), ("pixels", "x")):
             means = [_mean([getattr(run, f"{floor}_{kind}") for run in runs if run.row == name]) for name in names]
-            label = f"{FLOORS[floor]}, {LABELS[kind]}"
+            label = f"{BASELINE_LABELS[floor]}, {PROTOCOL_LABELS[kind]}"
             heights = [place + shift for place in range(len(names))]
             axes.plot(means, heights, mark, color=colour, markersize=6, alpha=0.5, label=label)
     axes.set_xlabel("test top-1, %")

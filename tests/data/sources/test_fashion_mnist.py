@@ -21,7 +21,7 @@ def idx(name: str) -> bytes:
     return bytes(16) + generator.integers(0, 256, COUNT * 784, dtype=np.uint8).tobytes()
 
 
-FILES = {name: idx(name) for name in fashion_mnist.DIGESTS}
+FILES = {name: idx(name) for name in fashion_mnist.FILE_SHA256}
 
 
 def write(folder, names=tuple(FILES), compress=True):
@@ -35,8 +35,8 @@ def write(folder, names=tuple(FILES), compress=True):
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """Made-up digests, no system folder, an empty cache and nothing to download from."""
-    monkeypatch.setattr(fashion_mnist, "DIGESTS", {n: hashlib.sha256(b).hexdigest() for n, b in FILES.items()})
-    monkeypatch.setattr(fashion_mnist, "SYSTEM", tmp_path / "system")
+    monkeypatch.setattr(fashion_mnist, "FILE_SHA256", {n: hashlib.sha256(b).hexdigest() for n, b in FILES.items()})
+    monkeypatch.setattr(fashion_mnist, "SYSTEM_DIR", tmp_path / "system")
     monkeypatch.setattr(fashion_mnist, "DOWNLOADS", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -64,7 +64,7 @@ def test_splits_are_disjoint_and_channels_repeat(tmp_path):
 
 def test_wrong_content_under_root_is_refused(tmp_path, monkeypatch):
     write(tmp_path)
-    monkeypatch.setitem(fashion_mnist.DIGESTS, "train-labels-idx1-ubyte", "0" * 64)
+    monkeypatch.setitem(fashion_mnist.FILE_SHA256, "train-labels-idx1-ubyte", "0" * 64)
     with pytest.raises(UserError, match=r"data\.root=.*train-labels-idx1-ubyte\.gz is not the published"):
         open_source(DataConfig(root=str(tmp_path)), "train")
 
@@ -84,7 +84,7 @@ def test_damaged_files_under_root_are_refused(tmp_path, damage):
 @pytest.mark.parametrize("compress", [True, False])
 def test_a_file_that_grows_without_end_is_not_read_to_it(tmp_path, monkeypatch, compress):
     sizes = {name: len(content) for name, content in FILES.items()}
-    monkeypatch.setattr(fashion_mnist, "SIZES", sizes)
+    monkeypatch.setattr(fashion_mnist, "FILE_SIZES", sizes)
     write(tmp_path, compress=compress)
     open_source(DataConfig(root=str(tmp_path)), "train")  # as long as published: read
     path = tmp_path / ("train-images-idx3-ubyte" + ".gz" * compress)
@@ -98,7 +98,9 @@ def test_a_file_that_grows_without_end_is_not_read_to_it(tmp_path, monkeypatch, 
 
 
 def test_sizes_are_those_of_the_published_arrays():
-    assert fashion_mnist.SIZES["train-images-idx3-ubyte"] == 47_040_016 and set(fashion_mnist.SIZES) == set(FILES)
+    assert fashion_mnist.FILE_SIZES["train-images-idx3-ubyte"] == 47_040_016 and set(fashion_mnist.FILE_SIZES) == set(
+        FILES
+    )
 
 
 def test_missing_under_root_is_refused_without_looking_elsewhere(tmp_path):
@@ -158,7 +160,7 @@ def test_debians_package_is_unpacked_where_apt_gives_it(tmp_path, monkeypatch):
     write(tmp_path / "package")
     bin = tmp_path / "bin"
     bin.mkdir()
-    target = f".{fashion_mnist.SYSTEM}"
+    target = f".{fashion_mnist.SYSTEM_DIR}"
     package = "dataset-fashion-mnist_1.deb"
     scripts = {
         "apt-get": f'case "$*" in *update*) touch updated;; *) test -f updated && touch {package};; esac',

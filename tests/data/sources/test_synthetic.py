@@ -5,7 +5,7 @@ import pytest
 
 from jepax.data import DataConfig, open_source
 from jepax.data.sources import synthetic
-from jepax.data.sources.synthetic import NAMES
+from jepax.data.sources.synthetic import SHAPE_NAMES
 
 
 def pictures(**changes):
@@ -30,7 +30,7 @@ def test_splits_share_no_picture():
     seen = []
     for split in ("train", "validation", "test"):
         source = open_source(config, split)
-        assert source.canvas_shape == (8, 8, 1) and source.class_names == NAMES and source.classes == 8
+        assert source.canvas_shape == (8, 8, 1) and source.class_names == SHAPE_NAMES and source.classes == 8
         seen += [image.tobytes() for image in source.load_batch(np.arange(len(source)))[0].canvas]
     assert len(seen) == 80 + 16 and len(set(seen)) == len(seen)
 

@@ -9,12 +9,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
 
-from jepax.types import Images, UserError
+from jepax.types import ImageBatch, UserError
 
-Split = Literal["train", "validation", "test"]
+SplitName = Literal["train", "validation", "test"]
 HOLDOUT_SEED = 20230605
 """The held-out rows never depend on a run's seed: two runs are compared on the same examples."""
-REPLACEMENTS = 8
+MAX_REPLACEMENTS = 8
 """Examples that are tried in place of a corrupt one: if none of them can be read, the fault is the disk's."""
 
 Example = Any
@@ -68,7 +68,7 @@ class Source(abc.ABC):
 
     def replacements(self, row: int) -> Sequence[int]:
         """Returns the rows, best first, that may replace a corrupt one: here the next ones."""
-        return [(row + 1 + place) % len(self) for place in range(min(REPLACEMENTS, len(self) - 1))]
+        return [(row + 1 + place) % len(self) for place in range(min(MAX_REPLACEMENTS, len(self) - 1))]
 
     def load_batch(
         self, rows: Int[np.ndarray, " batch"], index: Int32[np.ndarray, " batch"] | None = None
@@ -127,7 +127,7 @@ class ImageSource(Source):
     @abc.abstractmethod
     def load(self, row: int) -> ImageExample: ...
 
-    def collate(self, examples: Iterable[ImageExample], index: Int32[np.ndarray, " batch"]) -> Images:
+    def collate(self, examples: Iterable[ImageExample], index: Int32[np.ndarray, " batch"]) -> ImageBatch:
         """Puts each image in the top left corner of a canvas, which is zero elsewhere."""
         canvas = np.zeros((len(index), *self.canvas_shape), np.uint8)
         size, label = np.empty((len(index), 2), np.int32), np.empty(len(index), np.int32)
@@ -135,11 +135,11 @@ class ImageSource(Source):
             height, width = example.image.shape[:2]
             canvas[place, :height, :width] = example.image
             size[place], label[place] = (height, width), example.label
-        return Images(canvas, size, index, label)
+        return ImageBatch(canvas, size, index, label)
 
     def replacements(self, row: int) -> Sequence[int]:
         """Returns the next rows of the same class, so that labels stay right."""
-        return next_of_class(self.labels, row).tolist()
+        return replacement_rows(self.labels, row).tolist()
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,11 +153,11 @@ class ArraySource(ImageSource):
 
     def load_batch(
         self, rows: Int[np.ndarray, " batch"], index: Int32[np.ndarray, " batch"] | None = None
-    ) -> tuple[Images, Bool[np.ndarray, " batch"]]:
+    ) -> tuple[ImageBatch, Bool[np.ndarray, " batch"]]:
         """Reads all images by one indexing, as none can be corrupt."""
         size = np.broadcast_to(np.int32(self.canvas_shape[:2]), (len(rows), 2)).copy()
         index = np.asarray(rows if index is None else index, np.int32)
-        return Images(self.images[rows], size, index, self.labels[rows]), np.zeros(len(rows), bool)
+        return ImageBatch(self.images[rows], size, index, self.labels[rows]), np.zeros(len(rows), bool)
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -181,7 +181,7 @@ class Subset(ImageSource):
 
     def load_batch(
         self, rows: Int[np.ndarray, " batch"], index: Int32[np.ndarray, " batch"] | None = None
-    ) -> tuple[Images, Bool[np.ndarray, " batch"]]:
+    ) -> tuple[ImageBatch, Bool[np.ndarray, " batch"]]:
         """Replaces corrupt images by rows of the other source, whether they are in this one or not."""
         return self.source.load_batch(self.rows[rows], rows if index is None else index)
 
@@ -198,11 +198,11 @@ def short_hash(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
-def next_of_class(labels: Int32[np.ndarray, " examples"], row: int) -> Int[np.ndarray, " others"]:
+def replacement_rows(labels: Int32[np.ndarray, " examples"], row: int) -> Int[np.ndarray, " others"]:
     """Returns the next rows of the row's class, at most `REPLACEMENTS`; after the last row comes the first."""
     same = np.flatnonzero(labels == labels[row])
     place = int(np.searchsorted(same, row))
-    return np.roll(same, -place)[1 : 1 + REPLACEMENTS]
+    return np.roll(same, -place)[1 : 1 + MAX_REPLACEMENTS]
 
 
 def val_mask(labels: Int32[np.ndarray, " examples"], share: float) -> Bool[np.ndarray, " examples"]:
@@ -219,7 +219,7 @@ def val_mask(labels: Int32[np.ndarray, " examples"], share: float) -> Bool[np.nd
     return mask
 
 
-def split_rows(split: Split, labels: Int32[np.ndarray, " examples"], share: float) -> Int[np.ndarray, " rows"]:
+def split_rows(split: SplitName, labels: Int32[np.ndarray, " examples"], share: float) -> Int[np.ndarray, " rows"]:
     """Returns the split's rows, ascending, of the pool with these labels.
 
     Raises `UserError` where the held-out fraction leaves nothing for validation or for training.

@@ -18,26 +18,26 @@ from pathlib import Path
 
 import numpy as np
 
-from jepax.data.sources import ArraySource, Split, split_rows
+from jepax.data.sources import ArraySource, SplitName, split_rows
 from jepax.types import UserError
 
-NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-DIGESTS = {
+CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+FILE_SHA256 = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 """sha256 of each idx file, decompressed: a file may be compressed in another way."""
-SIZES = {
+FILE_SIZES = {
     "train-images-idx3-ubyte": 16 + 60_000 * 784,
     "train-labels-idx1-ubyte": 8 + 60_000,
     "t10k-images-idx3-ubyte": 16 + 10_000 * 784,
     "t10k-labels-idx1-ubyte": 8 + 10_000,
 }
 """Bytes of each idx file, decompressed: no more of a file is read."""
-SYSTEM = Path("/usr/share/datasets/fashion-mnist")
-PACKAGE = "dataset-fashion-mnist"
+SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")
+DEBIAN_PACKAGE = "dataset-fashion-mnist"
 URL = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
 TIMEOUT_S = 10
 
@@ -46,48 +46,48 @@ class ChecksumError(Exception):
     """A file whose content is not the published one."""
 
 
-def open_split(root: str | None, split: Split, validation: float, channels: int) -> ArraySource:
+def open_split(root: str | None, split: SplitName, validation: float, channels: int) -> ArraySource:
     """Reads the split into memory (47 MB for train), gray or, with `channels=3`, the gray level three times.
 
     Raises `UserError` where `root` lacks the files or has others, or where nothing is found nor downloaded.
     """
     part = "t10k" if split == "test" else "train"
-    images, labels = _find(root, [f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"])
+    images, labels = _find_files(root, [f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"])
     labels = np.frombuffer(labels, np.uint8, offset=8).astype(np.int32)
     images = np.frombuffer(images, np.uint8, offset=16).reshape(len(labels), 28, 28, 1)
     rows = split_rows(split, labels, validation)
     images = np.ascontiguousarray(np.broadcast_to(images[rows], (len(rows), 28, 28, channels)))
-    return ArraySource((28, 28, channels), NAMES, labels[rows], images)
+    return ArraySource((28, 28, channels), CLASS_NAMES, labels[rows], images)
 
 
-def cache_folder() -> Path:
+def cache_dir() -> Path:
     """Returns $XDG_CACHE_HOME (or ~/.cache)/jepax/fashion-mnist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jepax" / "fashion-mnist"
 
 
-def _find(root: str | None, names: list[str]) -> list[bytes]:
+def _find_files(root: str | None, names: list[str]) -> list[bytes]:
     """Returns the files' contents from the first place that has them all unharmed."""
     if root is not None:
         try:
-            return [_read(Path(root).expanduser(), name) for name in names]
+            return [_read_file(Path(root).expanduser(), name) for name in names]
         except (OSError, ChecksumError) as error:
             raise UserError(
                 f"data.root={root}: {error}.\n"
                 "It must hold Fashion-MNIST's four idx files, plain or .gz; without data.root they are downloaded."
             ) from error
-    cache = cache_folder()
-    for folder in (SYSTEM, cache):
+    cache = cache_dir()
+    for folder in (SYSTEM_DIR, cache):
         try:
-            return [_read(folder, name) for name in names]
+            return [_read_file(folder, name) for name in names]
         except OSError:
             continue
         except ChecksumError as error:
             _print(f"{error}; {'downloading it again' if folder == cache else 'not used'}.")
     _download(cache)
-    return [_read(cache, name) for name in names]
+    return [_read_file(cache, name) for name in names]
 
 
-def _read(folder: Path, name: str) -> bytes:
+def _read_file(folder: Path, name: str) -> bytes:
     """Returns the file's content, decompressed and verified. Raises FileNotFoundError and `ChecksumError`."""
     path = next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
     if path is None:
@@ -96,14 +96,14 @@ def _read(folder: Path, name: str) -> bytes:
         compressed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         try:
-            content = (gzip.GzipFile(fileobj=file) if compressed else file).read(SIZES[name] + 1)
+            content = (gzip.GzipFile(fileobj=file) if compressed else file).read(FILE_SIZES[name] + 1)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ChecksumError(f"{path} is corrupt ({error})") from error
-    if len(content) > SIZES[name]:
-        raise ChecksumError(f"{path} is not the published {name} (longer than its {SIZES[name]} bytes)")
+    if len(content) > FILE_SIZES[name]:
+        raise ChecksumError(f"{path} is not the published {name} (longer than its {FILE_SIZES[name]} bytes)")
     digest = hashlib.sha256(content).hexdigest()
-    if digest != DIGESTS[name]:
-        raise ChecksumError(f"{path} is not the published {name} (sha256 {digest[:16]}, not {DIGESTS[name][:16]})")
+    if digest != FILE_SHA256[name]:
+        raise ChecksumError(f"{path} is not the published {name} (sha256 {digest[:16]}, not {FILE_SHA256[name][:16]})")
     return content
 
 
@@ -120,27 +120,27 @@ def _download(cache: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as temporary:
             try:
                 download(Path(temporary))
-                for name in DIGESTS:
-                    _read(Path(temporary), name)
+                for name in FILE_SHA256:
+                    _read_file(Path(temporary), name)
             except (OSError, http.client.HTTPException, ChecksumError, subprocess.SubprocessError) as error:
                 reason = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
                 tried.append(f"{origin}: {reason.splitlines()[-1]}")
                 continue
-            for name in DIGESTS:
+            for name in FILE_SHA256:
                 (Path(temporary) / f"{name}.gz").replace(cache / f"{name}.gz")
             return _print(f"downloaded from {origin} into {cache}.")
     raise UserError(
-        f"data.source=fashion_mnist: its files are not in {SYSTEM} nor in {cache}, and downloading them failed:\n"
+        f"data.source=fashion_mnist: its files are not in {SYSTEM_DIR} nor in {cache}, and downloading them failed:\n"
         + "; ".join(tried)
-        + f".\nInstall the Debian package {PACKAGE}, or put {', '.join(f'{name}.gz' for name in DIGESTS)} "
+        + f".\nInstall the Debian package {DEBIAN_PACKAGE}, or put {', '.join(f'{name}.gz' for name in FILE_SHA256)} "
         "in a folder and set data.root to it."
     )
 
 
 def _from_github(folder: Path) -> None:
-    for name in DIGESTS:
+    for name in FILE_SHA256:
         with urllib.request.urlopen(f"{URL}{name}.gz", timeout=TIMEOUT_S) as answer:
-            (folder / f"{name}.gz").write_bytes(answer.read(SIZES[name]))  # a longer answer is another file
+            (folder / f"{name}.gz").write_bytes(answer.read(FILE_SIZES[name]))  # a longer answer is another file
 
 
 def _from_debian(folder: Path) -> None:
@@ -149,10 +149,10 @@ def _from_debian(folder: Path) -> None:
         (folder / part).mkdir(parents=True)
     options = [f"Dir::State::Lists={folder}/lists", f"Dir::Cache={folder}", f"Acquire::http::Timeout={TIMEOUT_S}"]
     apt = ["apt-get", "-q", *(word for option in options for word in ("-o", option))]
-    for command in ([*apt, "update"], [*apt, "download", PACKAGE], ["sh", "-c", "dpkg -x *.deb ."]):
+    for command in ([*apt, "update"], [*apt, "download", DEBIAN_PACKAGE], ["sh", "-c", "dpkg -x *.deb ."]):
         env = {**os.environ, "LC_ALL": "C"}
         subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True, timeout=300)
-    for file in (folder / SYSTEM.relative_to("/")).iterdir():
+    for file in (folder / SYSTEM_DIR.relative_to("/")).iterdir():
         file.rename(folder / file.name)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jepax.data.decode import SUFFIXES, read_image
-from jepax.data.sources import ImageExample, ImageSource, Split, short_hash, split_rows
+from jepax.data.decode import IMAGE_SUFFIXES, read_image
+from jepax.data.sources import ImageExample, ImageSource, SplitName, short_hash, split_rows
 from jepax.types import UserError
 
 
@@ -37,22 +37,22 @@ class ImageFolder(ImageSource):
         return self.listing
 
 
-def open_split(root: str, split: Split, validation: float, canvas: int, channels: int) -> ImageFolder:
+def open_split(root: str, split: SplitName, validation: float, canvas: int, channels: int) -> ImageFolder:
     """Lists `root`/train (train and validation splits) or `root`/val (test); opens no image.
 
     Classes are the folders in train/, sorted by name; the order of files does not depend on the file system.
     Raises `UserError` for a missing folder, no images, or a class in val/ that train/ lacks.
     """
-    names = _class_names(_inside(root, "train"))
-    folder = _inside(root, "val" if split == "test" else "train")
+    names = _class_names(_split_folder(root, "train"))
+    folder = _split_folder(root, "val" if split == "test" else "train")
     if unknown := sorted(set(_class_names(folder)) - set(names)):
         raise UserError(f"data.root={root}: val/{unknown[0]} is no class of train/; rename one of the folders.")
-    found = {name: sorted(_walk(os.path.join(folder, name), name)) for name in names}
+    found = {name: sorted(_walk_images(os.path.join(folder, name), name)) for name in names}
     pool = [(file, label) for label, name in enumerate(names) for file in found[name]]
     if not pool:
         raise UserError(
             f"data.root={root}: no image found under {folder.name}/CLASS/.\n"
-            f"Files must end in one of {' '.join(sorted(SUFFIXES))} (in any case)."
+            f"Files must end in one of {' '.join(sorted(IMAGE_SUFFIXES))} (in any case)."
         )
     labels = np.array([label for _, label in pool], np.int32)
     rows = split_rows(split, labels, validation)
@@ -60,7 +60,7 @@ def open_split(root: str, split: Split, validation: float, canvas: int, channels
     return ImageFolder((canvas, canvas, channels), names, labels[rows], folder, files, describe_classes(found))
 
 
-def _inside(root: str, name: str) -> Path:
+def _split_folder(root: str, name: str) -> Path:
     folder = Path(root).expanduser() / name
     if not folder.is_dir():
         raise UserError(
@@ -74,7 +74,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
 
 
-def _walk(folder: str, relative: str) -> Iterator[str]:
+def _walk_images(folder: str, relative: str) -> Iterator[str]:
     """Yields every image below the folder, nested folders included, without hidden ones, as paths from `relative`."""
     if not os.path.isdir(folder):
         return
@@ -83,8 +83,8 @@ def _walk(folder: str, relative: str) -> Iterator[str]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _walk(entry.path, below)
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+            yield from _walk_images(entry.path, below)
+        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
             yield below
 
 

@@ -12,11 +12,11 @@ from grain.sources import ArrayRecordDataSource
 from jaxtyping import Int
 
 from jepax.data.decode import MAX_FILE_BYTES, decode_to_fit, wrap_decode_errors
-from jepax.data.sources import ImageExample, ImageSource, Split, short_hash, split_rows
+from jepax.data.sources import ImageExample, ImageSource, SplitName, short_hash, split_rows
 from jepax.data.sources.image_folder import describe_classes
 from jepax.types import UserError
 
-PACK, VERSION = "pack.json", 1
+PACK_FILE, PACK_VERSION = "pack.json", 1
 """Describes the pack; written when everything else is there."""
 
 
@@ -34,7 +34,7 @@ class Shard:
 
 
 @dataclass(frozen=True, eq=False)
-class Packed(ImageSource):
+class ArrayRecordSource(ImageSource):
     """Records of the shards in `folder`, decoded when they are asked for."""
 
     folder: Path
@@ -69,13 +69,13 @@ class Packed(ImageSource):
         return self.description
 
 
-def open_split(root: str, split: Split, validation: float, canvas: int, channels: int) -> Packed:
+def open_split(root: str, split: SplitName, validation: float, canvas: int, channels: int) -> ArrayRecordSource:
     """Opens one split of a pack; the held-out images are those of the folder that was packed.
 
     Raises `UserError` where this is no complete pack, or was packed for a smaller canvas.
     """
     folder = Path(root).expanduser()
-    pack = read_pack(folder)
+    pack = read_pack_info(folder)
     if canvas > pack["canvas"]:
         raise UserError(
             f"data.root={root} was packed for data.canvas={pack['canvas']}, and {canvas} asks for more;\n"
@@ -85,11 +85,11 @@ def open_split(root: str, split: Split, validation: float, canvas: int, channels
     names, files = tuple(pack["classes"]), read_names(folder, part)
     numbers = {name: label for label, name in enumerate(names)}
     labels = np.array([numbers.get(file.split("/")[0], -1) for file in files], np.int32)
-    shards = shards_of(folder, part, pack)
+    shards = list_shards(folder, part, pack)
     if (labels < 0).any() or sum(shard.take for shard in shards) != len(files):
         raise UserError(f"{folder / part}.json does not name the images of this pack; copy the pack again")
     rows = split_rows(split, labels, validation)
-    return Packed(
+    return ArrayRecordSource(
         (canvas, canvas, channels),
         names,
         labels[rows],
@@ -101,18 +101,18 @@ def open_split(root: str, split: Split, validation: float, canvas: int, channels
     )
 
 
-def read_pack(folder: Path) -> dict[str, Any]:
+def read_pack_info(folder: Path) -> dict[str, Any]:
     """Reads a pack's description. Raises `UserError` where there is none, or one of another version."""
     try:
-        pack = json.loads((folder / PACK).read_text())
+        pack = json.loads((folder / PACK_FILE).read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"data.root={folder} is no complete pack ({PACK}: {error}); make one of a folder of photos:\n"
+            f"data.root={folder} is no complete pack ({PACK_FILE}: {error}); make one of a folder of photos:\n"
             f"jepax pack PHOTOS {folder}"
         ) from error
     version = pack.get("version") if isinstance(pack, dict) else None
-    if version != VERSION:
-        raise UserError(f"data.root={folder} is a pack of version {version}; this jepax reads {VERSION}")
+    if version != PACK_VERSION:
+        raise UserError(f"data.root={folder} is a pack of version {version}; this jepax reads {PACK_VERSION}")
     try:
         shards = [shard for part in ("train", "val") for shard in pack["shards"][part]]
         numbers = [pack["canvas"], *(shard[name] for shard in shards for name in ("records", "bytes"))]
@@ -120,7 +120,7 @@ def read_pack(folder: Path) -> dict[str, Any]:
         if {type(x) for x in numbers} != {int} or {type(x) for x in texts} != {str}:
             raise TypeError("a number or a text has another type")
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / PACK} does not describe a pack ({error!r}); copy the pack again") from error
+        raise UserError(f"{folder / PACK_FILE} does not describe a pack ({error!r}); copy the pack again") from error
     return pack
 
 
@@ -133,16 +133,16 @@ def read_names(folder: Path, part: str) -> list[str]:
         raise UserError(f"{path} cannot be read ({error}); copy the pack again, or pack the folder again") from error
 
 
-def shard_name(part: str, number: int) -> str:
+def shard_filename(part: str, number: int) -> str:
     """Returns the name of a shard's file."""
     return f"{part}-{number:05d}.array_record"
 
 
-def shards_of(folder: Path, part: str, pack: dict[str, Any]) -> tuple[Shard, ...]:
+def list_shards(folder: Path, part: str, pack: dict[str, Any]) -> tuple[Shard, ...]:
     """Finds the shards of train or val. Raises `UserError` where one is missing or its size has changed."""
     found = []
     for number, record in enumerate(pack["shards"][part]):
-        path = folder / shard_name(part, number)
+        path = folder / shard_filename(part, number)
         size = path.stat().st_size if path.is_file() else None
         if size != record["bytes"]:
             has = "is missing" if size is None else f"has {size} bytes instead of {record['bytes']}"

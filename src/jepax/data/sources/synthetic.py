@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt8
 
-from jepax.data.sources import ImageExample, ImageSource, Split, split_rows
+from jepax.data.sources import ImageExample, ImageSource, SplitName, split_rows
 
-NAMES = ("circle", "ring", "square", "frame", "triangle", "cross", "bar", "crescent")
+SHAPE_NAMES = ("circle", "ring", "square", "frame", "triangle", "cross", "bar", "crescent")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Synthetic(ImageSource):
 
 
 def open_split(
-    split: Split,
+    split: SplitName,
     *,
     images: int,
     canvas_shape: tuple[int, int, int],
@@ -53,9 +53,9 @@ def open_split(
 ) -> Synthetic:
     """`images` counts the training pool; the test pool has a fifth of it. Classes are equally frequent."""
     pool = int(split == "test")
-    labels = np.arange(max(1, images // 5) if pool else images, dtype=np.int32) % len(NAMES)
+    labels = np.arange(max(1, images // 5) if pool else images, dtype=np.int32) % len(SHAPE_NAMES)
     rows = split_rows(split, labels, validation)
-    return Synthetic(canvas_shape, NAMES, labels[rows], seed, pool, rows, varied, len(labels))
+    return Synthetic(canvas_shape, SHAPE_NAMES, labels[rows], seed, pool, rows, varied, len(labels))
 
 
 def draw_shape(
@@ -70,16 +70,16 @@ def draw_shape(
     back = generator.integers(0, 256, channels)
     front = (back + generator.integers(80, 177, channels)) % 256  # differs from the background in every channel
     noise = generator.integers(-24, 25, (height, width, channels), dtype=np.int16)
-    inside = _inside(label, z.real.astype(np.float32), z.imag.astype(np.float32))[..., None]
+    inside = _is_inside_shape(label, z.real.astype(np.float32), z.imag.astype(np.float32))[..., None]
     return np.clip(np.where(inside, front, back).astype(np.int16) + noise, 0, 255).astype(np.uint8)
 
 
-def _inside(
+def _is_inside_shape(
     label: int, u: Float32[np.ndarray, "height width"], v: Float32[np.ndarray, "height width"]
 ) -> Bool[np.ndarray, "height width"]:
     """Marks the points of the shape in its own coordinates, where its radius is one."""
     far, round_ = np.maximum(abs(u), abs(v)), np.hypot(u, v)
-    match NAMES[label]:
+    match SHAPE_NAMES[label]:
         case "circle":
             return round_ < 0.9
         case "ring":

@@ -1,0 +1,40 @@
+"""What a benchmark's numbers depend on beside the code."""
+
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jepax
+from jepax.distributed.multihost import cores
+
+
+def describe_machine(*packages: str) -> dict[str, Any]:
+    """Commit, versions of ours and of `packages`, processor, cores, device, and the load before the run."""
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return {
+        "commit": git_commit(Path(jepax.__file__).parents[2]),
+        "versions": {package: version(package) for package in ("jax", "jaxlib", "equinox", "optax", *packages)}
+        | {"jepax": jepax.__version__, "python": platform.python_version()},
+        "cpu": name[1] if name else platform.processor(),
+        "cores": cores(),
+        "device": f"{jax.devices()[0]}, {jax.devices()[0].device_kind}",
+        "load_average": os.getloadavg(),
+    }
+
+
+def git_commit(source: Path) -> str | None:
+    """Of jepax's own sources; None where it is installed without them, or where there is no git."""
+    if not (source / ".git").exists():
+        return None
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=source, capture_output=True, text=True)
+    except OSError:
+        return None
+    return git.stdout.strip() or None

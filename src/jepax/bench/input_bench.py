@@ -1,0 +1,149 @@
+"""`jepax bench-data RECIPE`: pictures read per second and core, against Pillow and what the step asks for."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jepax.bench.environment import describe_machine
+from jepax.bench.step_bench import StepBenchmark
+from jepax.bench.timing import interleave
+from jepax.data import batches, open_source
+from jepax.data.decode import read_image
+from jepax.distributed.multihost import cores
+from jepax.data import pack
+from jepax.training import dry_run
+from jepax.training.config import Config
+
+NUM_PHOTOS, PHOTO_SIZE, JPEG_QUALITY = 256, (375, 500), 90
+"""Of the generated photos: how many, height and width (ImageNet's usual ones), JPEG's quality."""
+VIEW_SIZE = 224
+"""Of the view that Pillow's usual path ends in."""
+
+
+def measure_input(config: Config, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Images per second of each, on the recipe's own folder, or on generated photos where it has none."""
+    before = describe_machine()
+    with tempfile.TemporaryDirectory() as folder:
+        photos = sample_photos(config, Path(folder) / "photos")
+        data = replace(config.data, source="image_folder", root=str(photos), validation=0.0)
+        source = open_source(data, "train")
+        files = [source.folder / file for file in source.files]
+        say(f"{len(files)} photos, one core ...")
+        alone = time_one_core(files, data.canvas, rounds)
+        say("through the loader ...")
+        loaded = {}
+        for threads, workers in ((1, 0), (cores(), 0), (1, cores())):
+            loaded[f"{threads} threads, {workers} workers"] = loader_throughput(source, threads, workers)
+        pack.pack(photos, Path(folder) / "pack", pack.PackConfig(canvas_size=data.canvas), lambda _: None)
+        packed = open_source(replace(data, source="packed", root=f"{folder}/pack"), "train")
+        loaded["1 threads, 0 workers, packed"] = loader_throughput(packed, 1, 0)
+    say("the step ...")
+    steps = StepBenchmark(dry_run.make_setup(config, say)).steps(rounds)
+    return {
+        "what": f"{config.recipe}: reading {describe_photos(config)}",
+        "machine": before,
+        "files": len(files),
+        "one_core_images_per_s": alone,
+        "over_pillow": alone["ours"] / alone["pillow"],
+        "loader_images_per_s": loaded,
+        "loader_over_pillow": loaded["1 threads, 0 workers"] / alone["pillow"],
+        "step_images_per_s": steps["images_per_s"],
+    }
+
+
+def has_image_folder(config: Config) -> bool:
+    """Whether the recipe reads a folder that is given."""
+    return config.data.source == "image_folder" and config.data.root is not None
+
+
+def describe_photos(config: Config) -> str:
+    """What is read, in words."""
+    return "its photos" if has_image_folder(config) else f"generated photos of {PHOTO_SIZE[0]} x {PHOTO_SIZE[1]}"
+
+
+def sample_photos(config: Config, folder: Path) -> Path:
+    """A folder of a few photos: links to the recipe's own, evenly over its classes, or generated ones."""
+    if not has_image_folder(config):
+        return generate_photos(folder)
+    for part, split, count in (("train", "train", NUM_PHOTOS), ("val", "test", 2)):
+        source = open_source(replace(config.data, validation=0.0), split)
+        for number, row in enumerate(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)):
+            file = source.folder / source.files[row]
+            place = folder / part / "photo" / f"{number:04d}{file.suffix}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(file.absolute())
+    return folder
+
+
+def generate_photos(folder: Path) -> Path:
+    """A folder of JPEGs with as much detail as photos have: smooth shapes and some noise."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", NUM_PHOTOS), ("val", 2)):
+        (folder / split / "photo").mkdir(parents=True)
+        for number in range(count):
+            small = Image.fromarray(random.integers(0, 256, (12, 16, 3), np.uint8))
+            smooth = np.asarray(small.resize(PHOTO_SIZE[::-1], Image.Resampling.BICUBIC), np.int16)
+            noisy = np.clip(smooth + random.normal(0, 8, (*PHOTO_SIZE, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(folder / split / "photo" / f"{number:04d}.jpg", quality=JPEG_QUALITY)
+    return folder
+
+
+def time_one_core(files: list[Path], canvas: int, rounds: int) -> dict[str, float]:
+    """Images per second of one thread: decoded onto the canvas by us; decoded, cropped and resized by Pillow."""
+    random = np.random.default_rng(0)
+
+    def ours() -> None:
+        for file in files:
+            image = read_image(file, (canvas, canvas, 3))
+            np.zeros((canvas, canvas, 3), np.uint8)[: image.shape[0], : image.shape[1]] = image
+
+    def pillow() -> None:
+        for file in files:
+            with Image.open(file) as image:
+                pillow_transform(image.convert("RGB"), random)
+
+    times = interleave({"ours": ours, "pillow": pillow}, rounds)
+    return {name: len(files) / float(np.median(taken)) for name, taken in times.items()}
+
+
+def pillow_transform(image: Image.Image, random: np.random.Generator) -> np.ndarray:
+    """What loaders of photos do on the host: a random resized crop, a flip, and an array of floats."""
+    scale, ratio = random.uniform(0.3, 1.0), np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+    area = scale * image.width * image.height
+    width, height = min(round((area * ratio) ** 0.5), image.width), min(round((area / ratio) ** 0.5), image.height)
+    left, top = random.integers(0, image.width - width + 1), random.integers(0, image.height - height + 1)
+    view = image.resize((VIEW_SIZE, VIEW_SIZE), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    return np.asarray(view, np.float32) / 255
+
+
+def loader_throughput(source: Any, threads: int, workers: int, batch: int = 32, steps: int = 40) -> float:
+    """Images per second that come out of the loader, once it runs."""
+    warm = 4
+    reading = batches(source, batch_size=batch, steps=steps + warm, seed=0, threads=threads, workers=workers)
+    with closing(reading):
+        for _ in range(warm):
+            next(reading)
+        start = time.perf_counter()
+        for _ in reading:
+            pass
+        return steps * batch / (time.perf_counter() - start)
+
+
+def table_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of each row of the table."""
+    alone = found["one_core_images_per_s"]
+    rows = [
+        ("one core: ours, onto the canvas", f"{alone['ours']:,.0f} images/s"),
+        ("one core: Pillow, cropped and resized", f"{alone['pillow']:,.0f} images/s"),
+        ("ours over Pillow's", f"{found['over_pillow']:.2f}"),
+        ("one loader thread over Pillow's", f"{found['loader_over_pillow']:.2f}"),
+    ]
+    rows += [(f"loader: {name}", f"{value:,.0f} images/s") for name, value in found["loader_images_per_s"].items()]
+    return [*rows, ("the step takes", f"{found['step_images_per_s']:,.1f} images/s")]

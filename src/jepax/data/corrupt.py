@@ -1,0 +1,127 @@
+"""Reports corrupt examples: each file once, with an end to the run where there are too many."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from jepax.data.sources import CorruptExampleError, Source
+from jepax.io import atomic, events
+from jepax.types import UserError
+
+MAX_PRINTED = 10
+"""Files that are each printed; after them, every hundredth is."""
+MAX_SHOWN = 3
+"""Files that an error shows."""
+
+
+class CorruptLog:
+    """Lists a run's corrupt files: the `on_corrupt` of `jepax.data.batches`.
+
+    - `path`: the list (`corrupt_file`), one line {"file": ..., "why": ...} for each file. What an earlier part of the
+      run, or another process, has listed counts and is not listed again. None: no list on disk.
+    - `share`: fraction of the source's examples that may be corrupt.
+    - `print`: called with a line for each of the first files, and then for every hundredth.
+    """
+
+    def __init__(
+        self, source: Source, path: Path | None, share: float, print: Callable[[str], None] = warnings.warn
+    ) -> None:
+        self.source, self.path, self.share, self.print = source, path, share, print
+        self.why: dict[str, str] = {}
+        """Reason by file."""
+        if path is not None:
+            self.why = read_lists(path.parent) | _repair(path)
+
+    def __call__(self, rows: Int[np.ndarray, " replaced"]) -> None:
+        """Lists the files of these rows. Raises `UserError` where all together exceed the fraction."""
+        for row in map(int, rows):
+            if (file := self.source.display_name(row)) not in self.why:
+                self._add(file, _reason(self.source, row))
+        if len(self.why) > self.share * len(self.source):
+            raise UserError(self._too_many())
+
+    def _add(self, file: str, why: str) -> None:
+        self.why[file] = why
+        if self.path is not None:
+            atomic.append_text(self.path, _format_line(file, why))
+        count = len(self.why)
+        if count <= MAX_PRINTED or count % 100 == 0:
+            where = f", listed in {self.path}" if self.path is not None else ""
+            self.print(f"warning: {file} cannot be read ({why}) and is replaced; {count} so far{where}")
+
+    def _too_many(self) -> str:
+        where, delete = "", ""
+        if self.path is not None:
+            lists = describe_lists(self.path.parent)
+            where, delete = f"; all are listed in {lists}", f", and delete {lists}"
+        shown = "\n".join(f"{file}: {why}" for file, why in list(self.why.items())[-MAX_SHOWN:])
+        return (
+            f"data.broken_share={self.share} of {len(self.source)} examples may be corrupt, but {len(self.why)} are"
+            f"{where}:\n{shown}\n"
+            f"Repair or remove them{delete}; or raise data.broken_share."
+        )
+
+
+def default_on_corrupt(source: Source) -> Callable[[Int[np.ndarray, " replaced"]], None]:
+    """Warns of the first corrupt example."""
+    warned = False
+
+    def warn(rows: Int[np.ndarray, " replaced"]) -> None:
+        nonlocal warned
+        if not warned:
+            warned = True
+            name = source.display_name(int(rows[0]))
+            warnings.warn(f"{name} cannot be read and is replaced, as are others that cannot.", stacklevel=2)
+
+    return warn
+
+
+def _reason(source: Source, row: int) -> str:
+    """Reads the example again, and returns what that fails with, on one line."""
+    try:
+        source.load(row)
+    except CorruptExampleError as error:
+        cause = error.__cause__ or error
+        return " ".join(str(cause).split()) or type(cause).__name__
+    return "could be read when it was tried again"
+
+
+def corrupt_file(process: int = 0) -> str:
+    """Returns the name of a process's list in the run's folder."""
+    return f"corrupt_{process}.jsonl" if process else "corrupt.jsonl"
+
+
+def find_lists(run: Path) -> list[Path]:
+    """Returns the lists of all processes of a run, that of process 0 first."""
+    return sorted(run.glob("corrupt*.jsonl"))
+
+
+def describe_lists(run: Path) -> str:
+    """Returns where the lists are: one file, or a pattern."""
+    found = find_lists(run)
+    return str(found[0] if len(found) == 1 else run / "corrupt*.jsonl")
+
+
+def read_lists(run: Path) -> dict[str, str]:
+    """Returns the reason by file of all lists of a run."""
+    return {file: why for path in find_lists(run) for file, why in _read(path).items()}
+
+
+def _read(path: Path) -> dict[str, str]:
+    return {record["file"]: record["why"] for record in events.read_jsonl(path) if {"file", "why"} <= set(record)}
+
+
+def _repair(path: Path) -> dict[str, str]:
+    """Returns the list's entries, and drops the lines that a crash corrupted from the file."""
+    entries = _read(path)
+    if path.exists() and path.read_text(errors="replace") != "".join(_format_line(*entry) for entry in entries.items()):
+        events.rewrite_jsonl(path, ({"file": file, "why": why} for file, why in entries.items()))
+    return entries
+
+
+def _format_line(file: str, why: str) -> str:
+    return json.dumps({"file": file, "why": why}) + "\n"

@@ -1,0 +1,1 @@
+"""Weights that leave a run: safetensors and Hugging Face folders."""

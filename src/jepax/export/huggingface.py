@@ -1,0 +1,182 @@
+"""The words of a Hugging Face I-JEPA folder, config.json and preprocessor_config.json, to our configs and back.
+
+Source of the keys: transformers, models/ijepa/configuration_ijepa.py and models/bit/image_processing_bit.py. The
+latter's processor does what our `centre_crop` does; the one that transformers names for I-JEPA squeezes the picture.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jepax
+from jepax.io import config_yaml as configs
+from jepax.io.safe_load import printable, read_json
+from jepax.nn import ViTConfig
+from jepax.nn.kernels import EPSILON
+from jepax.nn.pos_embed import sincos_2d
+from jepax.nn.transformer import Remat
+from jepax.types import UserError
+from jepax.views import CropConfig
+
+CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
+SIZE_KEYS = (
+    "patch_size",
+    "num_channels",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+)
+FIXED_CONFIG = {"model_type": "ijepa", "hidden_act": "gelu", "qkv_bias": True, "layer_norm_eps": EPSILON}
+"""What our `ViT` is, and other folders must be."""
+PIXEL_CONFIG = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+MAX_SIZE = 2**16
+"""Of any size in config.json. What its tensors really have is for their reader to compare."""
+PILLOW_RESAMPLE_IDS = {"bilinear": 2, "bicubic": 3}
+"""Pillow's numbers of our filters."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What our config.json says under "jepax": where the encoder is from, and what transformers has no words for."""
+
+    recipe: str
+    step: int
+    encoder: str
+    """Its name in the method: target or context."""
+    crop: CropConfig
+    init_std: float | None
+    scan: bool
+    remat: Remat
+    fast: bool = True
+    version: str = jepax.__version__
+
+
+def write_hf_config(folder: Path, encoder: ViTConfig, crop: CropConfig, *, recipe: str, step: int, name: str) -> None:
+    """Both files, of an encoder that its method calls `name`. Raises `UserError` where the view is not square."""
+    if crop.size[0] != crop.size[1]:
+        raise UserError(f"crop.size={crop.size} is not square, as a Hugging Face I-JEPA folder wants its views")
+    hidden = round(encoder.width * encoder.mlp_ratio)
+    sides = (encoder.patch_size, encoder.channels, encoder.width, encoder.depth, encoder.heads, hidden)
+    sizes = {"image_size": crop.size[0], **dict(zip(SIZE_KEYS, sides, strict=True))}
+    origin = Provenance(recipe, step, name, crop, encoder.init_std, encoder.scan, encoder.remat, encoder.fast)
+    config = {"architectures": ["IJepaModel"], **FIXED_CONFIG, **sizes, "jepax": configs.to_dict(origin)}
+    _write_json(folder / CONFIG_FILE, config)
+    _write_json(folder / PREPROCESSOR_FILE, _preprocessor_config(crop))
+
+
+def _preprocessor_config(crop: CropConfig) -> dict[str, Any]:
+    """`centre_crop` in transformers' words: resized so that the shorter side is `shortest_edge`, the centre cut."""
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": len(crop.mean) == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": round(crop.size[0] * crop.centre_resize)},
+        "resample": PILLOW_RESAMPLE_IDS[crop.filter],
+        "do_center_crop": True,
+        "crop_size": {"height": crop.size[0], "width": crop.size[1]},
+        **PIXEL_CONFIG,
+        "image_mean": list(crop.mean),
+        "image_std": list(crop.std),
+    }
+
+
+def load_hf_config(folder: Path) -> tuple[ViTConfig, CropConfig]:
+    """The encoder's config and its views' crop: our own word where config.json holds it, else `_crop`'s.
+
+    Raises `UserError` naming file, key and value of what is missing, and of what is not our `ViT`.
+    """
+    path = folder / CONFIG_FILE
+    values = read_json(path)
+    _check_values(path, values, FIXED_CONFIG)
+    patch, channels, width, depth, heads, hidden = (_read_size(path, values, key) for key in SIZE_KEYS)
+    side, execution = _read_size(path, values, "image_size"), {}
+    with _with_path_in_error(path):
+        if "jepax" in values:
+            own = configs.from_dict(Provenance, values["jepax"], f"{path}: jepax")
+            crop = own.crop
+            execution = {name: getattr(own, name) for name in ("init_std", "scan", "remat", "fast")}
+        else:
+            crop = _read_crop_config(folder / PREPROCESSOR_FILE, side)
+        config = ViTConfig(patch, channels, width, depth, heads, hidden / width, **execution)
+        config.grid(crop.size), sincos_2d((1, 1), config.width)  # refuse sizes that have no such positions
+    if crop.size != (side, side):
+        raise UserError(f"{path}: image_size={side}, but jepax.crop.size={crop.size}; make them equal")
+    if len(crop.mean) != channels:
+        raise UserError(
+            f"{path}: num_channels={channels}, but the pixels' mean is {crop.mean};\n"
+            f"give image_mean and image_std of {channels} in {folder / PREPROCESSOR_FILE}"
+        )
+    return config, crop
+
+
+@contextlib.contextmanager
+def _with_path_in_error(path: Path) -> Iterator[None]:
+    """Puts the file before the message of a `UserError` that names no such file."""
+    try:
+        yield
+    except UserError as error:
+        if path.name in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from error
+
+
+def _read_crop_config(path: Path, side: int) -> CropConfig:
+    """`CropConfig`'s defaults at this size, with the mean, std and filter of a preprocessor_config.json, if it exists.
+
+    The public folders' is not what their encoders were trained with: it says 0.5 throughout, transformers' default,
+    where I-JEPA's src/transforms.py says ImageNet's. It is taken at its word, with a warning.
+    """
+    crop = CropConfig(size=(side, side))
+    if not path.exists():
+        return crop
+    values = read_json(path)
+    _check_values(path, PIXEL_CONFIG | values, PIXEL_CONFIG)
+    filters = {number: name for name, number in PILLOW_RESAMPLE_IDS.items()}
+    if (number := values.get("resample", PILLOW_RESAMPLE_IDS[crop.filter])) not in filters:
+        raise UserError(f"{path}: resample={printable(number)} is neither 2 (bilinear) nor 3 (bicubic)")
+    told = {ours: values[f"image_{ours}"] for ours in ("mean", "std") if f"image_{ours}" in values}
+    told = {key: configs.convert(tuple[float, ...], told[key], f"image_{key}", str(path)) for key in told}
+    if len(told.get("mean", ())) == 3 and (told["mean"] != crop.mean or told.get("std", crop.std) != crop.std):
+        warnings.warn(
+            f"{path}: image_mean={told['mean']} is taken, and not ImageNet's mean, which the public I-JEPA was trained"
+            " with though its folders say 0.5; remove the file to take ImageNet's",
+            stacklevel=4,
+        )
+    with _with_path_in_error(path):
+        return dataclasses.replace(crop, filter=filters[number], **told)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _check_values(path: Path, values: dict[str, Any], fixed: dict[str, Any]) -> None:
+    """Raises `UserError` at the first key that has not the value of `fixed`, numbers to a millionth of it."""
+    for key, needed in fixed.items():
+        value = values.get(key, "absent")
+        near = isinstance(needed, float) and isinstance(value, float) and math.isclose(value, needed, rel_tol=1e-6)
+        if not near and (value != needed or type(value) is not type(needed)):
+            raise UserError(
+                f"{path}: {key}={printable(value)} is not supported; jepax reads encoders with {key}={needed} alone"
+            )
+
+
+def _read_size(path: Path, values: dict[str, Any], key: str) -> int:
+    """A size of at least 1; a square one may be written as two equal sides."""
+    value = values.get(key)
+    if isinstance(value, list) and len(value) == 2:
+        if value[0] != value[1]:
+            raise UserError(f"{path}: {key}={printable(value)} is not square; jepax reads square ones alone")
+        value = value[0]
+    if value is None:
+        raise UserError(f"{path}: {key} is missing; fetch or export it again")
+    if not 1 <= configs.convert(int, value, key, str(path)) <= MAX_SIZE:
+        raise UserError(f"{path}: {key}={value} must be at least 1 and at most {MAX_SIZE}")
+    return value

@@ -1,0 +1,93 @@
+"""What a function costs, read off its jaxpr: nothing is computed, so the shapes may be of any size."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jaxtyping import PyTree
+
+from jepax.nn.transformer import BlockStack
+
+T = TypeVar("T")
+
+
+def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """Floating-point operations of the matrix products and convolutions in `function(*arguments)`.
+
+    A multiply and an add count as two; a scan counts its length times, a `cond` its dearest branch, a `while` once.
+    Networks among the arguments are counted in their `plain_form`; rematerialized work of other functions counts as
+    often as it is done. Arguments may be abstract shapes.
+    """
+    return _count_jaxpr(eqx.filter_make_jaxpr(function)(*plain_form(arguments))[0].jaxpr)
+
+
+def plain_form(tree: T) -> T:
+    """The tree with every stack of blocks in plain JAX and without rematerialization.
+
+    FLOPs are counted in this form: a fused kernel hides its products from the count, and utilization is about the work
+    that a step needs, without what is computed again to save memory.
+    """
+
+    def plain(node: Any) -> Any:
+        return replace(node, fast=False, remat="none") if isinstance(node, BlockStack) else node
+
+    return jax.tree.map(plain, tree, is_leaf=lambda node: isinstance(node, BlockStack))
+
+
+def _count_jaxpr(jaxpr: Jaxpr) -> float:
+    return sum(map(_count_equation, jaxpr.eqns), start=0.0)
+
+
+def _count_equation(equation: JaxprEqn) -> float:
+    inner = [_count_jaxpr(jaxpr) for jaxpr in _sub_jaxprs(equation.params)]
+    match equation.primitive.name:
+        case "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            return 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+        case "conv_general_dilated":
+            kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+            outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+            return 2.0 * math.prod(out) * math.prod(kernel) / outputs
+        case "scan":
+            return float(equation.params["length"] * sum(inner))
+        case "cond":
+            return max(inner)
+    return sum(inner, start=0.0)
+
+
+def _sub_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    """Every jaxpr among an equation's parameters: bodies of loops, branches, called functions."""
+    for value in params.values():
+        for member in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(member, (ClosedJaxpr, Jaxpr)):
+                yield member.jaxpr if isinstance(member, ClosedJaxpr) else member
+
+
+def residual_bytes(function: Callable[..., Any], params: PyTree, *rest: Any) -> int:
+    """Bytes that the forward pass of `function(params, *rest)` keeps for its gradient by `params`.
+
+    What the function was given is left out: it is there anyway. Rematerialisation is taken into account; the
+    compiler's working space, and what it manages to save by fusing, are not.
+    """
+
+    def residuals(params: PyTree, *rest: Any) -> list[Any]:
+        return jax.tree.leaves(jax.vjp(lambda p: function(p, *rest), params)[1])
+
+    jaxpr = eqx.filter_make_jaxpr(residuals)(params, *rest)[0].jaxpr
+    given = {id(variable) for variable in (*jaxpr.invars, *jaxpr.constvars)}
+    kept = {id(v): v.aval for v in jaxpr.outvars if not isinstance(v, Literal) and id(v) not in given}
+    return sum(map(_array_bytes, kept.values()))
+
+
+def tree_bytes(tree: PyTree) -> int:
+    """Bytes of the tree's arrays, also of abstract ones."""
+    return sum(_array_bytes(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
+
+
+def _array_bytes(array: Any) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize

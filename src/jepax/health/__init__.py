@@ -1,0 +1,1 @@
+"""Health of a run: collapse metrics, the watchdog, alerts."""

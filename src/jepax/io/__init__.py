@@ -1,0 +1,1 @@
+"""Files of a run: checkpoints, config, logs, events, locks."""

@@ -1,0 +1,247 @@
+"""Checkpoints: Orbax writes the arrays; a manifest of sha256 sums, written last, proves that they are complete.
+
+A checkpoint is written to STEP.part and renamed to STEP when its manifest is on the disk. So STEP.part was never
+finished, and a STEP that differs from its manifest was corrupted later.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from jaxtyping import PyTree
+
+from jepax.distributed import multihost
+from jepax.io import atomic, checksums
+from jepax.types import UserError
+
+T = TypeVar("T")
+ARRAYS_DIR, METADATA_FILE = "arrays", "metadata.json"
+PARTIAL_SUFFIX, CORRUPT = ".part", ".corrupt"
+MAX_ERROR_CHARS = 240
+ALL_ARRAYS = ("",)
+"""Prefix of every array's name."""
+
+
+def save_async(
+    folder: Path,
+    step: int,
+    tree: object,
+    metadata: dict[str, Any] | None = None,
+    *,
+    before_commit: Callable[[], None] = lambda: None,
+    after_commit: Callable[[], None] = lambda: None,
+) -> Future[Path]:
+    """Starts to write `folder`/STEP on a thread. The tree may be donated, or changed, once this returns.
+
+    Every process of a run calls it; the main process commits, and calls `before_commit` and `after_commit`, on the
+    thread. `metadata`: JSON, saved with the arrays. Raises, here or as the future's exception, `UserError` where the
+    checkpoint could not be written (nothing of it remains), `PeerLostError` where another process is gone.
+    """
+    path = step_dir(folder, step).absolute()
+    part, forms, future = path.with_name(path.name + PARTIAL_SUFFIX), _array_signatures(tree), Future()
+
+    # Orbax copies the arrays to the host here, in the caller's thread, and writes them in its own.
+    with _cleaned_up_on_error(path, part):
+        if multihost.is_main_process():
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        multihost.all_gather_str("")  # the folder exists from here on
+        context = ocp.Context()
+        context.array.saving.use_compression = False  # weights shrink by a tenth only
+        with context:
+            response = ocp.save_async(part / ARRAYS_DIR, named_arrays(tree))
+
+    def finish() -> None:
+        try:
+            with _cleaned_up_on_error(path, part):
+                response.result()
+                if multihost.is_main_process():
+                    before_commit()
+                    (part / METADATA_FILE).write_text(json.dumps(metadata or {}) + "\n")
+                    checksums.write_manifest(part, {"step": step, "arrays": forms})
+                    _commit(part, path)
+                    after_commit()
+            future.set_result(path)
+        except BaseException as error:  # of any type: `future.result()` raises it
+            future.set_exception(error)
+
+    threading.Thread(target=finish, name=f"checkpoint {step}", daemon=True).start()
+    return future
+
+
+def save(folder: Path, step: int, tree: object, metadata: dict[str, Any] | None = None) -> Path:
+    """Writes `folder`/STEP, waits for it, and returns its path."""
+    return save_async(folder, step, tree, metadata).result()
+
+
+def _commit(part: Path, path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+    part.rename(path)
+    atomic.fsync(path.parent)
+
+
+@contextmanager
+def _cleaned_up_on_error(path: Path, part: Path) -> Iterator[None]:
+    try:
+        with multihost.translate_peer_errors():
+            yield
+    except multihost.PeerLostError:
+        raise
+    except Exception as error:
+        _remove_partial(part)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if len(reason) > MAX_ERROR_CHARS:
+            reason = (
+                f"{reason[: MAX_ERROR_CHARS // 3]} ... {reason[-2 * MAX_ERROR_CHARS // 3 :]}"  # the cause is at its end
+            )
+        raise UserError(
+            f"checkpoint {path} could not be written: {reason};\n"
+            "the ones before it are unchanged: fix the cause and rerun"
+        ) from error
+
+
+def _remove_partial(folder: Path) -> None:
+    """Removes a failed save. Threads of it that still run may create it again: it has to be gone three times."""
+    gone = 0
+    for _ in range(30):
+        shutil.rmtree(folder, ignore_errors=True)
+        gone = 0 if folder.exists() else gone + 1
+        if gone == 3:
+            return
+        time.sleep(0.1)
+
+
+def restore(folder: Path, step: int, like: T, *, check: bool = True, only: tuple[str, ...] = ALL_ARRAYS) -> T:
+    """Returns `like`, which may be `to_shape_structs`, with the arrays of `step`, on the devices of `like`'s.
+
+    `only`: prefixes of the names of the arrays that are read; the others are None. A large tree is best given as
+    shapes, or its arrays and the checkpoint's are in memory together. Raises `UserError` where a file differs from the
+    manifest, or where the names or shapes of arrays, read or not, are not `like`'s.
+    """
+    path = step_dir(folder, step).absolute()
+    if check and (problems := verify(folder, step)):
+        raise UserError(
+            f"checkpoint {path} is corrupt: {problems[0]} ({len(problems)} such files);\n"
+            f"there are {', '.join(map(str, list_steps(folder)))}: --step takes another"
+        )
+    _check_same_model(path, checksums.read_content(path)["arrays"], _array_signatures(like))
+    arrays, rest = eqx.partition(to_shape_structs(like), _is_array)
+    names = named_arrays(arrays)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        loaded = ocp.load(path / ARRAYS_DIR, {name: x for name, x in names.items() if name.startswith(only)})
+    restored = jax.tree.unflatten(jax.tree.structure(arrays), [loaded.get(name) for name in names])
+    return eqx.combine(restored, rest)
+
+
+def _check_same_model(path: Path, saved: dict[str, str], expected: dict[str, str]) -> None:
+    if different := sorted(name for name in saved | expected if saved.get(name) != expected.get(name)):
+        name = different[0]
+        raise UserError(
+            f"checkpoint {path} is of another model than this config builds, {len(different)} arrays differ:\n"
+            f"{name} is {saved.get(name, 'absent')} there and {expected.get(name, 'absent')} here"
+        )
+
+
+def step_dir(folder: Path, step: int) -> Path:
+    """Returns the checkpoint's folder."""
+    return folder / f"{step:08d}"
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Returns the steps, ascending, of finished checkpoints, valid or not."""
+    return sorted(int(entry.name) for entry in _list_dir(folder) if entry.name.isdecimal() and entry.is_dir())
+
+
+def partial_checkpoints(folder: Path) -> list[Path]:
+    """Returns the folders of checkpoints that were never finished."""
+    return sorted(Path(entry.path) for entry in _list_dir(folder) if entry.name.endswith(PARTIAL_SUFFIX))
+
+
+def _list_dir(folder: Path) -> list[os.DirEntry]:
+    """Lists the folder. One that cannot be read is an error, or training would start from scratch."""
+    try:
+        return list(os.scandir(folder))
+    except FileNotFoundError:
+        return []
+
+
+def verify(folder: Path, step: int) -> list[str]:
+    """Lists what is wrong with a checkpoint; an empty list if it is what was written."""
+    return checksums.verify(step_dir(folder, step))
+
+
+def metadata(folder: Path, step: int) -> dict[str, Any]:
+    """Returns what was saved with the arrays."""
+    return json.loads((step_dir(folder, step) / METADATA_FILE).read_text())
+
+
+def latest_valid(folder: Path) -> tuple[int | None, dict[int, list[str]]]:
+    """Returns the newest valid checkpoint's step, and what is wrong with newer ones. Changes nothing.
+
+    Raises `UserError` where there are checkpoints and none is valid.
+    """
+    corrupt: dict[int, list[str]] = {}
+    for step in reversed(list_steps(folder)):
+        if not (problems := verify(folder, step)):
+            return step, corrupt
+        corrupt[step] = problems
+    if corrupt:
+        step, names = max(corrupt), ", ".join(f"{step:08d}" for step in corrupt)
+        raise UserError(
+            f"no checkpoint in {folder} is valid, corrupt are {names}; of {step:08d}: {corrupt[step][0]}\n"
+            "nothing was removed or trained: bring back a valid copy, or start again in another --run-dir"
+        )
+    return None, {}
+
+
+def quarantine(folder: Path, corrupt: Iterable[int]) -> None:
+    """Renames corrupt checkpoints to STEP.corrupt, so that they are neither read nor counted; removes nothing."""
+    for path in (step_dir(folder, step) for step in corrupt):
+        targets = (path.with_name(f"{path.name}{CORRUPT}{number}") for number in ("", *range(2, 1000)))
+        path.rename(next(target for target in targets if not target.exists()))
+
+
+def to_shape_structs(tree: PyTree) -> PyTree:
+    """Replaces each array by its shape, type and sharding: what `restore` needs, without the memory."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if eqx.is_array(x) else x, tree
+    )
+
+
+def named_arrays(tree: object) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
+    """Returns the tree's arrays, or their shapes, by names such as `method.encoder.norm.weight`."""
+    found = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, _is_array))
+    return {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in found}
+
+
+def _is_array(x: object) -> bool:
+    return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
+
+
+def _array_signatures(tree: object) -> dict[str, str]:
+    """Returns type and shape of each named array, such as `float32[192,576]`."""
+    return {name: f"{leaf.dtype}{list(leaf.shape)}".replace(" ", "") for name, leaf in named_arrays(tree).items()}
+
+
+def state_digest(tree: object) -> str:
+    """Returns the sha256 of names, types, shapes and bytes of all arrays; this process must be able to read them."""
+    total = hashlib.sha256()
+    for (name, form), array in zip(_array_signatures(tree).items(), named_arrays(tree).values(), strict=True):
+        total.update(f"{name} {form}\n".encode())
+        total.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+    return total.hexdigest()

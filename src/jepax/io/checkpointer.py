@@ -1,0 +1,140 @@
+"""Decides when a run saves and which checkpoints it keeps; one at a time is written while training goes on.
+
+Orbax's own manager is not used for this: it renames a checkpoint to its final name before our manifest can be written,
+so a kill in between would leave a checkpoint that counts as corrupt, and its `save` may skip a step silently.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jepax.distributed import multihost
+from jepax.io import atomic, checkpoint
+from jepax.types import UserError
+
+METRICS_KEY = "score"
+"""Key of a checkpoint's metadata: the metric, by its name, that the best checkpoint is kept by."""
+SLOW_SAVE_WARNING_S = 1.0
+"""Seconds that a save waits for the one before it until it prints a warning."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written, and how many are kept; the last step's is always written."""
+
+    every: int = 2000
+    """Steps between checkpoints."""
+    minutes: float | None = 15.0
+    """Minutes after which one is written whatever the step; None: by steps only."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    keep_each: int | None = None
+    """Checkpoints of steps that are multiples of this are kept for ever."""
+    best: Literal["probe_top1", "knn_top1"] | None = None
+    """Score of the online evaluation: the checkpoint with the highest is written, and kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "minutes", "keep", "keep_each"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"train.save.{name}={value} must be above 0")
+
+
+class CheckpointManager:
+    """Writes a run's checkpoints while training goes on. None is skipped, and none fails silently."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig, print: Callable[[str], None], logs: Sequence[Path] = ()):
+        """`logs`: files that must be on the disk up to a step before a checkpoint of that step is."""
+        self.folder, self.config, self.print, self.logs = folder, config, print, logs
+        self._pending: futures.Future[Path] | None = None
+        self._last_save, self._saved_step = time.monotonic(), -1
+
+    def __enter__(self) -> "CheckpointManager":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits for the pending checkpoint; its error does not hide another one."""
+        try:
+            self.wait()
+        except (UserError, multihost.PeerLostError) as error:
+            if kind is None:
+                raise
+            self.print(f"warning: {error}")
+
+    def should_save(self, step: int) -> bool:
+        """True if the state after `step` steps is to be saved, by the step's number.
+
+        Raises `UserError` where a checkpoint could not be written.
+        """
+        if self._pending is not None and self._pending.done():
+            self.wait()
+        period = self.config.keep_each
+        return step % self.config.every == 0 or (period is not None and step % period == 0)
+
+    def timer_expired(self) -> bool:
+        """True if it is time to save by the clock, which then starts again."""
+        now, minutes = time.monotonic(), self.config.minutes
+        if minutes is None or now - self._last_save <= 60 * minutes:
+            return False
+        self._last_save = now
+        return True
+
+    def save(self, step: int, state: object, metadata: dict[str, Any]) -> None:
+        """Starts to write the state after `step` steps, once the checkpoint before it is on the disk.
+
+        Raises `UserError` where one could not be written.
+        """
+        if step == self._saved_step:
+            return
+        self.wait(f"step {step}: the checkpoint waits for the one before it; the disk is slower than train.save.every")
+        self._pending = checkpoint.save_async(
+            self.folder, step, state, metadata, before_commit=self.fsync_logs, after_commit=self.garbage_collect
+        )
+        self._last_save, self._saved_step = time.monotonic(), step
+
+    def wait(self, warning: str = "") -> None:
+        """Waits for the pending checkpoint. Raises `UserError` where it could not be written."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        futures.wait([pending], SLOW_SAVE_WARNING_S)
+        if warning and not pending.done():
+            self.print(warning)
+        pending.result()
+
+    def fsync_logs(self) -> None:
+        """Flushes the logs to the disk: a saved step is not taken again, nor is it logged again."""
+        for path in self.logs:
+            atomic.fsync(path)
+
+    def garbage_collect(self) -> None:
+        """Removes the checkpoints that the policy does not keep, and those that were never finished."""
+        # Each is renamed to STEP.part first: a removal that a crash cuts off leaves no corrupt checkpoint.
+        steps = checkpoint.list_steps(self.folder)
+        for step in set(steps) - steps_to_keep(self.folder, steps, self.config):
+            path = checkpoint.step_dir(self.folder, step)
+            with suppress(OSError):  # one too many stays
+                path.rename(path.with_name(path.name + checkpoint.PARTIAL_SUFFIX))
+        for path in checkpoint.partial_checkpoints(self.folder):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def steps_to_keep(folder: Path, steps: list[int], config: CheckpointConfig) -> set[int]:
+    """Returns those of `steps` that are the newest, the periodic ones, and the best."""
+    newest = steps[-config.keep :]
+    periodic = [step for step in steps if config.keep_each and step % config.keep_each == 0]
+    scores = {step: score for step in steps if config.best and (score := _score(folder, step, config.best)) is not None}
+    best = sorted(scores, key=lambda step: (scores[step], step))[-1:]
+    return {*newest, *periodic, *best}
+
+
+def _score(folder: Path, step: int, name: str) -> float | None:
+    try:
+        return checkpoint.metadata(folder, step).get(METRICS_KEY, {}).get(name)
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -1,0 +1,69 @@
+"""The schedule of a teacher's momentum, and its move."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jepax import schedules
+from jepax.trees import EMA, cast, global_norm
+from jepax.types import Metrics, UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """How slowly a teacher follows: average <- momentum * average + (1 - momentum) * online."""
+
+    start: float = 0.996
+    """Momentum of the first step."""
+    final: float = 1.0
+    """Momentum that the last step reaches."""
+    shape: schedules.ScheduleShape = "linear"
+    """Path from start to final; constant stays at start."""
+    horizon: float = 1.0
+    """Steps that the path takes, over the run's steps."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type that the teacher is kept in. In bfloat16 it stalls, since its moves are below that type's epsilon."""
+
+    def __post_init__(self) -> None:
+        for name in ("start", "final"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UserError(f"method.momentum.{name}={getattr(self, name)} is not in [0, 1]")
+        if self.horizon <= 0:
+            raise UserError(f"method.momentum.horizon={self.horizon} must be above 0; 1.0 is the run's length")
+
+    def at(self, step: Int[Array, ""] | int, total_steps: int) -> Float[Array, ""]:
+        """Momentum applied after the update of `step`, counted from 0, in a run of `total_steps`."""
+        total = max(round(self.horizon * total_steps), 1)
+        return schedules.ramp(self.shape, step, start=self.start, final=self.final, total=total)
+
+
+def init_ema(online: T, precision: str = "float32") -> EMA[T]:
+    """A teacher that starts equal; a copy, since buffers are donated to the step, and one cannot be donated twice."""
+    return EMA(cast(jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, online), precision))
+
+
+def ema_update(teacher: EMA[T], online: T, momentum: Float[Array, ""]) -> tuple[EMA[T], Metrics]:
+    """The teacher moved towards the online module, and what is logged of the move.
+
+    - teacher_distance: |online - teacher| / |online| over all parameters, before the move;
+    - ema_step_norm: |moved - teacher|, which should be ema_step_expected = (1 - momentum) |online - teacher|.
+    """
+    moved = teacher.towards(online, momentum)
+    distance = global_norm(_subtract_float32(online, teacher.average))
+    return moved, {
+        "momentum": momentum,
+        "teacher_distance": distance / global_norm(online),
+        "ema_step_norm": global_norm(_subtract_float32(moved.average, teacher.average)),
+        "ema_step_expected": (1 - momentum) * distance,
+    }
+
+
+def _subtract_float32(a: T, b: T) -> T:
+    """a - b over floating-point arrays, in float32."""
+    return jax.tree.map(jnp.subtract, *(cast(eqx.filter(tree, eqx.is_inexact_array), jnp.float32) for tree in (a, b)))

@@ -1,0 +1,37 @@
+"""Distances between predicted and target embeddings."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+
+def smooth_l1(
+    prediction: Float[Array, "*shape"], target: Float[Array, "*shape"], beta: float = 1.0
+) -> Float[Array, "*shape"]:
+    """|d|^2 / (2 beta) where |d| < beta, else |d| - beta / 2, with d = prediction - target; elementwise.
+
+    Its gradient is clipped to [-1, 1]. Scale: per element, so that the mean does not depend on any width.
+    Source: Girshick 2015; the loss of the released I-JEPA code, with beta 1 (its paper says squared error).
+    """
+    distance = jnp.abs(prediction - target)
+    return jnp.where(distance < beta, 0.5 * jnp.square(distance) / beta, distance - 0.5 * beta)
+
+
+def squared_error(prediction: Float[Array, "*shape"], target: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """(prediction - target)^2, elementwise. Source: Assran et al. 2023, section 3 (there summed over dimensions)."""
+    return jnp.square(prediction - target)
+
+
+def masked_mean(values: Float[Array, "*shape dim"], valid: Bool[Array, "*shape"]) -> Float[Array, ""]:
+    """Mean over every element of the valid tokens of the global batch."""
+    weights = valid[..., None].astype(values.dtype)
+    return jnp.sum(values * weights) / (jnp.sum(weights) * values.shape[-1])
+
+
+def explained_fraction(loss: Float[Array, ""], of_the_mean: Float[Array, ""]) -> Float[Array, ""]:
+    """1 - loss / the loss of predicting the mean over the batch: 1 is perfect, 0 no better than that mean.
+
+    0 as well where nothing is left to explain, as at total collapse. For the log alone: no gradient.
+    """
+    share = 1 - loss / jnp.where(of_the_mean > 0, of_the_mean, 1)
+    return lax.stop_gradient(jnp.where(of_the_mean > 0, share, 0))

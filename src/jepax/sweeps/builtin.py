@@ -1,0 +1,92 @@
+"""The grids that come with the library, on Fashion-MNIST for CPUs."""
+
+from jepax.sweeps.base import Sweep, Variant, sweep
+
+SHARED_OVERRIDES = ("--train.epochs", "2", "--optim.warmup-epochs", "0.2", "--optim.peak-lr", "3e-3")
+"""Two passes and one learning rate."""
+
+
+def ijepa_variant(name: str, *overrides: str) -> Variant:
+    """I-JEPA with the demo's encoder, predictor and masks."""
+    return Variant(name, "ijepa_fashion_mnist", overrides)
+
+
+def dense(name: str, *overrides: str) -> Variant:
+    """The same, predicting several layers or the context too."""
+    return Variant(name, "ijepa_fashion_mnist_multilayer", overrides)
+
+
+def no_teacher(name: str, regularizer: str, weight: str, *overrides: str) -> Variant:
+    """The same, the encoder embedding its own targets, gradient stopped; a regularizer of the context's embedding."""
+    chosen = ("--method.regulariser.kind", regularizer, "--method.regulariser.weight", weight)
+    return Variant(name, "ijepa_fashion_mnist_no_teacher", (*chosen, *overrides))
+
+
+def multiview_variant(name: str, recipe: str, *overrides: str) -> Variant:
+    """Two views of each image, the same encoder, projector 512-64."""
+    return Variant(name, recipe, overrides)
+
+
+GRADIENT_TO_TARGETS = (
+    *("--method.stop-gradient", "False", "--method.regularize-on", "targets"),
+    *("--method.target-norm", "none", "--method.loss", "l2"),
+)
+"""The gradient flows into the targets too, so that only the regularizer prevents collapse."""
+
+
+@sweep
+def family_fashion_mnist() -> Sweep:
+    """{masked prediction, two views} x {EMA teacher, SIGReg, RDMReg, VICReg, VISReg}, and three more of I-JEPA.
+
+    The weights of the regularisers in I-JEPA were chosen on validation, the other methods' are those of their papers or
+    public code. Both teachers' momentum goes from 0.99 to 1 in a line.
+    """
+    return Sweep(
+        name="family_fashion_mnist",
+        about="two passes over 54,000 pictures; encoder, optimiser, learning rate, batch and probes are the same",
+        shared=SHARED_OVERRIDES,
+        rows=(
+            ijepa_variant("masked+ema", "--method.regulariser.kind", "none"),
+            no_teacher("masked+sigreg", "sigreg", "5e-4"),
+            no_teacher("masked+rdmreg", "rdmreg", "0.05"),
+            no_teacher("masked+vicreg", "vicreg", "2e-4"),
+            no_teacher("masked+visreg", "visreg", "0.01"),
+            no_teacher("masked+neither", "none", "0"),
+            no_teacher("masked+sigreg+gradient", "sigreg", "0.02", *GRADIENT_TO_TARGETS),
+            ijepa_variant("masked+ema+vicreg"),
+            multiview_variant("views+ema", "byol_fashion_mnist", "--method.momentum.shape", "linear"),
+            multiview_variant("views+sigreg", "lejepa_fashion_mnist"),
+            multiview_variant("views+rdmreg", "rectified_lpjepa_fashion_mnist"),
+            multiview_variant("views+vicreg", "vicreg_fashion_mnist"),
+            multiview_variant("views+visreg", "visreg_fashion_mnist"),
+        ),
+    )
+
+
+@sweep
+def ablations_fashion_mnist() -> Sweep:
+    """Open questions about I-JEPA: EMA schedules, losses, placement of norms, clipping, layers."""
+    return Sweep(
+        name="ablations_fashion_mnist",
+        about="two passes over 54,000 pictures; the other rows each change the first in what their names say",
+        shared=SHARED_OVERRIDES,
+        rows=(
+            ijepa_variant("as_it_is"),
+            ijepa_variant("momentum_0.99_constant", "--method.momentum.shape", "constant"),
+            ijepa_variant("momentum_0.99_cosine", "--method.momentum.shape", "cosine"),
+            ijepa_variant("momentum_0.996", "--method.momentum.start", "0.996"),
+            ijepa_variant(
+                "momentum_0.999_constant", "--method.momentum.start", "0.999", "--method.momentum.shape", "constant"
+            ),
+            ijepa_variant("l2", "--method.loss", "l2"),
+            ijepa_variant("target_norm_none", "--method.target-norm", "none"),
+            ijepa_variant("prediction_norm_trainable", "--method.prediction-norm", "trainable"),
+            ijepa_variant("prediction_norm_plain", "--method.prediction-norm", "plain"),
+            ijepa_variant("clip_1", "--optim.clip", "1.0"),
+            ijepa_variant("clip_0.1", "--optim.clip", "0.1"),
+            dense("all_layers", "--method.layer-weights", "1", "1", "1", "--method.context-weight", "0"),
+            dense("context_loss", "--method.layers", "3", "--method.layer-weights", "1"),
+            ijepa_variant("adamw", "--optim.matrices", "adamw"),
+            ijepa_variant("no_regulariser", "--method.regulariser.kind", "none"),
+        ),
+    )

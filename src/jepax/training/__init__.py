@@ -1,0 +1,1 @@
+"""Training: the config, the step, the loop, and the monitor."""

@@ -1,0 +1,245 @@
+"""The config of a run, and the checks on it before the first step."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jepax.data import DataConfig, Source, open_source
+from jepax.distributed import multihost
+from jepax.distributed.sharding import ShardingConfig
+from jepax.evals.protocols import EvalConfig
+from jepax.io import atomic, checkpoint
+from jepax.io import config_yaml as configs
+from jepax.io.checkpointer import CheckpointConfig
+from jepax.io.trackers import TrackerName
+from jepax.methods import MethodConfig
+from jepax.methods.ijepa import IJEPAConfig
+from jepax.optim import OptimConfig, Optimizer
+from jepax.training.grad_guard import GradGuardConfig
+from jepax.types import UserError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, in which batches and precision, and what is written on the way."""
+
+    batch_size: int = 2048
+    """Images per step, over all devices and hosts."""
+    epochs: float = 300.0
+    """Passes over the training split; parts of a pass are allowed."""
+    steps: int | None = None
+    """Steps of the run; None takes them from the epochs."""
+    accumulate: int = 1
+    """Pieces that a step's batch goes through the networks in, one after the other, where memory is short: the same
+    losses and gradients as at once, also of methods that read statistics of the batch, for one more forward pass."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of matrix products; parameters, teacher, norms and losses stay in float32. auto: bfloat16 but on a CPU."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    save: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    guard: GradGuardConfig = field(default_factory=GradGuardConfig)
+    """Steps that would harm the run."""
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    """What lies whole on every device, and what is split over all of them."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Views of the log elsewhere, each behind an extra of its name; metrics.jsonl holds everything without them."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "log_every", "accumulate"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"train.{name}={getattr(self, name)} must be above 0")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"train.steps={self.steps} must be at least 1, or None to take them from train.epochs")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on. Recipes are functions that return one."""
+
+    recipe: str = "custom"
+    """Name of the recipe that this config began as."""
+    seed: int = 0
+    """Seed of the initial parameters, the order of examples, and every random choice of a step."""
+    method: MethodConfig = field(default_factory=IJEPAConfig)
+    """Method, its networks, masks and views."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Pictures."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and its schedules."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, batches, precision."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Probes."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} must not be negative")
+
+
+def compute_total_steps(config: Config, examples: int) -> int:
+    """Steps of a run over `examples` training pictures."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return max(round(config.train.epochs * examples / config.train.batch_size), 1)
+
+
+def make_optimizer(config: Config, examples: int) -> Optimizer:
+    """The optimizer of the whole run; epochs of warm-up become steps. Raises `UserError`."""
+    steps = compute_total_steps(config, examples)
+    warmup = round(config.optim.warmup_epochs * examples / config.train.batch_size)
+    if warmup >= steps * config.optim.horizon:
+        raise UserError(
+            f"optim.warmup_epochs={config.optim.warmup_epochs} is {warmup} steps, but the run has {steps};"
+            " shorten the warm-up or lengthen the run"
+        )
+    return Optimizer(config.optim, steps, warmup)
+
+
+def resolve_compute_dtype(config: Config) -> DTypeLike:
+    """Type of matrix products. bfloat16 is slower than float32 on the CPUs that were measured."""
+    if config.train.precision == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(config.train.precision)
+
+
+RESUMABLE_FIELDS = (
+    *("data.root", "data.threads", "data.workers", "data.broken_share"),
+    *("eval", "train.log_every", "train.save", "train.trackers", "train.sharding", "train.accumulate"),
+)
+"""Settings that a run may go on with in another value: what is trained does not depend on them."""
+CONFIG_FILE, DATA_FILE = "config.yaml", "data.json"
+
+
+def matches_prefix(path: str, names: Sequence[str]) -> bool:
+    """Whether one of the names is the setting of this path, or a group that holds it."""
+    return any(path == name or path.startswith(f"{name}.") for name in names)
+
+
+def check_run_dir(run: Path, config: Config, source: Source | None = None, allow: Sequence[str] = ()) -> None:
+    """Refuses a run folder of another config, or of other data than `source`, but for what `FREE` and `allow` name.
+
+    Raises `UserError` with the differences. Writes nothing: `record` does.
+    """
+    if not (run / CONFIG_FILE).exists() and checkpoint.list_steps(run / "checkpoints"):
+        raise UserError(
+            f"{run} holds checkpoints, but no {CONFIG_FILE} that says of what: bring it back, or take another --run-dir"
+        )
+    different = diff_from_run(run, config, (*RESUMABLE_FIELDS, *allow))
+    if different:
+        names = " ".join(line.split(": ")[0] for line in different[:3])
+        raise UserError(
+            "\n".join(
+                [
+                    f"{run} contains a run with a different config (saved -> requested):",
+                    *different[:3],
+                    f"take another --run-dir, or the folder's own config.yaml, or --allow-config-change {names}",
+                ]
+            )
+        )
+    if source is not None and not matches_prefix("data", allow):
+        check_same_data(run, source)
+
+
+def diff_from_run(run: Path, config: Config, free: Sequence[str] = ()) -> list[str]:
+    """Lines `field.path: there -> here` of the fields, outside those that are free, in which the run's config differs.
+
+    Empty where the folder holds no run.
+    """
+    path = run / CONFIG_FILE
+    found = configs.diff(configs.load(Config, path), config) if path.exists() else []
+    return [line for line in found if not matches_prefix(line.split(": ")[0], free)]
+
+
+def check_same_data(run: Path, source: Source) -> None:
+    """Raises `UserError` where the pictures are not those that the run began with."""
+    if not (run / DATA_FILE).exists():
+        return
+    if changed := _diff_fingerprints(read_data_fingerprint(run), source.fingerprint):
+        raise UserError(
+            "\n".join(
+                [
+                    f"{run} was trained on other pictures, {_count_parts(changed)} (then -> now):",
+                    *changed[:2],
+                    "bring the pictures back, take another --run-dir, or --allow-config-change data",
+                ]
+            )
+        )
+
+
+def _diff_fingerprints(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    return [f"{name}: {before.get(name, '(absent)')} -> {now.get(name, '(absent)')}" for name in names]
+
+
+def _count_parts(changed: list[str]) -> str:
+    return "1 part differs" if len(changed) == 1 else f"{len(changed)} parts differ"
+
+
+def check_same_data_on_hosts(source: Source) -> None:
+    """Raises `UserError` where the processes of a run do not see the same pictures. All have to call it."""
+    mine = json.dumps(source.fingerprint, sort_keys=True)
+    if len(set(multihost.all_gather_str(hashlib.sha256(mine.encode()).hexdigest()))) == 1:
+        return
+    first, *others = map(json.loads, multihost.all_gather_str(mine))
+    for process, contents in enumerate(others, 1):
+        if changed := _diff_fingerprints(first, contents):
+            raise UserError(
+                f"process {process} has other pictures than process 0, {_count_parts(changed)} (0 -> {process}):\n"
+                f"{changed[0]}\n"
+                "give every host the same files, or all of them a data.root that they share"
+            )
+
+
+def read_data_fingerprint(run: Path) -> dict[str, str]:
+    """What the run's data held when it began. Raises `UserError` where the file cannot be read."""
+    try:
+        return json.loads((run / DATA_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{run / DATA_FILE} cannot be read ({error}); remove it to take the data as it is now"
+        ) from error
+
+
+def write_run_config(run: Path, config: Config, source: Source | None = None) -> list[str]:
+    """Writes the config, and the data's contents, into the run folder, and returns what changed in the config."""
+    path, changed = run / CONFIG_FILE, diff_from_run(run, config)
+    if changed or not path.exists():
+        run.mkdir(parents=True, exist_ok=True)
+        configs.save(config, path)
+    if source is not None:
+        atomic.atomic_write(run / DATA_FILE, json.dumps(source.fingerprint, indent=1) + "\n")
+    return changed
+
+
+def validate(config: Config, source: Source) -> None:
+    """Raise `UserError` if method, batch and data do not fit each other, before anything is built."""
+    if config.train.batch_size < 2:
+        raise UserError("train.batch_size=1 has no batch statistics, which losses and diagnostics need; try 2")
+    if config.train.save.best is not None and config.eval.online.every == 0:
+        raise UserError(
+            f"train.save.best={config.train.save.best} needs eval.online.every above 0, which measures it; try 500"
+        )
+    config.method.check_data(source)
+
+
+def check_same_config_on_hosts(config: Config) -> None:
+    """Raise `UserError` if the processes of a run have different configs. Every process must call it."""
+    texts = multihost.all_gather_str(configs.to_yaml(config))
+    for process, text in enumerate(texts):
+        if text != texts[0]:
+            line = next(a for a, b in zip(text.splitlines(), texts[0].splitlines(), strict=False) if a != b)
+            raise UserError(f"process {process} has a different config than process 0: {line.strip()}")
+
+
+def check_eval_splits(data: DataConfig) -> None:
+    """Raise `UserError` now, not after the last step, if evaluation lacks a split."""
+    for split in ("validation", "test"):
+        open_source(data, split)

@@ -1,0 +1,228 @@
+"""The training loop: restore, then for each batch: step, inspect, log, evaluate, save. `step.py` has the step."""
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jepax.data import CorruptLog, Source, corrupt_file
+from jepax.distributed import multihost, preemption, sharding
+from jepax.distributed.malloc import trim_heap
+from jepax.health.alerts import write_alerts
+from jepax.health.watchdog import Watchdog
+from jepax.io import checkpoint, config_yaml, events, lock, logger
+from jepax.io.checkpointer import METRICS_KEY, CheckpointManager
+from jepax.io.events import Events
+from jepax.io.logger import Log, print_warning
+from jepax.io.trackers import Trackers
+from jepax.training import nan_dump
+from jepax.training.config import Config, check_run_dir, resolve_compute_dtype, write_run_config
+from jepax.training.monitor import (
+    ADVICE,
+    DivergedError,
+    NonFiniteError,
+    OnlineScores,
+    StepInspector,
+    diverged,
+    log_values,
+    make_online_eval,
+    track_update_norms,
+)
+from jepax.training.setup import Setup, make_setup
+from jepax.training.step import TrainState, is_log_step, run_train_step
+from jepax.trees import all_finite
+
+
+def train(
+    config: Config, run_dir: Path, *, source: Source | None = None, allow_changes: Sequence[str] = ()
+) -> TrainState:
+    """Train in the folder `run_dir`, or resume there, bit for bit as if nothing had interrupted the run.
+
+    `source` replaces the data that the config names. `allow_changes` names settings, or groups of them, in which the
+    config may differ from the folder's; "data" allows other data. SIGTERM and SIGINT stop it after a step, saved: then
+    it raises `Preempted`. Raises `UserError` if another process uses the folder, if it contains another run, if no
+    checkpoint in it is valid, if a checkpoint cannot be written, and if training diverges.
+    """
+    setup = make_setup(config, source)
+    with ExitStack() as stack:
+        # One process per folder, and a folder that belongs to this run.
+        with multihost.collective_errors():
+            if multihost.is_main_process():
+                stack.enter_context(lock.run_lock(run_dir))
+        with multihost.collective_errors():
+            lock.check_shared_filesystem(run_dir)
+        with multihost.collective_errors():
+            check_run_dir(run_dir, config, setup.source, allow_changes)
+
+        # The newest valid checkpoint, or the initial state.
+        state, start, metadata = restore(setup, run_dir)
+        events = record_start(setup, run_dir, start)
+
+        # From here on a signal stops the loop after a step.
+        stack.enter_context(preemption.defer())
+        return fit(setup, run_dir, state, start, metadata, events)
+
+
+def fit(
+    setup: Setup, run_dir: Path, state: TrainState, start: int, metadata: dict[str, Any], events: Events
+) -> TrainState:
+    """for batch: step -> inspect -> log -> evaluate -> save, up to the last step or a request to stop."""
+    config, total_steps, mesh = setup.config, setup.total_steps, setup.plan.mesh
+    context, base_key = setup.context, setup.base_key
+    save_config, best_metric = config.train.save, config.train.save.best
+    with (
+        Log(run_dir / logger.METRICS_FILE, steps=total_steps, start=start) as log,
+        CheckpointManager(run_dir / "checkpoints", save_config, log.print, log_files(run_dir)) as checkpoints,
+        Trackers(main_only(config.train.trackers), run_dir, config_yaml.to_dict(config), log.print) as trackers,
+        closing(train_batches(setup, run_dir, start, log.print)) as batches,
+    ):
+        log.print_header(run_dir, config.train.batch_size, str(setup.plan))
+        inspector = StepInspector(config, events, log.print, metadata.get("peaks", {}))
+        watchdog, best = Watchdog(log.previous_lines), dict(metadata.get("best", {}))
+        write_alerts(run_dir, watchdog.alarms)
+        last_logged = log.previous_lines[-1]["step"] if log.previous_lines else -1
+        online = OnlineScores(config, make_online_eval(config, setup.source, total_steps), last_logged)
+        any_process = multihost.CollectiveFlag(mesh)
+        try:
+            for step, batch in enumerate(batches, start):
+                is_last, should_log = step + 1 == total_steps, is_log_step(step, config.train.log_every, total_steps)
+
+                # Step. The device starts; the host goes on.
+                measure = track_update_norms(state.method, step) if should_log else None
+                state, metrics = run_train_step(state, sharding.shard_batch(batch, mesh), base_key, context)
+                metrics |= measure(state.method, metrics["verdict"]) if measure else {}
+                stop, timer_expired = any_process(
+                    preemption.stop_requested(), multihost.is_main_process() and checkpoints.timer_expired()
+                )
+
+                # Inspect the step before this one.
+                inspector.push(step, metrics, batch)
+                if step == start:
+                    log.report_compile_time(metrics["loss"])
+                    trim_heap()  # the compiler's memory
+
+                # Log, and evaluate if it is time.
+                is_best = False
+                if should_log:
+                    inspector.flush()
+                    values = log_values(metrics, log.seconds_per_step(step), config.train.batch_size)
+                    values |= inspector.take_peaks()
+                    if online.is_due(step):
+                        with log.pause_timer():
+                            values |= online(step, state.method)
+                    record = log.write(step, values)
+                    trackers.send(step, record)
+                    if alerts := watchdog.see(record):
+                        write_alerts(run_dir, watchdog.alarms)
+                    for alert in alerts:
+                        log.print(f"warning: {alert}; try {alert.advice}")
+                    is_best = update_best(best, best_metric, values)
+
+                # Save. What is not finite is never saved.
+                if is_best or stop or timer_expired or checkpoints.should_save(step + 1) or is_last:
+                    inspector.flush()
+                    if not all_finite(state.method):
+                        raise diverged(step, f"parameters are not finite after step {step}")
+                    scores = {METRICS_KEY: {best_metric: best[best_metric]}} if is_best else {}
+                    checkpoints.save(step + 1, state, {"peaks": dict(inspector.peaks), "best": dict(best)} | scores)
+                log.set_progress(step)
+                if stop:
+                    checkpoints.wait()
+                    raise preemption.Preempted(
+                        f"stopped on request after step {step + 1} of {total_steps}; rerun the same command to resume"
+                    )
+        except NonFiniteError as error:
+            # The guard skipped too many steps: store the last one for `jepax replay`, and stop.
+            dump = nan_dump.write_dump(run_dir, state, error, config, setup.optimizer)
+            stopped = DivergedError(
+                error.step,
+                f"{config.train.guard.patience} consecutive steps, up to step {error.step}, were not finite: training"
+                f" stopped;\njepax replay {dump} repeats that step; {ADVICE}",
+            )
+            record_stop(run_dir, watchdog, inspector, stopped)
+            with multihost.collective_errors():  # every process has written its part
+                raise stopped from error
+        except DivergedError as error:
+            record_stop(run_dir, watchdog, inspector, error)
+            raise
+    return state
+
+
+def restore(setup: Setup, run_dir: Path) -> tuple[TrainState, int, dict[str, Any]]:
+    """The state of the newest valid checkpoint, its step, and its metadata; or the initial state and step 0.
+
+    Corrupt checkpoints are renamed, not deleted. The state is restored by shape: never two states in memory.
+    """
+    folder = run_dir / "checkpoints"
+    with multihost.collective_errors():
+        newest = find_checkpoint(run_dir, folder) if multihost.is_main_process() else 0
+    start = multihost.broadcast(newest)
+    if not start:
+        return setup.init_state(), 0, {}
+    abstract = setup.plan.abstract(setup.abstract_state())
+    with multihost.collective_errors():
+        state = checkpoint.restore(folder, start, abstract, check=False)
+    return state, start, checkpoint.metadata(folder, start)
+
+
+def find_checkpoint(run_dir: Path, folder: Path) -> int:
+    """The step of the newest valid checkpoint, 0 if there is none; corrupt ones are moved out of the way."""
+    step, corrupt = checkpoint.latest_valid(folder)
+    for number, problems in corrupt.items():
+        path = checkpoint.step_dir(folder, number)
+        print_warning(f"checkpoint {path} is corrupt; moved to {path.name}.corrupt: {problems[0]}")
+    checkpoint.quarantine(folder, corrupt)
+    if step is None and logger.read_metrics(run_dir / logger.METRICS_FILE):
+        print_warning(f"{run_dir} was started, but has no finished checkpoint: it starts again at step 0")
+    return step or 0
+
+
+def record_start(setup: Setup, run_dir: Path, start: int) -> Events:
+    """Write config.yaml and the first event; warn if the precision differs from that of the run so far."""
+    changed = write_run_config(run_dir, setup.config, setup.source) if multihost.is_main_process() else []
+    log, dtype = events.Events(run_dir), jnp.dtype(resolve_compute_dtype(setup.config)).name
+    log.truncate_from(start)
+    if start and (before := log.last("precision", dtype)) != dtype:
+        print_warning(f"{run_dir} computed in {before} before and computes in {dtype} here: losses will differ")
+    name = "resumed" if start else "started"
+    log.add(name, start, devices=jax.device_count(), precision=dtype, changed=changed)
+    return log
+
+
+def record_stop(run_dir: Path, watchdog: Watchdog, inspector: StepInspector, error: DivergedError) -> None:
+    """Write to health.json why training stopped, with alerts on the steps since the last log step."""
+    watchdog.see({"step": error.step, **inspector.take_peaks()})
+    write_alerts(run_dir, watchdog.alarms, ended=str(error).splitlines()[0])
+
+
+def update_best(best: dict[str, float], name: str | None, values: dict[str, Any]) -> bool:
+    """True if this log step has the best value so far of the metric that checkpoints are kept by."""
+    if name not in values:
+        return False
+    is_best = bool(multihost.broadcast(int(values[name] > best.get(name, -math.inf))))
+    if is_best:
+        best[name] = values[name]
+    return is_best
+
+
+def train_batches(setup: Setup, run_dir: Path, start: int, print: Callable[[str], None]) -> Generator[Any, None, None]:
+    """This host's slices of the remaining batches; files that cannot be read are replaced and listed in the folder."""
+    if not multihost.is_main_process():  # its log prints nothing
+        print = lambda text: print_warning(text.removeprefix("warning: "))  # noqa: E731
+    path = run_dir / corrupt_file(jax.process_index())
+    corrupt = CorruptLog(setup.source, path, setup.config.data.broken_share, print)
+    return setup.batches(start, on_corrupt=corrupt)
+
+
+def log_files(run_dir: Path) -> list[Path]:
+    """Files that must be on the disk up to a step before its checkpoint counts."""
+    return [run_dir / name for name in (logger.METRICS_FILE, events.EVENTS_FILE, corrupt_file())]
+
+
+def main_only(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names in the main process, none in the others."""
+    return names if multihost.is_main_process() else ()

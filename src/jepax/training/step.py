@@ -1,0 +1,153 @@
+"""One training step: forward and backward, optimizer, EMA teacher. Read this file first; `loop.py` calls it."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jepax.distributed.compile_cache import COMPILER_OPTIONS
+from jepax.distributed.sharding import ShardingPlan, gather_params, microbatched
+from jepax.methods.base import Method, example_keys, objective_key
+from jepax.nn.transformer import BlockStack
+from jepax.optim import Optimizer
+from jepax.training.grad_guard import GradGuardConfig, GradGuardState, compute_if, guarded
+from jepax.trees import cast, per_layer_norms, trainable
+from jepax.types import Metrics
+
+
+class TrainState(eqx.Module):
+    """Everything that a step changes, and everything that a checkpoint stores."""
+
+    method: Method
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+    guard: GradGuardState
+
+
+class TrainContext(NamedTuple):
+    """The static arguments of the step: constant over a run, hashable, part of the compiled program."""
+
+    optimizer: Optimizer
+    compute_dtype: DTypeLike = jnp.float32
+    guard: GradGuardConfig = GradGuardConfig()
+    plan: ShardingPlan | None = None
+    """None: one device, one micro-batch."""
+    log_every: int = 1
+
+
+def train_step(
+    state: TrainState, batch: Any, base_key: PRNGKeyArray, context: TrainContext
+) -> tuple[TrainState, Metrics]:
+    """One update. All randomness derives from `fold_in(base_key, step)`, and an example's from its index."""
+    key = jr.fold_in(base_key, state.step)
+
+    # Forward and backward. The loss reads the global batch.
+    loss, metrics, grads = loss_and_grads(state.method, batch, key, context)
+
+    # Optimizer and EMA teacher, unless the guard skips the step: see `update` below.
+    def apply(params: tuple[Method, optax.OptState], grads: Method) -> tuple[Method, optax.OptState]:
+        return update(*params, grads, state.step, context.optimizer)
+
+    (method, opt_state), guard, guard_metrics = guarded(apply)(
+        (state.method, state.opt_state), grads, loss=loss, step=state.step, guard=state.guard, config=context.guard
+    )
+
+    # Metrics. Norms by block cost time on a CPU: they are NaN there at steps that are not logged.
+    should_log = is_log_step(state.step, context.log_every, context.optimizer.total_steps)
+    metrics |= compute_if(should_log, per_block_grad_norms, grads) | guard_metrics
+    metrics |= {
+        "loss": loss,
+        "learning_rate": context.optimizer.learning_rate(state.step),
+        "weight_decay": context.optimizer.weight_decay(state.step),
+    }
+    return TrainState(method, opt_state, state.step + 1, guard), metrics
+
+
+def loss_and_grads(
+    method: Method, batch: Any, key: PRNGKeyArray, context: TrainContext
+) -> tuple[Float[Array, ""], Metrics, Method]:
+    """Loss, metrics, and gradients by the trained parameters: `Method.loss` in `compute_dtype`, sharded, in
+    micro-batches."""
+    params, frozen = eqx.partition(method, trainable(method))
+    plan = context.plan
+
+    def loss_of(params: Method) -> tuple[Array, Metrics]:
+        method = gather_params(cast(eqx.combine(params, frozen), context.compute_dtype), plan)
+        views = method.draw(batch, example_keys(key, batch.index))
+        forward = microbatched(type(method).forward, plan.num_microbatches if plan else 1)
+        return method.objective(forward(method, views), key=objective_key(key))
+
+    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    return loss, metrics, grads
+
+
+def update(
+    method: Method, opt_state: optax.OptState, grads: Method, step: Int[Array, ""], optimizer: Optimizer
+) -> tuple[Method, optax.OptState]:
+    """What a step changes: parameters by their gradients, then what gradients do not reach."""
+    # AdamW or Muon on everything that is not beneath an EMA.
+    params, frozen = eqx.partition(method, trainable(method))
+    updates, opt_state = optimizer.update(grads, opt_state, params, step)
+    method = eqx.combine(eqx.apply_updates(params, updates), frozen)
+
+    # The EMA teacher moves. Its metrics are computed at logged steps alone: see monitor.py.
+    method, _ = method.after_update(step)
+    return method, opt_state
+
+
+@partial(jax.jit, static_argnames=("context",), donate_argnames=("state",), compiler_options=COMPILER_OPTIONS)
+def jit_train_step(
+    state: TrainState, batch: Any, base_key: PRNGKeyArray, context: TrainContext
+) -> tuple[TrainState, Metrics]:
+    """The training program of a run, compiled once (`jit_train_step._cache_size()` counts). Donates the old state.
+
+    Plain `jax.jit`: `eqx.filter_jit` waits for every result, so an accelerator would idle, and to take the state apart
+    costs a third of the host's time per step.
+    """
+    state, metrics = train_step(state, batch, base_key, context)
+    return context.plan.constrain(state) if context.plan else state, metrics
+
+
+def run_train_step(
+    state: TrainState, batch: Any, base_key: PRNGKeyArray, context: TrainContext
+) -> tuple[TrainState, Metrics]:
+    """Call `jit_train_step`. A CPU first finishes the step before, or both hold their temporary memory at once."""
+    if jax.default_backend() == "cpu":
+        jax.block_until_ready(state)
+    return jit_train_step(state, batch, base_key, context)
+
+
+def init_train_state(method: Method, optimizer: Optimizer) -> TrainState:
+    """The state before step 0. Only trainable parameters get optimizer state.
+
+    Raises `TypeError` if a leaf of the method is neither an array nor a static field.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(method):
+        if not hasattr(leaf, "dtype"):
+            where = jax.tree_util.keystr(path)
+            raise TypeError(f"{type(method).__name__}{where} is {leaf!r}, not an array: use eqx.field(static=True)")
+    params = eqx.filter(method, trainable(method))
+    return TrainState(method, optimizer.init(params), jnp.int32(0), GradGuardState.new())
+
+
+def is_log_step(step: Int[Array, ""] | int, every: int, total: int) -> Bool[Array, ""] | bool:
+    """True for the first step, every `every`-th, and the last one: those are written to metrics.jsonl."""
+    return (step == 0) | ((step + 1) % every == 0) | (step + 1 == total)
+
+
+def per_block_grad_norms(grads: Method) -> Metrics:
+    """Gradient norm of each block of each trained transformer, under the transformer's name in the method."""
+    nodes = jax.tree_util.tree_leaves_with_path(grads, is_leaf=lambda node: isinstance(node, BlockStack))
+    stacks = {path: node for path, node in nodes if isinstance(node, BlockStack) and jax.tree.leaves(node)}
+    return {f"grad_norm_{_owner(path)}_by_block": per_layer_norms(stack.blocks) for path, stack in stacks.items()}
+
+
+def _owner(path: tuple) -> str:
+    """`encoder` for the path `.encoder.stack`."""
+    return "_".join(str(getattr(entry, "name", getattr(entry, "idx", ""))) for entry in path[:-1])

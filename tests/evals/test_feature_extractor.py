@@ -1,0 +1,52 @@
+"""Which encoder is evaluated, and what is read of it."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from jepax.evals.feature_extractor import ViTFeatures, select_encoder
+from jepax.nn import ViT, ViTConfig
+from jepax.types import UserError
+from jepax.views import CropConfig
+from tests.contracts.shrink import shrunk
+
+
+def method_of(recipe):
+    return eqx.filter_eval_shape(lambda: shrunk(recipe).method.build(total_steps=3, key=jr.key(0)))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [
+        ("ijepa_fashion_mnist", ["target", "context"]),
+        ("ijepa_fashion_mnist_no_teacher", ["context"]),
+        ("byol_fashion_mnist", ["context", "target"]),
+        ("vicreg_fashion_mnist", ["context"]),
+    ],
+)
+def test_a_methods_encoders_by_name_the_default_first(recipe, names):
+    method = method_of(recipe)
+    encoders = method.encoders()
+    assert list(encoders) == names and encoders["context"] is method.encoder
+    assert all(type(encoder) is ViT for encoder in encoders.values())
+    assert len(set(map(id, encoders.values()))) == len(names)
+    assert select_encoder(method, "default") is encoders[names[0]]
+    assert select_encoder(method, names[-1]) is encoders[names[-1]]
+
+
+def test_an_encoder_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match=r"eval\.encoder=target: .*; it has context"):
+        select_encoder(method_of("vicreg_fashion_mnist"), "target")
+
+
+def test_tokens_are_the_last_layers_and_pooling_reads_four_layers():
+    encoder = ViT(ViTConfig(patch_size=4, channels=1, width=16, depth=6, heads=2), key=jr.key(0))
+    view = jr.normal(jr.key(1), (3, 8, 12, 1))
+    row = ViTFeatures(encoder, CropConfig(size=(8, 12), mean=(0.5,), std=(0.25,)))
+    tokens, pooled = row.tokens(view), row.pooled(view)
+    assert tokens.shape == (3, 6, 16) and pooled.shape == (4, 3, 16)
+    np.testing.assert_array_equal(tokens, encoder(view))
+    np.testing.assert_allclose(pooled[-1], jnp.mean(tokens, 1), atol=1e-6)
+    np.testing.assert_allclose(pooled, encoder.intermediate_layers(view, 4).mean(2), atol=1e-6)

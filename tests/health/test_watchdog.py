@@ -1,0 +1,282 @@
+"""The watchdog names runs that fail by their settings, says nothing of healthy ones, and its rules keep their bounds.
+
+The runs are real and short: tiny networks on generated pictures. The thresholds were found on other seeds.
+"""
+
+import json
+import warnings
+from dataclasses import replace
+
+import jax
+import pytest
+
+from jepax.distributed import sharding
+from jepax.health import alerts
+from jepax.health.watchdog import ADVICE, RULES, Watchdog
+from jepax.io import logger
+from jepax.io.checkpointer import CheckpointConfig
+from jepax.methods.ema import EMAConfig
+from jepax.methods.regularizer import RegularizerConfig
+from jepax.training.config import Config, TrainConfig
+from jepax.training.loop import train
+from jepax.views import CropConfig, MultiCropConfig
+from tests.contracts.shrink import shrunk
+
+NONE, SIDE = RegularizerConfig(), 16
+
+
+def tiny(name: str, seed: int, steps: int, optim: dict, **settings: object) -> Config:
+    """A recipe on 512 pictures of 4x4 patches, 32 a step: the contract tests' size, halved."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of settings that these tests choose because they fail
+        config = shrunk(name)
+        method, crop = config.method, CropConfig(size=(SIDE, SIDE), flip=0.5)
+        depth = 2 if getattr(method, "layers", None) else 1
+        changes = {"encoder": replace(method.encoder, depth=depth)}
+        if hasattr(method, "views"):
+            changes["views"] = MultiCropConfig(globals=2, global_crop=crop, locals=0)
+        else:
+            changes["crop"], changes["masks"] = replace(method.crop, size=crop.size), replace(method.masks, context=4)
+            changes["predictor"] = replace(method.predictor, depth=1)
+        method = replace(method, **changes | settings)
+    rates = {"matrices": "adamw", "peak_lr": 3e-3, "start_lr": 1e-4, "warmup_epochs": 1.5} | optim
+    return replace(
+        config,
+        seed=seed,
+        method=method,
+        data=replace(config.data, canvas=SIDE, synthetic_images=640),
+        optim=replace(config.optim, **rates),
+        train=TrainConfig(batch_size=32, steps=steps, log_every=10, save=CheckpointConfig(every=10**6)),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Eight fake devices on one core only cost time here."""
+    with pytest.MonkeyPatch.context() as patch:
+        auto = (jax.sharding.AxisType.Auto,) * 2
+        mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=auto, devices=jax.devices()[:1])
+        patch.setattr(sharding, "make_mesh", lambda: mesh)
+        yield
+
+
+DRIFTING = {"target_norm": "none", "loss": "l2", "regulariser": NONE, "momentum": EMAConfig(0.9, shape="constant")}
+RISING = {"peak_lr": 0.15, "start_lr": 1e-3, "final_lr": 0.15, "warmup_epochs": 18.0}
+HUGE = {"peak_lr": 1.0, "start_lr": 1.0, "warmup_epochs": 0.0}
+BYOL, IJEPA, VICREG = "byol_fashion_mnist", "ijepa_fashion_mnist", "vicreg_fashion_mnist"
+LPJEPA, LAYERS = "rectified_lpjepa_fashion_mnist", "ijepa_fashion_mnist_multilayer"
+FAILING = [
+    ("collapse", IJEPA, 60, {}, {"teacher": "shared", "regulariser": NONE}, [200]),
+    ("collapse", VICREG, 100, {}, {"variance": 0.0, "covariance": 0.0}, [201]),
+    ("stalled teacher", BYOL, 30, {}, {"momentum": EMAConfig(0.999, precision="bfloat16")}, [202]),
+    ("stalled teacher", BYOL, 40, {}, {"momentum": EMAConfig(1.0)}, [203]),
+    ("spike", IJEPA, 20, HUGE, {}, [204]),
+    ("spike", VICREG, 20, HUGE, {}, [205]),
+    ("dead features", LPJEPA, 80, {}, {"mu": -4.0}, [208, 209]),
+]
+"""The kind that is to be named first, recipe, steps, settings of the optimiser and of the method, seeds."""
+HEALTHY = [
+    (IJEPA, {"matrices": "muon"}, [300, 301]),
+    (LAYERS, {}, [302]),
+    ("ijepa_fashion_mnist_no_teacher", {}, [303]),
+    (BYOL, {}, [304, 305]),
+    ("lejepa_fashion_mnist", {}, [306]),
+    (VICREG, {"matrices": "muon"}, [307, 308]),
+    ("visreg_fashion_mnist", {}, [309]),
+    (LPJEPA, {}, [310, 311]),
+]
+"""Recipe, settings of the optimiser, seeds."""
+
+
+def watched(config, run):
+    """The lines and the alarms of a run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(config, run)
+    return logger.read_metrics(run / "metrics.jsonl"), alerts.load_alerts(run)
+
+
+def each_seed(runs: list[tuple], quick: set[int]) -> list:
+    """One run a seed; those of the same settings side by side, since they share their programs. `quick`: in every test
+    run, the others in the long one."""
+    rows = [(*settings, seed) for *settings, seeds in runs for seed in seeds]
+    return [pytest.param(*row, marks=() if row[-1] in quick else pytest.mark.long) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe", "steps", "optim", "method", "seed"), each_seed(FAILING, quick={200, 204, 208})
+)
+def test_a_run_that_fails_by_its_settings_is_named(kind, recipe, steps, optim, method, seed, tmp_path):
+    lines, said = watched(tiny(recipe, seed, steps, optim, **method), tmp_path / "run")
+    assert said and said[0].kind == kind, [str(alarm) for alarm in said]
+    assert Watchdog(lines).alarms == said
+
+
+@pytest.mark.long
+def test_targets_that_run_away_are_named(tmp_path):
+    """A learning rate that never stops rising, plain squared error, a quick teacher: the loss falls, then rises.
+
+    Such runs differ from machine to machine, and one in eight collapses before it drifts.
+    """
+    first = []
+    for seed in range(206, 209):
+        said = watched(tiny(IJEPA, seed, 300, RISING, **DRIFTING), tmp_path / str(seed))[1]
+        first.append(said[0].kind)
+    assert set(first) <= {"drift", "collapse"} and first.count("drift") >= 2, first
+
+
+@pytest.mark.parametrize(("recipe", "optim", "seed"), each_seed(HEALTHY, quick={308, 311}))
+def test_a_healthy_run_raises_no_alarm(recipe, optim, seed, tmp_path):
+    lines, said = watched(tiny(recipe, seed, 80, optim), tmp_path / "run")
+    assert said == [] and len(lines) == 9
+    assert json.loads((tmp_path / "run" / "health.json").read_text()) == {"alarms": [], "ended": None}
+
+
+def made(steps: int, every: int = 10, **metrics: object) -> list[dict]:
+    """Lines of a healthy run, whose metrics may be given as functions of the step."""
+    healthy = {
+        "loss": 1.0,
+        "loss_max": 1.1,
+        "loss_explained": 0.5,
+        "embedding_std_quantiles": [0.1, 0.2, 0.5],
+        "embedding_cosine": 0.5,
+        "embedding_rank": 20.0,
+        "embedding_dead": 0.0,
+        "momentum": 0.996,
+        "teacher_distance": 0.1,
+        "ema_step_norm": 4e-3,
+        "ema_step_expected": 4e-3,
+    }
+    at = [0, *range(every - 1, steps, every)] if every > 1 else range(steps)
+    return [{"step": step, **{k: v(step) if callable(v) else v for k, v in (healthy | metrics).items()}} for step in at]
+
+
+def after(step: int, new: object, old: object) -> object:
+    return lambda now: new if now >= step else old
+
+
+def kinds(lines: list[dict]) -> list[tuple[str, int]]:
+    return [(alarm.kind, alarm.step) for alarm in Watchdog(lines).alarms]
+
+
+FAULTS = {
+    "collapse": [
+        ({"embedding_std_quantiles": after(200, [0.0, 0.0, 0.099], [0.1, 0.2, 0.5])}, {}),
+        ({"embedding_cosine": after(200, 0.985, 0.5)}, {"embedding_cosine": after(200, 0.975, 0.5)}),
+        ({"embedding_rank": after(200, 1.4, 20.0)}, {"embedding_rank": after(200, 1.6, 20.0)}),
+        (
+            {"projection_std_quantiles": after(200, [0.01], [0.5])},
+            {"projection_std_quantiles": after(200, [0.11], [0.5])},
+        ),
+    ],
+    "drift": [
+        (
+            {"loss": after(200, 1.9, 1.0), "loss_explained": after(200, 0.29, 0.5)},
+            {"loss": after(200, 1.7, 1.0), "loss_explained": after(200, 0.1, 0.5)},
+        ),
+        (
+            {"loss": after(200, 1.9, 1.0), "loss_explained": None},
+            {"loss": after(200, 1.9, 1.0), "loss_explained": after(200, 0.31, 0.5)},  # targets that became richer
+        ),
+    ],
+    "spike": [
+        ({"loss_max": after(200, 2.8, 1.1)}, {"loss_max": after(200, 2.7, 1.1)}),
+        ({"loss_max": after(1, 4.5, 1.1)}, {"loss_max": after(1, 4.3, 1.1)}),  # few lines to compare with
+    ],
+    "stalled teacher": [
+        ({"ema_step_norm": after(200, 2.9e-3, 4e-3)}, {"ema_step_norm": after(200, 3.1e-3, 4e-3)}),
+        ({"ema_step_norm": after(200, 5.5e-3, 4e-3)}, {"ema_step_norm": after(200, 5.2e-3, 4e-3)}),
+        (
+            {"momentum": after(200, 1.0, 0.996), "ema_step_expected": after(200, 0.0, 4e-3)},
+            {"momentum": after(275, 1.0, 0.996), "ema_step_expected": after(275, 0.0, 4e-3)},  # the schedule's end
+        ),
+        ({"ema_step_norm": 0.0}, {"ema_step_norm": 0.0, "momentum": 1 - 5e-6}),  # lost to float32's rounding
+    ],
+    "dead features": [
+        ({"embedding_dead": after(200, 0.26, 0.0)}, {"embedding_dead": after(200, 0.24, 0.0)}),
+        (
+            {"projection_dead": after(200, 1.0, 0.0), "projection_std_quantiles": after(200, [0.0], [0.5])},
+            {"projection_dead": after(200, 0.05, 0.0)},
+        ),
+    ],
+}
+"""Of each kind: metrics that must raise it, and metrics just short of that."""
+CASES = [(kind, fault, short) for kind, cases in FAULTS.items() for fault, short in cases]
+
+
+@pytest.mark.parametrize("every", [1, 10, 50])
+@pytest.mark.parametrize(("kind", "fault", "short"), CASES)
+def test_each_rule_has_its_bounds_however_often_lines_are_written(kind, fault, short, every):
+    said = kinds(made(500 if every == 50 else 320, every, **fault))
+    assert [name for name, _ in said] == [kind]
+    assert said[0][1] < 400
+    assert kinds(made(300, every, **short)) == []
+
+
+def test_an_embedding_that_begins_alike_is_no_collapse():
+    """As that of an untrained ViT; it is one when it comes closer still."""
+    assert kinds(made(300, embedding_cosine=0.995)) == []
+    assert kinds(made(300, embedding_cosine=after(200, 0.9995, 0.995))) == [("collapse", 219)]
+
+
+def test_a_loss_that_is_as_good_as_none_neither_leaps_nor_drifts():
+    fallen = {"loss": lambda step: 1.0 if step < 50 else 1e-3 if step < 200 else 0.04, "loss_explained": None}
+    assert kinds(made(400, **fallen, loss_max=lambda step: 1.1 if step < 50 else 1e-3 if step < 200 else 0.045)) == []
+
+
+def test_the_end_of_a_long_schedule_is_no_stalled_teacher():
+    """A cosine's last 0.2% of steps round to a momentum of 1; it is one if it stays there for long."""
+    for last, expected in ((60, []), (1000, [("stalled teacher", 29699)])):
+        ending = {"momentum": after(30000 - last, 1.0, 0.9999), "ema_step_expected": after(30000 - last, 0.0, 4e-3)}
+        assert kinds(made(30000, 50, **ending)) == expected
+
+
+def test_a_kind_is_said_once_an_episode():
+    def cosine(step):
+        return 0.99 if 100 <= step < 200 or 215 <= step < 250 or 400 <= step else 0.5
+
+    assert kinds(made(500, embedding_cosine=cosine)) == [("collapse", 119), ("collapse", 419)]
+
+
+def test_one_line_is_a_whim_but_for_a_spike():
+    assert kinds(made(300, embedding_cosine=lambda step: 0.999 if step == 199 else 0.5)) == []
+
+
+@pytest.mark.parametrize("lost", sorted(made(1)[0].keys() - {"step"}))
+@pytest.mark.parametrize("how", ["never logged", "not finite", "not finite within"])
+def test_what_is_missing_raises_nothing_and_stops_nothing(lost, how):
+    lines = made(100)
+    for line in lines:
+        if how == "never logged":
+            del line[lost]
+        else:
+            line[lost] = [0.1, None] if how == "not finite within" and isinstance(line[lost], list) else None
+    assert kinds(lines) == []
+
+
+def test_a_resumed_run_raises_the_same_alarms_at_the_same_steps():
+    lines = made(400, embedding_cosine=after(200, 0.99, 0.5), loss_max=lambda step: 5.0 if step == 299 else 1.1)
+    whole = Watchdog(lines)
+    for cut in range(len(lines)):
+        again = Watchdog(lines[:cut])
+        for line in lines[cut:]:
+            again.see(json.loads(json.dumps(line)))
+        assert again.alarms == whole.alarms
+    assert [alarm.kind for alarm in whole.alarms] == ["collapse", "spike"]
+
+
+def test_a_runs_file_and_its_line(tmp_path):
+    assert alerts.summarize_alerts(tmp_path) == "health: no alarm"
+    said = Watchdog(made(300, embedding_cosine=after(200, 0.9991, 0.5))).alarms
+    alerts.write_alerts(tmp_path, said, ended="the loss of step 301 is nan")
+    assert alerts.load_alerts(tmp_path) == said
+    assert alerts.summarize_alerts(tmp_path) == (
+        "health: collapse at step 219 (embedding cosine 0.999, rank 20, largest deviation 0.5)"
+    )
+    held = json.loads((tmp_path / "health.json").read_text())
+    assert held["ended"] == "the loss of step 301 is nan" and "teacher" in held["alarms"][0]["advice"]
+    assert [path.name for path in tmp_path.iterdir()] == ["health.json"]
+
+
+def test_every_kind_has_a_rule_and_an_advice():
+    assert set(RULES) == set(ADVICE) == set(FAULTS) == {kind for kind, *_ in FAILING} | {"drift"}
