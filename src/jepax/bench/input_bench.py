@@ -14,10 +14,9 @@ from PIL import Image
 from jepax.bench.environment import describe_machine
 from jepax.bench.step_bench import StepBenchmark
 from jepax.bench.timing import interleave
-from jepax.data import batches, open_source
+from jepax.data import batches, open_source, pack
 from jepax.data.decode import read_image
 from jepax.distributed.multihost import cores
-from jepax.data import pack
 from jepax.training import dry_run
 from jepax.training.config import Config
 

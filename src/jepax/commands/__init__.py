@@ -6,14 +6,14 @@ These files import only tyro at the top, so that `--help` does not wait for jax;
 from jepax.commands.base import Command
 from jepax.commands.bench import Bench
 from jepax.commands.bench_data import BenchData
+from jepax.commands.doctor import Doctor
 from jepax.commands.evaluate import Evaluate
 from jepax.commands.export import Export
+from jepax.commands.pack import Pack
 from jepax.commands.recipes import Recipes
+from jepax.commands.replay import Replay
 from jepax.commands.sweep import Sweep
 from jepax.commands.train import Train
-from jepax.commands.pack import Pack
-from jepax.commands.doctor import Doctor
-from jepax.commands.replay import Replay
 
 COMMANDS: dict[str, type[Command]] = {
     "recipes": Recipes,

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax.random as jr
 
 from jepax.data import open_source
@@ -22,7 +21,8 @@ from jepax.io import config_yaml as configs
 from jepax.nn import ViT
 from jepax.optim import Optimizer
 from jepax.training.config import Config
-from jepax.training.step import TrainState, build_method, first_state
+from jepax.training.setup import abstract_state, init_method
+from jepax.training.step import TrainState
 from jepax.types import UserError
 from jepax.views import CropConfig
 
@@ -54,7 +54,7 @@ def target_from_run(config: Config, state: TrainState, run: Path, settings: Conf
     Raises `UserError` where the method lacks the encoder that is asked for.
     """
     settings = config if settings is None else settings
-    untrained = build_method(config.method, 1, jr.key(config.seed))
+    untrained = init_method(config.method, 1, jr.key(config.seed))
     trained, untrained = (select_encoder(method, settings.eval.encoder) for method in (state.method, untrained))
     step = int(state.step)
     choice = settings.eval.encoder
@@ -93,7 +93,7 @@ def load_state(
         )
     if step is not None and step not in saved:
         raise UserError(f"{run} holds no finished checkpoint of step {step}; there are {', '.join(map(str, saved))}")
-    state = eqx.filter_eval_shape(first_state, config.method, Optimizer(config.optim, 1, 0), jr.key(config.seed))
+    state = abstract_state(config.method, Optimizer(config.optim, 1, 0))
     state = sharding.ShardingPlan(sharding.make_mesh()).abstract(state)
     step = saved[-1] if step is None else step
     return checkpoint.restore(run / "checkpoints", step, state, only=only)

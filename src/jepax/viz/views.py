@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jepax.types import ImageBatch
-from jepax.views import ViewGroup as Group, MultiCropConfig, center_crop, denormalize
+from jepax.views import MultiCropConfig, center_crop, denormalize
+from jepax.views import ViewGroup as Group
 
 CELL_INCHES, DPI = 1.3, 120
 """Width of one picture on the sheet in inches, and pixels per inch."""
