@@ -8,8 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jepax.methods.ijepa import IJEPA, IJEPAConfig
-from jepax.training.config import Config
-from jepax.types import ImageBatch, Metrics
 
 
 @dataclass(frozen=True)
@@ -30,22 +28,35 @@ class SpoiltConfig(IJEPAConfig, name="spoilt_ijepa"):
 
 
 class Spoilt(IJEPA):
-    """See `SpoiltConfig`."""
+    """See `SpoiltConfig`. Views and outputs carry the index of each example, which says what batch it is of."""
 
-    def loss(self, images: ImageBatch, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
-        config, batch = self.config, images.index[0] // self.config.batch_size
+    def draw(self, batch, keys):
+        return super().draw(batch, keys), batch.index
 
-        def times(batches: tuple[int, ...], factor: float) -> Float[Array, ""]:
-            return jnp.where(jnp.isin(batch, jnp.array(batches or (-1,))), jnp.float32(factor), jnp.float32(1))
-
-        bias = self.encoder.embed.bias * times(config.nan_activations, jnp.nan)
-        gradient = times(config.inf_gradient, jnp.inf) * times(config.nan_gradient, jnp.nan)
-        gradient *= times(config.large_gradient, 1000.0)
+    def forward(self, views):
+        views, index = views
+        config = self.config
+        bias = self.encoder.embed.bias * times(index, config, config.nan_activations, jnp.nan)
+        gradient = times(index, config, config.inf_gradient, jnp.inf) * times(
+            index, config, config.nan_gradient, jnp.nan
+        )
+        gradient *= times(index, config, config.large_gradient, 1000.0)
         encoder = eqx.tree_at(lambda e: e.embed.bias, self.encoder, bias)
         encoder = jax.tree.map(lambda x: backward_times(x, gradient) if eqx.is_inexact_array(x) else x, encoder)
-        loss, metrics = IJEPA.loss(eqx.tree_at(lambda m: m.encoder, self, encoder), images, key=key)
-        metrics["embeddings"] *= times(config.nan_activations, jnp.nan)  # a teacher of our own would not have them
-        return loss * times(config.inf_loss, jnp.inf), metrics
+        return IJEPA.forward(eqx.tree_at(lambda m: m.encoder, self, encoder), views), index
+
+    def objective(self, outputs, *, key):
+        outputs, index = outputs
+        loss, metrics = super().objective(outputs, key=key)
+        nan = times(index, self.config, self.config.nan_activations, jnp.nan)
+        metrics["embeddings"] *= nan  # a teacher of our own would not have them
+        return loss * times(index, self.config, self.config.inf_loss, jnp.inf), metrics
+
+
+def times(index: Array, config: SpoiltConfig, batches: tuple[int, ...], factor: float) -> Float[Array, ""]:
+    """The factor in these batches, else 1."""
+    batch = index[0] // config.batch_size
+    return jnp.where(jnp.isin(batch, jnp.array(batches or (-1,))), jnp.float32(factor), jnp.float32(1))
 
 
 @jax.custom_vjp

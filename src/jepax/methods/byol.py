@@ -10,7 +10,6 @@ group together.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Self
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -61,13 +60,13 @@ class BYOLConfig(MultiViewConfig, name="byol"):
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "BYOL":
         return BYOL(self, total_steps=total_steps, key=key)
 
-    def tiny(self) -> Self:
+    def tiny(self) -> "BYOLConfig":
         heads = {"projector": self.projector.tiny(), "predictor": self.predictor.tiny()}
         return replace(self, encoder=self.encoder.tiny(), views=self.views.tiny(), **heads)
 
 
 class BYOLOutputs(eqx.Module):
-    """What the networks computed of each image."""
+    """Outputs of the networks for each image, in float32."""
 
     online: Embeddings
     teacher: Float[Array, "batch views dim"]

@@ -1,4 +1,4 @@
-"""What methods that compare views of an image share: draw, forward, and what their objectives ask of projections.
+"""The common part of methods that compare views of an image: draw, forward, and terms of their objectives.
 
     x_v = view v of an image: a crop with its own color changes      draw
     y_v = mean over patches of f(x_v)                                forward
@@ -8,7 +8,6 @@ A method of this kind adds its loss on the z_v.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Self
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -49,7 +48,7 @@ class MultiViewConfig(ImageMethodConfig):
         """The crop that probes and figures take their views by."""
         return self.views.global_crop
 
-    def tiny(self) -> Self:
+    def tiny(self) -> "MultiViewConfig":
         return replace(self, encoder=self.encoder.tiny(), projector=self.projector.tiny(), views=self.views.tiny())
 
 
