@@ -19,7 +19,7 @@ from jepax.commands.train import Train
 from jepax.io import config_yaml as configs
 from jepax.methods import MethodConfig
 from jepax.recipes import RECIPES
-from jepax.sweeps import Sweep
+from jepax.sweeps import Sweep as SweepDefinition
 from jepax.types import ImageBatch
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +83,7 @@ def test_the_pages_grid_is_one(tmp_path):
     text = (ROOT / "docs" / "add_a_method.md").read_text()
     path = tmp_path / "momentum.yaml"
     path.write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
-    assert configs.load(Sweep, path).name == "momentum"
+    assert configs.load(SweepDefinition, path).name == "momentum"
     assert len(Sweep.read("sweep", [str(path)]).plan().jobs) == 4
 
 

@@ -64,7 +64,7 @@ class RegularizerConfig:
                     stacklevel=2,
                 )
 
-    def tiny(self) -> "RegulariserConfig":
+    def tiny(self) -> "RegularizerConfig":
         """The same regularizer along few directions, as tests run it."""
         return replace(self, directions=16) if "directions" in FIELDS_BY_NAME[self.kind] else self
 
