@@ -25,8 +25,9 @@ from jepax.data import DataConfig, open_source
 from jepax.distributed import sharding
 from jepax.evals.eval_dataset import EvalDataset, random_subset
 from jepax.evals.feature_extractor import ViTFeatures, select_encoder
+from jepax.evals.linear import PUBLISHED, LinearConfig, LinearProbeSweep, linear
 from jepax.evals.online import OnlineEval
-from jepax.evals.probe import VISSL_PROBE, LinearProbeSweep, ProbeConfig, linear_probe
+from jepax.evals.scoring import ProtocolData
 from jepax.nn import VIT_SIZES, ViT, ViTConfig
 from jepax.recipes import RECIPES
 from jepax.training.config import Config, setup_data_and_optimizer
@@ -59,8 +60,8 @@ def sweep(config: Config, rounds: int) -> dict[str, Any]:
     sizes = [len(split.features) for split in (train, validation)]
     features = time.perf_counter() - start
     settings = {
-        "sweep": ProbeConfig(controls=False),
-        "one": ProbeConfig(
+        "sweep": LinearConfig(controls=False),
+        "one": LinearConfig(
             layers=("last four",),
             standardised=(True,),
             learning_rates=(1e-2,),
@@ -72,7 +73,7 @@ def sweep(config: Config, rounds: int) -> dict[str, Any]:
     for turn in range(rounds + 1):
         for name, probe in settings.items():
             start = time.perf_counter()
-            linear_probe(train, validation, train.source.classes, probe, key=jr.key(0))
+            linear(ProtocolData(train, validation, train.source.classes, jr.key(0)), probe)
             if turn:  # the first compiles
                 times[name].append(time.perf_counter() - start)
     seconds = {name: statistics.median(values) for name, values in times.items()}
@@ -92,19 +93,19 @@ def augmented(config: Config, rounds: int) -> dict[str, Any]:
     """The same where each pass embeds crops drawn anew: seconds of one pass, statistics and compilation left out."""
     row = row_of(config)
     split = EvalDataset(row, open_source(config.data, "train"), 256)
-    published = dataclasses.replace(VISSL_PROBE, controls=False)
+    published = dataclasses.replace(PUBLISHED, controls=False)
     one = dataclasses.replace(
         published, layers=("last four",), standardised=(True,), learning_rates=(0.01,), weight_decays=(0.0,)
     )
     sweeps = {
-        name: LinearProbeSweep(split, split.source.classes, c, jr.key(0))
+        name: LinearProbeSweep(ProtocolData(split, split, split.source.classes, jr.key(0)), c)
         for name, c in (("sweep", published), ("one", one))
     }
     times = {name: [] for name in sweeps}
     for turn in range(rounds + 1):
         for name, each in sweeps.items():
             start = time.perf_counter()
-            each.train_pass(turn)
+            each.train_epoch(turn)
             jax.block_until_ready(each.state)
             if turn:
                 times[name].append(time.perf_counter() - start)
@@ -119,12 +120,12 @@ def peak_of(count: int, depth: int) -> dict[str, float]:
     made = {"source": "synthetic", "canvas": 16, "synthetic_images": count}
     split = EvalDataset(row, open_source(DataConfig(**made, validation=0.01), "train"), 256)
     few = EvalDataset(row, open_source(DataConfig(**made | {"synthetic_images": 4000}), "train"), 256)
-    probe = ProbeConfig(epochs=1, batch_size=1024, controls=False)
-    linear_probe(few, few, split.source.classes, probe, key=jr.key(0))
+    probe = LinearConfig(epochs=1, batch_size=1024, controls=False)
+    linear(ProtocolData(few, few, split.source.classes, jr.key(0)), probe)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cached = split.features.layers.nbytes
     features = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    linear_probe(split, few, split.source.classes, probe, key=jr.key(0))
+    linear(ProtocolData(split, few, split.source.classes, jr.key(0)), probe)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     values = {"images": len(split), "cached_mb": cached, "extraction_mb": features - before, "probe_mb": after - before}
     return {name: value / 1e6 if name.endswith("_mb") else value for name, value in values.items()}

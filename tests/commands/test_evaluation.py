@@ -166,12 +166,12 @@ def test_a_run_may_end_without_an_evaluation(finished, capsys, tmp_path):
     [
         ("--protocols", ["--protocols linear knn"]),
         ("--step 5", ["no finished checkpoint of step 5", "4, 6"]),
-        ("--step x", ["--step: x is invalid", "int"]),
-        ("--run-dir", ["--run-dir: a value is missing"]),
-        ("--step 4 --step 6", ["duplicate option --step"]),
+        ("--step x", ["--step x is not a checkpoint's number"]),
+        ("--run-dir", ["--run-dir takes one value"]),
+        ("--step 4 --step 6", ["--step takes one value, once"]),
         ("--encoder teacher", ["eval.encoder", "default, target, context"]),
         ("--protocols knn psychic", ["--eval.protocols", "psychic"]),
-        ("--optim.peak-lr 1", ["an evaluation cannot change --optim.peak-lr", "--eval.FIELD.PATH"]),
+        ("--optim.peak-lr 1", ["--optim.peak_lr cannot be changed in an evaluation"]),
         ("--data.source fashion_mnist --data.channels 3 --data.root /nowhere", ["data.root=/nowhere"]),
         ("--data.channels 3", ["reads 1 channels", "have 3", "--data.channels 1"]),
     ],
@@ -238,8 +238,8 @@ def test_weights_hold_one_encoder(finished, tmp_path):
 
 
 def test_a_folder_that_holds_no_config_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"holds no config\.yaml"):
-        Evaluate.read("evaluate", [str(tmp_path)]).target()
+    with pytest.raises(UserError, match=r"has no config\.yaml"):
+        evaluation.parse_args([str(tmp_path)])
 
 
 def test_settings_are_named_by_what_differs(finished):

@@ -15,8 +15,8 @@ from jepax.data.decode import CorruptExampleError
 from jepax.data.loader import epoch_permutation
 from jepax.data.sources import MAX_REPLACEMENTS, ArraySource, Subset, replacement_rows, synthetic
 from jepax.evals.baselines import PixelFeatures
-from jepax.evals.eval_dataset import EvalDataset, hide_labels
-from jepax.evals.progress import SILENT_PROGRESS, ProgressReporter
+from jepax.evals.eval_dataset import EvalDataset, without_labels
+from jepax.evals.progress import SILENT, Progress
 from jepax.io import config_yaml as configs
 from jepax.types import UserError
 from jepax.views import CropConfig
@@ -188,7 +188,7 @@ def test_what_the_callback_raises_ends_the_reading(source):
 
 def test_views_of_a_source_replace_too(source):
     part = Subset(source.canvas_shape, source.class_names, source.labels[[3, 20]], source, np.array([3, 20]))
-    kept_back = hide_labels(part)
+    kept_back = without_labels(part)
     for view, labels in ((part, [0, 1]), (kept_back, [-1, -1])):
         images, replaced = view.load_batch(np.arange(2))
         assert shown(images) == [5, 21] and replaced.all() and images.label.tolist() == labels
@@ -198,15 +198,13 @@ def test_views_of_a_source_replace_too(source):
 @pytest.mark.parametrize("spoken", [True, False])
 def test_evaluation_says_how_many_were_replaced(source, spoken):
     lines = []
-    split = EvalDataset(
-        ROW, source, 8, name="features of test", say=ProgressReporter(lines.append) if spoken else SILENT_PROGRESS
-    )
+    split = EvalDataset(ROW, source, 8, name="features of test", progress=Progress(lines.append) if spoken else SILENT)
     with contextlib.nullcontext() if spoken else pytest.warns(UserWarning) as warned:
-        list(split.pictures())
-        list(split.pictures())
+        list(split.images())
+        list(split.images())
         list(split.shuffled(8, 3, 0))
     (line,) = lines if spoken else [str(each.message) for each in warned]
-    assert line.startswith("features of test: 3 of 24 pictures cannot be read") and "a/03.png" in line
+    assert line.startswith("features of test: 3 of 24 images are unreadable") and "a/03.png" in line
     assert split.broken == set(BAD)
 
 

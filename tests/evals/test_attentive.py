@@ -9,35 +9,33 @@ import numpy as np
 import pytest
 from scipy.special import erf, softmax
 
-from jepax.evals.attentive import (
-    AttentiveConfig,
-    AttentiveHead,
-    attentive,
-    attentive_step,
-    choose_num_heads,
-    init_heads_state,
-    train_heads,
-)
+from jepax.evals.attentive import AttentiveConfig, AttentiveHead, attentive, choose_num_heads, make_task
 from jepax.evals.baselines import PixelFeatures
-from jepax.evals.eval_dataset import EvalDataset, hide_labels
-from jepax.evals.head_training import loader_seed, without_labels
-from jepax.evals.scoring import top1_accuracy
+from jepax.evals.eval_dataset import EvalDataset, without_labels
+from jepax.evals.head_training import init_state, loader_seed, train_on_images, train_step
+from jepax.evals.scoring import ProtocolData, top1_accuracy
 from jepax.types import UserError
+from tests.evals.made import run
 from tests.evals.textures import BATCH, CLASSES, CROP, arrays, majority, row, source, split
 
 CONFIG = AttentiveConfig(epochs=8, batch_size=BATCH, learning_rates=(1e-5, 3e-3), weight_decays=(0.0, 0.1))
 SHORT = replace(CONFIG, epochs=1)
-SETTINGS = np.array([(1e-3, 0.0), (3e-3, 0.1), (1e-2, 0.0)], np.float32)
+SETTINGS = [(1e-3, 0.0), (3e-3, 0.1), (1e-2, 0.0)]
 
 
 def splits(frozen):
     return split(frozen, 200, 0), split(frozen, 57, 1)
 
 
+def train_heads(train, settings):
+    data = ProtocolData(train, train, CLASSES, jr.key(0))
+    return train_on_images(make_task(data, settings, SHORT), data, "attentive probe")
+
+
 @pytest.fixture(scope="module")
 def fitted():
     before = arrays(row())
-    (answer,) = attentive(*splits(row()), CLASSES, CONFIG, key=jr.key(0))
+    (answer,) = run(attentive, *splits(row()), CLASSES, CONFIG, key=jr.key(0))
     return answer, before
 
 
@@ -53,7 +51,7 @@ def numpy_logits(head, tokens):
         return x @ layer.weight + (0 if layer.bias is None else layer.bias)
 
     x = norm(head.norm1, np.asarray(tokens, np.float64))
-    query, keys, values = linear(head.ask, head.query), linear(head.keys, x), linear(head.values, x)
+    query, keys, values = linear(head.query_proj, head.query), linear(head.keys, x), linear(head.values, x)
     query, keys, values = (part.reshape(*part.shape[:-1], head.heads, -1) for part in (query, keys, values))
     scores = np.einsum("hc,bphc->bhp", query, keys) / np.sqrt(query.shape[-1])
     mixed = np.einsum("bhp,bphc->bhc", softmax(scores, axis=2), values).reshape(len(x), -1)
@@ -86,34 +84,34 @@ def test_attention_heads_are_about_64_wide(dim, heads):
 
 def test_together_is_alone():
     train, _ = splits(row())
-    together = train_heads(train, SETTINGS, CLASSES, SHORT, key=jr.key(0))
+    together = train_heads(train, SETTINGS)
     for number in range(len(SETTINGS)):
-        alone = train_heads(train, SETTINGS[number : number + 1], CLASSES, SHORT, key=jr.key(0))
+        alone = train_heads(train, SETTINGS[number : number + 1])
         for one, all_of_them in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
             np.testing.assert_allclose(one[0], all_of_them[number], atol=1e-4)
     spread = np.abs(np.asarray(together.classify.weight[1:] - together.classify.weight[:1]))
     assert spread.max(axis=(1, 2)).min() > 3e-3  # the settings matter
 
 
-def inputs_of_a_step(settings):
+def inputs_of_a_step(settings, config):
     train, _ = splits(row())
     images = next(iter(train.shuffled(BATCH, 1, loader_seed(jr.key(0)))))
-    sweep = init_heads_state(len(settings), 32, CLASSES, key=jr.key(1))
-    return sweep, row(), without_labels(images), images.label, jr.key(2), np.asarray(settings, np.float32)
+    task = make_task(ProtocolData(train, train, CLASSES, jr.key(0)), settings, config)
+    task = replace(task, schedule=replace(task.schedule, total_steps=10, warmup_steps=1))
+    return init_state(task, jr.key(1)), task, replace(images, label=None), images.label, jr.key(2)
 
 
 @pytest.fixture(scope="module")
 def stepped():
     """Two heads, the second with weight decay, before and after one step at learning rate 1e-2, and their losses."""
-    sweep, *inputs = inputs_of_a_step([(1e-2, 0.0), (1e-2, 0.5)])
-    start = jax.tree.map(np.array, sweep.heads)
-    after, losses = attentive_step(sweep, *inputs, config=replace(CONFIG, warmup=0.1), steps=10)
-    assert int(after.step) == 1
-    return start, jax.tree.map(np.array, after.heads), losses
+    state, *inputs = inputs_of_a_step([(1e-2, 0.0), (1e-2, 0.5)], CONFIG)
+    start = jax.tree.map(np.array, state.params)
+    after, losses = train_step(state, *inputs)
+    return start, jax.tree.map(np.array, after.params), losses
 
 
 def test_weights_decay_and_nothing_else(stepped):
-    decayed = {"ask", "keys", "values", "project", "mlp", "classify"}
+    decayed = {"query_proj", "keys", "values", "project", "mlp", "classify"}
 
     def check(path, begin, end):
         names = [entry.name for entry in path]
@@ -133,10 +131,7 @@ def test_heads_begin_alike_and_every_array_of_theirs_is_trained(stepped):
 
 @pytest.mark.parametrize("views", ["centre", "augmented"])
 def test_only_augmented_views_draw_random_numbers(views):
-    inputs = inputs_of_a_step([(1e-3, 0.0)])
-    program = jax.make_jaxpr(lambda *inputs: attentive_step(*inputs, config=replace(CONFIG, views=views), steps=10))(
-        *inputs
-    )
+    program = jax.make_jaxpr(train_step)(*inputs_of_a_step([(1e-3, 0.0)], replace(CONFIG, views=views)))
     assert ("random_bits" in str(program)) == (views == "augmented")
 
 
@@ -147,9 +142,9 @@ def test_it_learns_and_validation_chooses(fitted):
     assert answer.settings is answer.tried[int(np.argmax(tops))]
     assert answer.settings["learning_rate"] == 3e-3 and "lr 0.003" in answer.variant
     test = split(row(), 70, 2)
-    assert top1_accuracy(answer.guess(test), test.labels) > majority(test.labels) + 30
+    assert top1_accuracy(answer.predict(test), test.labels) > majority(test.labels) + 30
     _, validation = splits(row())
-    assert top1_accuracy(answer.guess(validation), validation.labels) == max(tops)
+    assert top1_accuracy(answer.predict(validation), validation.labels) == max(tops)
     for old, new in zip(before, arrays(row()), strict=True):
         np.testing.assert_array_equal(old, new)  # the encoder
 
@@ -158,19 +153,19 @@ def test_labels_of_the_test_split_are_not_read(fitted):
     answer, _ = fitted
     pictures = source(70, 2)
     np.testing.assert_array_equal(
-        answer.guess(EvalDataset(row(), pictures, BATCH)),
-        answer.guess(EvalDataset(row(), hide_labels(pictures), BATCH)),
+        answer.predict(EvalDataset(row(), pictures, BATCH)),
+        answer.predict(EvalDataset(row(), without_labels(pictures), BATCH)),
     )
 
 
 def test_one_program_for_all_rows_of_one_shape():
     train, other = (split(row(seed), 200, 0) for seed in (0, 1))
-    first = train_heads(train, SETTINGS, CLASSES, SHORT, key=jr.key(0))
-    before = attentive_step._cache_size()
-    second = train_heads(other, SETTINGS, CLASSES, SHORT, key=jr.key(0))
-    assert attentive_step._cache_size() == before
+    first = train_heads(train, SETTINGS)
+    before = train_step._cache_size()
+    second = train_heads(other, SETTINGS)
+    assert train_step._cache_size() == before
     assert np.abs(np.asarray(first.classify.weight - second.classify.weight)).max() > 1e-3
-    again = train_heads(train, SETTINGS, CLASSES, SHORT, key=jr.key(0))
+    again = train_heads(train, SETTINGS)
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
@@ -178,18 +173,18 @@ def test_pixels_have_tokens_too():
     pixels = PixelFeatures(CROP, 4)
     config = replace(CONFIG, views="centre", learning_rates=(3e-3,), weight_decays=(0.0,))
     train, validation = splits(pixels)
-    (answer,) = attentive(train, validation, CLASSES, config, key=jr.key(0))
+    (answer,) = run(attentive, train, validation, CLASSES, config, key=jr.key(0))
     assert answer.settings["validation_top1"] > majority(validation.labels) + 30
 
 
 def test_a_split_smaller_than_a_batch_and_what_is_refused():
     train, validation = split(row(), 9, 0), split(row(), 9, 1)
     config = AttentiveConfig(epochs=2, learning_rates=(1e-3,), weight_decays=(0.0,))
-    assert len(attentive(train, validation, CLASSES, config, key=jr.key(0))) == 1
+    assert len(run(attentive, train, validation, CLASSES, config, key=jr.key(0))) == 1
     with pytest.raises(UserError, match="validation"):
-        attentive(train, split(row(), 0, 0), CLASSES, config, key=jr.key(0))
+        run(attentive, train, split(row(), 0, 0), CLASSES, config, key=jr.key(0))
     with pytest.raises(UserError, match="train"):
-        attentive(train, validation, CLASSES - 1, config, key=jr.key(0))
+        run(attentive, train, validation, CLASSES - 1, config, key=jr.key(0))
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, row())
     with pytest.raises(UserError, match="diverged"):
-        attentive(split(broken, 9, 0), split(broken, 9, 1), CLASSES, config, key=jr.key(0))
+        run(attentive, split(broken, 9, 0), split(broken, 9, 1), CLASSES, config, key=jr.key(0))

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from skimage.transform import resize
 
-from jepax.evals.baselines import PixelFeatures, downscale, majority_class
-from jepax.evals.scoring import compute_accuracy, topk_classes
+from jepax.evals.baselines import PixelFeatures, class_counts, downscale
+from jepax.evals.scoring import accuracy, topk
 from jepax.types import ImageBatch, UserError
 from jepax.views import CropConfig
 
@@ -43,23 +43,23 @@ def test_scaling_down_is_antialiased():
 
 
 def guessed(train, classes, count):
-    return np.tile(topk_classes(majority_class(train, classes)[None]), (count, 1))
+    return np.tile(topk(class_counts(train, classes)[None]), (count, 1))
 
 
 def test_majority_is_chosen_on_train_and_read_on_test():
     train = np.repeat(np.arange(7), [1, 9, 2, 8, 3, 7, 4])
     test = np.array([1, 1, 3, 0, 2, 4, 5, 6])
-    result = compute_accuracy(guessed(train, 7, 8), test)
+    result = accuracy(guessed(train, 7, 8), test)
     assert result.top1 == 25.0
     assert result.top5 == 100 * 6 / 8  # classes 1, 3, 5, 6, 4
 
 
 def test_equally_frequent_classes_go_by_number():
-    result = compute_accuracy(guessed(np.array([2, 2, 1, 1, 0]), 3, 3), np.array([1, 1, 2]))
+    result = accuracy(guessed(np.array([2, 2, 1, 1, 0]), 3, 3), np.array([1, 1, 2]))
     assert result.top1 == pytest.approx(100 * 2 / 3)
     assert result.top5 == 100.0
 
 
 def test_an_empty_split_is_refused():
     with pytest.raises(UserError, match="no examples"):
-        majority_class(np.zeros(0, np.int32), 3)
+        class_counts(np.zeros(0, np.int32), 3)

@@ -8,9 +8,9 @@ import pytest
 
 from jepax.data import batches, iter_once
 from jepax.data.sources import ArraySource
-from jepax.evals.eval_dataset import HIDDEN_LABEL, EvalDataset, count_duplicates, digest_images, hide_labels
+from jepax.evals.checks import check_labels
+from jepax.evals.eval_dataset import NO_LABEL, EvalDataset, count_duplicates, digest, without_labels
 from jepax.evals.feature_extractor import ViTFeatures
-from jepax.evals.scoring import check_labels
 from jepax.nn import ViT, ViTConfig
 from jepax.types import UserError
 from jepax.views import CropConfig, center_crop
@@ -29,16 +29,16 @@ def row():
     return ViTFeatures(ViT(ViTConfig(patch_size=4, channels=1, width=16, depth=2, heads=2), key=jr.key(0)), CROP)
 
 
-def test_a_withheld_source_has_the_pictures_and_no_label(row):
-    open_, shut = source(), hide_labels(source())
+def test_an_unlabeled_source_has_the_pictures_and_no_label(row):
+    open_, shut = source(), without_labels(source())
     split = EvalDataset(row, shut, 16)
     np.testing.assert_array_equal(split.features.layers, EvalDataset(row, open_, 16).features.layers)
-    for labels in (split.labels, split.features.labels, shut.labels, shut.load_batch(np.arange(4))[0].label):
-        assert (labels == HIDDEN_LABEL).all()
-    for images, _ in split.pictures():
-        assert (images.label == HIDDEN_LABEL).all()
+    for labels in (split.labels, split.features.labels, shut.labels, shut.load(np.arange(4))[2]):
+        assert (labels == NO_LABEL).all()
+    for images, _ in split.images():
+        assert (images.label == NO_LABEL).all()
     for images in split.shuffled(8, 3, 0):
-        assert (images.label == HIDDEN_LABEL).all()
+        assert (images.label == NO_LABEL).all()
     with pytest.raises(UserError, match="labels of the test split"):
         check_labels(split.labels, 3, "test")
 
@@ -65,9 +65,9 @@ def test_shuffled_batches_are_the_loaders(row):
 
 def test_pictures_in_two_splits_are_counted(row):
     train, test = source(seed=0), source(seed=1)
-    planted = dataclasses.replace(test, images=np.concatenate([test.images[:30], train.images[:7]]))
+    planted = dataclasses.replace(test, pictures=np.concatenate([test.pictures[:30], train.pictures[:7]]))
     splits = {"train": EvalDataset(row, train, 16), "validation": EvalDataset(row, source(seed=2), 16)}
-    splits["test"] = EvalDataset(row, hide_labels(planted), 16)
+    splits["test"] = EvalDataset(row, without_labels(planted), 16)
     expected = {"train/validation": 0, "train/test": 7, "validation/test": 0}
     assert count_duplicates(splits) == expected  # read for it
     for split in splits.values():
@@ -80,6 +80,6 @@ def test_a_digest_tells_large_pictures_and_sizes_apart():
     large = np.random.default_rng(0).integers(0, 256, (3, 200, 200, 3)).astype(np.uint8)
     size = np.full((3, 2), 200, np.int32)
     made = dataclasses.replace(images, canvas=large, size=size, index=images.index[:3], label=None)
-    assert len(set(digest_images(images))) == 37 and len(set(digest_images(made))) == 3
+    assert len(set(digest(images))) == 37 and len(set(digest(made))) == 3
     cut = dataclasses.replace(made, size=size - 1)
-    assert not np.isin(digest_images(cut), digest_images(made)).any()
+    assert not np.isin(digest(cut), digest(made)).any()

@@ -8,19 +8,14 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+from jepax.evals.augmentation import augmented
 from jepax.evals.baselines import PixelFeatures
-from jepax.evals.eval_dataset import EvalDataset, hide_labels
-from jepax.evals.finetune import (
-    FinetuneConfig,
-    finetune,
-    finetune_once,
-    finetune_step,
-    init_finetune_state,
-    layer_lr_scales,
-)
-from jepax.evals.head_training import augment, without_labels
-from jepax.evals.scoring import top1_accuracy
+from jepax.evals.eval_dataset import EvalDataset, without_labels
+from jepax.evals.finetune import FinetuneConfig, finetune, make_task
+from jepax.evals.head_training import init_state, train_on_images, train_step
+from jepax.evals.scoring import ProtocolData, top1_accuracy
 from jepax.types import UserError
+from tests.evals.made import run
 from tests.evals.textures import BATCH, CLASSES, CROP, arrays, majority, row, source, split
 
 CONFIG = FinetuneConfig(epochs=8, batch_size=BATCH, learning_rates=(1e-6, 3e-3, 1e-7))
@@ -34,21 +29,31 @@ def splits(frozen):
 @pytest.fixture(scope="module")
 def fitted():
     before = arrays(row())
-    (answer,) = finetune(*splits(row()), CLASSES, CONFIG, key=jr.key(0))
+    (answer,) = run(finetune, *splits(row()), CLASSES, CONFIG, key=jr.key(0))
     return answer, before
+
+
+def task_of(train, learning_rate, config, key=0):
+    data = ProtocolData(train, train, CLASSES, jr.key(key))
+    return make_task(data, learning_rate, config), data
+
+
+def train_once(train, learning_rate):
+    task, data = task_of(train, learning_rate, SHORT)
+    return train_on_images(task, data, "fine-tuning")
 
 
 def one_step(**changes):
     """The classifier before and after one step at learning rate 1e-2, and the step's batch and loss."""
-    config = replace(CONFIG, warmup=0.1, **changes)  # with ten steps the first is at the peak
     train, _ = splits(row())
     images = next(iter(train.shuffled(BATCH, 1, 0)))
-    run = init_finetune_state(row(), CLASSES, key=jr.key(1))
-    start = jax.tree.map(np.array, run.classifier)
-    inputs = without_labels(images), images.label, jr.key(2), jnp.float32(1e-2)
-    after, loss = finetune_step(run, *inputs, config=config, steps=10)
-    assert int(after.step) == 1
-    return start, jax.tree.map(np.array, after.classifier), images, loss
+    task, _ = task_of(train, 1e-2, replace(CONFIG, **changes))
+    schedule = replace(task.schedule, total_steps=10, warmup_steps=1)  # the first step is at the peak
+    task = replace(task, schedule=schedule)
+    state = init_state(task, jr.key(1))
+    start = jax.tree.map(np.array, state.params)
+    after, loss = train_step(state, task, replace(images, label=None), images.label, jr.key(2))
+    return start, jax.tree.map(np.array, after.params), images, loss
 
 
 def changes(**settings):
@@ -73,7 +78,8 @@ def test_each_layer_has_its_share_of_the_learning_rate():
 
 
 def test_shares_of_a_deeper_stack_by_the_formula():
-    shares = layer_lr_scales(init_finetune_state(row(), CLASSES, key=jr.key(0)).classifier, 0.75)
+    task, _ = task_of(splits(row())[0], 1e-3, CONFIG)
+    shares = task.lr_scale(init_state(task, jr.key(0)).params)
     assert shares.head.weight == 1 and shares.encoder.norm.bias == 1
     assert shares.encoder.embed.weight == pytest.approx(0.75**3)
     np.testing.assert_allclose(shares.encoder.stack.blocks.mlp.fc1.weight.ravel(), [0.75**2, 0.75])
@@ -88,9 +94,10 @@ def test_with_a_tiny_decay_only_the_top_moves():
 
 
 def test_weights_decay_by_their_own_rate_and_nothing_else_does():
-    start = init_finetune_state(row(), CLASSES, key=jr.key(1)).classifier
+    task, _ = task_of(splits(row())[0], 1e-3, replace(CONFIG, layer_decay=0.5))
+    start = init_state(task, jr.key(1)).params
     kept, less = changes(weight_decay=0.0, layer_decay=0.5), changes(weight_decay=0.5, layer_decay=0.5)
-    shares = layer_lr_scales(start, 0.5)
+    shares = task.lr_scale(start)
 
     def check(path, begin, share, without, with_decay):
         names = [entry.name for entry in path]
@@ -106,8 +113,8 @@ def test_the_loss_is_cross_entropy_to_smoothed_labels_of_crops():
     start, _, images, loss = one_step(label_smoothing=smoothing)
     start = jax.tree.map(jnp.asarray, start)
     crop = replace(CROP, scale=CONFIG.scale, flip=CONFIG.flip)
-    embed = jax.jit(lambda encoder, images, key: encoder(augment(images, key, crop)))
-    tokens = np.asarray(embed(start.encoder, without_labels(images), jr.key(2)), np.float64)
+    embed = jax.jit(lambda encoder, images, key: encoder(augmented(images, key, crop)))
+    tokens = np.asarray(embed(start.encoder, replace(images, label=None), jr.key(2)), np.float64)
     logits = tokens.mean(axis=1) @ np.asarray(start.head.weight, np.float64)
     logged = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     target = (1 - smoothing) * np.eye(CLASSES)[images.label] + smoothing / CLASSES
@@ -124,15 +131,15 @@ def test_it_learns_and_validation_chooses(fitted):
         and answer.variant == "lr 0.003"
     )
     test = split(row(), 70, 2)
-    assert top1_accuracy(answer.guess(test), test.labels) > majority(test.labels) + 30
+    assert top1_accuracy(answer.predict(test), test.labels) > majority(test.labels) + 30
     _, validation = splits(row())
-    assert top1_accuracy(answer.guess(validation), validation.labels) == tops[1]
+    assert top1_accuracy(answer.predict(validation), validation.labels) == tops[1]
     for old, new in zip(before, arrays(row()), strict=True):
         np.testing.assert_array_equal(old, new)  # the row's own encoder, and its arrays still live
 
 
 def test_of_equals_the_first_is_chosen():
-    (answer,) = finetune(*splits(row()), CLASSES, SHORT, key=jr.key(0))
+    (answer,) = run(finetune, *splits(row()), CLASSES, SHORT, key=jr.key(0))
     assert answer.tried[0]["validation_top1"] == answer.tried[1]["validation_top1"]
     assert answer.settings is answer.tried[0]
 
@@ -141,27 +148,27 @@ def test_labels_of_the_test_split_are_not_read(fitted):
     answer, _ = fitted
     pictures = source(70, 2)
     np.testing.assert_array_equal(
-        answer.guess(EvalDataset(row(), pictures, BATCH)),
-        answer.guess(EvalDataset(row(), hide_labels(pictures), BATCH)),
+        answer.predict(EvalDataset(row(), pictures, BATCH)),
+        answer.predict(EvalDataset(row(), without_labels(pictures), BATCH)),
     )
 
 
 def test_one_program_for_every_learning_rate_and_every_row():
-    first = finetune_once(splits(row())[0], 1e-3, CLASSES, SHORT, key=jr.key(0))
-    before = finetune_step._cache_size()
-    second = finetune_once(splits(row(1))[0], 2e-3, CLASSES, SHORT, key=jr.key(0))
-    assert finetune_step._cache_size() == before
+    first = train_once(splits(row())[0], 1e-3)
+    before = train_step._cache_size()
+    second = train_once(splits(row(1))[0], 2e-3)
+    assert train_step._cache_size() == before
     assert np.abs(np.asarray(first.encoder.embed.weight - second.encoder.embed.weight)).max() > 1e-3
-    again = finetune_once(splits(row())[0], 1e-3, CLASSES, SHORT, key=jr.key(0))
+    again = train_once(splits(row())[0], 1e-3)
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
 def test_what_cannot_be_trained_is_refused():
     pixels = PixelFeatures(CROP, 4)
-    with pytest.raises(UserError, match="RawPixels"):
-        finetune(*splits(pixels), CLASSES, CONFIG, key=jr.key(0))
+    with pytest.raises(UserError, match="PixelFeatures"):
+        run(finetune, *splits(pixels), CLASSES, CONFIG, key=jr.key(0))
     with pytest.raises(UserError, match="train"):
-        finetune(*splits(row()), CLASSES - 1, CONFIG, key=jr.key(0))
+        run(finetune, *splits(row()), CLASSES - 1, CONFIG, key=jr.key(0))
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, row())
     with pytest.raises(UserError, match="diverged"):
-        finetune(split(broken, 9, 0), split(broken, 9, 1), CLASSES, SHORT, key=jr.key(0))
+        run(finetune, split(broken, 9, 0), split(broken, 9, 1), CLASSES, SHORT, key=jr.key(0))

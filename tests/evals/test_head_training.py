@@ -1,5 +1,6 @@
 """Crops depend on key and place alone, guesses stand for every example once, and AdamW is optax's."""
 
+import contextlib
 from dataclasses import replace
 
 import equinox as eqx
@@ -10,22 +11,25 @@ import numpy as np
 import optax
 import pytest
 
-from jepax.evals import head_training
+from jepax.evals import augmentation, scoring
 from jepax.evals.attentive import AttentiveConfig
+from jepax.evals.augmentation import augmented, train_view
+from jepax.evals.checks import check_predictions
 from jepax.evals.finetune import FinetuneConfig
 from jepax.evals.head_training import (
-    ADAM,
-    adamw_update,
-    augment,
-    batch_size_and_steps,
-    check_any_prediction,
+    HeadHparams,
+    HeadTask,
+    TrainSchedule,
+    init_state,
     loader_seed,
-    lr_scale,
-    make_train_view,
-    predict,
-    run_head_training,
+    train_cached_epoch,
+    train_on_images,
+    train_step,
+    warmup_schedule,
 )
-from jepax.evals.scoring import NO_CLASS, topk_classes
+from jepax.evals.linear import LinearConfig
+from jepax.evals.progress import Progress
+from jepax.evals.scoring import NO_CLASS, ProtocolData, predict, topk
 from jepax.nn.transformer import LayerNorm, Linear
 from jepax.optim import weight_decay_mask
 from jepax.types import ImageBatch, UserError
@@ -37,7 +41,7 @@ def batch(count=8):
     return next(iter(split(row(), count, 0).shuffled(count, 1, 0)))
 
 
-cut = eqx.filter_jit(augment)
+cut = eqx.filter_jit(augmented)
 
 
 def rows_of(images: ImageBatch, rows) -> ImageBatch:
@@ -54,15 +58,14 @@ def test_a_crop_follows_from_key_and_place_alone():
         assert np.abs(np.asarray(other - view)).max(axis=(1, 2, 3)).min() > 0.1
 
 
-def test_the_training_view_reads_scale_and_flip_of_its_config(monkeypatch):
-    images, key, crops = batch(), jr.key(0), []
-    config = AttentiveConfig(scale=(0.1, 0.2), flip=1.0)
-    centre = center_crop(images, CROP)
-    monkeypatch.setattr(head_training, "augment", lambda images, key, crop: crops.append(crop) or centre + 1)
-    np.testing.assert_array_equal(make_train_view("centre", images, key, CROP, config), centre)
-    assert crops == []
-    np.testing.assert_array_equal(make_train_view("augmented", images, key, CROP, config), centre + 1)
-    assert crops == [replace(CROP, scale=(0.1, 0.2), flip=1.0)]
+def test_the_training_view_is_the_center_view_or_a_crop(monkeypatch):
+    images, key, calls = batch(), jr.key(0), []
+    center = center_crop(images, CROP)
+    monkeypatch.setattr(augmentation, "augmented", lambda *given: calls.append(given) or center + 1)
+    np.testing.assert_array_equal(train_view("centre", images, key, CROP), center)
+    assert calls == []
+    np.testing.assert_array_equal(train_view("augmented", images, key, CROP), center + 1)
+    assert calls == [(images, key, CROP)]
 
 
 class Means(eqx.Module):
@@ -79,14 +82,14 @@ class Means(eqx.Module):
 def test_every_example_is_guessed_once_in_order():
     weight = jnp.array([1.0, 2.0, 3.0, 5.0, 7.0, 11.0])
     few, many = split(row(), 2 * BATCH + 5, 0), split(row(), BATCH, 1)
-    before = head_training._predict_batch._cache_size()
+    before = scoring._values._cache_size()
     for part in (few, many):
         mean = part.source.pictures.astype(np.float32).mean(axis=(1, 2))
-        expected = topk_classes(np.sin(np.asarray(weight) * mean))
+        expected = topk(np.sin(np.asarray(weight) * mean))
         guesses = predict(Means(weight), part)
         assert guesses.shape == (len(part), 5)
         assert np.mean(guesses == expected) > 0.99  # float32 sines differ in the last place
-    assert head_training._predict_batch._cache_size() == before + 1
+    assert scoring._values._cache_size() == before + 1
 
 
 def test_leading_axes_of_guesses_stay():
@@ -103,27 +106,33 @@ def test_nothing_guessed_is_refused():
     guesses = predict(Means(jnp.full(3, jnp.nan)), part)
     np.testing.assert_array_equal(guesses, NO_CLASS)
     with pytest.raises(UserError, match=r"attentive\.learning_rates"):
-        check_any_prediction(guesses, "attentive")
-    check_any_prediction(predict(Means(jnp.array([jnp.nan, 1.0, 1.0])), part), "attentive")
+        check_predictions(guesses, "attentive")
+    check_predictions(predict(Means(jnp.array([jnp.nan, 1.0, 1.0])), part), "attentive")
     with pytest.raises(UserError, match="empty"):
         predict(Means(jnp.ones(3)), split(row(), 0, 0))
 
 
-def test_steps_lie_end_to_end_and_a_batch_is_at_most_the_split():
-    config = AttentiveConfig(epochs=3, batch_size=40)
-    assert batch_size_and_steps(config, 100) == (40, 7)
-    assert batch_size_and_steps(config, 40) == (40, 3)
-    assert batch_size_and_steps(config, 7) == (7, 3)
+@pytest.mark.parametrize(("examples", "sizes"), [(100, (40, 7)), (40, (40, 3)), (7, (7, 3))])
+def test_epochs_follow_without_a_break_and_a_batch_is_at_most_the_split(examples, sizes):
+    schedule = warmup_schedule(3, 40, 0.1, examples)
+    assert (schedule.batch_size, schedule.total_steps) == sizes
 
 
 def test_the_rate_rises_then_falls_to_near_zero_and_no_step_is_lost():
-    config = AttentiveConfig(warmup=0.2)
-    values = np.array([lr_scale(config, jnp.int32(step), 50) for step in range(50)])
+    schedule = warmup_schedule(50, 10, 0.2, 10)
+    values = np.array([schedule.factor(jnp.int32(step)) for step in range(50)])
     np.testing.assert_allclose(values[:10], np.arange(1, 11) / 10, rtol=1e-5)
     assert values.argmax() == 9 and np.all(np.diff(values[9:]) < 0)
     assert 0 < values[-1] < 0.01
-    assert lr_scale(replace(config, warmup=0.0), jnp.int32(0), 50) > 0.99
-    assert lr_scale(config, jnp.int32(0), 1) > 0.4
+    assert replace(schedule, warmup_steps=0).factor(jnp.int32(0)) > 0.99
+    assert warmup_schedule(1, 10, 0.2, 10).factor(jnp.int32(0)) > 0.4
+
+
+def test_the_cosine_and_the_step_schedule():
+    cosine = TrainSchedule("adamw", "cosine", 10, 5, 100)
+    assert [round(float(cosine.factor(jnp.int32(step))), 6) for step in (0, 50, 100)] == [1, 0.5, 0]
+    step = TrainSchedule("lars", "step", 10, 5, 200)
+    assert [round(float(step.factor(jnp.int32(count))), 6) for count in (0, 74, 75, 149, 150)] == [1, 1, 0.1, 0.1, 0.01]
 
 
 def test_the_order_follows_from_the_key():
@@ -136,25 +145,88 @@ class Net(eqx.Module):
     linear: Linear
 
 
+class Sines(HeadTask):
+    """A loss whose gradient is sin(w + batch) at every number, for each head."""
+
+    hparams: HeadHparams
+    schedule: TrainSchedule = eqx.field(static=True)
+
+    def init(self, key):
+        net = Net(LayerNorm(3), Linear(3, 2, std=1.0, key=jr.key(0)))
+        return jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), net)
+
+    def inputs(self, batch, key):
+        return batch
+
+    def losses(self, params, inputs, labels):
+        sums = [jnp.cos(leaf + inputs).reshape(2, -1).sum(1) for leaf in jax.tree.leaves(params)]
+        return -sum(sums[1:], start=sums[0])
+
+
 def test_updates_equal_optax_adamw_with_biases_and_norms_left_alone():
-    net = Net(LayerNorm(3), Linear(3, 2, std=1.0, key=jr.key(0)))
-    peer = optax.adamw(0.03, weight_decay=0.5, mask=weight_decay_mask)
-    ours, moments, theirs, state = net, ADAM.init(net), net, peer.init(net)
-    rates = jax.tree.map(lambda _: 0.03, net)
+    """Each of two heads by its own learning rate and weight decay."""
+    settings = [(0.03, 0.5), (0.01, 0.0)]
+    hparams = HeadHparams(*np.asarray(settings, np.float32).T)
+    task = Sines(hparams, TrainSchedule("adamw", "step", 1, 100, 100))
+    start = jax.tree.map(np.array, init_state(task, jr.key(0)).params)
+    state, labels = init_state(task, jr.key(0)), jnp.zeros(1, jnp.int32)
     for step in range(3):
-        grads = jax.tree.map(lambda leaf, step=step: jnp.sin(leaf + step), net)
-        ours, moments = adamw_update(grads, moments, ours, rates, 0.5)
-        updates, state = peer.update(grads, state, theirs)
-        theirs = optax.apply_updates(theirs, updates)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), ours, theirs)
+        state, _ = train_step(state, task, jnp.float32(step), labels, jr.key(0))
+    ours = state.params
+    for head, (rate, decay) in enumerate(settings):
+        theirs = jax.tree.map(lambda leaf, head=head: jnp.asarray(leaf[head]), start)
+        peer = optax.adamw(rate, weight_decay=decay, mask=weight_decay_mask)
+        state = peer.init(theirs)
+        for step in range(3):
+            grads = jax.tree.map(lambda leaf, step=step: jnp.sin(leaf + step), theirs)
+            updates, state = peer.update(grads, state, theirs)
+            theirs = optax.apply_updates(theirs, updates)
+        jax.tree.map(lambda a, b, head=head: np.testing.assert_allclose(a[head], b, rtol=1e-5, atol=1e-7), ours, theirs)
 
 
-def test_every_batch_is_one_step():
-    part, told = split(row(), 10, 0), []
-    seen = run_head_training(
-        lambda state, images: ([*state, images.index[0]], jnp.ones(())), [], part.shuffled(4, 5, 0), told.append
-    )
-    assert seen == [0, 4, 8, 12, 16] and told == [1, 2, 3, 4, 5]
+class Seen(HeadTask):
+    """Moves the parameters of the examples that it is shown, at a constant rate."""
+
+    hparams: HeadHparams
+    schedule: TrainSchedule = eqx.field(static=True)
+
+    def init(self, key):
+        return {"seen": jnp.zeros(40)}
+
+    def inputs(self, batch, key):
+        assert not isinstance(batch, ImageBatch) or batch.label is None
+        return batch.index if isinstance(batch, ImageBatch) else batch[0, :, 0].astype(jnp.int32)
+
+    def losses(self, params, inputs, labels):
+        return -jnp.sum(params["seen"][inputs])
+
+
+ONE = HeadHparams(np.ones((), np.float32), np.zeros((), np.float32))
+STEPS = TrainSchedule("lars", "step", batch_size=4, steps_per_epoch=2, total_steps=5)
+
+
+def test_every_batch_of_images_is_one_step_and_is_counted():
+    counts = []
+
+    class Counting(Progress):
+        @contextlib.contextmanager
+        def bar(self, description, total):
+            assert (description, total) == ("a title", 5)
+            yield counts.append
+
+    dataset = split(row(), 10, 0)
+    data = ProtocolData(dataset, dataset, CLASSES, jr.key(0), Counting(print))
+    moved = np.asarray(train_on_images(Seen(ONE, STEPS), data, "a title")["seen"]) > 0
+    assert counts == [1, 2, 3, 4, 5]
+    assert moved[:20].all() and not moved[20:].any()  # indices count over epochs
+
+
+def test_an_epoch_over_cached_features_shows_each_example_once_but_those_of_an_incomplete_batch():
+    features, labels, key = np.arange(10, dtype=np.float32)[None, :, None], np.zeros(10, np.int32), jr.key(0)
+    for size, shown in ((5, 10), (4, 8)):
+        task = Seen(ONE, replace(STEPS, batch_size=size, steps_per_epoch=10 // size))
+        state = train_cached_epoch(init_state(task, key), task, jnp.asarray(features), labels, key)
+        assert (np.asarray(state.params["seen"]) > 0).sum() == shown
 
 
 BAD = [
@@ -162,18 +234,19 @@ BAD = [
     ("batch_size", 0),
     ("learning_rates", ()),
     ("learning_rates", (1e-3, 0.0)),
-    ("warmup", 1.0),
     ("scale", (0.5, 0.3)),
     ("scale", (0.0, 1.0)),
     ("flip", 1.5),
 ]
-OWN = [("weight_decays", ()), ("weight_decays", (-0.1,)), ("views", "left")]
-OTHERS = [("layer_decay", 0.0), ("layer_decay", 1.1), ("weight_decay", -1.0), ("label_smoothing", 1.0)]
+SWEEP = [("weight_decays", ()), ("weight_decays", (-0.1,))]
+OWN = [*SWEEP, ("views", "left"), ("warmup", 1.0)]
+OTHERS = [("warmup", 1.0), ("layer_decay", 0.0), ("layer_decay", 1.1), ("weight_decay", -1.0), ("label_smoothing", 1.0)]
 
 
 @pytest.mark.parametrize(
     ("protocol", "make", "field", "value"),
     [("attentive", AttentiveConfig, *bad) for bad in BAD + OWN]
+    + [("linear", LinearConfig, *bad) for bad in BAD + SWEEP]
     + [("finetune", FinetuneConfig, *bad) for bad in BAD + OTHERS],
 )
 def test_what_cannot_work_is_refused_by_name(protocol, make, field, value):

@@ -6,13 +6,20 @@ import pytest
 from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 
-import jepax.evals.logistic as module
-from jepax.evals.logistic import LogisticConfig, fit, fit_scaler, logistic, regularization_path
-from jepax.evals.scoring import NO_CLASS, topk_classes
+import jepax.evals.logistic_solver as module
+from jepax.evals import features
+from jepax.evals.logistic import LogisticConfig, logistic
+from jepax.evals.logistic_solver import fit_scaler, make_problem, regularization_path, solve
+from jepax.evals.scoring import NO_CLASS, topk
 from jepax.types import UserError
-from tests.evals.made import Made, clusters
+from tests.evals.made import Made, clusters, run
 
 KEY = jr.key(0)
+
+
+def fit(features, labels, classes, strength, start=None):
+    problem, scaler, gram = make_problem(features, labels, classes, None)
+    return solve(problem, scaler, gram, strength, start)
 
 
 def standardised(features, split=None):
@@ -55,31 +62,31 @@ def test_the_optimum_is_scikit_learns(strength, layers):
 def test_the_slope_and_the_losses_are_the_float64_ones_padded_or_not(count):
     train, *_ = clusters(sizes=(count, 5, 5), offset=2)
     layers, labels = train.features.layers, train.labels
-    problem = module._make_problem(layers, labels, 7, None)
-    assert len(problem.examples.share) == (256 if count == 256 else 512)
+    problem, scaler, gram = make_problem(layers, labels, 7, None)
+    assert len(problem.weight) == (256 if count == 256 else 512)
     z = np.concatenate([standardised(layers), np.ones((count, 1))], axis=1)
     theta = np.random.default_rng(0).normal(size=(17, 7)).astype(np.float32)
-    losses, slope = module._cross_entropy(theta, problem.examples)
+    losses, slope = module._cross_entropy(theta, problem)
     expected = -log_softmax(z @ theta, axis=1)[np.arange(count), labels]
     np.testing.assert_allclose(losses[:count], expected, rtol=2e-5, atol=2e-5)
     right = softmax(z @ theta, axis=1) - np.eye(7)[labels]
     np.testing.assert_allclose(slope, z.T @ right / count, atol=2e-6)
-    np.testing.assert_allclose(problem.gram, z.T @ z / count, atol=1e-5)
+    np.testing.assert_allclose(gram, z.T @ z / count, atol=1e-5)
     alone = fit_scaler(layers)
-    np.testing.assert_allclose(alone.mean, problem.standard.mean, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(alone.deviation, layers.astype(np.float64).std(1), rtol=1e-5)
+    np.testing.assert_allclose(alone.mean, scaler.mean, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(alone.std, layers.astype(np.float64).std(1), rtol=1e-5)
 
 
 def test_large_sets_are_not_padded(monkeypatch):
-    monkeypatch.setattr(module, "PADDED_SIZE_RANGE", (16, 256))
+    monkeypatch.setattr(module, "PADDED_SIZES", (16, 256))
     train, *_ = clusters(sizes=(257, 5, 5))
-    problem = module._make_problem(train.features.layers, train.labels, 7, None)
-    assert problem.examples.z.shape == (257, 17)
+    problem, *_ = make_problem(train.features.layers, train.labels, 7, None)
+    assert problem.z.shape == (257, 17)
 
 
 def test_sizes_share_programs():
     train, *_ = clusters(dim=11)
-    programs = (module._mean_and_std, module._standardize_with_gram, module._cross_entropy)
+    programs = (module._statistics, module._standardize, module._cross_entropy)
     counted = [program._cache_size() for program in programs]
     for count in (30, 100, 256):
         fit(train.features.layers[:, :count], train.labels[:count], 7, 0.1)
@@ -87,8 +94,8 @@ def test_sizes_share_programs():
 
 
 def test_a_path_goes_from_the_strongest_and_ends_where_lone_fits_do(monkeypatch):
-    starts, descend = [], module._minimize
-    monkeypatch.setattr(module, "_minimize", lambda *given: starts.append(given[2]) or descend(*given))
+    starts, real = [], module.solve
+    monkeypatch.setattr(module, "solve", lambda *given: starts.append(given[4]) or real(*given))
     train, *_ = clusters(noise=2.5)
     layers, labels = train.features.layers, train.labels
     fits = list(regularization_path(layers, labels, 7, (1e-3, 1e-1, 1e-2)))
@@ -111,7 +118,7 @@ def test_a_fit_may_start_from_another():
 
 def test_a_fit_that_stops_early_says_so(monkeypatch):
     train, *_ = clusters(noise=2.5)
-    monkeypatch.setattr(module, "MAX_ITERATIONS", 2)
+    monkeypatch.setitem(module.LBFGS_OPTIONS, "maxiter", 2)
     model = fit(train.features.layers, train.labels, 7, 1e-3)
     assert not model.converged and model.iterations == 2
 
@@ -144,33 +151,31 @@ def test_a_missing_class_is_never_named_and_the_others_are_fitted_without_it(mis
     layers, labels = train.features.layers[:, kept], train.labels[kept]
     model, other = fit(layers, labels, 7, 1e-2), peer(layers, labels, 1e-2)
     assert model.converged and model.bias[missing] == -np.inf
-    losses, slope = module._cross_entropy(
-        np.zeros((17, 7), np.float32), module._make_problem(layers, labels, 7, None).examples
-    )
+    losses, slope = module._cross_entropy(np.zeros((17, 7), np.float32), make_problem(layers, labels, 7, None)[0])
     np.testing.assert_allclose(losses, np.log(6), rtol=1e-6)
     assert np.all(slope[:, missing] == 0)
     there = np.arange(7) != missing
     np.testing.assert_allclose(model.weight.T[there], other.coef_, atol=1e-3)
-    guesses = topk_classes(model(test.features.layers))
+    guesses = topk(model(test.features.layers))
     assert missing not in guesses
     warm = fit(layers, labels, 7, 1e-2, model)
     assert warm.converged and warm.bias[missing] == -np.inf
     lone = fit(layers[:, labels == 1], labels[labels == 1], 7, 1e-2)
-    assert (topk_classes(lone(test.features.layers)) == [1, NO_CLASS, NO_CLASS, NO_CLASS, NO_CLASS]).all()
+    assert (topk(lone(test.features.layers)) == [1, NO_CLASS, NO_CLASS, NO_CLASS, NO_CLASS]).all()
 
 
 def test_logits_do_not_depend_on_the_chunk(monkeypatch):
     train, _, test = clusters(layers=2)
     model = fit(train.features.layers, train.labels, 7, 1e-2)
     whole = model(test.features.layers)
-    monkeypatch.setattr(module, "EXAMPLES_PER_CHUNK", 100)
+    monkeypatch.setattr(features, "CHUNK", 100)
     np.testing.assert_allclose(model(test.features.layers), whole, atol=1e-5)
 
 
 def test_validation_chooses_strength_and_layers():
     train, validation, test = clusters(sizes=(150, 211, 301), layers=4, noise=3.0)
     config = LogisticConfig((1e-4, 1.0, 1e-2))
-    (fitted,) = logistic(train, validation, 7, config, key=KEY)
+    (fitted,) = run(logistic, train, validation, 7, config, key=KEY)
     places = [(name, strength) for name in config.layers for strength in (1.0, 1e-2, 1e-4)]
     assert [(one["layers"], one["strength"]) for one in fitted.tried] == places
     assert all(one["converged"] and one["iterations"] > 0 for one in fitted.tried)
@@ -184,12 +189,12 @@ def test_validation_chooses_strength_and_layers():
     assert fitted.settings["layers"] == "last four"  # four layers with noise of their own tell more than one
     other = peer(train.features.layers, train.labels, fitted.settings["strength"])
     z = standardised(train.features.layers, test.features.layers)
-    assert np.mean(fitted.guess(test.withheld())[:, 0] == other.predict(z)) > 0.996
+    assert np.mean(fitted.predict(test.unlabeled())[:, 0] == other.predict(z)) > 0.996
 
 
 def test_of_equals_the_strongest_penalty_on_the_last_layer_is_chosen():
     train, validation, _ = clusters(layers=2, noise=0.01)
-    (fitted,) = logistic(train, validation, 7, LogisticConfig((1e-3, 1e-1)), key=KEY)
+    (fitted,) = run(logistic, train, validation, 7, LogisticConfig((1e-3, 1e-1)), key=KEY)
     assert {one["validation_top1"] for one in fitted.tried} == {100.0}
     assert (fitted.settings["layers"], fitted.settings["strength"]) == ("last", 1e-1)
     assert fitted.variant == "last, strength 0.1"
@@ -198,7 +203,7 @@ def test_of_equals_the_strongest_penalty_on_the_last_layer_is_chosen():
 @pytest.mark.parametrize("layers", [("last",), ("last four",), ("last", "last four")])
 def test_one_layer_is_fitted_once(layers):
     train, validation, _ = clusters(sizes=(100, 30, 5))
-    (fitted,) = logistic(train, validation, 7, LogisticConfig((1e-1,), layers), key=KEY)
+    (fitted,) = run(logistic, train, validation, 7, LogisticConfig((1e-1,), layers), key=KEY)
     assert [one["layers"] for one in fitted.tried] == ["last"]
 
 
@@ -218,6 +223,6 @@ def test_bad_settings_are_refused(settings, message):
 def test_bad_labels_are_refused():
     train, validation, _ = clusters(sizes=(30, 20, 5))
     with pytest.raises(UserError, match="train split"):
-        logistic(train.withheld(), validation, 7, LogisticConfig(), key=KEY)
+        run(logistic, train.unlabeled(), validation, 7, LogisticConfig(), key=KEY)
     with pytest.raises(UserError, match="validation split"):
-        logistic(train, validation.withheld(), 7, LogisticConfig(), key=KEY)
+        run(logistic, train, validation.unlabeled(), 7, LogisticConfig(), key=KEY)

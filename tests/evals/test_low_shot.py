@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 import jepax.evals.low_shot as module
-from jepax.evals.logistic import fit_scaler, regularization_path, select_layers
-from jepax.evals.low_shot import LowShotConfig, low_shot, sample_rows
-from jepax.evals.progress import ProgressReporter
-from jepax.evals.scoring import topk_classes
+from jepax.evals.logistic import select_layers
+from jepax.evals.logistic_solver import fit_scaler, regularization_path
+from jepax.evals.low_shot import LowShotConfig, draw_rows, low_shot
+from jepax.evals.progress import Progress
+from jepax.evals.scoring import topk
 from jepax.types import UserError
-from tests.evals.made import Made, clusters
+from tests.evals.made import Made, clusters, run
 
 KEY = jr.key(0)
 SMALL = LowShotConfig(shares=(0.05,), per_class=(1, 3), seeds=2, strengths=(1.0, 1e-2))
@@ -20,26 +21,26 @@ def spied(monkeypatch, train, validation, config, classes=7):
     """The answers, and what every draw and every fit was given."""
     draws, fits = [], []
 
-    def keep_draw(labels, counts, seed, part):
-        draws.append((part, seed, counts, sample_rows(labels, counts, seed, part)))
+    def keep_draw(labels, counts, seed, stream):
+        draws.append((stream, seed, counts, draw_rows(labels, counts, seed, stream)))
         return draws[-1][-1]
 
     def keep_fit(features, labels, *rest):
         fits.append((features, labels))
         return regularization_path(features, labels, *rest)
 
-    monkeypatch.setattr(module, "sample_rows", keep_draw)
+    monkeypatch.setattr(module, "draw_rows", keep_draw)
     monkeypatch.setattr(module, "regularization_path", keep_fit)
-    return low_shot(train, validation, classes, config, key=KEY), draws, fits
+    return run(low_shot, train, validation, classes, config, key=KEY), draws, fits
 
 
 def test_every_shot_and_seed_has_its_answer():
     train, validation, test = clusters()
-    answers = low_shot(train, validation, 7, SMALL, key=KEY)
+    answers = run(low_shot, train, validation, 7, SMALL, key=KEY)
     assert [one.name for one in answers] == ["5%"] * 2 + ["1 per class"] * 2 + ["3 per class"] * 2
     assert [one.settings["seed"] for one in answers] == [0, 1] * 3
     for one in answers:
-        assert one.guess(test.withheld()).shape == (301, 5)
+        assert one.predict(test.unlabeled()).shape == (301, 5)
         assert one.settings["validation_top1"] == max(tried["validation_top1"] for tried in one.tried)
         assert [tried["strength"] for tried in one.tried] == [1.0, 1e-2]
         assert one.variant == f"strength {one.settings['strength']:g}"
@@ -49,21 +50,21 @@ def test_every_shot_and_seed_has_its_answer():
 def test_the_answer_is_the_fit_to_the_drawn_examples_chosen_on_the_drawn_validation():
     train, validation, test = clusters(layers=2, noise=3.0)
     config = LowShotConfig((), (5,), 3, (1.0, 1e-2, 1e-4))
-    answers = low_shot(train, validation, 7, config, key=KEY)
+    answers = run(low_shot, train, validation, 7, config, key=KEY)
     counts, standard = np.full(7, 5), fit_scaler(select_layers(train, "last"))
     for seed, answer in enumerate(answers):
-        rows, held = sample_rows(train.labels, counts, seed, 0), sample_rows(validation.labels, counts, seed, 1)
+        rows, held = draw_rows(train.labels, counts, seed, 0), draw_rows(validation.labels, counts, seed, 1)
         fits = list(
             regularization_path(
                 select_layers(train, "last")[:, rows], train.labels[rows], 7, config.strengths, standard
             )
         )
-        guesses = [topk_classes(model(select_layers(validation, "last")[:, held]))[:, 0] for _, model in fits]
+        guesses = [topk(model(select_layers(validation, "last")[:, held]))[:, 0] for _, model in fits]
         reached = [100 * np.mean(guess == validation.labels[held]) for guess in guesses]
         assert [tried["validation_top1"] for tried in answer.tried] == pytest.approx(reached)
         strength, model = fits[int(np.argmax(reached))]
         assert answer.settings["strength"] == strength
-        np.testing.assert_array_equal(answer.guess(test.withheld()), topk_classes(model(select_layers(test, "last"))))
+        np.testing.assert_array_equal(answer.predict(test.unlabeled()), topk(model(select_layers(test, "last"))))
     assert len({tuple(tried["validation_top1"] for tried in answer.tried) for answer in answers}) > 1
 
 
@@ -88,33 +89,33 @@ def test_other_labels_change_nothing(monkeypatch):
     for layers, used in zip(features, (rows, held), strict=True):
         rest = np.setdiff1d(np.arange(layers.shape[1]), used)
         layers[:, rest] = layers[:, rest[::-1]]  # other pictures, and with them other labels
-    again = low_shot(Made(features[0], train.labels), Made(features[1], validation.labels), 7, config, key=KEY)
+    again = run(low_shot, Made(features[0], train.labels), Made(features[1], validation.labels), 7, config, key=KEY)
     assert again[0].tried[0]["validation_top1"] == answers[0].tried[0]["validation_top1"]
-    assert np.mean(again[0].guess(test) == answers[0].guess(test)) > 0.99
+    assert np.mean(again[0].predict(test) == answers[0].predict(test)) > 0.99
 
 
 @pytest.mark.parametrize("part", [0, 1])
 def test_draws_are_stratified_nested_and_fixed_by_the_seed(part):
     labels = np.random.default_rng(0).integers(0, 5, 400).astype(np.int32)
     labels[:3] = 4
-    few, many = (sample_rows(labels, np.array(counts), 3, part) for counts in ([1, 2, 0, 3, 1], [5, 5, 0, 5, 1]))
+    few, many = (draw_rows(labels, np.array(counts), 3, part) for counts in ([1, 2, 0, 3, 1], [5, 5, 0, 5, 1]))
     assert np.bincount(labels[few], minlength=5).tolist() == [1, 2, 0, 3, 1]
     assert set(few) <= set(many) and (np.diff(many) > 0).all()
-    np.testing.assert_array_equal(few, sample_rows(labels, np.array([1, 2, 0, 3, 1]), 3, part))
-    others = [sample_rows(labels, np.full(5, 10), seed, side).tolist() for seed in (0, 1, 2) for side in (0, 1)]
+    np.testing.assert_array_equal(few, draw_rows(labels, np.array([1, 2, 0, 3, 1]), 3, part))
+    others = [draw_rows(labels, np.full(5, 10), seed, side).tolist() for seed in (0, 1, 2) for side in (0, 1)]
     assert len({tuple(rows) for rows in others}) == 6
-    everything = sample_rows(labels, np.full(5, 10**6), 0, part)
+    everything = draw_rows(labels, np.full(5, 10**6), 0, part)
     np.testing.assert_array_equal(everything, np.arange(400))
 
 
 def test_the_draw_is_the_recorded_one():
     labels = np.tile(np.arange(3, dtype=np.int32), 20)
-    assert sample_rows(labels, np.full(3, 2), 0, 0).tolist() == [0, 8, 19, 26, 31, 51]
+    assert draw_rows(labels, np.full(3, 2), 0, 0).tolist() == [0, 8, 19, 26, 31, 51]
 
 
 def test_every_example_is_drawn_about_as_often():
     labels = np.repeat(np.arange(2, dtype=np.int32), 50)
-    drawn = np.concatenate([sample_rows(labels, np.array([10, 5]), seed, 0) for seed in range(400)])
+    drawn = np.concatenate([draw_rows(labels, np.array([10, 5]), seed, 0) for seed in range(400)])
     often = np.bincount(drawn, minlength=100)
     assert 50 < often[:50].min() and often[:50].max() < 110
     assert 18 < often[50:].min() and often[50:].max() < 65
@@ -122,13 +123,13 @@ def test_every_example_is_drawn_about_as_often():
 
 def test_a_shot_is_of_every_class_that_has_examples():
     labels = np.repeat(np.arange(4), [1000, 149, 3, 0]).astype(np.int32)
-    shots = dict(module.examples_per_class(labels, 4, LowShotConfig((0.01, 0.125), ()), ProgressReporter(print)))
+    shots = dict(module.shot_counts(labels, 4, LowShotConfig((0.01, 0.125), ()), Progress(print)))
     assert {name: counts.tolist() for name, counts in shots.items()} == {
         "1%": [10, 1, 1, 0],
         "12.5%": [125, 19, 1, 0],
     }
     lines = []
-    shots = dict(module.examples_per_class(labels, 4, LowShotConfig((), (3, 4)), ProgressReporter(lines.append)))
+    shots = dict(module.shot_counts(labels, 4, LowShotConfig((), (3, 4)), Progress(lines.append)))
     assert {name: counts.tolist() for name, counts in shots.items()} == {"3 per class": [3, 3, 3, 0]}
     assert len(lines) == 1
 
@@ -138,40 +139,40 @@ def test_a_shot_that_asks_too_much_is_left_out_and_said():
     train, validation, _ = clusters(sizes=(60, 30, 5), classes=3)
     smallest = np.bincount(train.labels).min()
     config = LowShotConfig((), (2, 50), 1, (1e-1,))
-    answers = low_shot(train, validation, 3, config, key=KEY, say=ProgressReporter(lines.append))
+    answers = run(low_shot, train, validation, 3, config, key=KEY, progress=Progress(lines.append))
     assert [one.name for one in answers] == ["2 per class"]
     assert lines == [f"low-shot: 50 per class is left out, since the smallest class has {smallest} training examples"]
     with pytest.raises(UserError, match=rf"per_class=\(50,\) are all more than the {smallest}"):
-        low_shot(train, validation, 3, LowShotConfig((), (50,)), key=KEY)
+        run(low_shot, train, validation, 3, LowShotConfig((), (50,)), key=KEY)
 
 
 def test_a_default_run_on_a_tiny_set_works():
     train, validation, test = clusters(sizes=(30, 12, 9), classes=3)
-    answers = low_shot(train, validation, 3, LowShotConfig(seeds=1, strengths=(1e-1,)), key=KEY)
+    answers = run(low_shot, train, validation, 3, LowShotConfig(seeds=1, strengths=(1e-1,)), key=KEY)
     assert {"1%", "10%", "1 per class", "5 per class"} <= {one.name for one in answers}
-    assert all(one.guess(test).shape == (9, 3) for one in answers)
+    assert all(one.predict(test).shape == (9, 3) for one in answers)
 
 
 def test_a_class_without_training_examples_is_never_named():
     train, validation, test = clusters()
     kept = train.labels != 2
     train = Made(train.features.layers[:, kept], train.labels[kept])
-    answers = low_shot(train, validation, 7, SMALL, key=KEY)
-    assert all(2 not in one.guess(test) for one in answers)
+    answers = run(low_shot, train, validation, 7, SMALL, key=KEY)
+    assert all(2 not in one.predict(test) for one in answers)
 
 
 def test_of_equals_the_strongest_penalty_is_chosen():
     train, validation, _ = clusters(noise=0.01)
-    answers = low_shot(train, validation, 7, LowShotConfig((), (2,), 2, (1e-3, 1e-1)), key=KEY)
+    answers = run(low_shot, train, validation, 7, LowShotConfig((), (2,), 2, (1e-3, 1e-1)), key=KEY)
     assert [one.settings["strength"] for one in answers] == [1e-1, 1e-1]
 
 
 def test_only_the_last_layer_is_read():
     train, validation, test = clusters(layers=2)
     changed = [Made(np.stack([0 * s.features.last, s.features.last]), s.labels) for s in (train, validation, test)]
-    one, other = (low_shot(*splits[:2], 7, SMALL, key=KEY) for splits in ((train, validation), changed))
+    one, other = (run(low_shot, *splits[:2], 7, SMALL, key=KEY) for splits in ((train, validation), changed))
     for a, b in zip(one, other, strict=True):
-        np.testing.assert_array_equal(a.guess(test), b.guess(changed[2]))
+        np.testing.assert_array_equal(a.predict(test), b.predict(changed[2]))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_only_the_last_layer_is_read():
         ({"shares": (0.0,)}, r"shares=\(0.0,\)"),
         ({"shares": (1.5,)}, r"shares=\(1.5,\)"),
         ({"per_class": (5, 0)}, r"per_class=\(5, 0\)"),
-        ({"shares": (), "per_class": ()}, "ask for nothing"),
+        ({"shares": (), "per_class": ()}, "unless shares has one"),
         ({"seeds": 0}, "seeds=0"),
         ({"strengths": (-1.0,)}, r"strengths=\(-1.0,\)"),
     ],
@@ -193,6 +194,6 @@ def test_bad_settings_are_refused(settings, message):
 def test_bad_labels_are_refused():
     train, validation, _ = clusters(sizes=(30, 20, 5))
     with pytest.raises(UserError, match="train split"):
-        low_shot(train.withheld(), validation, 7, LowShotConfig(), key=KEY)
+        run(low_shot, train.unlabeled(), validation, 7, LowShotConfig(), key=KEY)
     with pytest.raises(UserError, match="validation split"):
-        low_shot(train, validation.withheld(), 7, LowShotConfig(), key=KEY)
+        run(low_shot, train, validation.unlabeled(), 7, LowShotConfig(), key=KEY)

@@ -54,7 +54,7 @@ def test_some_pictures_are_drawn_over_the_whole_source():
 
 
 def test_too_few_pictures_are_refused_before_training():
-    with pytest.raises(UserError, match=r"eval\.online\.every=500 needs 20 training pictures, and there are 7"):
+    with pytest.raises(UserError, match=r"eval\.online\.every=500 needs 20 training images, and there are 7"):
         OnlineEval(OnlineConfig(), source(7, 0), source(7, 1), 32)
 
 

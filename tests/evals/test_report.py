@@ -14,10 +14,10 @@ from jepax.evals import report
 from jepax.evals.baselines import PixelFeatures
 from jepax.evals.feature_extractor import ViTFeatures
 from jepax.evals.knn import KnnConfig
-from jepax.evals.probe import ProbeConfig
-from jepax.evals.progress import ProgressReporter
+from jepax.evals.linear import LinearConfig
+from jepax.evals.progress import Progress
 from jepax.evals.protocols import PROTOCOLS, EvalConfig
-from jepax.evals.report import aggregate_runs, controls_table, evaluate_rows, results_table, write_report
+from jepax.evals.report import aggregate_runs, controls_table, evaluate, results_table, write_report
 from jepax.evals.scoring import FittedProbe
 from jepax.nn import ViT, ViTConfig
 from jepax.types import UserError
@@ -28,7 +28,7 @@ CROP = CropConfig(size=(8, 8), mean=(0.5,), std=(0.25,), centre_resize=1.0)
 ENCODER = ViTConfig(patch_size=4, channels=1, width=16, depth=2, heads=2, init_std=None)
 CONFIG = EvalConfig(
     batch_size=32,
-    linear=ProbeConfig(epochs=3, batch_size=32, learning_rates=(1e-2,), weight_decays=(0.0,)),
+    linear=LinearConfig(epochs=3, batch_size=32, learning_rates=(1e-2,), weight_decays=(0.0,)),
     knn=KnnConfig(neighbours=(3,), temperatures=(0.1,), chunk=32),
 )
 
@@ -55,7 +55,7 @@ def rows():
 @pytest.fixture(scope="module")
 def evaluation(rows, sources):
     lines = []
-    return evaluate_rows(rows, sources, CONFIG, step=12, key=jr.key(0), say=ProgressReporter(lines.append)), lines
+    return evaluate(rows, sources, CONFIG, step=12, key=jr.key(0), progress=Progress(lines.append)), lines
 
 
 def test_every_row_has_its_accuracies(evaluation):
@@ -75,7 +75,7 @@ def test_every_row_has_its_accuracies(evaluation):
 def test_test_labels_change_no_choice_and_reach_no_protocol(rows, sources, evaluation):
     """Other labels of the test split: every setting that was tried and chosen stays, and only the scores change."""
     planted = dataclasses.replace(sources["test"], labels=np.roll(sources["test"].labels, 1))
-    found = evaluate_rows(rows, sources | {"test": planted}, CONFIG, step=12, key=jr.key(0))
+    found = evaluate(rows, sources | {"test": planted}, CONFIG, step=12, key=jr.key(0))
     for row in rows:
         for protocol in CONFIG.protocols:
             honest, other = evaluation[0]["rows"][row][protocol], found["rows"][row][protocol]
@@ -87,17 +87,17 @@ def test_a_protocol_that_looks_for_the_test_labels_finds_none(rows, sources, mon
     """A leak is planted: a protocol whose guesses are the labels that it was handed."""
     seen = []
 
-    def leaky(train, validation, classes, config, *, key, say):
+    def leaky(data, config):
         def guess(split):
             seen.extend([split.labels, split.source.labels, split.features.labels])
-            seen.extend(images.label[:valid] for images, valid in split.pictures())
+            seen.extend(images.label[:valid] for images, valid in split.images())
             return split.labels[:, None]
 
         return [FittedProbe("leaky", guess, {})]
 
     monkeypatch.setitem(PROTOCOLS, "knn", leaky)
     config = dataclasses.replace(CONFIG, protocols=("knn",))
-    found = evaluate_rows({"trained": rows["trained"]}, sources, config, step=0, key=jr.key(0))
+    found = evaluate({"trained": rows["trained"]}, sources, config, step=0, key=jr.key(0))
     assert found["rows"]["trained"]["knn"]["top1"] == 0.0
     assert seen and all((labels == -1).all() for labels in seen)
 
@@ -107,36 +107,36 @@ def test_test_pictures_planted_in_training_are_told(rows, sources):
         sources["train"], images=np.concatenate([sources["train"].images[:140], sources["test"].images[:10]])
     )
     lines = []
-    found = evaluate_rows(
+    found = evaluate(
         {"trained": rows["trained"]},
         sources | {"train": train},
         CONFIG,
         step=0,
         key=jr.key(0),
-        say=ProgressReporter(lines.append),
+        progress=Progress(lines.append),
     )
     assert found["rows"]["trained"]["shared_pictures"]["train/test"] == 10
-    assert [line for line in lines if "warning" in line] == ["warning: 10 pictures of train and test are the same"]
+    assert [line for line in lines if "warning" in line] == ["warning: 10 images of train and test are identical"]
 
 
 def test_pixels_are_not_fine_tuned(rows, sources, monkeypatch):
     called = []
 
-    def tuned(train, *_, **__):
-        called.append(type(train.row).__name__)
+    def tuned(data, config):
+        called.append(type(data.train.extractor).__name__)
         return [FittedProbe("finetune", lambda split: np.zeros((len(split), 1), np.int32), {})]
 
     monkeypatch.setitem(PROTOCOLS, "finetune", tuned)
     config = dataclasses.replace(CONFIG, protocols=("finetune",))
-    found = evaluate_rows(rows, sources, config, step=0, key=jr.key(0))
-    assert called == ["FrozenViT", "FrozenViT"]
+    found = evaluate(rows, sources, config, step=0, key=jr.key(0))
+    assert called == ["ViTFeatures", "ViTFeatures"]
     assert "finetune" not in found["rows"]["pixels"]
     assert results_table(found).row_count == 4
 
 
 def test_an_encoder_that_gives_one_vector_for_everything_is_evaluated_too(rows, sources, tmp_path):
     still = jax.tree.map(lambda leaf: leaf * 0, rows["trained"])
-    found = evaluate_rows({"trained": still}, sources, CONFIG, step=0, key=jr.key(0))
+    found = evaluate({"trained": still}, sources, CONFIG, step=0, key=jr.key(0))
     assert found["rows"]["trained"]["effective_rank"] == 1.0
     assert found["rows"]["trained"]["health"]["feature_alpha"] is None
     assert json.loads(write_report(found, tmp_path, "still").read_text()) == found
@@ -151,17 +151,17 @@ def test_repeats_are_told_by_mean_and_deviation():
 
 
 def test_floors_are_kept_and_found_again(rows, sources, evaluation, tmp_path, monkeypatch):
-    first = evaluate_rows(rows, sources, CONFIG, step=12, key=jr.key(0), floors=tmp_path)
+    first = evaluate(rows, sources, CONFIG, step=12, key=jr.key(0), baseline_cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     measured = []
     row = report.Evaluation.row
     monkeypatch.setattr(
         report.Evaluation, "row", lambda self, name, frozen: measured.append(name) or row(self, name, frozen)
     )
-    again = evaluate_rows(rows, sources, CONFIG, step=12, key=jr.key(0), floors=tmp_path)
+    again = evaluate(rows, sources, CONFIG, step=12, key=jr.key(0), baseline_cache=tmp_path)
     assert measured == ["trained"] and again["rows"] == first["rows"] == evaluation[0]["rows"]
     other = dataclasses.replace(CONFIG, knn=KnnConfig(neighbours=(5,), temperatures=(0.1,)))
-    evaluate_rows(rows, sources, other, step=12, key=jr.key(0), floors=tmp_path)
+    evaluate(rows, sources, other, step=12, key=jr.key(0), baseline_cache=tmp_path)
     assert measured == ["trained", "trained", "untrained", "pixels"]
 
 
@@ -195,7 +195,7 @@ def test_the_tables_show_every_row_and_what_stands_beside(evaluation):
 def test_bad_labels_are_refused_before_anything_is_embedded(rows, sources):
     bad = dataclasses.replace(sources["test"], labels=np.full(70, 7, np.int32))
     with pytest.raises(UserError, match="labels of the test split"):
-        evaluate_rows(rows, sources | {"test": bad}, CONFIG, step=0, key=jr.key(0))
+        evaluate(rows, sources | {"test": bad}, CONFIG, step=0, key=jr.key(0))
 
 
 def test_names_that_are_paths_are_refused(evaluation, tmp_path):

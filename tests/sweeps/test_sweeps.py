@@ -172,7 +172,7 @@ def test_a_grid_ends_in_one_table_and_one_figure(finished):
 
 def test_floors_are_measured_once_per_seed_and_no_score_is_shared(finished):
     folder, _ = finished
-    kept = sorted(path.name.split("-")[0] for path in (folder / "floors").iterdir())
+    kept = sorted(path.name.split("-")[0] for path in (folder / "baselines").iterdir())
     assert kept == ["pixels", "pixels", "untrained", "untrained"]
     rows = [
         json.loads((folder / f"{name}-seed0/evals/step_00000003.json").read_text())["rows"]
@@ -277,11 +277,11 @@ def test_floors_of_another_protocol_are_not_taken(finished, tmp_path, monkeypatc
 
     def kept(**changes):
         config = dataclasses.replace(job.config, eval=dataclasses.replace(job.config.eval, **changes))
-        evaluation.evaluate(evaluation.target_from_run(config, state, job.folder), floors=tmp_path)
+        evaluation.evaluate(evaluation.target_from_run(config, state, job.folder), baseline_cache=tmp_path)
         return {path.name for path in tmp_path.iterdir()}
 
     first = kept()
-    assert len(first) == 2 and first <= {path.name for path in (folder / "floors").iterdir()}
+    assert len(first) == 2 and first <= {path.name for path in (folder / "baselines").iterdir()}
     assert len(kept(knn=KnnConfig(neighbours=(3,)))) == 4
     monkeypatch.setattr(report, "software_versions", lambda: {"jepax": "another"})
     assert len(kept()) == 6

@@ -92,9 +92,9 @@ def evaluate_and_print(target: "EvalTarget") -> Path:
 
     from jepax.commands import evaluation
     from jepax.evals import report
-    from jepax.evals.progress import ProgressReporter
+    from jepax.evals.progress import Progress
 
-    results, written = evaluation.evaluate(target, ProgressReporter(), floors=target.folder / "evals" / "floors")
+    results, written = evaluation.evaluate(target, Progress(), target.folder / "evals" / "baselines")
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     for table in (report.results_table(results), report.controls_table(results)):

@@ -1,4 +1,4 @@
-"""What is evaluated: a run's state or weights that left their run, beside the floors that belong to them."""
+"""`jepax evaluate`: evaluates a run's checkpoint or exported weights, with their baselines."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from jepax.distributed import sharding
 from jepax.evals import report
 from jepax.evals.baselines import PixelFeatures
 from jepax.evals.feature_extractor import FeatureExtractor, ViTFeatures, select_encoder
-from jepax.evals.progress import SILENT_PROGRESS, ProgressReporter
+from jepax.evals.progress import SILENT, Progress
 from jepax.evals.report import SPLIT_NAMES
 from jepax.export.weights import check_format, load_encoder
 from jepax.io import checkpoint
@@ -27,72 +27,72 @@ from jepax.types import UserError
 from jepax.views import CropConfig
 
 EVALUATION_KEY = 2
-"""Folded into the seed's key; 0 and 1 belong to the first parameters and to training."""
+"""Folded into the seed's key; 0 and 1 are used for the initial parameters and for training."""
 
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """What is evaluated, by a config's `eval` on its `data`."""
+    """An encoder with its untrained counterpart, and the config whose `eval` and `data` it is evaluated with."""
 
     trained: ViT
     untrained: ViT
     crop: CropConfig
     step: int
-    """0 for weights that left their run."""
+    """0 for exported weights."""
     config: Config
     folder: Path
-    """Where evals/ is written."""
+    """evals/ is written here."""
     name: str
-    """Of the file, without its suffix."""
-    told: dict[str, str]
-    """What it is, for the results: its folder, recipe and encoder."""
+    """File name without its suffix."""
+    metadata: dict[str, str]
+    """Folder, recipe and encoder, for the results."""
 
 
 def target_from_run(config: Config, state: TrainState, run: Path, settings: Config | None = None) -> EvalTarget:
-    """A run's state. `settings`: the config whose data and protocols are used; None: the run's own.
+    """Target for a run's state. `settings`: the config whose data and protocols are used; None: the run's own.
 
-    Raises `UserError` where the method lacks the encoder that is asked for.
+    Raises `UserError` if the method lacks the requested encoder.
     """
     settings = config if settings is None else settings
     untrained = init_method(config.method, 1, jr.key(config.seed))
-    trained, untrained = (select_encoder(method, settings.eval.encoder) for method in (state.method, untrained))
-    step = int(state.step)
     choice = settings.eval.encoder
-    told = {
+    encoders = [select_encoder(method, choice) for method in (state.method, untrained)]
+    metadata = {
         "folder": run.resolve().name,
         "recipe": config.recipe,
         "encoder": next(iter(state.method.encoders())) if choice == "default" else choice,
     }
+    step = int(state.step)
     name = f"step_{step:08d}{eval_tag(config, settings)}"
-    return EvalTarget(trained, untrained, config.method.crop, step, settings, run, name, told)
+    return EvalTarget(*encoders, config.method.crop, step, settings, run, name, metadata)
 
 
 def target_from_weights(folder: Path, settings: Config) -> EvalTarget:
-    """Exported weights, of this project or of others in the same format; its floor is an encoder of the same sizes."""
+    """Target for exported weights in jepax's format; the baseline is an untrained encoder of the same size."""
     if settings.eval.encoder != "default":
-        raise UserError(f"eval.encoder={settings.eval.encoder} is for runs; {folder} holds one encoder")
+        raise UserError(f"eval.encoder={settings.eval.encoder} is for runs; {folder} contains one encoder")
     encoder, crop = load_encoder(folder)
     untrained = ViT(encoder.config, key=jr.key(settings.seed))
     name = f"weights{eval_tag(Config(), settings) or '-default'}"
-    told = {"folder": folder.resolve().name, "recipe": "exported weights", "encoder": "default"}
-    return EvalTarget(encoder, untrained, crop, 0, settings, folder, name, told)
+    metadata = {"folder": folder.resolve().name, "recipe": "exported weights", "encoder": "default"}
+    return EvalTarget(encoder, untrained, crop, 0, settings, folder, name, metadata)
 
 
 def load_state(
     config: Config, run: Path, step: int | None = None, *, only: tuple[str, ...] = ("method.", "step")
 ) -> TrainState:
-    """A checkpoint of the run, its newest or that of `step`, to be looked at: its schedules know no length, and the
-    optimiser's state is not read, unless `only`, as in `checkpoint.restore`, asks for it.
+    """Loads a checkpoint of the run, its newest or that of `step`, for inspection and not for further training.
 
-    Raises `UserError` where it is not there, and where another config wrote it. The run's data is not read.
+    Its schedules have no length, and the optimizer's state is only read if `only`, as in `checkpoint.restore`, selects
+    it. The run's data is not read. Raises `UserError` if the checkpoint does not exist or has another config.
     """
     saved = checkpoint.list_steps(run / "checkpoints")
     if not saved:
         raise UserError(
-            f"{run} holds no finished checkpoint; train it first: jepax train {run / 'config.yaml'} --run-dir {run}"
+            f"{run} has no finished checkpoint; train it first: jepax train {run / 'config.yaml'} --run-dir {run}"
         )
     if step is not None and step not in saved:
-        raise UserError(f"{run} holds no finished checkpoint of step {step}; there are {', '.join(map(str, saved))}")
+        raise UserError(f"{run} has no finished checkpoint of step {step}; available: {', '.join(map(str, saved))}")
     state = abstract_state(config.method, Optimizer(config.optim, 1, 0))
     state = sharding.ShardingPlan(sharding.make_mesh()).abstract(state)
     step = saved[-1] if step is None else step
@@ -100,63 +100,63 @@ def load_state(
 
 
 def eval_tag(own: Config, settings: Config) -> str:
-    """What tells an evaluation by other settings from the run's own: its protocols, and a digest of the difference."""
+    """File name suffix for settings other than the run's own: the protocols and a hash of all settings."""
     if (own.eval, own.data, own.seed) == (settings.eval, settings.data, settings.seed):
         return ""
-    decides = [asdict(settings.eval), asdict(settings.data), settings.seed]
-    digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
+    values = [asdict(settings.eval), asdict(settings.data), settings.seed]
+    digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
     return f"-{'+'.join(settings.eval.protocols)}-{digest}"
 
 
 def evaluate(
-    subject: EvalTarget, say: ProgressReporter = SILENT_PROGRESS, floors: Path | None = None
+    target: EvalTarget, progress: Progress = SILENT, baseline_cache: Path | None = None
 ) -> tuple[dict[str, Any], Path]:
-    """Every protocol on the subject, beside its own untrained self, raw pixels and the majority class.
+    """Runs every protocol on the target, its untrained counterpart, raw pixels and the majority class.
 
-    Returns the results and the file in evals/ that holds them. `floors`: see `report.evaluate_all`.
+    Returns the results and the file in evals/ that contains them. `baseline_cache`: see `report.evaluate`.
     """
-    config = subject.config
+    config = target.config
     sources = {split: open_source(config.data, split) for split in SPLIT_NAMES}
-    check_channels(subject, sources["train"].canvas_shape[2])
-    results = report.evaluate_rows(
-        make_rows(subject),
+    check_channels(target, sources["train"].canvas_shape[2])
+    results = report.evaluate(
+        feature_extractors(target),
         sources,
         config.eval,
-        step=subject.step,
+        step=target.step,
         key=jr.fold_in(jr.key(config.seed), EVALUATION_KEY),
-        reading={"threads": config.data.threads, "workers": config.data.workers},
-        say=say,
-        floors=floors,
+        loading={"threads": config.data.threads, "workers": config.data.workers},
+        progress=progress,
+        baseline_cache=baseline_cache,
     )
-    results |= {"subject": subject.told, "data": configs.to_dict(config.data)}
-    return results, report.write_report(results, subject.folder, subject.name)
+    results |= {"subject": target.metadata, "data": configs.to_dict(config.data)}
+    return results, report.write_report(results, target.folder, target.name)
 
 
-def make_rows(subject: EvalTarget) -> dict[str, FeatureExtractor]:
-    """The rows that are measured."""
-    crop, pool = subject.crop, subject.config.eval.pool
+def feature_extractors(target: EvalTarget) -> dict[str, FeatureExtractor]:
+    """The rows of the results table."""
+    crop, pool = target.crop, target.config.eval.pool
     return {
-        "trained": ViTFeatures(subject.trained, crop, pool),
-        "untrained": ViTFeatures(subject.untrained, crop, pool),
-        "pixels": PixelFeatures(crop, subject.trained.config.patch_size),
+        "trained": ViTFeatures(target.trained, crop, pool),
+        "untrained": ViTFeatures(target.untrained, crop, pool),
+        "pixels": PixelFeatures(crop, target.trained.config.patch_size),
     }
 
 
-def check_channels(subject: EvalTarget, has: int) -> None:
-    """Raises `UserError` where the pictures have another number of channels than the encoder reads."""
-    wants = subject.trained.config.channels
-    if wants != has:
+def check_channels(target: EvalTarget, channels: int) -> None:
+    """Raises `UserError` if the encoder reads another number of channels than the images have."""
+    expected = target.trained.config.channels
+    if expected != channels:
         raise UserError(
-            f"the encoder reads {wants} channels, but the pictures of data.source={subject.config.data.source} have"
-            f" {has};\nset --data.channels {wants}"
+            f"the encoder reads {expected} channels, but the images of data.source={target.config.data.source} have"
+            f" {channels};\nset --data.channels {expected}"
         )
 
 
 def load_run_config(run: Path) -> Config:
-    """Of a run's folder. Raises `UserError` naming the nearest one, or what lies there instead."""
+    """Loads a run folder's config. Raises `UserError` with the nearest run folder, or with what is there instead."""
     if not (run / "config.yaml").is_file():
         check_format(run)
         near = sorted(str(path.parent) for path in run.parent.glob("*/config.yaml"))
-        way = configs.suggest(str(run), near) if near else f"no run lies in {run.parent}"
-        raise UserError(f"{run} is no run's folder: it holds no config.yaml; {way}")
+        hint = configs.suggest(str(run), near) if near else f"there is no run in {run.parent}"
+        raise UserError(f"{run} is not a run folder: it has no config.yaml; {hint}")
     return configs.load(Config, run / "config.yaml")

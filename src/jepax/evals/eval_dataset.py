@@ -1,4 +1,4 @@
-"""A split as a row of the evaluation sees it: its pictures, its features, and its labels, if they may be read."""
+"""A split of the data as one feature extractor sees it: images, features, and labels if they may be read."""
 
 import hashlib
 import itertools
@@ -15,32 +15,32 @@ from jepax.data import Source, batches, iter_once
 from jepax.data.sources import ImageExample, ImageSource, Subset
 from jepax.evals.feature_extractor import FeatureExtractor
 from jepax.evals.features import Features, extract_features
-from jepax.evals.progress import SILENT_PROGRESS, ProgressReporter
+from jepax.evals.progress import SILENT, Progress
 from jepax.types import ImageBatch, Int
 
-MAX_DIGEST_SIDE = 64
-"""Rows and columns, about, of what is digested of a large picture."""
+DIGEST_SIDE = 64
+"""Large images are subsampled to about this many rows and columns before they are hashed."""
 SUBSET_SEED = 20261123
-"""Of `some` pictures, which never depend on a run's seed: two runs may be compared."""
-HIDDEN_LABEL = -1
-"""Stands for every label that may not be read; no class has it."""
+"""Seed of `random_subset`. It does not depend on a run's seed, so that runs are compared on the same images."""
+NO_LABEL = -1
+"""Replaces every label that may not be read. No class has this number."""
 Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True, eq=False)
 class UnlabeledSource(ImageSource):
-    """A source whose labels are kept back: protocols are given the test split so, and cannot read what they may not."""
+    """A source whose labels are replaced by `NO_LABEL`. Protocols get the test split in this form."""
 
     source: ImageSource
 
     def load(self, row: int) -> ImageExample:
-        return self.source.load(row)._replace(label=HIDDEN_LABEL)
+        return self.source.load(row)._replace(label=NO_LABEL)
 
     def load_batch(
         self, rows: Int[np.ndarray, " batch"], index: Int[np.ndarray, " batch"] | None = None
     ) -> tuple[ImageBatch, Bool[np.ndarray, " batch"]]:
         images, replaced = self.source.load_batch(rows, index)
-        return replace(images, label=np.full_like(images.label, HIDDEN_LABEL)), replaced
+        return replace(images, label=np.full_like(images.label, NO_LABEL)), replaced
 
     def display_name(self, row: int) -> str:
         return self.source.display_name(row)
@@ -50,110 +50,107 @@ class UnlabeledSource(ImageSource):
         return self.source.fingerprint
 
 
-def hide_labels(source: Source) -> UnlabeledSource:
-    """The same pictures without their labels."""
-    return UnlabeledSource(source.canvas_shape, source.class_names, np.full_like(source.labels, HIDDEN_LABEL), source)
+def without_labels(source: ImageSource) -> UnlabeledSource:
+    """The same images without their labels."""
+    return UnlabeledSource(source.canvas_shape, source.class_names, np.full_like(source.labels, NO_LABEL), source)
 
 
 class EvalDataset:
-    """One split of the data, before one row's encoder."""
+    """One split of the data with one feature extractor."""
 
     def __init__(
         self,
-        row: FeatureExtractor,
+        extractor: FeatureExtractor,
         source: Source,
         batch_size: int,
         *,
         threads: int = 2,
         workers: int = 0,
         name: str = "features",
-        say: ProgressReporter = SILENT_PROGRESS,
+        progress: Progress = SILENT,
     ):
-        self.row, self.source, self.batch_size, self.name, self.say = row, source, batch_size, name, say
-        self.reading = {"threads": threads, "workers": workers}
+        self.extractor, self.source, self.batch_size = extractor, source, batch_size
+        self.name, self.progress = name, progress
+        self.loading = {"threads": threads, "workers": workers}
         self.digests: UInt64[np.ndarray, "seen"] = np.empty(0, np.uint64)
-        """Of the pictures, once they were embedded: they tell what stands in two splits."""
-        self.broken: set[int] = set()
-        """Rows whose pictures could not be read and gave way to others of their class."""
+        """Hashes of the images, filled when their features are computed: they find duplicates across splits."""
+        self.corrupt_rows: set[int] = set()
+        """Rows whose image is unreadable and was replaced by another image of its class."""
 
     def __len__(self) -> int:
         return len(self.source)
 
     @property
     def labels(self) -> Int[np.ndarray, "n"]:
-        """Every example's class, in the order of `features` and `pictures`."""
+        """Every example's class, in the order of `features` and `images`."""
         return self.source.labels
 
     @cached_property
     def features(self) -> Features:
-        """Of the centre views, embedded at the first use and kept."""
-        with self.say.counting(self.name, len(self)) as done:
-            return extract_features(self.row, self._noted(), self.labels, done)
+        """Features of the center views, computed at the first use."""
+        with self.progress.bar(self.name, len(self)) as update:
+            return extract_features(self.extractor, self._hashed_images(), self.labels, update)
 
-    def _noted(self) -> Iterator[tuple[ImageBatch, int]]:
-        """`pictures`, whose digests are kept."""
-        found = []
-        for images, valid in self.pictures():
-            found.append(digest_images(images)[:valid])
+    def _hashed_images(self) -> Iterator[tuple[ImageBatch, int]]:
+        """Yields `images`, and stores their digests."""
+        digests = []
+        for images, valid in self.images():
+            digests.append(digest(images)[:valid])
             yield images, valid
-        self.digests = np.concatenate(found) if found else self.digests
+        self.digests = np.concatenate(digests) if digests else self.digests
 
-    def pictures(self) -> Iterator[tuple[ImageBatch, int]]:
-        """Every example once, in order, with the number of valid rows of each batch."""
-        return self._told(partial(iter_once, self.source, self.batch_size, **self.reading))
+    def images(self) -> Iterator[tuple[ImageBatch, int]]:
+        """Yields every example once, in order, with the number of valid rows of each batch."""
+        return self._report_corrupt(partial(iter_once, self.source, self.batch_size, **self.loading))
 
     def shuffled(self, batch_size: int, steps: int, seed: int) -> Iterator[ImageBatch]:
-        """Batches of `steps` steps in the order of `seed`, a new one each epoch."""
+        """Yields `steps` batches. The order follows from the seed, and differs from epoch to epoch."""
         sizes = {"batch_size": batch_size, "steps": steps, "seed": seed}
-        return self._told(partial(batches, self.source, **sizes, **self.reading))
+        return self._report_corrupt(partial(batches, self.source, **sizes, **self.loading))
 
-    def _told(self, read: Callable[..., Iterator[Batch]]) -> Iterator[Batch]:
-        """What is read; at its end it is said how many pictures gave way to others, if that was not said before."""
-        before, found = set(self.broken), self.broken
-        yield from read(on_corrupt=lambda rows: found.update(rows.tolist()))
-        if found - before:
-            first, tell = (
-                self.source.display_name(min(found)),
-                warnings.warn if self.say is SILENT_PROGRESS else self.say.line,
-            )
-            tell(
-                f"{self.name}: {len(found)} of {len(self)} pictures cannot be read, the first of them {first};"
-                " each gave way to another of its class"
+    def _report_corrupt(self, read: Callable[..., Iterator[Batch]]) -> Iterator[Batch]:
+        """Yields what `read` yields, then logs how many images were replaced if that number has grown."""
+        before = len(self.corrupt_rows)
+        yield from read(on_corrupt=lambda rows: self.corrupt_rows.update(rows.tolist()))
+        if len(self.corrupt_rows) > before:
+            log = warnings.warn if self.progress is SILENT else self.progress.log
+            log(
+                f"{self.name}: {len(self.corrupt_rows)} of {len(self)} images are unreadable, the first is"
+                f" {self.source.display_name(min(self.corrupt_rows))}; each was replaced by another image of its class"
             )
 
 
 def random_subset(source: Source, count: int) -> Source:
-    """`count` pictures drawn at random, or all of them, in the source's order."""
+    """`count` images drawn at random, or all of them, in the source's order."""
     order = np.argsort(np.random.Philox(SUBSET_SEED).random_raw(len(source)), kind="stable")
     rows: Int[np.ndarray, "rows"] = np.sort(order[:count])
     return Subset(source.canvas_shape, source.class_names, source.labels[rows], source, rows)
 
 
-def count_duplicates(splits: dict[str, EvalDataset]) -> dict[str, int]:
-    """How many pictures of the later split of each pair are in the earlier one too: `{"train/test": 0, ...}`.
+def count_duplicates(datasets: dict[str, EvalDataset]) -> dict[str, int]:
+    """Counts the images of the later split of each pair that are in the earlier one: `{"train/test": 0, ...}`.
 
-    Splits that were embedded have noted their pictures; the others are read for it.
+    Datasets whose features were not computed are read once to hash their images.
     """
-    digests = {name: split.digests if len(split.digests) else _digest_split(split) for name, split in splits.items()}
+    digests = {name: data.digests if len(data.digests) else _read_digests(data) for name, data in datasets.items()}
     pairs = itertools.combinations(digests, 2)
     return {f"{one}/{two}": int(np.isin(digests[two], digests[one]).sum()) for one, two in pairs}
 
 
-def _digest_split(split: EvalDataset) -> UInt64[np.ndarray, "seen"]:
-    with split.say.counting("looking for pictures that stand in two splits", len(split)) as done:
-        found = []
-        for images, valid in split.pictures():
-            found.append(digest_images(images)[:valid])
-            done(sum(map(len, found)))
-    return np.concatenate(found)
+def _read_digests(dataset: EvalDataset) -> UInt64[np.ndarray, "n"]:
+    with dataset.progress.bar("looking for images that are in two splits", len(dataset)) as update:
+        count = 0
+        for _, valid in dataset._hashed_images():
+            update(count := count + valid)
+    return dataset.digests
 
 
-def digest_images(images: ImageBatch) -> UInt64[np.ndarray, "batch"]:
-    """64 bits of each picture's size and of its pixels, of which every few stand for a large picture."""
-    stride = max(1, max(images.canvas.shape[1:3]) // MAX_DIGEST_SIDE)
-    thin = np.ascontiguousarray(images.canvas[:, ::stride, ::stride])
-    sums = [
+def digest(images: ImageBatch) -> UInt64[np.ndarray, "batch"]:
+    """64-bit hash of each image's size and pixels; large images are subsampled first."""
+    stride = max(1, max(images.canvas.shape[1:3]) // DIGEST_SIDE)
+    pixels = np.ascontiguousarray(images.canvas[:, ::stride, ::stride])
+    hashes = [
         hashlib.blake2b(p.tobytes() + s.tobytes(), digest_size=8).digest()
-        for p, s in zip(thin, images.size, strict=True)
+        for p, s in zip(pixels, images.size, strict=True)
     ]
-    return np.frombuffer(b"".join(sums), np.uint64)
+    return np.frombuffer(b"".join(hashes), np.uint64)

@@ -1,18 +1,20 @@
-"""Frozen features: run an encoder over a split once, in a stream, and keep the result on the host."""
+"""Frozen features: runs an extractor over a split once, as a stream, and keeps the result on the host."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import equinox as eqx
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from jepax.distributed.sharding import shard_if_possible
+from jepax.evals.feature_extractor import LayerFeatures
 from jepax.types import Array, Float, ImageBatch, Int, UserError
 
-EmbedFn = Callable[[ImageBatch], Float[Array, "layers batch dim"]]
-"""Features of a batch from each of the last (up to four) layers, the very last one at the end."""
+CHUNK = 2048
+"""Examples of cached features that are processed at a time. It bounds memory and does not change results."""
 
 
 class NonFiniteFeaturesError(UserError):
@@ -23,7 +25,7 @@ class NonFiniteFeaturesError(UserError):
 class Features:
     """Features of one split, float32 on the host.
 
-    **Raises** `NonFiniteFeaturesError` where a value is not finite: accuracies would be meaningless.
+    **Raises** `FeaturesNotFinite` if a value is not finite: any accuracy on such features is meaningless.
     """
 
     layers: Float[np.ndarray, "layers n dim"]
@@ -32,7 +34,7 @@ class Features:
     def __post_init__(self):
         if not all(np.isfinite(part).all() for layer in self.layers for part in np.array_split(layer, 16)):
             raise NonFiniteFeaturesError(
-                "features are not finite: the encoder has diverged or its input holds NaN.\n"
+                "features are not finite: the encoder has diverged or its input contains NaN.\n"
                 "Look at the loss in metrics.jsonl and evaluate an earlier checkpoint."
             )
 
@@ -46,50 +48,69 @@ class Features:
 
     @cached_property
     def on_device(self) -> Float[Array, "layers n dim"]:
-        """The layers as the device reads them: the same memory on a CPU, a copy elsewhere."""
+        """The layers as a device array: the same memory on a CPU, a copy elsewhere."""
         return jax.device_put(self.layers, may_alias=True)
 
 
 def extract_features(
-    embed: EmbedFn,
+    embed: Callable[[ImageBatch], LayerFeatures],
     batches: Iterable[tuple[ImageBatch, int]],
     labels: Int[np.ndarray, "n"],
-    progress: Callable[[int], None] = lambda done: None,
+    on_batch: Callable[[int], None] = lambda done: None,
 ) -> Features:
-    """Embed every example of a sweep into one array, allocated once: memory holds that and the batches under way.
+    """Embeds every example of a pass into one array. Memory holds that array and the batches in flight.
 
-    `embed` is compiled once, since batches share one shape. Give it as an Equinox module or `eqx.Partial`: the arrays
-    of a plain closure would be compiled in as constants. It does not see the labels.
-
+    - `embed`: compiled once, since batches share one shape. Pass an Equinox module or `eqx.Partial`: the arrays of a
+      plain closure would be compiled in as constants. It does not see the labels.
     - `batches`: pairs of a batch and the number of its valid examples; the rest, at the end of the batch, is padding.
-    - `labels`: of every example, in the order of the sweep.
-    - `progress`: called after each batch with the number of examples done.
+    - `labels`: of every example, in the order of the pass.
+    - `on_batch`: called after each batch with the number of examples done.
 
-    **Raises** `UserError` if the sweep is empty.
+    **Raises** `UserError` if there is no batch.
     """
-    run, kept, waiting, done = eqx.filter_jit(embed), None, None, 0
+    run, features, pending, done = eqx.filter_jit(embed), None, None, 0
     for images, valid in batches:
-        ahead = (run(shard_if_possible(replace(images, label=None))), slice(done, done + valid))
-        if kept is None:
-            layers, _, dim = ahead[0].shape
-            kept = empty_aligned((layers, len(labels), dim))
-        if waiting is not None:  # fetched one batch late, so that the device works while the host copies
-            _copy_rows(kept, *waiting)
-        waiting, done = ahead, done + valid
-        progress(done)
-    if waiting is None:
+        output = run(shard_if_possible(replace(images, label=None)))
+        if features is None:
+            layers, _, dim = output.shape
+            features = empty_aligned((layers, len(labels), dim))
+        # Copy one batch late: the device computes the next batch while the host copies this one.
+        if pending is not None:
+            _store(features, *pending)
+        pending, done = (output, slice(done, done + valid)), done + valid
+        on_batch(done)
+    if pending is None:
         raise UserError("no batches to extract features from: the split is empty; choose another split or source")
-    _copy_rows(kept, *waiting)
-    return Features(kept[:, :done], np.asarray(labels, np.int32)[:done])
+    _store(features, *pending)
+    return Features(features[:, :done], np.asarray(labels, np.int32)[:done])
 
 
 def empty_aligned(shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
-    """An empty float32 array that begins at a multiple of 64 bytes: a CPU device can then read it without a copy."""
+    """An empty float32 array that begins at a multiple of 64 bytes: a CPU device can then use it without a copy."""
     size = 4 * int(np.prod(shape))
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(np.float32).reshape(shape)
 
 
-def _copy_rows(kept: Float[np.ndarray, "layers n dim"], output: Float[Array, "layers batch dim"], rows: slice) -> None:
-    kept[:, rows] = np.asarray(output, dtype=np.float32)[:, : rows.stop - rows.start]
+def _store(features: Float[np.ndarray, "layers n dim"], output: LayerFeatures, rows: slice) -> None:
+    features[:, rows] = np.asarray(output, dtype=np.float32)[:, : rows.stop - rows.start]
+
+
+def chunks(layers: Float[np.ndarray, "layers n dim"]) -> Iterator[tuple[Float[np.ndarray, "layers chunk dim"], int]]:
+    """Yields chunks of one size, so that one program serves them, each with its number of valid rows.
+
+    The last one is padded with zeros.
+    """
+    for start in range(0, layers.shape[1], CHUNK):
+        part = layers[:, start : start + CHUNK]
+        yield np.pad(part, ((0, 0), (0, CHUNK - part.shape[1]), (0, 0))), part.shape[1]
+
+
+def map_chunks(function: Callable[[LayerFeatures], PyTree], layers: Float[np.ndarray, "layers n dim"]) -> PyTree:
+    """Applies a function of a batch of features to all examples. Returns NumPy arrays with a leading axis of n."""
+    outputs = [
+        jax.tree.map(lambda array, valid=valid: np.asarray(array)[:valid], function(part))
+        for part, valid in chunks(layers)
+    ]
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)

@@ -1,189 +1,183 @@
-"""What protocols share that keep no features: crops drawn on the device, steps over a stream, guesses by batches."""
+"""The trainer of heads: one update and one loop for the linear, the attentive and the fine-tuning protocol.
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+A `HeadTask` defines what is trained: its parameters, its frozen inputs and its loss. Many heads that differ in their
+hyper-parameters are trained by one program, on the same batches, each as if it were alone.
+"""
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Literal, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Real
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jepax import schedules
+from jepax.distributed.compile_cache import COMPILER_OPTIONS
 from jepax.distributed.sharding import shard_if_possible
-from jepax.evals.eval_dataset import EvalDataset, random_subset
-from jepax.evals.feature_extractor import FeatureExtractor, ViewBatch
-from jepax.evals.scoring import NO_CLASS, topk_classes
+from jepax.evals.scoring import ProtocolData
 from jepax.optim import weight_decay_mask
-from jepax.types import ImageBatch, UserError
-from jepax.views import CropConfig, center_crop, random_resized_crop
+from jepax.types import AnyArray
 
-TrainViews = Literal["centre", "augmented"]
-State = TypeVar("State")
-ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+OptimizerName = Literal["adamw", "lars"]
+LARS_TRUST = 1e-3
+"""LARS's trust coefficient (You et al. 2017, arXiv:1708.03888)."""
+LARS_MOMENTUM = 0.9
+STEP_EPOCHS, STEP_FACTOR = 15, 0.1
+"""The step schedule multiplies the learning rate by the factor after so many epochs."""
 
 
-@runtime_checkable
-class HeadTrainingConfig(Protocol):
-    """The fields that every streamed protocol's config has; `check_training` says what they may hold."""
+@dataclass(frozen=True)
+class TrainSchedule:
+    """Optimizer and learning rate schedule of a training."""
 
-    epochs: int
+    optimizer: OptimizerName
+    shape: Literal["cosine", "step", "warmup_cosine"]
     batch_size: int
-    learning_rates: tuple[float, ...]
-    warmup: float
-    scale: tuple[float, float]
-    flip: float
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int = 0
+
+    def factor(self, count: Int[AnyArray, ""]) -> Float[Array, ""]:
+        """Multiplies the peak learning rate at an update counted from 0."""
+        if self.shape == "cosine":
+            return optax.cosine_decay_schedule(1.0, self.total_steps)(count)
+        if self.shape == "step":
+            return STEP_FACTOR ** (count // (STEP_EPOCHS * self.steps_per_epoch))
+        warmup, total = self.warmup_steps, self.total_steps + 1
+        return schedules.warmup_cosine(count + 1, start=0.0, peak=1.0, final=0.0, warmup=warmup, total=total)
 
 
-def check_field(protocol: str, config: Any, field: str, holds: bool, need: str) -> None:
-    """**Raises** `UserError` with the field and its value unless it `holds`."""
-    if not holds:
-        raise UserError(f"{protocol}.{field}={getattr(config, field)!r} does not work: it needs {need}")
+def warmup_schedule(epochs: int, batch_size: int, warmup: float, examples: int) -> TrainSchedule:
+    """AdamW with a linear warm-up, in a fraction of the steps, and a cosine decay. Batches may span two epochs."""
+    size = min(batch_size, examples)
+    steps = epochs * examples // size
+    return TrainSchedule("adamw", "warmup_cosine", size, examples // size, steps, round(warmup * steps))
 
 
-def check_head_training(protocol: str, config: HeadTrainingConfig) -> None:
-    """**Raises** `UserError` at the first field of `Training` whose value cannot work."""
-    ok, rates, scale = partial(check_field, protocol, config), config.learning_rates, config.scale
-    ok("epochs", config.epochs >= 1, "at least 1 pass over the training split")
-    ok("batch_size", config.batch_size >= 1, "at least 1 example")
-    ok("learning_rates", len(rates) > 0 and min(rates) > 0, "at least one number, all above 0")
-    ok("warmup", 0 <= config.warmup < 1, "a share of the steps in [0, 1); try 0.1")
-    ok("scale", len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, "0 < low <= high <= 1; try (0.3, 1.0)")
-    ok("flip", 0 <= config.flip <= 1, "a chance between 0 and 1; try 0.5")
+class HeadHparams(NamedTuple):
+    """Hyper-parameters: one value for each head of a sweep, or a scalar if there is one head without that axis."""
+
+    learning_rate: Float[AnyArray, "*heads"]
+    weight_decay: Float[AnyArray, "*heads"]
 
 
-def batch_size_and_steps(config: HeadTrainingConfig, examples: int) -> tuple[int, int]:
-    """Examples per batch, at most those there are, and steps: the passes laid end to end, less an incomplete batch."""
-    size = min(config.batch_size, examples)
-    return size, config.epochs * examples // size
+class HeadTask(eqx.Module):
+    """What the trainer needs of a kind of head. Arrays of the task are constants of the training."""
+
+    hparams: eqx.AbstractVar[HeadHparams]
+    schedule: eqx.AbstractVar[TrainSchedule]
+
+    @abc.abstractmethod
+    def init(self, key: PRNGKeyArray) -> PyTree:
+        """Initial parameters. Arrays have the leading axis of `hparams`."""
+
+    @abc.abstractmethod
+    def inputs(self, batch: PyTree, key: PRNGKeyArray) -> PyTree:
+        """What the parameters are applied to: the part of the forward pass without a gradient, computed once."""
+
+    @abc.abstractmethod
+    def losses(self, params: PyTree, inputs: PyTree, labels: Int[Array, "batch"]) -> Float[Array, "*heads"]:
+        """Mean loss of the batch for each head."""
+
+    def lr_scale(self, params: PyTree) -> PyTree:
+        """A factor of the learning rate for each array of the parameters."""
+        return jax.tree.map(lambda _: 1.0, params)
+
+
+class HeadsState(eqx.Module):
+    """What an update changes."""
+
+    params: PyTree
+    opt_state: optax.OptState
+
+
+def make_optimizer(schedule: TrainSchedule, hparams: HeadHparams) -> optax.GradientTransformation:
+    """Optimizer of one head. Weight decay and LARS's trust ratio apply to weight matrices only, as in SimCLR."""
+    decay = optax.add_decayed_weights(hparams.weight_decay, weight_decay_mask)
+    rate = optax.scale_by_schedule(lambda count: -hparams.learning_rate * schedule.factor(count))
+    if schedule.optimizer == "adamw":
+        return optax.chain(optax.scale_by_adam(), decay, rate)
+    trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=LARS_TRUST), weight_decay_mask)
+    return optax.chain(decay, trust, rate, optax.trace(LARS_MOMENTUM))
+
+
+def _per_head(function: Callable, hparams: HeadHparams) -> Callable:
+    """`function` for each head, if there is an axis of heads."""
+    return jax.vmap(function) if jnp.ndim(hparams.learning_rate) else function
+
+
+@jax.jit
+def init_state(task: HeadTask, key: PRNGKeyArray) -> HeadsState:
+    params = task.init(key)
+    init = _per_head(lambda head, hparams: make_optimizer(task.schedule, hparams).init(head), task.hparams)
+    return HeadsState(params, init(params, task.hparams))
+
+
+def _step(
+    state: HeadsState, task: HeadTask, batch: PyTree, labels: Int[AnyArray, "batch"], key: PRNGKeyArray
+) -> tuple[HeadsState, Float[Array, "*heads"]]:
+    """One update of every head, and the losses before it."""
+    inputs = task.inputs(batch, key)
+
+    # No term of the summed loss contains two heads, so each is trained as if it were alone.
+    def total(params: PyTree) -> tuple[Float[Array, ""], Float[Array, "*heads"]]:
+        losses = task.losses(params, inputs, labels)
+        return losses.sum(), losses
+
+    def update(params: PyTree, grads: PyTree, opt_state: optax.OptState, hparams: HeadHparams) -> tuple:
+        updates, opt_state = make_optimizer(task.schedule, hparams).update(grads, opt_state, params)
+        updates = jax.tree.map(jnp.multiply, updates, task.lr_scale(params))
+        return optax.apply_updates(params, updates), opt_state
+
+    grads, losses = jax.grad(total, has_aux=True)(state.params)
+    update = _per_head(update, task.hparams)
+    return HeadsState(*update(state.params, grads, state.opt_state, task.hparams)), losses
+
+
+train_step = jax.jit(_step, donate_argnames=("state",), compiler_options=COMPILER_OPTIONS)
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def train_cached_epoch(
+    state: HeadsState,
+    task: HeadTask,
+    features: Float[Array, "layers n dim"],
+    labels: Int[AnyArray, "n"],
+    key: PRNGKeyArray,
+) -> HeadsState:
+    """One pass over cached features, in the key's order. The examples of the last, incomplete batch are left out."""
+    steps, size = task.schedule.steps_per_epoch, task.schedule.batch_size
+    order = jr.permutation(key, len(labels))[: steps * size]
+
+    def step(state: HeadsState, rows: Int[Array, "batch"]) -> tuple[HeadsState, None]:
+        return _step(state, task, features[:, rows], labels[rows], key)[0], None
+
+    return jax.lax.scan(step, state, order.reshape(steps, size))[0]
+
+
+def train_on_images(task: HeadTask, data: ProtocolData, title: str) -> PyTree:
+    """Trains on shuffled images from the task's initial parameters. Returns the trained ones."""
+    key_init, key_order, key_views = jr.split(data.key, 3)
+    state, schedule, previous = init_state(task, key_init), task.schedule, None
+    batches = data.train.shuffled(schedule.batch_size, schedule.total_steps, loader_seed(key_order))
+    with data.progress.bar(title, schedule.total_steps) as update:
+        for count, images in enumerate(batches, 1):
+            images = shard_if_possible(images)
+            state, losses = train_step(state, task, replace(images, label=None), images.label, key_views)
+            # The host is at most one step ahead of the device.
+            if previous is not None:
+                jax.block_until_ready(previous)
+            previous = losses
+            update(count)
+    return state.params
 
 
 def loader_seed(key: PRNGKeyArray) -> int:
-    """The order of examples that belongs to a key."""
+    """Seed of the order of examples."""
     return int(jr.randint(key, (), 0, 2**31 - 1))
-
-
-def augment(images: ImageBatch, key: PRNGKeyArray, crop: CropConfig) -> ViewBatch:
-    """Random resized crops, perhaps flipped; example i draws from `fold_in(key, images.index[i])`.
-
-    An index is a place in the whole run's order, so the same picture is cut in another way at each pass.
-    """
-    keys = jax.vmap(lambda index: jr.fold_in(key, index))(images.index)
-    return random_resized_crop(images, keys, crop)
-
-
-def make_train_view(
-    views: TrainViews, images: ImageBatch, key: PRNGKeyArray, crop: CropConfig, config: HeadTrainingConfig
-) -> ViewBatch:
-    """What a training step embeds: the centre view of evaluation, or a crop by the config's `scale` and `flip`."""
-    if views == "centre":
-        return center_crop(images, crop)
-    return augment(images, key, replace(crop, scale=config.scale, flip=config.flip))
-
-
-def without_labels(images: ImageBatch) -> ImageBatch:
-    """The batch as an encoder may see it."""
-    return replace(images, label=None)
-
-
-def lr_scale(config: HeadTrainingConfig, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
-    """Share of the peak learning rate at a step counted from 0: a linear rise, then a cosine that ends near 0."""
-    warmup = round(config.warmup * steps)
-    return schedules.warmup_cosine(step + 1, start=0.0, peak=1.0, final=0.0, warmup=warmup, total=steps + 1)
-
-
-def adamw_update(
-    grads: PyTree, moments: optax.OptState, params: PyTree, rates: PyTree, weight_decay: Real[Array, ""] | float
-) -> tuple[PyTree, optax.OptState]:
-    """The parameters after p <- p - rate (adam(g) + weight_decay p), where biases and norms are not decayed.
-
-    `rates`: a number or an array for each array of `params`, which it broadcasts to.
-    """
-    directions, moments = ADAM.update(grads, moments)
-
-    def moved(param: Array, direction: Array, rate: Array | float, is_decayed: bool) -> Array:
-        return param - rate * (direction + weight_decay * param if is_decayed else direction)
-
-    return jax.tree.map(moved, params, directions, rates, weight_decay_mask(params)), moments
-
-
-def run_head_training(
-    step: Callable[[State, ImageBatch], tuple[State, Array]],
-    state: State,
-    batches: Iterable[ImageBatch],
-    done: Callable[[int], None],
-) -> State:
-    """The state after one step for each batch. The host is never more than one step ahead of the device."""
-    previous = None
-    for count, images in enumerate(batches, 1):
-        state, loss = step(state, shard_if_possible(images))
-        if previous is not None:
-            jax.block_until_ready(previous)
-        previous = loss
-        done(count)
-    return state
-
-
-@partial(jax.jit, static_argnames=("rest",))
-def _predict_batch(arrays: PyTree, images: ImageBatch, *, rest: PyTree) -> Float[Array, "*_ batch classes"]:
-    return eqx.combine(arrays, rest)(images)
-
-
-def predict(function: Callable[[ImageBatch], Float[Array, "*_ batch classes"]], split: EvalDataset) -> np.ndarray:
-    """The guesses of every example of a split, in order; leading axes, such as one of heads, stay: `*_ n guesses`.
-
-    `function` gives each class's value for the pictures of a batch and does not see the labels. It is compiled once for
-    all splits; give it as an Equinox module or `eqx.Partial`: the arrays of a plain closure would be compiled in.
-
-    **Raises** `UserError` if the split is empty.
-    """
-    arrays, rest = eqx.partition(function, eqx.is_array)
-    parts, waiting = [], None
-    for images, valid in split.pictures():
-        ahead = _predict_batch(arrays, shard_if_possible(without_labels(images)), rest=rest), valid
-        if waiting is not None:  # fetched one batch late, so that the device works while the host sorts
-            parts.append(_topk_valid(*waiting))
-        waiting = ahead
-    if waiting is None:
-        raise UserError("no batches to classify: the split is empty; choose another split or source")
-    return np.concatenate([*parts, _topk_valid(*waiting)], axis=-2)
-
-
-def _topk_valid(values: Float[Array, "*_ batch classes"], valid: int) -> np.ndarray:
-    values = np.asarray(values, np.float32)[..., :valid, :]
-    return topk_classes(values.reshape(-1, values.shape[-1])).reshape(*values.shape[:-1], -1)
-
-
-@eqx.filter_jit
-def embed_augmented(
-    row: FeatureExtractor, images: ImageBatch, crop: CropConfig, key: PRNGKeyArray
-) -> Float[Array, "layers batch dim"]:
-    """Pooled features of random crops."""
-    return row.pooled(augment(images, key, crop))
-
-
-def crop_features(
-    split: EvalDataset, pictures: int, crops: int, key: PRNGKeyArray
-) -> Float[np.ndarray, "pictures crops dim"]:
-    """The last layer's features of several random crops, by the row's own settings, of some pictures or of all."""
-    few = EvalDataset(split.row, random_subset(split.source, pictures), split.batch_size, **split.reading)
-    drawn = []
-    for images, valid in few.pictures():
-        layers = [
-            embed_augmented(few.row, shard_if_possible(without_labels(images)), few.row.crop, k)
-            for k in jr.split(key, crops)
-        ]
-        drawn.append(np.stack([np.asarray(each[-1])[:valid] for each in layers], axis=1))
-    return np.concatenate(drawn)
-
-
-def check_any_prediction(guesses: np.ndarray, protocol: str) -> None:
-    """**Raises** `UserError` where no class was named for any example: accuracies of that would be meaningless."""
-    if np.all(guesses == NO_CLASS):
-        raise UserError(
-            f"{protocol}: no value of any class is finite; the encoder has diverged, its input holds NaN,\n"
-            f"or every one of {protocol}.learning_rates is too high. Look at the loss in metrics.jsonl."
-        )

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features: exact, and nothing is trained."""
+"""Weighted k-nearest-neighbor classification of frozen features: exact, and nothing is trained."""
 
 import itertools
 from collections.abc import Iterator
@@ -10,148 +10,135 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jepax.evals.checks import field_check
 from jepax.evals.eval_dataset import EvalDataset
-from jepax.evals.progress import SILENT_PROGRESS, ProgressReporter
-from jepax.evals.scoring import FittedProbe, TopKPredictions, check_labels, topk_classes
-from jepax.types import AnyArray, Array, Float, Int, PRNGKeyArray, UserError
+from jepax.evals.scoring import FittedProbe, ProtocolData, TopKPredictions, best_trial, topk
+from jepax.types import AnyArray, Array, Float, Int, UserError
 
 
 @dataclass(frozen=True)
 class KnnConfig:
-    """How many vote and how sharply: validation chooses among every k with every temperature."""
+    """Number and sharpness of the votes: validation chooses among every k with every temperature."""
 
     neighbours: tuple[int, ...] = (1, 5, 10, 20, 50, 100, 200)
-    """k, the voters of a query; those above the number of training examples are left out."""
+    """k, the number of voters; those above the number of training examples are left out."""
     temperatures: tuple[float, ...] = (0.03, 0.07, 0.2)
-    """T of the vote exp(similarity / T); 0.07 is Wu et al.'s."""
+    """T of the vote exp(similarity / T); Wu et al. use 0.07."""
     chunk: int = 256
-    """Queries compared with all keys at once; memory is chunk x keys x 4 bytes."""
+    """Queries compared with all training examples at a time; memory is chunk x examples x 4 bytes."""
 
     def __post_init__(self):
-        if not self.neighbours or min(self.neighbours) < 1:
-            raise UserError(f"neighbours={self.neighbours} must hold at least one number, none below 1")
-        if not self.temperatures or not min(self.temperatures) > 0:
-            raise UserError(f"temperatures={self.temperatures} must hold at least one number, all above 0")
-        if self.chunk < 1:
-            raise UserError(f"chunk={self.chunk} must be at least 1")
+        check, ks, temperatures = field_check("knn", self), self.neighbours, self.temperatures
+        check("neighbours", len(ks) > 0 and min(ks) >= 1, "at least one number, none below 1")
+        check("temperatures", len(temperatures) > 0 and min(temperatures) > 0, "at least one number, all above 0")
+        check("chunk", self.chunk >= 1, "at least 1 query")
 
 
 @dataclass(frozen=True, eq=False)
 class KnnIndex:
-    """The training examples, placed on the device once."""
+    """The training examples on the device."""
 
     features: Float[Array, "keys dim"]
-    length: Float[Array, "keys"]
+    norms: Float[Array, "keys"]
     labels: Int[np.ndarray, "keys"]
     """On the host, where votes are counted."""
+
+    @classmethod
+    def build(cls, features: Float[AnyArray, "keys dim"], labels: Int[np.ndarray, "keys"]) -> "KnnIndex":
+        on_device = jnp.asarray(features)
+        return cls(on_device, _norms(on_device), np.asarray(labels))
 
 
 @dataclass(frozen=True, eq=False)
 class Neighbors:
-    """The nearest keys of some queries, the nearest first."""
+    """The nearest training examples of some queries, nearest first."""
 
     similarity: Float[np.ndarray, "queries k"]
     labels: Int[np.ndarray, "queries k"]
 
 
-def knn(
-    train: EvalDataset,
-    validation: EvalDataset,
-    classes: int,
-    config: KnnConfig,
-    *,
-    key: PRNGKeyArray,
-    say: ProgressReporter = SILENT_PROGRESS,
-) -> list[FittedProbe]:
-    """Neighbours in the last layer's features; the training examples vote. `key` is not used: nothing is drawn.
+def knn(data: ProtocolData, config: KnnConfig) -> list[FittedProbe]:
+    """Classifies by the nearest training examples in the last layer's features.
 
-    One search per query, of the largest k, serves every k and temperature. The first of equally good ones is chosen.
+    One search per query, with the largest k, serves every k and temperature. The first of equally good ones is chosen.
 
-    **Raises** `UserError` if every k is above the number of training examples, or a label is out of range.
+    **Raises** `UserError` if every k is above the number of training examples.
     """
-    check_labels(train.labels, classes, "train")
-    check_labels(validation.labels, classes, "validation")
+    train, validation, classes = data.train, data.validation, data.classes
     possible = [k for k in config.neighbours if k <= len(train)]
     if not possible:
         raise UserError(
             f"neighbours={config.neighbours} are all more than the {len(train)} training examples; lower one of them"
         )
-    keys, most = build_index(train.features.last, train.labels), max(possible)
+    index, largest = KnnIndex.build(train.features.last, train.labels), max(possible)
     pairs = list(itertools.product(possible, config.temperatures))
-    right = np.zeros(len(pairs))
-    with say.counting("kNN", len(validation)) as done:
-        for rows, found in search(keys, validation.features.last, most, config.chunk):
+    correct = np.zeros(len(pairs))
+    with data.progress.bar("kNN", len(validation)) as update:
+        for rows, nearest in search(index, validation.features.last, largest, config.chunk):
             truth = validation.labels[rows]
-            right += [np.sum(count_votes(found, classes, *pair).argmax(axis=1) == truth) for pair in pairs]
-            done(rows.stop)
+            correct += [np.sum(count_votes(nearest, classes, *pair).argmax(axis=1) == truth) for pair in pairs]
+            update(rows.stop)
     tried = [
         {"neighbours": k, "temperature": t, "validation_top1": 100 * float(hits) / len(validation)}
-        for (k, t), hits in zip(pairs, right, strict=True)
+        for (k, t), hits in zip(pairs, correct, strict=True)
     ]
-    chosen = max(tried, key=lambda one: one["validation_top1"])
-    k, temperature = chosen["neighbours"], chosen["temperature"]
+    best = best_trial(tried)
+    k, temperature = best["neighbours"], best["temperature"]
 
-    def guess(split: EvalDataset) -> TopKPredictions:
-        parts = search(keys, split.features.last, most, config.chunk)
-        return np.concatenate([topk_classes(count_votes(found, classes, k, temperature)) for _, found in parts])
+    def predict(dataset: EvalDataset) -> TopKPredictions:
+        parts = search(index, dataset.features.last, largest, config.chunk)
+        return np.concatenate([topk(count_votes(nearest, classes, k, temperature)) for _, nearest in parts])
 
-    return [FittedProbe("kNN", guess, chosen, f"k {k}, temperature {temperature:g}", tried)]
+    return [FittedProbe("kNN", predict, best, f"k {k}, temperature {temperature:g}", tried)]
 
 
-def count_votes(
-    found: Neighbors, classes: int, neighbours: int, temperature: float
-) -> Float[np.ndarray, "queries classes"]:
-    """By class, the sum of the votes exp(s / T) of the k nearest; -inf without a vote, so that it is not named.
+def count_votes(nearest: Neighbors, classes: int, k: int, temperature: float) -> Float[np.ndarray, "queries classes"]:
+    """Sums the votes exp(s / T) of the k nearest by class; -inf for a class without a vote, which is not predicted.
+
+    The nearest one's similarity is subtracted from all of a query's: it changes no ratio and prevents overflow.
 
     Source: Wu et al. 2018, arXiv:1805.01978, section 3.4.
-
-    The nearest's similarity is taken from all of a query's: that changes no share and cannot overflow.
     """
-    near = found.similarity[:, :neighbours].astype(np.float64)
+    near = nearest.similarity[:, :k].astype(np.float64)
     weights = np.exp((near - near[:, :1]) / temperature)
-    cell = found.labels[:, :neighbours] + classes * np.arange(len(near))[:, None]
+    cell = nearest.labels[:, :k] + classes * np.arange(len(near))[:, None]
     sums = np.bincount(cell.ravel(), weights.ravel(), len(near) * classes).reshape(-1, classes)
     return np.where(sums > 0, sums, -np.inf).astype(np.float32)
 
 
-def build_index(features: Float[AnyArray, "keys dim"], labels: Int[np.ndarray, "keys"]) -> KnnIndex:
-    """Puts the keys on the device."""
-    on_device = jnp.asarray(features)
-    return KnnIndex(on_device, _row_norms(on_device), np.asarray(labels))
-
-
 def search(
-    keys: KnnIndex, queries: Float[AnyArray, "queries dim"], neighbours: int, chunk: int
+    index: KnnIndex, queries: Float[AnyArray, "queries dim"], k: int, chunk: int
 ) -> Iterator[tuple[slice, Neighbors]]:
-    """The rows of each chunk of queries, and what is nearest to them: never more than chunk x keys similarities.
+    """Yields the rows of each chunk of queries with their neighbors: at most chunk x keys similarities at a time.
 
-    The last chunk is padded, so one program serves any number of queries.
+    The last chunk is padded, so that one program serves any number of queries.
     """
     for start in range(0, len(queries), chunk):
         part = queries[start : start + chunk]
         padded = np.pad(part, ((0, chunk - len(part)), (0, 0)))
-        nearest = jax.device_get(_nearest_neighbors(keys.features, keys.length, padded, neighbours))
-        similarity, index = (array[: len(part)] for array in nearest)
-        yield slice(start, start + len(part)), Neighbors(similarity, keys.labels[index])
+        nearest = jax.device_get(_nearest_neighbors(index.features, index.norms, padded, k))
+        similarity, rows = (array[: len(part)] for array in nearest)
+        yield slice(start, start + len(part)), Neighbors(similarity, index.labels[rows])
 
 
-@partial(jax.jit, static_argnames="neighbours")
+@partial(jax.jit, static_argnames="k")
 def _nearest_neighbors(
     features: Float[AnyArray, "keys dim"],
-    length: Float[AnyArray, "keys"],
+    norms: Float[AnyArray, "keys"],
     queries: Float[AnyArray, "queries dim"],
-    neighbours: int,
+    k: int,
 ) -> tuple[Float[Array, "queries k"], Int[Array, "queries k"]]:
-    """s = q.k / (|q| |k|) of the nearest keys, in float32 at full precision on every device, and their numbers.
+    """Cosine similarities of the nearest keys, in float32 at full precision on every device, and their row numbers.
 
-    Equally near ones go by number.
+    Ties are ordered by row number.
     """
     product = jnp.einsum("qd,kd->qk", queries, features, precision=lax.Precision.HIGHEST)
-    values, index = lax.top_k(product / _row_norms(queries)[:, None] / length, neighbours)
-    return values, index
+    values, rows = lax.top_k(product / _norms(queries)[:, None] / norms, k)
+    return values, rows
 
 
 @jax.jit
-def _row_norms(rows: Float[AnyArray, "n dim"]) -> Float[Array, "n"]:
-    length = jnp.linalg.norm(rows, axis=1)
-    return jnp.where(length > 0, length, 1)
+def _norms(rows: Float[AnyArray, "n dim"]) -> Float[Array, "n"]:
+    """Euclidean norms, with 1 for rows of zeros."""
+    norms = jnp.linalg.norm(rows, axis=1)
+    return jnp.where(norms > 0, norms, 1)

@@ -1,116 +1,93 @@
-"""Classification from few labels: logistic regression on a labelled part of the training examples, drawn repeatedly."""
+"""Classification from few labels: logistic regression on random labeled subsets of the training examples."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from jepax.evals.eval_dataset import EvalDataset
-from jepax.evals.logistic import (
-    FeatureScaler,
-    check_l2_penalties,
-    fit_info,
-    fit_scaler,
-    make_predictor,
-    regularization_path,
-    select_layers,
-)
-from jepax.evals.progress import SILENT_PROGRESS, ProgressReporter
-from jepax.evals.scoring import FittedProbe, check_labels, top1_accuracy, topk_classes
-from jepax.types import Int, PRNGKeyArray, UserError
+from jepax.evals.checks import check_labels, field_check
+from jepax.evals.logistic import make_predictor, score_path, select_fit, select_layers
+from jepax.evals.logistic_solver import FeatureScaler, fit_scaler, regularization_path
+from jepax.evals.progress import Progress
+from jepax.evals.scoring import FittedProbe, ProtocolData
+from jepax.types import Int, UserError
 
 
 @dataclass(frozen=True)
 class LowShotConfig:
-    """How many labels, and how often they are drawn anew."""
+    """Numbers of labels, and how often they are drawn."""
 
     shares: tuple[float, ...] = (0.01, 0.1)
-    """Of the training examples, the same share of every class (rounded), and at least one of each."""
+    """Fractions of the training examples, the same for every class (rounded), and at least one example of each."""
     per_class: tuple[int, ...] = (1, 5, 10)
-    """Labelled examples of every class."""
+    """Labeled examples of every class."""
     seeds: int = 5
-    """Draws of each, by the seeds 0, 1, ...; their mean and deviation are what to read."""
+    """Draws of each, with the seeds 0, 1, ...; results are their mean and standard deviation."""
     strengths: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
-    """Weights of the L2 penalty."""
+    """L2 penalties."""
 
     def __post_init__(self):
-        if not all(0 < share <= 1 for share in self.shares):
-            raise UserError(f"shares={self.shares} must lie above 0 and at most at 1; 1% is 0.01")
-        if not all(count >= 1 for count in self.per_class):
-            raise UserError(f"per_class={self.per_class} must hold no number below 1")
-        if not (self.shares or self.per_class):
-            raise UserError(
-                "shares=() and per_class=() ask for nothing; give at least one of either, as shares=(0.01,)"
-            )
-        if self.seeds < 1:
-            raise UserError(f"seeds={self.seeds} must be at least 1")
-        check_l2_penalties(self.strengths)
+        check, strengths = field_check("low_shot", self), self.strengths
+        check("shares", all(0 < share <= 1 for share in self.shares), "fractions in (0, 1]; 1% is 0.01")
+        check("per_class", all(count >= 1 for count in self.per_class), "no number below 1")
+        check("per_class", bool(self.shares or self.per_class), "at least one number, unless shares has one")
+        check("seeds", self.seeds >= 1, "at least 1 draw")
+        check("strengths", len(strengths) > 0 and min(strengths) > 0, "at least one number, all above 0")
 
 
-def low_shot(
-    train: EvalDataset,
-    validation: EvalDataset,
-    classes: int,
-    config: LowShotConfig,
-    *,
-    key: PRNGKeyArray,
-    say: ProgressReporter = SILENT_PROGRESS,
-) -> list[FittedProbe]:
-    """One answer per shot and seed, named by its shot. A classifier sees only the labels that its seed drew.
+def low_shot(data: ProtocolData, config: LowShotConfig) -> list[FittedProbe]:
+    """Returns one result per shot and seed, named by its shot. A classifier sees only the labels that its seed drew.
 
-    The budget is of labels: the strength is chosen on validation examples that the same seed drew, of every class at
-    most as many as are labelled for training. A larger validation split would hold more labels than the task allows
-    (Oliver et al. 2018, arXiv:1804.09170, section 4.6). All training features standardise: that needs no label.
+    The budget counts labels: the penalty is chosen on validation examples drawn by the same seed, for every class at
+    most as many as are labeled for training. A larger validation split would use more labels than the task allows
+    (Oliver et al. 2018, arXiv:1804.09170, section 4.6). Features are standardized over all training examples, which
+    needs no label. Only the last layer is used: so few validation labels cannot also choose layers.
 
-    The draw is fixed by the seed alone, so that every encoder is given the same examples, and those of a smaller shot
-    are among those of a larger one. `key` is not used.
+    The draw follows from the seed alone, so every encoder gets the same examples, and the examples of a smaller shot
+    are among those of a larger one. A shot with more examples than some class has is left out with a message.
 
-    Only the last layer is read: so few validation labels cannot also choose layers.
-
-    A shot that asks for more examples than some class has is left out, and `say` tells so.
-
-    **Raises** `UserError` if no shot is left, a split is empty, or a label is out of range.
+    **Raises** `UserError` if no shot is left.
     """
-    check_labels(train.labels, classes, "train")
-    check_labels(validation.labels, classes, "validation")
-    shots = dict(examples_per_class(train.labels, classes, config, say))
+    labels, results = data.train.labels, []
+    shots = dict(shot_counts(labels, data.classes, config, data.progress))
     if not shots:
-        least = min(n for n in np.bincount(train.labels) if n)
-        raise UserError(f"per_class={config.per_class} are all more than the {least} examples of the smallest class")
-    standard = fit_scaler(select_layers(train, "last"))
-    answers = []
-    with say.counting("low-shot", len(shots) * config.seeds) as done:
+        fewest = min(n for n in np.bincount(labels) if n)
+        raise UserError(f"per_class={config.per_class} are all more than the {fewest} examples of the smallest class")
+    scaler = fit_scaler(select_layers(data.train, "last"))
+    with data.progress.bar("low-shot", len(shots) * config.seeds) as update:
         for name, counts in shots.items():
             for seed in range(config.seeds):
-                answers.append(_fit_draw(name, counts, seed, train, validation, config, standard))
-                done(len(answers))
-    return answers
+                results.append(_fit_draw(name, counts, seed, data, config.strengths, scaler))
+                update(len(results))
+    return results
 
 
-def examples_per_class(
-    labels: Int[np.ndarray, "n"], classes: int, config: LowShotConfig, say: ProgressReporter
+def shot_counts(
+    labels: Int[np.ndarray, "n"], classes: int, config: LowShotConfig, progress: Progress
 ) -> Iterator[tuple[str, Int[np.ndarray, "classes"]]]:
-    """Every shot that can be drawn: its name, and its examples of each class. Classes without an example have none."""
-    there = np.bincount(labels, minlength=classes)
+    """Yields the name of every possible shot and its number of examples of each class, 0 for classes without any."""
+    available = np.bincount(labels, minlength=classes)
     for share in config.shares:
-        yield f"{100 * share:g}%", np.where(there > 0, np.maximum(np.rint(share * there), 1), 0).astype(np.int64)
-    least = there[there > 0].min()
+        yield f"{100 * share:g}%", np.where(available > 0, np.maximum(np.rint(share * available), 1), 0).astype(int)
+    fewest = available[available > 0].min()
     for count in config.per_class:
-        if count <= least:
-            yield f"{count} per class", np.where(there > 0, count, 0)
+        if count <= fewest:
+            yield f"{count} per class", np.where(available > 0, count, 0)
         else:
-            say.line(f"low-shot: {count} per class is left out, since the smallest class has {least} training examples")
+            progress.log(
+                f"low-shot: {count} per class is left out, since the smallest class has {fewest} training examples"
+            )
 
 
-def sample_rows(
-    labels: Int[np.ndarray, "n"], counts: Int[np.ndarray, "classes"], seed: int, part: int
+def draw_rows(
+    labels: Int[np.ndarray, "n"], counts: Int[np.ndarray, "classes"], seed: int, stream: int
 ) -> Int[np.ndarray, "drawn"]:
-    """Rows, ascending: of each class so many as `counts` says, or all it has, in an order that seed and part decide.
+    """Rows, ascending: `counts` random examples of each class, or all it has. Seed and stream decide the draw.
 
-    Built on raw Philox words, whose stream NumPy promises to keep, so the draw outlives NumPy's releases.
+    Uses raw Philox words, whose sequence NumPy guarantees across releases.
     """
-    words = np.random.Philox((seed, part)).random_raw(len(labels))
-    order = np.lexsort((words, labels))  # class after class, at random within each
+    words = np.random.Philox((seed, stream)).random_raw(len(labels))
+    order = np.lexsort((words, labels))  # by class, at random within each
     ordered = labels[order]
     rank = np.arange(len(labels)) - np.searchsorted(ordered, ordered)
     return np.sort(order[rank < counts[ordered]])
@@ -120,22 +97,16 @@ def _fit_draw(
     name: str,
     counts: Int[np.ndarray, "classes"],
     seed: int,
-    train: EvalDataset,
-    validation: EvalDataset,
-    config: LowShotConfig,
-    standard: FeatureScaler,
+    data: ProtocolData,
+    strengths: tuple[float, ...],
+    scaler: FeatureScaler,
 ) -> FittedProbe:
-    rows, held = sample_rows(train.labels, counts, seed, 0), sample_rows(validation.labels, counts, seed, 1)
-    truth, seen = validation.labels[held], select_layers(validation, "last")[:, held]
-    check_labels(truth, len(counts), "validation")
-    tried, best = [], None
-    for strength, model in regularization_path(
-        select_layers(train, "last")[:, rows], train.labels[rows], len(counts), config.strengths, standard
-    ):
-        reached = top1_accuracy(topk_classes(model(seen)), truth)
-        tried.append({**fit_info(strength, model), "validation_top1": reached})
-        if best is None or reached > best[0]["validation_top1"]:  # of equals the strongest
-            best = (tried[-1], model)
-    chosen, model = best
-    settings = {**chosen, "seed": seed, "labels": len(rows), "validation_labels": len(held)}
-    return FittedProbe(name, make_predictor(model, "last"), settings, f"strength {chosen['strength']:g}", tried)
+    train, validation = data.train, data.validation
+    rows, held_out = draw_rows(train.labels, counts, seed, 0), draw_rows(validation.labels, counts, seed, 1)
+    truth = validation.labels[held_out]
+    check_labels(truth, data.classes, "validation")
+    x, x_validation = select_layers(train, "last")[:, rows], select_layers(validation, "last")[:, held_out]
+    path = regularization_path(x, train.labels[rows], data.classes, strengths, scaler)
+    best, model, tried = select_fit(list(score_path(path, x_validation, truth)))
+    settings = {**best, "seed": seed, "labels": len(rows), "validation_labels": len(held_out)}
+    return FittedProbe(name, make_predictor(model, "last"), settings, f"strength {best['strength']:g}", tried)

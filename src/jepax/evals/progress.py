@@ -1,42 +1,50 @@
-"""What an evaluation tells while it works: a line when something begins, and a bar with the time left."""
+"""Progress of an evaluation on stderr: a message when something begins, and a bar with the time left."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jepax.io.logger import PRINT_EVERY_S, format_duration
 
 
-class ProgressReporter:
-    """To the person at the terminal, on stderr. `SILENT` says nothing."""
+class Progress:
+    """Shows messages and bars on stderr. `SILENT` shows neither."""
 
-    def __init__(self, line: Callable[[str], None] | None = None):
+    def __init__(self, log: Callable[[str], None] | None = None):
         self.console = Console(stderr=True)
-        self.line = line or (lambda text: print(text, file=sys.stderr))
-        self.live = line is None and self.console.is_terminal
+        self.log = log or (lambda text: print(text, file=sys.stderr))
+        self.is_live = log is None and self.console.is_terminal
 
     @contextmanager
-    def counting(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Within, the function given back takes the number of things done, out of `total`."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        start = last = time.monotonic()
-        with Progress(*columns, console=self.console, disable=not self.live, transient=True) as bar:
-            task = bar.add_task(what, total=total)
+    def bar(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Yields a function that takes the number of finished items out of `total`.
 
-            def done(count: int) -> None:
+        Without a terminal it logs a message every `LINE_EVERY` seconds instead of drawing a bar.
+        """
+        columns = (
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TimeRemainingColumn(),
+        )
+        start = last = time.monotonic()
+        with rich_progress.Progress(*columns, console=self.console, disable=not self.is_live, transient=True) as bar:
+            task = bar.add_task(description, total=total)
+
+            def update(count: int) -> None:
                 nonlocal last
                 bar.update(task, completed=count)
                 now = time.monotonic()
-                if not self.live and now - last > PRINT_EVERY_S and count < total:
+                if not self.is_live and now - last > PRINT_EVERY_S and count < total:
                     last = now
                     left = (now - start) / max(count, 1) * (total - count)
-                    self.line(f"{what}: {count}/{total}, {format_duration(left)} left")
+                    self.log(f"{description}: {count}/{total}, {format_duration(left)} left")
 
-            yield done
+            yield update
 
 
-SILENT_PROGRESS = ProgressReporter(lambda text: None)
+SILENT = Progress(lambda text: None)

@@ -8,44 +8,44 @@ from jepax.evals.attentive import AttentiveConfig, attentive
 from jepax.evals.feature_extractor import EncoderChoice, FeatureExtractor, Pooling, ViTFeatures
 from jepax.evals.finetune import FinetuneConfig, finetune
 from jepax.evals.knn import KnnConfig, knn
+from jepax.evals.linear import PUBLISHED, LinearConfig, linear
 from jepax.evals.logistic import LogisticConfig, logistic
 from jepax.evals.low_shot import LowShotConfig, low_shot
 from jepax.evals.online import OnlineConfig
-from jepax.evals.probe import VISSL_PROBE, ProbeConfig, linear_probe
 from jepax.evals.scoring import FittedProbe
 from jepax.types import UserError
 
 ProtocolName = Literal["linear", "linear_published", "knn", "logistic", "low_shot", "attentive", "finetune"]
 PROTOCOLS: dict[str, Callable[..., list[FittedProbe]]] = {
-    "linear": linear_probe,
-    "linear_published": linear_probe,
+    "linear": linear,
+    "linear_published": linear,
     "knn": knn,
     "logistic": logistic,
     "low_shot": low_shot,
     "attentive": attentive,
     "finetune": finetune,
 }
-"""Each is called with the training and validation splits, the number of classes and its settings."""
+"""Each is called with a `ProtocolData` and its settings."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is evaluated, and by which protocols. Each protocol's settings stand under its own name."""
+    """Protocols of an evaluation. Each protocol's settings are under its own name."""
 
     protocols: tuple[ProtocolName, ...] = ("linear", "knn")
     """Protocols, in the table's order; none: the run is not evaluated when it ends."""
     encoder: EncoderChoice = "default"
     """Encoder that is evaluated; default: the one that the method's paper evaluates."""
     pool: Pooling = "mean"
-    """How an image's patches become one vector; attentive and finetune have ways of their own."""
+    """Pools an image's patches into one vector; attentive and finetune pool in their own way."""
     batch_size: int = 256
     """Images per batch when features are extracted."""
-    linear: ProbeConfig = field(default_factory=ProbeConfig)
-    """Linear probe that is quick."""
-    linear_published: ProbeConfig = VISSL_PROBE
+    linear: LinearConfig = field(default_factory=LinearConfig)
+    """Quick linear probe."""
+    linear_published: LinearConfig = PUBLISHED
     """Linear probe as in I-JEPA's paper."""
     knn: KnnConfig = field(default_factory=KnnConfig)
-    """Nearest neighbours."""
+    """Nearest neighbors."""
     logistic: LogisticConfig = field(default_factory=LogisticConfig)
     """Logistic regression to convergence, for small data."""
     low_shot: LowShotConfig = field(default_factory=LowShotConfig)
@@ -64,6 +64,6 @@ class EvalConfig:
             raise UserError(f"protocols={self.protocols} must name none twice")
 
 
-def supports(protocol: str, frozen: FeatureExtractor) -> bool:
-    """Pixels cannot be fine-tuned."""
-    return protocol != "finetune" or isinstance(frozen, ViTFeatures)
+def supports(protocol: str, extractor: FeatureExtractor) -> bool:
+    """False for fine-tuning of pixels, which have no encoder."""
+    return protocol != "finetune" or isinstance(extractor, ViTFeatures)

@@ -1,4 +1,4 @@
-"""The evaluation: every row of the table by the same protocols, written as JSON and shown as text."""
+"""Evaluates every row of the results table by the same protocols; writes the results as JSON and shows tables."""
 
 import dataclasses
 import hashlib
@@ -18,13 +18,14 @@ from rich.table import Table
 
 import jepax
 from jepax.data import Source
-from jepax.evals.baselines import majority_class
-from jepax.evals.eval_dataset import EvalDataset, count_duplicates, hide_labels
+from jepax.evals.augmentation import crop_features
+from jepax.evals.baselines import class_counts
+from jepax.evals.checks import check_labels
+from jepax.evals.eval_dataset import EvalDataset, count_duplicates, without_labels
 from jepax.evals.feature_extractor import FeatureExtractor, ViTFeatures
-from jepax.evals.head_training import crop_features
-from jepax.evals.progress import SILENT_PROGRESS, ProgressReporter
+from jepax.evals.progress import SILENT, Progress
 from jepax.evals.protocols import PROTOCOLS, EvalConfig, supports
-from jepax.evals.scoring import FittedProbe, check_labels, compute_accuracy, topk_classes
+from jepax.evals.scoring import FittedProbe, ProtocolData, accuracy, topk
 from jepax.health.metrics import collapse_metrics, feature_std, lidar, rankme
 from jepax.types import PRNGKeyArray, UserError
 
@@ -34,15 +35,14 @@ ROW_TITLES = {
     "pixels": "raw pixels",
     "majority": "majority class",
 }
-"""Keys of the results and their names in the table, in the table's order."""
+"""Keys of the results and their titles, in the table's order."""
 SPLIT_NAMES = ("train", "validation", "test")
 BASELINES = ("untrained", "pixels")
 MAX_HEALTH_EXAMPLES = 4096
-"""At most so many validation examples, spread evenly, are read for signs of collapse."""
+"""At most so many validation examples, evenly spaced, are checked for signs of collapse."""
 HEALTH_KEY = 1
 """Folded into the evaluation's key for the crops that LiDAR reads."""
-LIDAR_IMAGES_AND_CROPS = 512, 8
-"""Pictures, and random crops of each."""
+LIDAR_IMAGES, LIDAR_CROPS = 512, 8
 
 
 @dataclass(frozen=True)
@@ -50,82 +50,77 @@ class Evaluation:
     """What the rows of one evaluation share."""
 
     sources: dict[str, Source]
-    """By split; `validation` must share no picture with the other two, and `test` none with any."""
+    """By split; no two of them may have an image in common."""
     config: EvalConfig
     key: PRNGKeyArray
-    reading: dict[str, int] = field(default_factory=dict)
-    """Threads and worker processes that read pictures."""
-    say: ProgressReporter = SILENT_PROGRESS
+    loading: dict[str, int] = field(default_factory=dict)
+    """Threads and worker processes that read images."""
+    progress: Progress = SILENT
 
     @property
     def classes(self) -> int:
         return self.sources["train"].classes
 
-    def row(self, name: str, frozen: FeatureExtractor) -> dict[str, Any]:
-        """Every protocol on one row. Protocols get the test split without its labels, which are read here alone."""
-        splits = {
+    def row(self, name: str, extractor: FeatureExtractor) -> dict[str, Any]:
+        """Every protocol on one extractor. Protocols get the test split without labels; only this class reads them."""
+        data = {
             split: EvalDataset(
-                frozen,
-                hide_labels(source) if split == "test" else source,
+                extractor,
+                without_labels(source) if split == "test" else source,
                 self.config.batch_size,
-                **self.reading,
+                **self.loading,
                 name=f"{ROW_TITLES[name]}: features of {split}",
-                say=self.say,
+                progress=self.progress,
             )
             for split, source in self.sources.items()
         }
         row = {}
         for protocol in self.config.protocols:
-            if not supports(protocol, frozen):
+            if not supports(protocol, extractor):
                 continue
-            self.say.line(f"{ROW_TITLES[name]}: {protocol.replace('_', ' ')}")
-            settings = getattr(self.config, protocol)
-            arguments = (splits["train"], splits["validation"], self.classes, settings)
-            fitted = PROTOCOLS[protocol](*arguments, key=self.key, say=self.say)
-            row[protocol] = self._scored(fitted, splits["test"])
-        row |= health_metrics(splits["validation"], jr.fold_in(self.key, HEALTH_KEY))
-        return row if name in BASELINES else row | {"shared_pictures": self._shared(splits)}
+            self.progress.log(f"{ROW_TITLES[name]}: {protocol.replace('_', ' ')}")
+            inputs = ProtocolData(data["train"], data["validation"], self.classes, self.key, self.progress)
+            fitted = PROTOCOLS[protocol](inputs, getattr(self.config, protocol))
+            row[protocol] = self._score(fitted, data["test"])
+        row |= health_metrics(data["validation"], jr.fold_in(self.key, HEALTH_KEY))
+        # Duplicates are the same for every row: one of them counts.
+        return row if name in BASELINES else row | {"shared_pictures": self._count_duplicates(data)}
 
-    def _shared(self, splits: dict[str, EvalDataset]) -> dict[str, int]:
-        """Pictures that stand in two splits, which are the same ones whatever the row."""
-        shared = count_duplicates(splits)
-        for pair, count in shared.items():
+    def _count_duplicates(self, data: dict[str, EvalDataset]) -> dict[str, int]:
+        duplicates = count_duplicates(data)
+        for pair, count in duplicates.items():
             if count:
-                self.say.line(f"warning: {count} pictures of {pair.replace('/', ' and ')} are the same")
-        return shared
+                self.progress.log(f"warning: {count} images of {pair.replace('/', ' and ')} are identical")
+        return duplicates
 
-    def _scored(self, fitted: list[FittedProbe], test: EvalDataset) -> dict[str, Any]:
-        """The first answer, and the others beside it; answers of one name by their mean and standard deviation."""
+    def _score(self, fitted: list[FittedProbe], test: EvalDataset) -> dict[str, Any]:
+        """The protocol's first result, with its others as controls; results of one name are aggregated."""
         labels = self.sources["test"].labels
         by_name: dict[str, list[dict[str, Any]]] = {}
-        for answer in fitted:
-            scored = asdict(compute_accuracy(answer.guess(test), labels))
-            told = {**scored, "variant": answer.variant, "chosen": answer.settings, "tried": answer.tried}
-            by_name.setdefault(answer.name, []).append(told)
-        first, *others = ((name, aggregate_runs(runs)) for name, runs in by_name.items())
-        return {"name": first[0], **first[1], "beside": dict(others)}
+        for probe in fitted:
+            scores = asdict(accuracy(probe.predict(test), labels))
+            info = {"variant": probe.variant, "chosen": probe.settings, "tried": probe.tried}
+            by_name.setdefault(probe.name, []).append(scores | info)
+        (name, first), *controls = ((name, aggregate_runs(runs)) for name, runs in by_name.items())
+        return {"name": name, **first, "beside": dict(controls)}
 
 
-def health_metrics(split: EvalDataset, key: PRNGKeyArray) -> dict[str, Any]:
-    """Signs of collapse in the last layer's features, which need no label. LiDAR is for encoders alone.
+def health_metrics(dataset: EvalDataset, key: PRNGKeyArray) -> dict[str, Any]:
+    """Signs of collapse in the last layer's features, which need no label. LiDAR is computed for encoders only.
 
-    LiDAR from 512 pictures of 8 random crops each, where its paper takes more of both.
+    LiDAR uses 512 images with 8 random crops each; its paper uses more of both.
     """
-    last = split.features.last[:: -(-len(split) // MAX_HEALTH_EXAMPLES)]
-    found = {
-        "effective_rank": rankme(last),
-        "feature_std": feature_std(last),
-        "health": collapse_metrics(last, "feature"),
-    }
-    if isinstance(split.row, ViTFeatures):
-        found["health"]["feature_lidar"] = lidar(crop_features(split, *LIDAR_IMAGES_AND_CROPS, key))
-    return found
+    last = dataset.features.last[:: -(-len(dataset) // MAX_HEALTH_EXAMPLES)]
+    metrics = collapse_metrics(last, "feature")
+    if isinstance(dataset.extractor, ViTFeatures):
+        metrics["feature_lidar"] = lidar(crop_features(dataset, LIDAR_IMAGES, LIDAR_CROPS, key))
+    return {"effective_rank": rankme(last), "feature_std": feature_std(last), "health": metrics}
 
 
 def aggregate_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One run as it is; several as their means, with the standard deviation of top-1 over them.
+    """A single run unchanged; several as their means, with the standard deviation of top-1 over them.
 
-    The interval is the mean of the runs' own: of one run on other test examples.
+    The interval is the mean of the runs' intervals: it is for one run on other test examples.
     """
     if len(runs) == 1:
         return runs[0]
@@ -134,78 +129,80 @@ def aggregate_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {**means, "deviation": float(np.std([run["top1"] for run in runs], ddof=1)), "runs": runs}
 
 
-def evaluate_rows(
+def evaluate(
     rows: dict[str, FeatureExtractor],
     sources: dict[str, Source],
     config: EvalConfig | None = None,
     *,
     step: int,
     key: PRNGKeyArray,
-    reading: dict[str, int] | None = None,
-    say: ProgressReporter = SILENT_PROGRESS,
-    floors: Path | None = None,
+    loading: dict[str, int] | None = None,
+    progress: Progress = SILENT,
+    baseline_cache: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluate the rows, the majority class beside them; plain values, ready for JSON.
+    """Evaluates the rows and the majority class. Returns plain values, ready for JSON; accuracies are in percent.
 
-    Every row is judged from the same key by the same protocols. Accuracies are in percent.
+    Every row uses the same key and the same protocols.
 
-    - `rows`: by the names of `ROWS`; "trained" is the encoder of `step`.
-    - `reading`: threads and worker processes that read pictures.
-    - `floors`: a folder to keep the rows of `FLOORS` in, and to take them from where another evaluation with the same
-      protocols, key, data and features left them. None measures them here.
+    - `rows`: by the names of `ROW_TITLES`; "trained" is the encoder of `step`.
+    - `loading`: threads and worker processes that read images.
+    - `baseline_cache`: folder for the rows of `BASELINES`, which are read from it if an evaluation with the same
+      protocols, key, data and features has stored them. None evaluates them.
 
     **Raises** `UserError` for a split without examples or labels, and for features that are not finite.
     """
     config = EvalConfig() if config is None else config
-    shared = Evaluation(sources, config, key, reading or {}, say)
+    evaluation = Evaluation(sources, config, key, loading or {}, progress)
+    classes = evaluation.classes
     for split in SPLIT_NAMES:
-        check_labels(sources[split].labels, shared.classes, split)
-    measured = {
-        name: _cached(name, frozen, shared, floors) if name in BASELINES and floors else shared.row(name, frozen)
-        for name, frozen in rows.items()
+        check_labels(sources[split].labels, classes, split)
+    results = {
+        name: _cached(name, extractor, evaluation, baseline_cache)
+        if name in BASELINES and baseline_cache
+        else evaluation.row(name, extractor)
+        for name, extractor in rows.items()
     }
-    frequent = majority_class(sources["train"].labels, shared.classes)
-    guesses = np.tile(topk_classes(frequent[None]), (len(sources["test"]), 1))
-    measured["majority"] = asdict(compute_accuracy(guesses, sources["test"].labels))
+    majority = np.tile(topk(class_counts(sources["train"].labels, classes)[None]), (len(sources["test"]), 1))
+    results["majority"] = asdict(accuracy(majority, sources["test"].labels))
     protocol = {
         **asdict(config),
-        "classes": shared.classes,
+        "classes": classes,
         "examples": {split: len(source) for split, source in sources.items()},
         "key": jax.random.key_data(key).tolist(),
     }
-    return _to_json_values({"step": step, "rows": measured, "protocol": protocol, "versions": software_versions()})
+    return _to_json({"step": step, "rows": results, "protocol": protocol, "versions": software_versions()})
 
 
-def _cached(name: str, frozen: FeatureExtractor, shared: Evaluation, folder: Path) -> dict[str, Any]:
-    """A floor's row, from the folder where it lies there.
+def _cached(name: str, extractor: FeatureExtractor, evaluation: Evaluation, folder: Path) -> dict[str, Any]:
+    """A baseline's row, from the folder if it is stored there.
 
-    Its file is named by what decides it: protocols, versions, key, every label, and the features of each split's first
-    batch, which stand for the others.
+    The file name is a hash of everything that determines the row: protocols, versions, key, every label, and the
+    features of each split's first batch, which represent the others.
     """
-    decides = [asdict(shared.config), software_versions(), jax.random.key_data(shared.key).tolist(), name]
-    digest = hashlib.sha256(json.dumps(decides).encode())
-    for source in shared.sources.values():
-        images, _ = next(iter(EvalDataset(frozen, source, shared.config.batch_size).pictures()))
-        digest.update(np.asarray(eqx.filter_jit(frozen)(dataclasses.replace(images, label=None))).tobytes())
+    settings = [asdict(evaluation.config), software_versions(), jax.random.key_data(evaluation.key).tolist(), name]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for source in evaluation.sources.values():
+        images, _ = next(iter(EvalDataset(extractor, source, evaluation.config.batch_size).images()))
+        digest.update(np.asarray(eqx.filter_jit(extractor)(dataclasses.replace(images, label=None))).tobytes())
         digest.update(source.labels.tobytes())
     path = folder / f"{name}-{digest.hexdigest()[:16]}.json"
     if not path.exists():
-        _write_json(shared.row(name, frozen), path)
+        _write_atomic(evaluation.row(name, extractor), path)
     return json.loads(path.read_text())
 
 
-def _to_json_values(value: Any) -> Any:
-    """The same tree as JSON gives it back: tuples become lists, NumPy's numbers Python's, what is not finite None."""
+def _to_json(value: Any) -> Any:
+    """The tree as JSON returns it: tuples become lists, NumPy numbers Python numbers, non-finite numbers None."""
     if isinstance(value, dict):
-        return {key: _to_json_values(inner) for key, inner in value.items()}
+        return {key: _to_json(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_to_json_values(inner) for inner in value]
+        return [_to_json(inner) for inner in value]
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def software_versions() -> dict[str, str]:
-    """What computed the numbers: versions and the kind of device."""
+    """Versions and the kind of device that computed the numbers."""
     return {
         "jepax": jepax.__version__,
         "jax": jax.__version__,
@@ -216,27 +213,27 @@ def software_versions() -> dict[str, str]:
 
 
 def write_report(results: dict[str, Any], run: Path, name: str) -> Path:
-    """Write `run`/evals/`name`.json, whole or not at all, and return its path.
+    """Writes `run`/evals/`name`.json atomically and returns its path.
 
     **Raises** `UserError` if the name is not a plain file name.
     """
     if not name or Path(name).name != name:
         raise UserError(f"evaluation name={name!r} is not a plain file name; try 'final'")
-    return _write_json(results, run / "evals" / f"{name}.json")
+    return _write_atomic(results, run / "evals" / f"{name}.json")
 
 
-def _write_json(values: dict[str, Any], path: Path) -> Path:
+def _write_atomic(values: dict[str, Any], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(_to_json_values(values), indent=1, allow_nan=False) + "\n")
+    part.write_text(json.dumps(_to_json(values), indent=1, allow_nan=False) + "\n")
     os.replace(part, path)
     return path
 
 
 def results_table(results: dict[str, Any]) -> Table:
-    """The results as a table: test accuracies in percent, top-1 with its interval or its deviation."""
+    """Test accuracies in percent: top-1 with its interval, or its standard deviation over seeds."""
     protocols = results["protocol"]["protocols"]
-    out = Table(title=f"step {results['step']}: test top-1, %, and its 95% interval (±: deviation over seeds)")
+    out = Table(title=f"step {results['step']}: test top-1 (%) and its 95% interval (±: standard deviation over seeds)")
     out.add_column("features")
     for protocol in protocols:
         out.add_column(protocol.replace("_", " "), justify="right")
@@ -248,17 +245,17 @@ def results_table(results: dict[str, Any]) -> Table:
 
 
 def _row_cells(row: dict[str, Any], protocols: list[str]) -> list[str]:
-    if "top1" in row:  # the majority class: one number, whatever classifies
+    if "top1" in row:  # the majority class has one number for all protocols
         return [f"{row['top1']:.2f}"] * len(protocols) + [""]
     variants = [row[protocol].get("variant", "") for protocol in protocols if protocol in row]
-    shown = [
-        format_top1(row[protocol]) + answer_suffix(row[protocol]) if protocol in row else "" for protocol in protocols
+    cells = [
+        format_top1(row[protocol]) + result_name(row[protocol]) if protocol in row else "" for protocol in protocols
     ]
-    return [*shown, "; ".join(filter(None, variants))]
+    return [*cells, "; ".join(filter(None, variants))]
 
 
-def answer_suffix(score: dict[str, Any]) -> str:
-    """Which of a protocol's answers it is, where that is not plain."""
+def result_name(score: dict[str, Any]) -> str:
+    """The name of an aggregated result, of which a protocol has several."""
     return f", {score['name']}" if "deviation" in score else ""
 
 
@@ -271,21 +268,21 @@ def format_top1(score: dict[str, Any]) -> str:
 
 
 def controls_table(results: dict[str, Any]) -> Table | None:
-    """What stands beside the scores: controls of the linear probe's width, every shot; None where there is nothing."""
+    """The protocols' other results: the linear probe's width controls, the other shots. None if there are none."""
     rows = {name: row for name, row in results["rows"].items() if name in ROW_TITLES and "top1" not in row}
-    found = [
+    controls = [
         (protocol, name)
         for protocol in results["protocol"]["protocols"]
         for name in next(iter(rows.values())).get(protocol, {}).get("beside", {})
     ]
-    if not found:
+    if not controls:
         return None
-    out = Table(title="beside: test top-1, %")
+    out = Table(title="controls: test top-1 (%)")
     out.add_column("protocol")
     for name in rows:
         out.add_column(ROW_TITLES[name], justify="right")
-    for protocol, name in found:
-        scored = [row.get(protocol, {}).get("beside", {}).get(name) for row in rows.values()]
+    for protocol, name in controls:
+        scores = [row.get(protocol, {}).get("beside", {}).get(name) for row in rows.values()]
         label = f"{protocol.replace('_', ' ')}: {name}"
-        out.add_row(label, *(format_top1(score) if score else "" for score in scored))
+        out.add_row(label, *(format_top1(score) if score else "" for score in scores))
     return out

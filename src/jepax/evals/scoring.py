@@ -1,37 +1,59 @@
-"""What protocols answer, and what it is worth: guesses of classes, and accuracies with their intervals."""
+"""What protocols get and return, predictions, and their accuracy with its 95% interval."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import equinox as eqx
+import jax
 import numpy as np
+from jaxtyping import PyTree
 from scipy.stats import binom
 
+from jepax.distributed.sharding import shard_if_possible
+from jepax.evals.checks import check_labels
 from jepax.evals.eval_dataset import EvalDataset
-from jepax.types import AnyArray, Float, Int, UserError
+from jepax.evals.progress import SILENT, Progress
+from jepax.types import AnyArray, Array, Float, ImageBatch, Int, PRNGKeyArray, UserError
 
-TOP_K = 5
+MAX_K = 5
 NO_CLASS = -1
-"""In a guess: no class was named. It is never right."""
-CI95_QUANTILES = (0.025, 0.975)
-TopKPredictions = Int[np.ndarray, "n guesses"]
-"""The likeliest classes of each example, best first, at most `GUESSES` of them."""
+"""Fills a prediction where a class has no finite value. It is never correct."""
+CI95 = (0.025, 0.975)
+TopKPredictions = Int[np.ndarray, "*heads n k"]
+"""The likeliest classes of each example, best first, at most `MAX_K` of them."""
+
+
+@dataclass(frozen=True)
+class ProtocolData:
+    """What a protocol gets. **Raises** `UserError` if a split is empty or has a label outside [0, classes)."""
+
+    train: EvalDataset
+    validation: EvalDataset
+    classes: int
+    key: PRNGKeyArray
+    progress: Progress = SILENT
+
+    def __post_init__(self):
+        check_labels(self.train.labels, self.classes, "train")
+        check_labels(self.validation.labels, self.classes, "validation")
 
 
 @dataclass(frozen=True)
 class FittedProbe:
-    """What a protocol made of the training and validation splits. It has not seen a label of the test split."""
+    """A protocol's result on the training and validation splits. It has not seen a label of the test split."""
 
     name: str
-    """What it is among the protocol's answers; answers of one name are repeats, shown by their mean and deviation."""
-    guess: Callable[[EvalDataset], TopKPredictions]
-    """Guesses of a split whose labels it does not read."""
+    """Name among the protocol's results. Results of one name are repeats, reported by mean and standard deviation."""
+    predict: Callable[[EvalDataset], TopKPredictions]
+    """Predicts every example of a dataset without reading its labels."""
     settings: dict[str, Any]
-    """What validation chose; `validation_top1`, in percent, is among it."""
+    """The trial that validation chose, including its `validation_top1` in percent."""
     variant: str = ""
-    """The settings in words."""
+    """The settings as text."""
     tried: list[dict[str, Any]] = field(default_factory=list)
-    """Every setting that validation chose among, with its `validation_top1`."""
+    """Every trial, each with its `validation_top1`."""
 
 
 @dataclass(frozen=True)
@@ -41,42 +63,67 @@ class Accuracy:
     top1: float
     top5: float
     interval: tuple[float, float]
-    """Of top-1: bootstrap percentile interval of 95% over the examples.
+    """95% bootstrap percentile interval of top-1 over the examples.
 
-    A resample of n hits and misses with replacement has Binomial(n, top1) hits, so the interval is that distribution's
-    quantiles: what infinitely many resamples give. It tells the test split's noise, and not that of another seed.
+    A resample of n hits and misses with replacement has Binomial(n, top1) hits, so these are that distribution's
+    quantiles: the limit of infinitely many resamples. It measures the noise of the test split, not of the seed.
     """
 
 
-def topk_classes(values: Float[AnyArray, "n classes"]) -> TopKPredictions:
-    """The classes of greatest value, by value and then by class number; `NONE` where the value is NaN or -inf."""
+def topk(values: Float[AnyArray, "*heads n classes"]) -> TopKPredictions:
+    """The classes of greatest value, ties by class number; `NO_CLASS` where the value is NaN or -inf."""
     values = np.asarray(values, np.float32)
     values = np.where(np.isnan(values), -np.inf, values)
-    order = np.argsort(-values, axis=1, kind="stable")[:, :TOP_K]
-    named = np.take_along_axis(values, order, axis=1) > -np.inf
-    return np.where(named, order, NO_CLASS).astype(np.int32)
+    order = np.argsort(-values, axis=-1, kind="stable")[..., :MAX_K]
+    is_finite = np.take_along_axis(values, order, axis=-1) > -np.inf
+    return np.where(is_finite, order, NO_CLASS).astype(np.int32)
 
 
-def compute_accuracy(guesses: TopKPredictions, labels: Int[AnyArray, "n"]) -> Accuracy:
-    """Top-1 and top-5 of guesses against the labels."""
-    hits = guesses == np.asarray(labels)[:, None]
+@partial(jax.jit, static_argnames=("static",))
+def _values(arrays: PyTree, images: ImageBatch, *, static: PyTree) -> Float[Array, "*heads batch classes"]:
+    return eqx.combine(arrays, static)(images)
+
+
+def predict(
+    function: Callable[[ImageBatch], Float[Array, "*heads batch classes"]], dataset: EvalDataset
+) -> TopKPredictions:
+    """Predictions for every example, in order. A leading axis of heads is kept.
+
+    `function` returns each class's value for a batch of images and does not see the labels. It is compiled once for all
+    datasets; pass an Equinox module or `eqx.Partial`: the arrays of a plain closure would be compiled in.
+
+    **Raises** `UserError` if the split is empty.
+    """
+    arrays, static = eqx.partition(function, eqx.is_array)
+    parts, pending = [], None
+    for images, valid in dataset.images():
+        output = _values(arrays, shard_if_possible(replace(images, label=None)), static=static), valid
+        # Sort one batch late: the device computes the next batch while the host sorts this one.
+        if pending is not None:
+            parts.append(_valid_topk(*pending))
+        pending = output
+    if pending is None:
+        raise UserError("no batches to classify: the split is empty; choose another split or source")
+    return np.concatenate([*parts, _valid_topk(*pending)], axis=-2)
+
+
+def _valid_topk(values: Float[Array, "*heads batch classes"], valid: int) -> TopKPredictions:
+    return topk(np.asarray(values)[..., :valid, :])
+
+
+def accuracy(predictions: TopKPredictions, labels: Int[AnyArray, "n"]) -> Accuracy:
+    """Top-1 and top-5 of predictions against the labels."""
+    hits = predictions == np.asarray(labels)[:, None]
     count, first = len(hits), int(hits[:, 0].sum())
-    low, high = (100 * float(q) / count for q in binom.ppf(CI95_QUANTILES, count, first / count))
+    low, high = (100 * float(quantile) / count for quantile in binom.ppf(CI95, count, first / count))
     return Accuracy(100 * first / count, 100 * int(hits.any(axis=1).sum()) / count, (low, high))
 
 
-def top1_accuracy(guesses: TopKPredictions, labels: Int[AnyArray, "n"]) -> float:
+def top1_accuracy(predictions: TopKPredictions, labels: Int[AnyArray, "n"]) -> float:
     """Top-1 in percent."""
-    return 100 * float(np.mean(guesses[:, 0] == np.asarray(labels)))
+    return 100 * float(np.mean(predictions[:, 0] == np.asarray(labels)))
 
 
-def check_labels(labels: Int[AnyArray, "n"], classes: int, split: str) -> None:
-    """**Raises** `UserError` unless the split has examples and every label lies in [0, classes)."""
-    if len(labels) == 0:
-        raise UserError(f"the {split} split has no examples; choose another split or source")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise UserError(
-            f"labels of the {split} split run from {low} to {high}, outside [0, classes={classes}); set classes to the "
-            "number of classes, and number them from 0"
-        )
+def best_trial(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """The trial of greatest validation top-1; the first one if several are equal."""
+    return max(trials, key=lambda trial: trial["validation_top1"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from jepax.commands import evaluation
-from jepax.evals.progress import ProgressReporter as Teller
+from jepax.evals.progress import Progress
 from jepax.sweeps import table
 from jepax.sweeps.base import Sweep, Variant
 from jepax.training import config as train_config
@@ -67,7 +67,7 @@ def run_sweep(plan: SweepPlan, say: LogFn) -> list[Path]:
             continue
         say(f"run {number} of {len(plan.jobs)}: {each.row.name}, seed {each.config.seed}")
         try:
-            run_job(each, plan.folder / "floors", say)
+            run_job(each, plan.folder / "baselines", say)
         except monitor.DivergedError as error:
             say(f"{each.row.name}, seed {each.config.seed}: {error}")
             (each.folder / table.DIVERGED_FILE).write_text(str(error).splitlines()[0].rstrip(";") + "\n")
@@ -109,11 +109,11 @@ def clear_jit_caches() -> None:
     gc.collect()
 
 
-def run_job(each: SweepJob, floors: Path, say: LogFn) -> None:
+def run_job(each: SweepJob, baseline_cache: Path, say: LogFn) -> None:
     """Trains, draws and evaluates one run."""
     state = training.train(each.config, each.folder)
     figures.draw_figures(each.config, each.folder)
-    evaluation.evaluate(evaluation.target_from_run(each.config, state, each.folder), Teller(say), floors)
+    evaluation.evaluate(evaluation.target_from_run(each.config, state, each.folder), Progress(say), baseline_cache)
 
 
 def is_finished(each: SweepJob) -> bool:

@@ -9,21 +9,21 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from jepax.data.sources import ArraySource
-from jepax.evals.eval_dataset import EvalDataset, hide_labels
+from jepax.evals.eval_dataset import EvalDataset, without_labels
 from jepax.evals.feature_extractor import ViTFeatures
-from jepax.evals.probe import VISSL_PROBE, LinearProbeSweep, ProbeConfig, linear_probe
-from jepax.evals.probe_sweep import train_cached_epoch
-from jepax.evals.progress import ProgressReporter
-from jepax.evals.scoring import compute_accuracy, top1_accuracy
+from jepax.evals.head_training import train_cached_epoch
+from jepax.evals.linear import PUBLISHED, LinearConfig, LinearProbeSweep, linear
+from jepax.evals.progress import Progress
+from jepax.evals.scoring import ProtocolData, accuracy, top1_accuracy
 from jepax.nn import ViT, ViTConfig
 from jepax.types import UserError
 from jepax.views import CropConfig
-from tests.evals.made import Made
+from tests.evals.made import Made, run
 
 CLASSES = 4
-CONFIG = ProbeConfig(epochs=4, batch_size=100, learning_rates=(1e-3, 1e-2), weight_decays=(0.0, 0.1), controls=False)
+CONFIG = LinearConfig(epochs=4, batch_size=100, learning_rates=(1e-3, 1e-2), weight_decays=(0.0, 0.1), controls=False)
 LARS = dataclasses.replace(
-    VISSL_PROBE, epochs=16, batch_size=100, learning_rates=(0.05, 0.5), views="centre", controls=False
+    PUBLISHED, epochs=16, batch_size=100, learning_rates=(0.05, 0.5), views="centre", controls=False
 )
 
 
@@ -38,9 +38,9 @@ def made(n, layers=2, dim=12, spread=2.0, seed=0):
 
 
 def trained(split, config):
-    sweep = LinearProbeSweep(split, CLASSES, config, jr.key(3))
+    sweep = LinearProbeSweep(ProtocolData(split, split, CLASSES, jr.key(3)), config)
     for epoch in range(config.epochs):
-        sweep.train_pass(epoch)
+        sweep.train_epoch(epoch)
     return sweep
 
 
@@ -53,15 +53,15 @@ def test_heads_trained_together_equal_heads_trained_alone(config):
         alone = trained(split, dataclasses.replace(config, **only))
         place = 0 if setting["standardised"] else 1
         for name in ("last", "last four"):
-            for ours, its in zip(together.state[name][0], alone.state[name][0], strict=True):
+            for ours, its in zip(together.state.params[name], alone.state.params[name], strict=True):
                 assert np.abs(np.asarray(its[place])).max() > 0.01
                 np.testing.assert_allclose(ours[number], its[place], atol=1e-4)
 
 
 def test_the_candidates_are_the_same_with_controls_beside_them():
     split = made(1050)
-    for name, (heads, _) in trained(split, CONFIG).state.items():
-        beside = trained(split, dataclasses.replace(CONFIG, controls=True)).state[name][0]
+    for name, heads in trained(split, CONFIG).state.params.items():
+        beside = trained(split, dataclasses.replace(CONFIG, controls=True)).state.params[name]
         np.testing.assert_allclose(heads.weight, beside.weight, atol=1e-5)
 
 
@@ -83,19 +83,19 @@ def plain_lars(x, y, lr, wd, weight, batches, total):
 
 def test_lars_is_its_definition_in_float64():
     split = made(1050)
-    sweep = LinearProbeSweep(split, CLASSES, LARS, jr.key(3))
-    first = np.asarray(sweep.state["last"][0].weight[0], np.float64)
+    sweep = LinearProbeSweep(ProtocolData(split, split, CLASSES, jr.key(3)), LARS)
+    first = np.asarray(sweep.state.params["last"].weight[0], np.float64)
     assert 0.005 < first.std() < 0.02
     orders = [
         np.asarray(jr.permutation(jr.fold_in(sweep.key_order, e), 1050))[:1000].reshape(10, 100) for e in range(16)
     ]
     for epoch in range(16):
-        sweep.train_pass(epoch)
+        sweep.train_epoch(epoch)
     number = sweep.grid.index({"standardised": True, "learning_rate": 0.5, "weight_decay": 5e-4})
     x = split.features.last.astype(np.float64)
     x = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-6)
     weight, bias = plain_lars(x, split.labels, 0.5 * 100 / 256, 5e-4, first, np.concatenate(orders), 160)
-    heads = sweep.state["last"][0]
+    heads = sweep.state.params["last"]
     np.testing.assert_allclose(heads.weight[number], weight, atol=1e-4)
     np.testing.assert_allclose(heads.bias[number], bias, atol=1e-4)
 
@@ -104,9 +104,9 @@ def test_accuracy_is_that_of_converged_logistic_regression():
     train, validation, test = (
         made(n, layers=1, spread=1.2, seed=seed) for n, seed in ((4000, 0), (2000, 1), (4000, 2))
     )
-    config = ProbeConfig(epochs=30, learning_rates=(1e-3, 5e-3, 2e-2))  # rates that suit 4,000 examples
-    (answer,) = linear_probe(train, validation, CLASSES, config, key=jr.key(0))
-    result = compute_accuracy(answer.guess(test.withheld()), test.labels)
+    config = LinearConfig(epochs=30, learning_rates=(1e-3, 5e-3, 2e-2))  # rates that suit 4,000 examples
+    (answer,) = run(linear, train, validation, CLASSES, config, key=jr.key(0))
+    result = accuracy(answer.predict(test.unlabeled()), test.labels)
     peer = LogisticRegression(max_iter=1000).fit(train.features.last, train.labels)
     expected = 100 * peer.score(test.features.last, test.labels)
     assert 50 < expected < 90
@@ -116,8 +116,8 @@ def test_accuracy_is_that_of_converged_logistic_regression():
 
 @pytest.fixture(scope="module")
 def answers():
-    return linear_probe(
-        made(500, seed=0), made(200, seed=1), CLASSES, dataclasses.replace(CONFIG, controls=True), key=jr.key(0)
+    return run(
+        linear, made(500, seed=0), made(200, seed=1), CLASSES, dataclasses.replace(CONFIG, controls=True), key=jr.key(0)
     )
 
 
@@ -136,16 +136,16 @@ def test_every_input_is_answered_and_controls_are_never_chosen(answers):
 def test_the_reported_head_is_the_chosen_one(answers):
     validation = made(200, seed=1)
     for answer in answers:
-        guesses = answer.guess(validation.withheld())
+        guesses = answer.predict(validation.unlabeled())
         assert top1_accuracy(guesses, validation.labels) == pytest.approx(answer.settings["validation_top1"])
 
 
 def test_a_random_projection_of_four_layers_cannot_beat_them_and_expansion_adds_nothing_linear():
     """Four noisy views of the same centres: concatenation averages the noise away, and only it can."""
     train, validation, test = (made(n, layers=4, dim=24, seed=s) for n, s in ((4000, 0), (2000, 1), (4000, 2)))
-    config = ProbeConfig(epochs=20, learning_rates=(5e-3,), weight_decays=(0.0,))
-    answers = linear_probe(train, validation, CLASSES, config, key=jr.key(0))
-    found = {answer.name: top1_accuracy(answer.guess(test.withheld()), test.labels) for answer in answers}
+    config = LinearConfig(epochs=20, learning_rates=(5e-3,), weight_decays=(0.0,))
+    answers = run(linear, train, validation, CLASSES, config, key=jr.key(0))
+    found = {answer.name: top1_accuracy(answer.predict(test.unlabeled()), test.labels) for answer in answers}
     assert found["last four"] > found["last"] + 2
     assert found["last four"] > found["last four, projected"] + 2
     assert abs(found["last, expanded"] - found["last"]) < 1
@@ -153,7 +153,7 @@ def test_a_random_projection_of_four_layers_cannot_beat_them_and_expansion_adds_
 
 def test_a_single_layer_has_one_answer():
     one = made(500, layers=1)
-    (answer,) = linear_probe(one, one, CLASSES, dataclasses.replace(CONFIG, controls=True), key=jr.key(0))
+    (answer,) = run(linear, one, one, CLASSES, dataclasses.replace(CONFIG, controls=True), key=jr.key(0))
     assert answer.name == "chosen" and {setting["layers"] for setting in answer.tried} == {"last"}
 
 
@@ -161,17 +161,17 @@ def test_a_single_layer_has_one_answer():
 def test_constant_features_stay_constants(value):
     """In float32 the mean of a constant need not be it, and a deviation of rounding must not be divided by."""
     constant = Made(np.full((1, 5000, 12), value), np.tile(made(500).labels, 10))
-    (answer,) = linear_probe(constant, constant, CLASSES, CONFIG, key=jr.key(0))
+    (answer,) = run(linear, constant, constant, CLASSES, CONFIG, key=jr.key(0))
     assert 0 < answer.settings["validation_top1"] < 50
-    moments = LinearProbeSweep(constant, CLASSES, CONFIG, jr.key(0)).basis.moments["last"]
+    moments = LinearProbeSweep(ProtocolData(constant, constant, CLASSES, jr.key(0)), CONFIG).task.moments["last"]
     assert np.all(np.asarray(moments.std) >= 1e-3)
 
 
 def test_the_sweep_compiles_once_for_a_shape():
     splits = made(500, seed=0), made(200, seed=1)
-    linear_probe(*splits, CLASSES, CONFIG, key=jr.key(0))
+    run(linear, *splits, CLASSES, CONFIG, key=jr.key(0))
     before = train_cached_epoch._cache_size()
-    linear_probe(*splits, CLASSES, CONFIG, key=jr.key(1))
+    run(linear, *splits, CLASSES, CONFIG, key=jr.key(1))
     assert train_cached_epoch._cache_size() == before > 0
 
 
@@ -191,7 +191,7 @@ def test_the_sweep_compiles_once_for_a_shape():
 )
 def test_impossible_settings_are_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):
-        ProbeConfig(**change)
+        LinearConfig(**change)
 
 
 @pytest.mark.parametrize("empty", [0, 1])
@@ -199,12 +199,12 @@ def test_bad_splits_are_refused(empty):
     splits = [made(50), made(50)]
     splits[empty] = Made(np.zeros((2, 50, 12)), np.full(50, -1))
     with pytest.raises(UserError, match=("train", "validation")[empty]):
-        linear_probe(*splits, CLASSES, CONFIG, key=jr.key(0))
+        run(linear, *splits, CLASSES, CONFIG, key=jr.key(0))
 
 
 def test_a_batch_larger_than_the_split_is_the_whole_split():
     few = made(20, layers=1)
-    (answer,) = linear_probe(few, few, CLASSES, dataclasses.replace(CONFIG, batch_size=256), key=jr.key(0))
+    (answer,) = run(linear, few, few, CLASSES, dataclasses.replace(CONFIG, batch_size=256), key=jr.key(0))
     assert answer.settings["validation_top1"] > 25
 
 
@@ -227,59 +227,66 @@ def row():
 
 
 AUGMENTED = dataclasses.replace(
-    VISSL_PROBE, epochs=8, batch_size=64, learning_rates=(100.0,), views="augmented", scale=(0.5, 1.0), flip=0.0
+    PUBLISHED, epochs=8, batch_size=64, learning_rates=(100.0,), views="augmented", scale=(0.5, 1.0), flip=0.0
 )
 
 
-def test_augmented_crops_are_drawn_anew_in_each_pass(row):
+def sweep_of(dataset, config=AUGMENTED):
+    return LinearProbeSweep(ProtocolData(dataset, dataset, CLASSES, jr.key(0)), config)
+
+
+def test_augmented_crops_are_drawn_anew_in_each_epoch(row):
     split = EvalDataset(row, pictures(200, 0), 64)
-    sweep = LinearProbeSweep(split, CLASSES, AUGMENTED, jr.key(0))
-    first, again, second = ([layers for layers, _ in sweep._crops(epoch)] for epoch in (0, 0, 1))
-    assert len(first) == 3
-    np.testing.assert_array_equal(first[0], again[0])
-    assert not np.isclose(np.sort(np.concatenate(first, axis=1)), np.sort(np.concatenate(second, axis=1))).all()
-    assert "features" not in vars(split), "augmented training must not embed the centre crops"
+    sweep = sweep_of(split)
+    first, again, second = (sweep._embed(epoch).layers for epoch in (0, 0, 1))
+    assert first.shape == (2, 200, 16)
+    np.testing.assert_array_equal(first, again)
+    assert (np.abs(first - second).max(axis=(0, 2)) > 1e-4).mean() > 0.9  # some crops are the image both times
+    assert "features" not in vars(split), "augmented training must not embed the center crops"
+
+
+def test_each_epoch_trains_on_its_own_crops(row):
+    sweep = sweep_of(EvalDataset(row, pictures(200, 0), 64))
+    for epoch in (0, 1):
+        sweep.train_epoch(epoch)
+        np.testing.assert_array_equal(sweep.features.layers, sweep._embed(epoch).layers)
+        np.testing.assert_array_equal(sweep.features.labels, sweep.dataset.labels)
 
 
 def test_the_published_probe_learns_from_augmented_crops_and_reads_no_test_label(row):
     train, validation = EvalDataset(row, pictures(600, 0), 64), EvalDataset(row, pictures(200, 1), 64)
     source = pictures(200, 2)
-    answers = linear_probe(train, validation, CLASSES, AUGMENTED, key=jr.key(0))
-    found = top1_accuracy(answers[0].guess(EvalDataset(row, hide_labels(source), 64)), source.labels)
+    answers = run(linear, train, validation, CLASSES, AUGMENTED, key=jr.key(0))
+    found = top1_accuracy(answers[0].predict(EvalDataset(row, without_labels(source), 64)), source.labels)
     assert found > 60
 
 
-def test_crops_do_not_depend_on_the_pieces_that_the_encoder_takes(row):
-    config = dataclasses.replace(AUGMENTED, batch_size=96)
-    whole, pieces = (
-        LinearProbeSweep(EvalDataset(row, pictures(200, 0), b), CLASSES, config, jr.key(0)) for b in (96, 48)
-    )
-    assert (whole.piece, pieces.piece, pieces.course.batch_size, pieces.course.steps) == (96, 48, 96, 2)
-    for (one, its), (two, labels) in zip(whole._crops(1), pieces._crops(1), strict=True):
-        np.testing.assert_allclose(one, two, atol=1e-5)
-        np.testing.assert_array_equal(its, labels)
-    odd = LinearProbeSweep(EvalDataset(row, pictures(200, 0), 40), CLASSES, config, jr.key(0))
-    assert (odd.piece, odd.course.batch_size) == (40, 80)
+def test_crops_do_not_depend_on_the_batch_that_the_encoder_takes(row):
+    whole, parts = (sweep_of(EvalDataset(row, pictures(200, 0), size)) for size in (96, 48))
+    np.testing.assert_allclose(whole._embed(1).layers, parts._embed(1).layers, atol=1e-5)
+    assert whole.task.schedule == parts.task.schedule and whole.task.schedule.batch_size == 64
 
 
-def test_the_bar_counts_every_batch(row):
+def test_the_bar_counts_every_example(row):
     counts = []
 
-    class Telling(ProgressReporter):
+    class Telling(Progress):
         @contextlib.contextmanager
-        def counting(self, what, total):
-            yield lambda count: counts.append((what, count, total))
+        def bar(self, description, total):
+            yield lambda count: counts.append((description, count, total))
 
     splits = EvalDataset(row, pictures(200, 0), 64), EvalDataset(row, pictures(100, 1), 64)
-    linear_probe(*splits, CLASSES, AUGMENTED, key=jr.key(0), say=Telling(print))
-    assert counts == [("linear probe", count, 27) for count in range(1, 28)]
+    run(linear, *splits, CLASSES, AUGMENTED, progress=Telling(print))
+    assert counts[:5] == [("linear probe", count, 1600) for count in (64, 128, 192, 200, 200)]
+    assert [count for _, count, _ in counts] == sorted(count for _, count, _ in counts)
+    assert counts[-1] == ("linear probe", 1600, 1600)
     counts.clear()
-    linear_probe(made(500), made(200), CLASSES, CONFIG, key=jr.key(0), say=Telling(print))
-    assert counts == [("linear probe", count, 20) for count in (5, 10, 15, 20)]
+    run(linear, made(500), made(200), CLASSES, CONFIG, progress=Telling(print))
+    assert counts == [("linear probe", count, 2000) for count in (500, 1000, 1500, 2000)]
 
 
-def test_the_statistics_of_augmented_crops_are_those_of_a_whole_pass(row):
-    sweep = LinearProbeSweep(EvalDataset(row, pictures(200, 0), 64), CLASSES, AUGMENTED, jr.key(0))
-    seen = np.concatenate([layers for layers, _ in sweep._crops(0)], axis=1)[-1].astype(np.float64)
-    np.testing.assert_allclose(sweep.basis.moments["last"].mean, seen.mean(0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(sweep.basis.moments["last"].std, np.sqrt(seen.var(0) + 1e-6), rtol=1e-4)
+def test_the_statistics_of_augmented_crops_are_those_of_the_first_epoch(row):
+    sweep = sweep_of(EvalDataset(row, pictures(200, 0), 64))
+    seen = sweep._embed(0).last.astype(np.float64)
+    np.testing.assert_allclose(sweep.task.moments["last"].mean, seen.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sweep.task.moments["last"].std, np.sqrt(seen.var(0) + 1e-6), rtol=1e-4)
