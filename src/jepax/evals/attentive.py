@@ -21,8 +21,7 @@ from jepax.evals.checks import check_predictions, check_training
 from jepax.evals.feature_extractor import FeatureExtractor
 from jepax.evals.head_training import HeadHparams, HeadTask, TrainSchedule, train_on_images, warmup_schedule
 from jepax.evals.scoring import FittedProbe, ProtocolData, best_trial, predict, top1_accuracy
-from jepax.nn.kernels import layer_norm_no_affine
-from jepax.nn.transformer import MLP, LayerNorm, Linear, init_weight
+from jepax.nn.transformer import MLP, LayerNorm, Linear, init_weight, normalize
 from jepax.types import ImageBatch
 from jepax.views import CropConfig, center_crop
 
@@ -100,7 +99,7 @@ class AttentiveHead(eqx.Module):
         self.heads = choose_num_heads(dim)
 
     def __call__(self, tokens: Float[Array, "batch patches dim"]) -> Float[Array, "batch classes"]:
-        z, dim = layer_norm_no_affine(tokens), tokens.shape[2]  # norm1 without weight and bias: one for all heads
+        z, dim = normalize(tokens), tokens.shape[2]  # norm1 without weight and bias: one for all heads
         query = self.query_proj(self.query).reshape(self.heads, -1)
         toward = jnp.einsum("dhc,hc->hd", self.keys.weight.reshape(dim, *query.shape), query)
         scores = jnp.einsum("bpd,hd->bhp", z, toward * self.norm1.weight) * query.shape[1] ** -0.5
