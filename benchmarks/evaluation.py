@@ -1,9 +1,9 @@
-"""What an evaluation costs: a sweep of heads against one head, memory against the number of images, online evaluation.
+"""The cost of evaluation: a sweep of heads against one head, memory against the number of images, online evaluation.
 
     python benchmarks/evaluation.py [--quick] [--json FILE] [--data-root DIR]
 
 The sweep and the one head are trained in turn on the same features. Memory is the greatest resident size of a process
-of its own for each number of images. See README.md beside this file.
+of its own for each number of images. See README.md in this folder.
 """
 
 import argparse
@@ -30,10 +30,9 @@ from jepax.evals.online import OnlineEval
 from jepax.evals.scoring import ProtocolData
 from jepax.nn import VIT_SIZES, ViT, ViTConfig
 from jepax.recipes import RECIPES
-from jepax.training.config import Config, setup_data_and_optimizer
-from jepax.training.loop import train_batches
-from jepax.training.step import TrainContext, run_train_step
-from jepax.training.step import first_state as state_before
+from jepax.training.config import Config
+from jepax.training.setup import make_setup
+from jepax.training.step import run_train_step
 from jepax.views import CropConfig
 
 
@@ -142,20 +141,18 @@ def memory(counts: tuple[int, ...], depth: int) -> list[dict[str, float]]:
 
 def online(config: Config, rounds: int, steps: int) -> dict[str, float]:
     """Seconds of one online evaluation against those of the steps between two, in turn."""
-    source, optimizer = setup_data_and_optimizer(config)
-    mesh = sharding.make_mesh()
-    state = sharding.replicate(state_before(config.method, optimizer, jr.key(0)), mesh)
-    root = sharding.replicate(jr.key(1), mesh)
+    setup = make_setup(config)
+    state, base_key = setup.init_state(), setup.base_key
     settings, encoder = config.eval.online, config.eval.encoder
     sources = (open_source(config.data, split) for split in ("train", "validation"))
     evaluate = OnlineEval(settings, *sources, config.eval.batch_size)
     times = {"evaluation": [], "step": []}
-    stream = train_batches(config, source, steps * (rounds + 1), 0)
+    stream = setup.batches(steps=steps * (rounds + 1))
     for turn in range(rounds + 1):
         start = time.perf_counter()
         for _ in range(steps):
-            batch = sharding.shard_batch(next(stream), mesh)
-            state, _ = run_train_step(TrainContext(optimizer, root), batch, state)
+            batch = sharding.shard_batch(next(stream), setup.plan.mesh)
+            state, _ = run_train_step(state, batch, base_key, setup.context)
         jax.block_until_ready(state)
         between = time.perf_counter()
         evaluate(ViTFeatures(select_encoder(state.method, encoder), config.method.crop))

@@ -1,10 +1,10 @@
-"""Everything that is to be known about speed on a GPU, in one call, each recipe in processes of its own.
+"""Measure speed on a GPU in one call, each recipe in processes of its own.
 
     python benchmarks/gpu.py [--minutes 9] [--recipes NAME ...] [--tasks NAME ...] [--quick] --json FILE
 
 I-JEPA's ImageNet recipes at batch 128, unrolled, against plain PyTorch, eager and compiled; at the largest batch that
-fits; by part; scanned, with and without rematerialisation; attention in three forms. The file is written after each and
-keeps what it held, so what a limit of time cuts off is the rest alone. See README.md beside this file.
+fits; by part; scanned, with and without rematerialization; attention in three forms. The file is written after each
+task and keeps its earlier results, so a time limit loses nothing that was measured. See README.md in this folder.
 """
 
 import argparse
@@ -21,9 +21,10 @@ from typing import Any
 
 RECIPES = ("ijepa_vitb16_in1k", "ijepa_vith14_in1k", "ijepa_vitl16_in1k")
 TASKS = ("128", "eager", "compiled"), ("largest", "parts", "scan, dots", "scan, full", "attention")
-"""In the order in which they are taken: first those of all recipes, then these. The former share a GPU with PyTorch."""
+"""In the order in which they run: the first group of all recipes, then the second. The first shares the GPU with
+PyTorch."""
 MEMORY = ("0.5", "0.92")
-"""Share of a GPU's memory that is ours, while the one and the other are measured."""
+"""Fraction of a GPU's memory that is ours while each group is measured."""
 DATA = "--data.source synthetic --data.canvas 256 --data.synthetic-images 4096 --data.threads 8".split()
 QUICK = """
     --data.canvas 28 --data.synthetic-images 64 --method.encoder.width 24 --method.encoder.depth 2
@@ -31,19 +32,19 @@ QUICK = """
     --method.encoder.patch-size 4 --method.crop.size 28 28 --method.masks.context 12 --train.steps 100
     --optim.warmup-epochs 0.1 --train.precision float32
 """.split()
-FULL = 0.9
-"""Of the memory that is ours, what the largest batch is to fill at most."""
+MAX_FILLED = 0.9
+"""Fraction of our memory that the largest batch may fill."""
 
 
 class Case:
-    """A recipe on this device: what it was found to do, by task."""
+    """One recipe on this device, and its tasks."""
 
     def __init__(self, recipe: str, quick: bool):
         self.recipe, self.quick, self.rounds = recipe, quick, 2 if quick else 20
         self.batch = 8 if quick else 128
 
     def config(self, batch: int, scan: bool = False, remat: str = "none") -> Any:
-        """The recipe's, at this batch and with its blocks executed so."""
+        """The recipe's config at this batch size, its blocks executed in this way."""
         from jepax.commands.bench import Bench
 
         words = [*DATA, *(QUICK if self.quick else []), "--train.batch-size", str(batch)]
@@ -52,20 +53,20 @@ class Case:
         return Bench.read("bench", [self.recipe, *words]).config()
 
     def measured(self, config: Any, parts: bool = False) -> dict[str, Any]:
-        """Compilation, steps, utilisation, and seconds by part if wanted."""
+        """Measure compilation, steps and utilization; `parts`: also seconds by part."""
         import jax
 
         from jepax.bench.environment import describe_machine
         from jepax.bench.peak import measure_peak_flops
         from jepax.bench.step_bench import StepBenchmark
-        from jepax.training import dry_run
         from jepax.training.config import resolve_compute_dtype
+        from jepax.training.setup import make_setup
 
-        subject = StepBenchmark(dry_run.make_setup(config, lambda _: None))
+        bench = StepBenchmark(make_setup(config))
         with tempfile.TemporaryDirectory() as folder:
-            compiled = subject.compile(Path(folder))
-        steps = subject.steps(self.rounds)
-        use = subject.utilisation(steps["pipelined_step_s"], measure_peak_flops(resolve_compute_dtype(config)))
+            compiled = bench.compile(Path(folder))
+        steps = bench.steps(self.rounds)
+        use = bench.utilization(steps["pipelined_step_s"], measure_peak_flops(resolve_compute_dtype(config)))
         found = {
             "batch": config.train.batch_size,
             "device": jax.devices()[0].device_kind,
@@ -73,29 +74,29 @@ class Case:
         }
         found |= {"compile": compiled, "steps": steps, "utilisation": use}
         print(f"  {steps['images_per_s']:.0f} images/s, utilisation {use['utilisation']:.3f}", flush=True)
-        return found | ({"parts": subject.parts(self.rounds)} if parts else {})
+        return found | ({"parts": bench.parts(self.rounds)} if parts else {})
 
-    def against(self, name: str) -> dict[str, Any]:
-        """Our step and PyTorch's in turn."""
-        from jepax.bench import torch_baseline
+    def against(self, mode: str) -> dict[str, Any]:
+        """Time our step and PyTorch's in turn."""
+        from compare_torch import compare_with_torch
 
-        found = torch_baseline.compare_with_torch(self.config(self.batch), 2 if self.quick else 6, (name,))
+        found = compare_with_torch(self.config(self.batch), 2 if self.quick else 6, (mode,))
         print(f"  {found['ours_s']:.4f} s, {found['against']}", flush=True)
         return found
 
     def largest(self) -> dict[str, Any]:
-        """At the largest power of two that fits, by what the program for half as many takes."""
+        """Measure the largest power of two that fits, estimated from the memory of the program at 128."""
         import jax
 
         from jepax.bench.step_bench import StepBenchmark
-        from jepax.training import dry_run
+        from jepax.training.setup import make_setup
 
-        subject = StepBenchmark(dry_run.make_setup(self.config(self.batch), lambda _: None))
+        bench = StepBenchmark(make_setup(self.config(self.batch)))
         with tempfile.TemporaryDirectory() as folder:
-            taken = subject.compile(Path(folder))["program_bytes"]
-        state = sum(x.nbytes for x in jax.tree.leaves(subject.state) if hasattr(x, "nbytes"))
-        room = FULL * (jax.devices()[0].memory_stats() or {"bytes_limit": 2 * taken / FULL})["bytes_limit"]
-        del subject
+            taken = bench.compile(Path(folder))["program_bytes"]
+        state = sum(x.nbytes for x in jax.tree.leaves(bench.state) if hasattr(x, "nbytes"))
+        room = MAX_FILLED * (jax.devices()[0].memory_stats() or {"bytes_limit": 2 * taken / MAX_FILLED})["bytes_limit"]
+        del bench
         batch = self.batch * 2 ** int(math.log2(max((room - state) / (taken - state), 1)))
         while True:
             try:
@@ -106,22 +107,23 @@ class Case:
                 batch //= 2
 
     def attention(self) -> dict[str, Any]:
-        """Seconds of attention, forward and with its gradient, at the shapes of this recipe's networks."""
+        """Time attention, forward and with its gradient, at the shapes of this recipe's networks."""
         import jax
         import jax.numpy as jnp
         import jax.random as jr
         import numpy as np
 
         from jepax.bench.timing import interleave
+        from jepax.masking import MultiBlock
         from jepax.nn.kernels import attention, cudnn_attention
 
         config = self.config(self.batch).method
-        masks, encoder, predictor = config.sampler(), config.encoder, config.predictor
-        seen = config.masks.context
+        encoder, predictor, context = config.encoder, config.predictor, config.masks.context
+        masks = MultiBlock(config.masks, encoder.grid(config.crop.size))
         shapes = {
             "teacher": (self.batch, math.prod(masks.grid), encoder),
-            "context": (self.batch, seen, encoder),
-            "predictor": (self.batch * config.masks.blocks, seen + masks.largest, predictor),
+            "context": (self.batch, context, encoder),
+            "predictor": (self.batch * config.masks.blocks, context + masks.largest, predictor),
         }
         on_gpu = jax.default_backend() == "gpu"
         compute = jnp.bfloat16 if on_gpu else jnp.float32
@@ -143,8 +145,8 @@ class Case:
             found[name] = {call: float(np.median(times)) for call, times in interleave(calls, self.rounds).items()}
         return found
 
-    def do(self, task: str) -> dict[str, Any]:
-        """What the task finds, or why it failed."""
+    def run(self, task: str) -> dict[str, Any]:
+        """Run the task; return its results, or why it failed."""
         tasks: dict[str, Callable[[], dict[str, Any]]] = {
             "128": lambda: self.measured(self.config(self.batch)),
             "eager": lambda: self.against("eager"),
@@ -157,17 +159,17 @@ class Case:
         }
         try:
             return tasks[task]()
-        except Exception as error:  # told in the file; the others go on
+        except Exception as error:  # written to the file; the other tasks go on
             return {"failed": f"{type(error).__name__}: {str(error)[-1000:]}"}
 
 
-def take(recipe: str, tasks: list[str], quick: bool, path: Path) -> None:
-    """The tasks of a recipe, each written to the file at once."""
+def run_tasks(recipe: str, tasks: list[str], quick: bool, path: Path) -> None:
+    """Run the tasks of a recipe, and write each one's results to the file at once."""
     case = Case(recipe, quick)
     for task in tasks:
         print(f"{recipe}, {task} ...", flush=True)
         started = time.monotonic()
-        found = case.do(task) | {"took_s": round(time.monotonic() - started, 1)}
+        found = case.run(task) | {"took_s": round(time.monotonic() - started, 1)}
         print(f"  {found.get('failed', 'done')} in {found['took_s']} s", flush=True)
         results = json.loads(path.read_text()) if path.exists() else {}
         results.setdefault(recipe, {})[task] = found
@@ -185,28 +187,33 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
-        return take(args.recipes[0], args.tasks, args.quick, args.json)
+        return run_tasks(args.recipes[0], args.tasks, args.quick, args.json)
     end = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory(prefix="jepax-") as folder:
         environment = {"JAX_COMPILATION_CACHE_DIR": folder} | os.environ
-        environment.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the other name of the same, of which one may be set
+        environment.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the same under another name; one of them may be set
         for group, memory in zip(TASKS, MEMORY, strict=True):
             for recipe in args.recipes:
-                wanted = [task for task in group if task in args.tasks]
-                left = end - time.monotonic()
-                if not wanted:
-                    continue
-                if left < 30:
-                    print(f"{recipe}: no time left for {', '.join(wanted)}", flush=True)
-                    continue
-                own = [sys.executable, __file__, "--here", "--json", str(args.json), "--recipes", recipe]
-                command = [*own, *(["--quick"] if args.quick else []), "--tasks", *wanted]
-                try:
-                    ended = subprocess.run(command, env=environment | {"XLA_CLIENT_MEM_FRACTION": memory}, timeout=left)
-                    if ended.returncode:
-                        print(f"{recipe}: ended with {ended.returncode}", flush=True)
-                except subprocess.TimeoutExpired:
-                    print(f"{recipe}: not done with all of {', '.join(wanted)}", flush=True)
+                if wanted := [task for task in group if task in args.tasks]:
+                    run_process(recipe, wanted, args, environment | {"XLA_CLIENT_MEM_FRACTION": memory}, end)
+
+
+def run_process(
+    recipe: str, tasks: list[str], args: argparse.Namespace, environment: dict[str, str], end: float
+) -> None:
+    """Run the tasks of a recipe in a process of their own, until the time `end` at most."""
+    left = end - time.monotonic()
+    if left < 30:
+        print(f"{recipe}: no time left for {', '.join(tasks)}", flush=True)
+        return
+    command = [sys.executable, __file__, "--here", "--json", str(args.json), "--recipes", recipe]
+    command += [*(["--quick"] if args.quick else []), "--tasks", *tasks]
+    try:
+        ended = subprocess.run(command, env=environment, timeout=left)
+        if ended.returncode:
+            print(f"{recipe}: ended with {ended.returncode}", flush=True)
+    except subprocess.TimeoutExpired:
+        print(f"{recipe}: not done with all of {', '.join(tasks)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Does each kernel pay? Value and gradient against the plain form, and a compiled step's temporary memory without it.
+"""Kernels against their plain forms: time of value and gradient, and a step's temporary memory without each of them.
 
     python benchmarks/kernels.py [--rounds 20]
 
@@ -17,8 +17,9 @@ import jax.random as jr
 from jepax.bench.timing import interleave
 from jepax.nn import transformer
 from jepax.nn.transformer import FAST, PLAIN
+from jepax.optim import OptimConfig, Optimizer
 from jepax.recipes import RECIPES
-from jepax.training.step import loss_and_grads
+from jepax.training.step import TrainContext, loss_and_grads
 from jepax.types import ImageBatch
 
 DTYPE = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
@@ -29,7 +30,7 @@ STEPS = {"ijepa_fashion_mnist": (128, {}), "ijepa_vitb16_in1k": (8, {"depth": 3,
 
 
 def cases(batch: int, tokens: int, dim: int, heads: int) -> dict[str, tuple[Callable, Callable, list[jax.Array]]]:
-    """The plain and the fast form of each function, and its arguments."""
+    """Make the plain and the fast form of each function, and its arguments."""
     x, hidden = (jr.normal(jr.key(0), (batch, tokens, width), DTYPE) for width in (dim, 4 * dim))
     wide, qkv = (jr.normal(jr.key(1), (dim, n * dim), DTYPE) / dim**0.5 for n in (4, 3))
     one, four, three = (jnp.ones(n * dim, DTYPE) for n in (1, 4, 3))
@@ -43,7 +44,7 @@ def cases(batch: int, tokens: int, dim: int, heads: int) -> dict[str, tuple[Call
 
 
 def times_of(plain: Callable, fast: Callable, arguments: list[jax.Array], rounds: int) -> list[float]:
-    """Milliseconds of value and gradient of both forms."""
+    """Time value and gradient of both forms, in milliseconds."""
     forms = {"a": plain, "b": fast}
     programs = {k: jax.jit(lambda *a, f=f: (lambda y, back: back(y))(*jax.vjp(f, *a))) for k, f in forms.items()}
     times = interleave({name: partial(program, *arguments) for name, program in programs.items()}, rounds)
@@ -51,13 +52,14 @@ def times_of(plain: Callable, fast: Callable, arguments: list[jax.Array], rounds
 
 
 def step_memory(recipe: str, batch: int, changes: dict) -> int:
-    """Temporary bytes of a step's loss and gradients as one program; nothing is computed."""
+    """Compile a step's loss and gradients as one program, and return its temporary bytes; nothing is computed."""
     config = RECIPES[recipe]().method
     build = replace(config, **{n: replace(getattr(config, n), **changes) for n in ("encoder", "predictor")}).build
     canvas, integers = (batch, *config.crop.size, config.encoder.channels), partial(jnp.zeros, dtype=jnp.int32)
     images = ImageBatch(jnp.zeros(canvas, jnp.uint8), integers((batch, 2)), integers(batch))
     given = jax.eval_shape(lambda: (build(total_steps=1, key=jr.key(0)), images))
-    program = jax.jit(lambda method, images: loss_and_grads(method, images, jr.key(0), DTYPE))
+    context = TrainContext(Optimizer(OptimConfig(), total_steps=1, warmup_steps=0), DTYPE)
+    program = jax.jit(lambda method, images: loss_and_grads(method, images, jr.key(0), context))
     return program.lower(*given).compile().memory_analysis().temp_size_in_bytes
 
 

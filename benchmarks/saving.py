@@ -1,48 +1,46 @@
-"""What dependability costs: the guard in every step, and a checkpoint with its manifest while training goes on.
+"""The cost of dependability: the guard in every step, and a checkpoint with its manifest while training goes on.
 
     python benchmarks/saving.py [--quick] [--json FILE]
 
-Steps with and without the guard are taken in turn; and rounds of steps with and without a checkpoint beside them.
-See README.md beside this file.
+Steps with and without the guard run in turn, and so do rounds of steps with and without a checkpoint that is written
+meanwhile. See README.md in this folder.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from jepax.distributed.malloc import tune_malloc
 
 tune_malloc()  # as the command line does, and before jax starts threads
 
 # ruff: noqa: E402
-import equinox as eqx
 import jax
-import jax.numpy as jnp
-import jax.random as jr
 
 from jepax.bench.environment import describe_machine
 from jepax.data import DataConfig
 from jepax.distributed import sharding
+from jepax.distributed.compile_cache import COMPILER_OPTIONS
 from jepax.io.checkpointer import CheckpointManager
 from jepax.recipes import RECIPES
-from jepax.training import grad_guard
-from jepax.training import step as steps
-from jepax.training.config import Config, setup_data_and_optimizer
-from jepax.training.loop import train_batches
-from jepax.training.step import DEFAULT_GUARD, TrainState, first_state
+from jepax.training import step as train_steps
+from jepax.training.config import Config
+from jepax.training.setup import make_setup
+from jepax.training.step import TrainState, train_step
+from jepax.trees import global_norm
 from jepax.types import Metrics
 
 
 def config_of(name: str, batch: int, side: int, quick: bool) -> Config:
-    """A recipe on made pictures, in batches that two cores can take."""
+    """A recipe on generated images, in batches for two cores."""
     config = RECIPES[name]()
     channels = config.method.encoder.channels
     data = DataConfig(source="synthetic", canvas=side, channels=channels, synthetic_images=512)
@@ -51,49 +49,36 @@ def config_of(name: str, batch: int, side: int, quick: bool) -> Config:
 
 
 class Training:
-    """A state, and our step with its guard and without, which takes it on."""
+    """A state, and our step with its guard ("guarded") and without ("bare"), which advances it."""
 
     def __init__(self, config: Config):
-        source, self.optimizer = setup_data_and_optimizer(config)
-        mesh = sharding.make_mesh()
-        self.root = sharding.replicate(jr.key(1), mesh)
-        self.images = sharding.shard_batch(next(train_batches(config, source, 1, 0)), mesh)
-        state = sharding.replicate(first_state(config.method, self.optimizer, jr.key(0)), mesh)
-        self.arrays, self.rest = eqx.partition(state, eqx.is_array)
-        guarded, bare = (lambda arrays: self.raw(arrays) for _ in range(2))  # two, since one would be traced once
-        self.programs = {"guarded": jax.jit(guarded, donate_argnums=0), "bare": jax.jit(bare, donate_argnums=0)}
+        setup = make_setup(config)
+        self.state, self.base_key, self.context = setup.init_state(), setup.base_key, setup.context
+        self.batch = sharding.shard_batch(next(setup.batches(steps=1)), setup.plan.mesh)
+        self.programs = {"guarded": self.program(lambda *args: train_step(*args, self.context))}
+        self.programs["bare"] = self.program(lambda *args: bare_train_step(*args, self.context))
 
-    @property
-    def state(self) -> TrainState:
-        return eqx.combine(self.arrays, self.rest)
-
-    def raw(self, arrays: Any) -> tuple[Any, Metrics]:
-        state = eqx.combine(arrays, self.rest)
-        new, metrics = steps.train_step(self.optimizer, state, self.images, self.root, jnp.float32, DEFAULT_GUARD)
-        return eqx.filter(new, eqx.is_array), metrics
+    @staticmethod
+    def program(function: Callable[..., tuple[TrainState, Metrics]]) -> Callable[..., tuple[TrainState, Metrics]]:
+        """Compile a step that donates its state."""
+        return jax.jit(function, donate_argnums=0, compiler_options=COMPILER_OPTIONS)
 
     def take(self, name: str = "guarded") -> float:
-        """Seconds of a step."""
+        """Run a step; return its seconds."""
         start = time.perf_counter()
-        with unguarded() if name == "bare" else contextlib.nullcontext():
-            self.arrays, metrics = self.programs[name](self.arrays)
+        self.state, metrics = self.programs[name](self.state, self.batch, self.base_key)
         float(metrics["loss"])
         return time.perf_counter() - start
 
 
-@contextlib.contextmanager
-def unguarded() -> Iterator[None]:
-    """Within, a step that is traced takes every update and judges nothing."""
-    kept = steps.apply_if, grad_guard.GradGuardState.judge, grad_guard.GradGuardState.scale
-    steps.apply_if = lambda condition, update, old: update(old)
-    grad_guard.GradGuardState.judge, grad_guard.GradGuardState.scale = (
-        lambda *_: jnp.int32(grad_guard.FINE),
-        lambda *_: 1.0,
-    )
-    try:
-        yield
-    finally:
-        steps.apply_if, grad_guard.GradGuardState.judge, grad_guard.GradGuardState.scale = kept
+def bare_train_step(*args: Any) -> tuple[TrainState, Metrics]:
+    """`train_step` without a guard: every update is applied. The gradient's norm stays, since it is logged anyway."""
+
+    def unguarded(update: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda state, grads, *, guard, **_: (update(state, grads), guard, {"grad_norm": global_norm(grads)})
+
+    with mock.patch.object(train_steps, "guarded", unguarded):
+        return train_step(*args)
 
 
 def in_turn(training: Training, rounds: int) -> dict[str, Any]:
@@ -106,13 +91,13 @@ def in_turn(training: Training, rounds: int) -> dict[str, Any]:
                 times[name].append(seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     pairs = sorted(a / b for a, b in zip(times["guarded"], times["bare"], strict=True))
-    told = {f"{name}_step_s": value for name, value in medians.items()}
+    seconds_by_name = {f"{name}_step_s": value for name, value in medians.items()}
     quartiles = [pairs[len(pairs) // 4], pairs[-len(pairs) // 4]]
-    return told | {"ratio": medians["guarded"] / medians["bare"], "quartiles_of_pairs": quartiles}
+    return seconds_by_name | {"ratio": medians["guarded"] / medians["bare"], "quartiles_of_pairs": quartiles}
 
 
-def beside(config: Config, training: Training, window: float, rounds: int) -> dict[str, Any]:
-    """Seconds that one checkpoint costs a run: how much longer the same steps take while it is written."""
+def with_checkpoint(config: Config, training: Training, window: float, rounds: int) -> dict[str, Any]:
+    """Measure the seconds that a checkpoint costs a run: how much longer the same steps take while it is written."""
     count, blocked, extra, size = max(round(window / training.take()), 2), [], [], 0
     folder = Path(tempfile.mkdtemp(prefix="jepax-", dir="."))
     try:
@@ -141,8 +126,8 @@ def beside(config: Config, training: Training, window: float, rounds: int) -> di
     }
 
 
-def share(config: Config, guarded: dict[str, Any], written: dict[str, Any]) -> dict[str, float]:
-    """Of the time of training: the guard's, the checkpoints' at the recipe's own settings, and both."""
+def fractions(config: Config, guarded: dict[str, Any], written: dict[str, Any]) -> dict[str, float]:
+    """Fractions of training time: the guard's, the checkpoints' at the recipe's own settings, and both."""
     save, step = config.train.save, guarded["bare_step_s"]
     between = min(save.every * step, 60 * (save.minutes or float("inf")))
     checks, saves = guarded["ratio"] - 1, written["costs_s"] / between
@@ -150,7 +135,7 @@ def share(config: Config, guarded: dict[str, Any], written: dict[str, Any]) -> d
 
 
 CASES = {"demo": ("ijepa_fashion_mnist", 128, 28, 60, 6.0), "vitb16": ("ijepa_vitb16_in1k", 4, 224, 12, 30.0)}
-"""Recipe, batch, side of the pictures; rounds of steps; seconds of steps beside a checkpoint."""
+"""Recipe, batch, side of the images; rounds of steps; seconds of steps while a checkpoint is written."""
 
 
 def main() -> None:
@@ -163,8 +148,8 @@ def main() -> None:
         config = config_of(recipe, batch, side, args.quick)
         training = Training(config)
         guarded = in_turn(training, 3 if args.quick else rounds)
-        written = beside(config, training, *((0.1, 1) if args.quick else (window, 5)))
-        results[name] = {"guard": guarded, "checkpoint": written, "share": share(config, guarded, written)}
+        written = with_checkpoint(config, training, *((0.1, 1) if args.quick else (window, 5)))
+        results[name] = {"guard": guarded, "checkpoint": written, "share": fractions(config, guarded, written)}
         print(json.dumps({name: results[name]}, indent=1), flush=True)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")

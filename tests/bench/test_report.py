@@ -20,7 +20,7 @@ def test_an_idle_machine_is_not_doubted():
     ("changed", "said"),
     [
         ({"machine": {"load_average": (1.9, 0.0, 0.0), "cores": 2}}, "load average was 1.9 on 2 cores"),
-        ({"utilisation": {"utilisation": 1.29}}, "utilisation above 100%"),
+        ({"utilisation": {"utilisation": 1.29}}, "utilization above 100%"),
         ({"parts": SOUND["parts"] | {"objective": -0.06}}, "objective below zero"),
     ],
 )

@@ -1,1 +1,1 @@
-"""`jepax bench`: how fast a recipe's step is on this machine, where its time goes, and how far from the peak it is."""
+"""`jepax bench` and `jepax bench-data`: how fast a recipe's step and its input are on this machine."""

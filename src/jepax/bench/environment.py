@@ -1,4 +1,4 @@
-"""What a benchmark's numbers depend on beside the code."""
+"""Describes what a benchmark's numbers depend on: commit, versions, machine."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ from jepax.distributed.multihost import cores
 
 
 def describe_machine(*packages: str) -> dict[str, Any]:
-    """Commit, versions of ours and of `packages`, processor, cores, device, and the load before the run."""
+    """Commit, versions (also of `packages`), processor, cores, device, and the load before the run."""
     cpuinfo = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
@@ -30,7 +30,7 @@ def describe_machine(*packages: str) -> dict[str, Any]:
 
 
 def git_commit(source: Path) -> str | None:
-    """Of jepax's own sources; None where it is installed without them, or where there is no git."""
+    """Commit of these sources; None outside a checkout, or without git."""
     if not (source / ".git").exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""`jepax bench-data RECIPE`: pictures read per second and core, against Pillow and what the step asks for."""
+"""`jepax bench-data RECIPE`: images read per second and core, against Pillow and the step's need."""
 
 import tempfile
 import time
@@ -17,37 +17,37 @@ from jepax.bench.timing import interleave
 from jepax.data import batches, open_source, pack
 from jepax.data.decode import read_image
 from jepax.distributed.multihost import cores
-from jepax.training import dry_run
 from jepax.training.config import Config
+from jepax.training.dry_run import make_dry_setup
 
 NUM_PHOTOS, PHOTO_SIZE, JPEG_QUALITY = 256, (375, 500), 90
-"""Of the generated photos: how many, height and width (ImageNet's usual ones), JPEG's quality."""
+"""Number of generated photos, their height and width (ImageNet's usual ones), and JPEG's quality."""
 VIEW_SIZE = 224
-"""Of the view that Pillow's usual path ends in."""
+"""Side of the view that Pillow's path ends in."""
 
 
-def measure_input(config: Config, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Images per second of each, on the recipe's own folder, or on generated photos where it has none."""
-    before = describe_machine()
+def measure_input(config: Config, rounds: int, print: Callable[[str], None]) -> dict[str, Any]:
+    """Measure images per second, on the recipe's own folder, or on generated photos without one."""
+    machine = describe_machine()
     with tempfile.TemporaryDirectory() as folder:
         photos = sample_photos(config, Path(folder) / "photos")
         data = replace(config.data, source="image_folder", root=str(photos), validation=0.0)
         source = open_source(data, "train")
         files = [source.folder / file for file in source.files]
-        say(f"{len(files)} photos, one core ...")
+        print(f"{len(files)} photos, one core ...")
         alone = time_one_core(files, data.canvas, rounds)
-        say("through the loader ...")
+        print("through the loader ...")
         loaded = {}
         for threads, workers in ((1, 0), (cores(), 0), (1, cores())):
             loaded[f"{threads} threads, {workers} workers"] = loader_throughput(source, threads, workers)
         pack.pack(photos, Path(folder) / "pack", pack.PackConfig(canvas_size=data.canvas), lambda _: None)
         packed = open_source(replace(data, source="packed", root=f"{folder}/pack"), "train")
         loaded["1 threads, 0 workers, packed"] = loader_throughput(packed, 1, 0)
-    say("the step ...")
-    steps = StepBenchmark(dry_run.make_setup(config, say)).steps(rounds)
+    print("the step ...")
+    steps = StepBenchmark(make_dry_setup(config, print)).steps(rounds)
     return {
         "what": f"{config.recipe}: reading {describe_photos(config)}",
-        "machine": before,
+        "machine": machine,
         "files": len(files),
         "one_core_images_per_s": alone,
         "over_pillow": alone["ours"] / alone["pillow"],
@@ -58,17 +58,17 @@ def measure_input(config: Config, rounds: int, say: Callable[[str], None]) -> di
 
 
 def has_image_folder(config: Config) -> bool:
-    """Whether the recipe reads a folder that is given."""
+    """True if the recipe reads a folder that is given."""
     return config.data.source == "image_folder" and config.data.root is not None
 
 
 def describe_photos(config: Config) -> str:
-    """What is read, in words."""
+    """Name what is read."""
     return "its photos" if has_image_folder(config) else f"generated photos of {PHOTO_SIZE[0]} x {PHOTO_SIZE[1]}"
 
 
 def sample_photos(config: Config, folder: Path) -> Path:
-    """A folder of a few photos: links to the recipe's own, evenly over its classes, or generated ones."""
+    """Make a folder of a few photos: links to the recipe's own, evenly over its classes, or generated ones."""
     if not has_image_folder(config):
         return generate_photos(folder)
     for part, split, count in (("train", "train", NUM_PHOTOS), ("val", "test", 2)):
@@ -82,7 +82,7 @@ def sample_photos(config: Config, folder: Path) -> Path:
 
 
 def generate_photos(folder: Path) -> Path:
-    """A folder of JPEGs with as much detail as photos have: smooth shapes and some noise."""
+    """Make a folder of JPEGs with as much detail as photos have: smooth shapes and some noise."""
     random = np.random.default_rng(0)
     for split, count in (("train", NUM_PHOTOS), ("val", 2)):
         (folder / split / "photo").mkdir(parents=True)
@@ -113,7 +113,7 @@ def time_one_core(files: list[Path], canvas: int, rounds: int) -> dict[str, floa
 
 
 def pillow_transform(image: Image.Image, random: np.random.Generator) -> np.ndarray:
-    """What loaders of photos do on the host: a random resized crop, a flip, and an array of floats."""
+    """A random resized crop as an array of floats, as loaders of photos make it on the host."""
     scale, ratio = random.uniform(0.3, 1.0), np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
     area = scale * image.width * image.height
     width, height = min(round((area * ratio) ** 0.5), image.width), min(round((area / ratio) ** 0.5), image.height)
@@ -123,7 +123,7 @@ def pillow_transform(image: Image.Image, random: np.random.Generator) -> np.ndar
 
 
 def loader_throughput(source: Any, threads: int, workers: int, batch: int = 32, steps: int = 40) -> float:
-    """Images per second that come out of the loader, once it runs."""
+    """Images per second of the loader once it runs."""
     warm = 4
     reading = batches(source, batch_size=batch, steps=steps + warm, seed=0, threads=threads, workers=workers)
     with closing(reading):

@@ -1,4 +1,4 @@
-"""The most memory that was held: of a device where it counts, else of this process."""
+"""Peak memory: of a device that counts it, else of this process."""
 
 import re
 from pathlib import Path
@@ -9,13 +9,13 @@ PROC_STATUS, PROC_CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear
 
 
 def reset_peak() -> None:
-    """Lets `peak_bytes` count from here on, where the host's memory is the device's; Linux only."""
+    """Make `peak_bytes` count from here on; on a CPU and Linux only."""
     if jax.default_backend() == "cpu" and PROC_CLEAR_REFS.exists():
         PROC_CLEAR_REFS.write_text("5")
 
 
 def peak_bytes() -> int | None:
-    """Of the first device since the process began, or of the process itself on a CPU; None where nobody counts."""
+    """Peak of the first device since the process began, or of the process on a CPU; None if it is not counted."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("peak_bytes_in_use")

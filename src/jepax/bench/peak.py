@@ -1,6 +1,6 @@
-"""The peak that utilisation is held against: the fastest matrix product that this machine was seen to do.
+"""Measures the peak that utilization is relative to: the machine's fastest matrix product.
 
-Of random numbers: a GPU that is given equal ones draws less power, and so reads higher than any training could.
+Of random numbers: with equal ones a GPU draws less power, and reaches a speed that no training could.
 """
 
 import jax
@@ -12,9 +12,9 @@ from jepax.bench.timing import WARMUP_CALLS, time_call
 
 MATRIX_SIZES = {"cpu": (768, 1536, 3072)}
 DEFAULT_MATRIX_SIZES = (4096, 8192, 16384)
-"""Sides of the square matrices, by platform; `LARGE` where there is no entry."""
+"""Sides of the square matrices, by platform; the default for others."""
 CHAIN_LENGTH = 8
-"""Products in one program, each of the last one's result, so that no launch is counted."""
+"""Products in one program, each of the last one's result, so that the launch does not count."""
 
 
 def measure_peak_flops(compute: DTypeLike, rounds: int = 5) -> float:

@@ -1,4 +1,4 @@
-"""A benchmark's numbers as a table, and as JSON."""
+"""Formats a benchmark's numbers as a table, writes them as JSON, and warns of those that cannot be right."""
 
 import json
 from pathlib import Path
@@ -11,77 +11,69 @@ from jepax.io import atomic
 MAX_IDLE_LOAD = 0.5
 """Load average per core above which a machine is not idle."""
 MAX_NEGATIVE_FRACTION = 0.05
-"""Share of a step that a part may be below zero without a word."""
+"""Fraction of a step by which a part may be below zero without a warning."""
 
 
 def write_report(path: Path, found: dict[str, Any]) -> None:
-    """The file with these numbers."""
+    """Write the numbers as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.atomic_write(path, json.dumps(found, indent=1) + "\n")
 
 
-def format_table(what: str, lines: list[tuple[str, str]]) -> Table:
-    """One table of everything that was measured."""
-    rows = Table(title=what, show_header=False)
-    rows.add_column()
-    rows.add_column(justify="right")
-    for name, value in lines:
-        rows.add_row(name, value)
-    return rows
+def format_table(title: str, rows: list[tuple[str, str]]) -> Table:
+    """Make one table of all rows."""
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
 
 
 def table_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Name and value of each row."""
-    steps, compiled, use = found["steps"], found["compile"], found["utilisation"]
-    each = steps["step_s"]
-    rows = [
+    steps, compiled, use, parts = found["steps"], found["compile"], found["utilisation"], found["parts"]
+    median, low, high = (format_ms(steps["step_s"][name]) for name in ("p50", "p10", "p90"))
+    total = sum(parts.values())
+    return [
         ("images per second", f"{steps['images_per_s']:,.1f}"),
-        (
-            "step, median (10% to 90%)",
-            f"{format_ms(each['p50'])} ({format_ms(each['p10'])} to {format_ms(each['p90'])})",
-        ),
+        ("step, median (10% to 90%)", f"{median} ({low} to {high})"),
         ("step, one after the other", format_ms(steps["pipelined_step_s"])),
         ("with its input: images per second", f"{found['input']['images_per_s']:,.1f}"),
         ("with its input: waits for it", f"{100 * found['input']['waited_share']:.1f}%"),
         ("arithmetic", f"{use['gflop_per_image']:.4g} GFLOP per image"),
         ("done", f"{use['tflop_per_s']:.4g} TFLOP/s per device"),
         ("measured peak of a matrix product", f"{use['peak_tflop_per_s']:.4g} TFLOP/s"),
-        ("utilisation", f"{100 * use['utilisation']:.1f}%"),
+        ("utilization", f"{100 * use['utilisation']:.1f}%"),
         ("compilation, cold", f"{compiled['trace_cold_s']:.1f} + {compiled['compile_cold_s']:.1f} s"),
         ("compilation, warm", f"{compiled['trace_warm_s']:.1f} + {compiled['compile_warm_s']:.1f} s"),
         ("training programs", str(steps["programs"])),
         ("memory of the program", format_gigabytes(compiled["program_bytes"])),
         ("peak memory", format_gigabytes(steps["peak_bytes"])),
+        *((f"  {name}", f"{format_ms(value)} {100 * value / total:5.1f}%") for name, value in parts.items()),
     ]
-    whole = sum(found["parts"].values())
-    rows += [(f"  {name}", f"{format_ms(value)} {100 * value / whole:5.1f}%") for name, value in found["parts"].items()]
-    for name, peer in found.get("peer", {}).get("against", {}).items():
-        spread = f"({peer['low']:.2f} to {peer['high']:.2f})"
-        rows.append((f"time over {name}'s", f"{peer['ratio']:.2f} {spread}, {format_ms(peer['theirs_s'])}"))
-    return rows
 
 
 def sanity_warnings(found: dict[str, Any]) -> list[str]:
-    """What says that something else used the machine, so that its numbers are not those of the step."""
+    """Signs that another program used the machine, so that the numbers are not those of the step."""
     (load, *_), cores = found["machine"]["load_average"], found["machine"]["cores"]
-    said = []
+    warnings = []
     if load > MAX_IDLE_LOAD * cores:
-        said.append(f"the load average was {load:.1f} on {cores} cores as this began: times may be too long")
+        warnings.append(f"the load average was {load:.1f} on {cores} cores at the start: times may be too long")
     if found.get("utilisation", {}).get("utilisation", 0) > 1:
-        said.append("utilisation above 100%: something else slowed the product that was to show the machine's peak")
+        warnings.append("utilization above 100%: another program slowed the measurement of the machine's peak")
     parts = found.get("parts", {})
-    if (least := min(parts, key=parts.__getitem__, default=None)) and parts[least] < -MAX_NEGATIVE_FRACTION * sum(
-        parts.values()
-    ):
-        said.append(f"{least} below zero: parts are differences of times, which something else disturbed")
-    return said
+    least = min(parts, key=parts.__getitem__, default=None)
+    if least is not None and parts[least] < -MAX_NEGATIVE_FRACTION * sum(parts.values()):
+        warnings.append(f"{least} below zero: parts are differences of times, which another program disturbed")
+    return warnings
 
 
 def format_ms(seconds: float) -> str:
-    """Milliseconds with three digits, or as many as are whole."""
+    """Format as milliseconds with three significant digits, without decimals from 100 ms on."""
     return f"{1000 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"
 
 
 def format_gigabytes(count: float | int | None) -> str:
-    """Or a dash."""
+    """Format as gigabytes; None as a dash."""
     return "-" if count is None else f"{count / 1e9:.2f} GB"

@@ -1,4 +1,4 @@
-"""What is measured: a recipe's step, as `jepax train` compiles it, on a batch of its own pictures."""
+"""Measures a recipe's step, as `jepax train` compiles it, on a batch of its own images."""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jepax.bench.breakdown import time_by_verb
 from jepax.bench.memory import peak_bytes, reset_peak
-from jepax.bench.timing import WARMUP_CALLS, percentiles
+from jepax.bench.timing import WARMUP_CALLS, percentiles, time_call
 from jepax.distributed import sharding
 from jepax.distributed.malloc import trim_heap
 from jepax.training.dry_run import step_flops
@@ -19,8 +19,8 @@ from jepax.training.setup import Setup
 from jepax.training.step import jit_train_step, run_train_step
 from jepax.types import Metrics
 
-AHEAD = 2
-"""Steps that are under way at once, as in training."""
+MAX_IN_FLIGHT = 2
+"""Steps that run or wait on the device at once, as in training."""
 
 
 class StepBenchmark:
@@ -41,7 +41,7 @@ class StepBenchmark:
         """Seconds to trace and compile the step with an empty compilation cache in `folder`, and again with a full one;
         then bytes per device that the program reserves."""
         found: dict[str, float] = {}
-        with kept_in(folder):
+        with compile_cache_at(folder):
             for name in ("cold", "warm"):
                 jax.clear_caches()
                 start = time.perf_counter()
@@ -49,10 +49,10 @@ class StepBenchmark:
                 traced = time.perf_counter()
                 program = lowered.compile()
                 found |= {f"trace_{name}_s": traced - start, f"compile_{name}_s": time.perf_counter() - traced}
-            jax.block_until_ready(self.step())  # the step's own program comes from there too
+            jax.block_until_ready(self.step())  # the program of `step` comes from the cache, too
         memory = program.memory_analysis()
-        taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        return found | {"program_bytes": float(taken + memory.output_size_in_bytes - memory.alias_size_in_bytes)}
+        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+        return found | {"program_bytes": float(total - memory.alias_size_in_bytes)}
 
     def steps(self, rounds: int) -> dict[str, Any]:
         """Seconds of single steps, and images per second of steps that follow each other, as in training."""
@@ -60,86 +60,87 @@ class StepBenchmark:
             jax.block_until_ready(self.step())
         trim_heap()
         reset_peak()
-        times = []
+
+        # One step at a time.
+        times = [time_call(self.step) for _ in range(rounds)]
+
+        # One after the other. Steps that started before the clock and end after it count, too.
+        in_flight: list[Metrics] = []
+        for _ in range(MAX_IN_FLIGHT):
+            in_flight = throttle(in_flight, self.step())
+        start, pending = time.perf_counter(), count_pending(in_flight)
         for _ in range(rounds):
-            start = time.perf_counter()
-            jax.block_until_ready(self.step())
-            times.append(time.perf_counter() - start)
-        under_way: list[Metrics] = []
-        for _ in range(AHEAD):
-            under_way = self.followed(under_way, self.step())
-        start, begun = time.perf_counter(), unfinished(under_way)
-        for _ in range(rounds):
-            under_way = self.followed(under_way, self.step())
-        jax.block_until_ready(under_way)
-        each = (time.perf_counter() - start) / (rounds + begun)
-        batch = self.config.train.batch_size
-        found = {"step_s": percentiles(times), "pipelined_step_s": each, "images_per_s": batch / each}
+            in_flight = throttle(in_flight, self.step())
+        jax.block_until_ready(in_flight)
+        seconds = (time.perf_counter() - start) / (rounds + pending)
+        images_per_s = self.config.train.batch_size / seconds
+        found = {"step_s": percentiles(times), "pipelined_step_s": seconds, "images_per_s": images_per_s}
         return found | {"peak_bytes": peak_bytes(), "programs": jit_train_step._cache_size()}
 
-    @staticmethod
-    def followed(under_way: list[Metrics], metrics: Metrics) -> list[Metrics]:
-        """The steps that are under way once the new one is: as in training, it waits for the one before it."""
-        under_way = [*under_way, metrics][-AHEAD:]
-        under_way[0]["loss"].block_until_ready()
-        return under_way
-
     def with_input(self, rounds: int) -> dict[str, float]:
-        """The same steps on batches as they are read, and the share of the time that the step waits for them."""
-        config, mesh = self.config, self.setup.plan.mesh
+        """The same steps on batches as they are read: images per second, and the fraction of time that the device waits
+        for a batch."""
         stream = self.setup.batches(steps=WARMUP_CALLS + rounds)
-        waited, under_way = 0.0, []
+        waited, in_flight = 0.0, []
         for number in range(WARMUP_CALLS + rounds):
             if number == WARMUP_CALLS:
-                start, begun, waited = time.perf_counter(), unfinished(under_way), 0.0
+                start, pending, waited = time.perf_counter(), count_pending(in_flight), 0.0
             before = time.perf_counter()
-            images = sharding.shard_batch(next(stream), mesh)
-            idle = not unfinished(under_way)
-            waited += (time.perf_counter() - before) if idle else 0.0
-            under_way = self.followed(under_way, self.step(images))
-        jax.block_until_ready(under_way)
-        whole = time.perf_counter() - start
-        images_per_s = (rounds + begun) * config.train.batch_size / whole
-        return {"images_per_s": images_per_s, "waited_share": waited / whole}
+            batch = sharding.shard_batch(next(stream), self.setup.plan.mesh)
+            if not count_pending(in_flight):
+                waited += time.perf_counter() - before
+            in_flight = throttle(in_flight, self.step(batch))
+        jax.block_until_ready(in_flight)
+        seconds = time.perf_counter() - start
+        images_per_s = (rounds + pending) * self.config.train.batch_size / seconds
+        return {"images_per_s": images_per_s, "waited_share": waited / seconds}
 
     def parts(self, rounds: int) -> dict[str, float]:
         """Seconds of a step by part; they add up to the step's. See `breakdown.py`."""
         return time_by_verb(self, rounds)
 
-    def utilisation(self, step_s: float, peak: float) -> dict[str, float]:
-        """Arithmetic of the step's matrix products per second and device, over the peak."""
-        flops = step_flops(self.setup) * self.config.train.batch_size / jax.device_count()
+    def utilization(self, step_s: float, peak: float) -> dict[str, float]:
+        """FLOP/s per device of the step's matrix products, and their fraction of the peak."""
+        per_image = step_flops(self.setup)
+        flops = per_image * self.config.train.batch_size / jax.device_count()
         return {
-            "gflop_per_image": step_flops(self.setup) / 1e9,
+            "gflop_per_image": per_image / 1e9,
             "tflop_per_s": flops / step_s / 1e12,
             "peak_tflop_per_s": peak / 1e12,
             "utilisation": flops / step_s / peak,
         }
 
 
-def unfinished(under_way: list[Metrics]) -> int:
-    """How many of these steps are not done."""
-    return sum(not metrics["loss"].is_ready() for metrics in under_way)
+def throttle(in_flight: list[Metrics], metrics: Metrics) -> list[Metrics]:
+    """Add a step to those in flight. As in training, the host then waits for the step before it."""
+    in_flight = [*in_flight, metrics][-MAX_IN_FLIGHT:]
+    in_flight[0]["loss"].block_until_ready()
+    return in_flight
+
+
+def count_pending(in_flight: list[Metrics]) -> int:
+    """Number of these steps that are not done."""
+    return sum(not metrics["loss"].is_ready() for metrics in in_flight)
 
 
 @contextmanager
-def kept_in(folder: Path) -> Iterator[None]:
-    """Within, every program is kept in this folder, and none is looked for elsewhere."""
-    wanted = {
+def compile_cache_at(folder: Path) -> Iterator[None]:
+    """Within the context, every program is cached in this folder, and none is read from elsewhere."""
+    settings = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_enable_compilation_cache": True,
     }
-    before = {name: getattr(jax.config, name) for name in wanted}
+    before = {name: getattr(jax.config, name) for name in settings}
     try:
-        update(wanted)
+        update_cache_settings(settings)
         yield
     finally:
-        update(before)
+        update_cache_settings(before)
 
 
-def update(settings: dict[str, Any]) -> None:
-    """Of JAX's cache of programs."""
+def update_cache_settings(settings: dict[str, Any]) -> None:
+    """Change settings of JAX's compilation cache, which reads them once."""
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()

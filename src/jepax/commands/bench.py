@@ -1,9 +1,8 @@
 """`jepax bench`: the speed of a recipe's step."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -13,7 +12,7 @@ from jepax.errors import UserError
 
 @dataclass(frozen=True)
 class BenchOptions(RecipeCommand):
-    """What both benchmarks take."""
+    """Options of both benchmarks."""
 
     repeats: int = 20
     """Timed steps."""
@@ -32,12 +31,7 @@ class Bench(BenchOptions):
     For example: jepax bench ijepa_fashion_mnist
     """
 
-    baseline: Literal["torch"] | None = None
-    """Also time plain PyTorch's I-JEPA at the same shapes, eager and compiled."""
-
     def run(self) -> None:
-        if self.baseline is not None:  # both share an accelerator's memory
-            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         from jepax.bench import run
 
-        run.run_bench(self.config(), self.repeats, json=self.json, against_torch=self.baseline is not None)
+        run.run_bench(self.config(), self.repeats, json=self.json)

@@ -1,9 +1,9 @@
-"""SIGReg, RDMReg and VISReg's shape term in pieces of directions against all directions at once: time and memory.
+"""SIGReg, RDMReg and VISReg's shape term on chunks of directions against all directions at once: time and memory.
 
-    python benchmarks/regularisers.py [--quick] [--json FILE]
+    python benchmarks/regularizers.py [--quick] [--json FILE]
 
-Of value and gradient. The plain version is the same statistic on every direction in one array, which its backward pass
-keeps. Memory is what the compiler reserves beyond inputs and outputs. See README.md beside this file.
+Measured for value and gradient. The plain version is the same statistic on every direction in one array, which its
+backward pass stores. Memory is what the compiler reserves beyond inputs and outputs. See README.md in this folder.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from jepax.objectives.slicing import random_unit_directions
 from jepax.objectives.visreg import shape_term
 
 Loss = Callable[..., Float[Array, ""]]
-"""Of embeddings, a target sample and directions."""
+"""A function of embeddings, a target sample and directions."""
 LOSSES: dict[str, dict[str, Loss]] = {
     "sigreg": {
         "ours": lambda z, target, directions: sigreg(z, directions),
@@ -37,11 +37,11 @@ LOSSES: dict[str, dict[str, Loss]] = {
         "plain": lambda z, target, directions: shape_term(z, directions, chunk=None),
     },
 }
-"""Each regulariser as it is, and plain: one piece that holds every direction, nothing computed again."""
+"""Each regularizer as it is, and plain: one chunk with every direction, nothing computed again."""
 
 
 def compare(pair: dict[str, Loss], inputs: tuple[Array, Array, Array], rounds: int) -> dict[str, float]:
-    """Both in turn, after one warm-up each; milliseconds, and megabytes beyond inputs and outputs."""
+    """Time both in turn, after one warm-up each: milliseconds, and megabytes beyond inputs and outputs."""
     found, times = {}, {name: [] for name in pair}
     programs = {name: jax.jit(jax.value_and_grad(loss)).lower(*inputs).compile() for name, loss in pair.items()}
     values = {name: float(program(*inputs)[0]) for name, program in programs.items()}

@@ -1,8 +1,8 @@
-"""The peer: an I-JEPA training step in plain PyTorch, eager or compiled, written from the published description.
+"""An I-JEPA training step in plain PyTorch, eager or compiled, written from the published description.
 
 It does the same arithmetic as ours, in the forms that PyTorch is fastest at: fused attention, fused AdamW, autocast to
 bfloat16, patches chosen before they are embedded, no gradient through the teacher, and in the predictor's last block
-only the target tokens.
+only the target tokens. Nothing here imports jax: `compare_torch.py` copies our weights.
 
 Source: Assran et al. 2023, arXiv:2301.08243, section 3 and appendix A.
 """
@@ -11,7 +11,6 @@ import copy
 import math
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,13 +34,13 @@ class Schedules:
         """Linear to the peak in `warmup` steps, then a cosine to the end; `step` counts from 1."""
         if step < self.warmup:
             return self.start_lr + (self.peak_lr - self.start_lr) * step / self.warmup
-        share = (step - self.warmup) / (self.total - self.warmup)
-        return self.final_lr + (self.peak_lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
+        fraction = (step - self.warmup) / (self.total - self.warmup)
+        return self.final_lr + (self.peak_lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * fraction))
 
     def decay(self, step: int) -> float:
         """Cosine over the whole run; `step` counts from 1."""
-        share = 0.5 * (1 + math.cos(math.pi * step / self.total))
-        return self.final_weight_decay + (self.weight_decay - self.final_weight_decay) * share
+        fraction = 0.5 * (1 + math.cos(math.pi * step / self.total))
+        return self.final_weight_decay + (self.weight_decay - self.final_weight_decay) * fraction
 
     def teacher_momentum(self, step: int) -> float:
         """Linear to 1 over the whole run; `step` counts from 0."""
@@ -49,14 +48,14 @@ class Schedules:
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; with `last`, only the last tokens are computed and every token is attended to."""
+    """A pre-norm transformer block. With `last`, it returns only the last tokens, which attend to every token."""
 
     def __init__(self, dim: int, heads: int, hidden: int):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.qkv, self.project = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.expand, self.contract = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(batch, tokens, dim) as (batch, heads, tokens, channels)."""
@@ -72,8 +71,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, last: int | None = None) -> Tensor:
         last = x.shape[1] if last is None else last
         mixed = F.scaled_dot_product_attention(*map(self._heads, self._projections(self.norm1(x), last)))
-        x = x[:, -last:] + self.project(mixed.transpose(1, 2).flatten(2))
-        return x + self.contract(F.gelu(self.expand(self.norm2(x))))
+        x = x[:, -last:] + self.proj(mixed.transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
 def take_patches(tokens: Tensor, indices: Tensor) -> Tensor:
@@ -82,7 +81,7 @@ def take_patches(tokens: Tensor, indices: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """A vision transformer without a class token, on all patches or on those that are kept."""
+    """A vision transformer without a class token, on all patches or on those of the indices `keep`."""
 
     def __init__(self, pixels: int, dim: int, depth: int, heads: int, hidden: int, positions: np.ndarray):
         super().__init__()
@@ -103,11 +102,11 @@ class Encoder(nn.Module):
 class Predictor(nn.Module):
     """One pass per target block, on the context's tokens and the block's mask tokens; all passes make one batch."""
 
-    def __init__(self, dim: int, depth: int, heads: int, encoder_dim: int, positions: np.ndarray):
+    def __init__(self, dim: int, depth: int, heads: int, hidden: int, encoder_dim: int, positions: np.ndarray):
         super().__init__()
-        self.embed, self.project = nn.Linear(encoder_dim, dim), nn.Linear(dim, encoder_dim)
+        self.embed, self.proj = nn.Linear(encoder_dim, dim), nn.Linear(dim, encoder_dim)
         self.mask_token, self.norm = nn.Parameter(torch.zeros(1, dim)), nn.LayerNorm(dim, eps=1e-6)
-        self.blocks = nn.ModuleList(Block(dim, heads, 4 * dim) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, hidden) for _ in range(depth))
         self.register_buffer("positions", torch.tensor(positions))
 
     def forward(self, context: Tensor, seen: Tensor, targets: Tensor) -> Tensor:
@@ -118,10 +117,10 @@ class Predictor(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.blocks[-1](x, last=targets.shape[2])
-        return self.project(self.norm(x)).unflatten(0, targets.shape[:2])
+        return self.proj(self.norm(x)).unflatten(0, targets.shape[:2])
 
 
-class TorchBaseline:
+class TorchIJEPA:
     """Networks, AdamW and teacher; `step` is one update and returns the loss as a tensor."""
 
     def __init__(
@@ -149,7 +148,7 @@ class TorchBaseline:
         return split.transpose(2, 3).flatten(3).flatten(1, 2)
 
     def loss(self, view: Tensor, context: Tensor, targets: Tensor) -> Tensor:
-        """Mean smooth L1 (beta 1) between predictions and the teacher's normalised embeddings of the targets."""
+        """Mean smooth L1 (beta 1) between predictions and the teacher's normalized embeddings of the targets."""
         patches = self.patchify(view)
         with torch.no_grad():
             embedded = self.teacher(patches)
@@ -174,10 +173,3 @@ class TorchBaseline:
     @torch.no_grad()
     def _move_teacher(self, momentum: float) -> None:
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1.0 - momentum)
-
-
-def copy_linear(layer: nn.Module, weight: jax.Array, bias: jax.Array) -> None:
-    """Copies a layer's parameters in; a matrix arrives as (inputs, outputs)."""
-    with torch.no_grad():
-        layer.weight.copy_(torch.tensor(np.asarray(weight).T))
-        layer.bias.copy_(torch.tensor(np.asarray(bias)))
