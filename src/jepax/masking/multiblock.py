@@ -6,7 +6,6 @@ on purpose, is said at `MultiBlock`.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Self
 
 import equinox as eqx
 import jax
@@ -52,7 +51,7 @@ class MultiBlockConfig:
             if getattr(self, name) < least:
                 raise UserError(f"masks.{name}={getattr(self, name)} must be at least {least}")
 
-    def tiny(self) -> Self:
+    def tiny(self) -> "MultiBlockConfig":
         """The same blocks on the 6 x 6 patches of tests, which leave few to the context."""
         return replace(self, context=6)
 

@@ -10,7 +10,7 @@ A method is one file. It knows nothing of devices, precision, or micro-batches: 
 
 import abc
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -44,7 +44,7 @@ class MethodConfig(abc.ABC):
         """Make the method before its first step; its own schedules run over `total_steps`."""
 
     @abc.abstractmethod
-    def tiny(self) -> Self:
+    def tiny(self) -> "MethodConfig":
         """Shrink every size and keep every choice: the method as the contract tests run it, on 24 x 24 images."""
 
     def check_data(self, source: Any) -> None:  # noqa: B027 - not every method has to

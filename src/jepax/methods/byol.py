@@ -10,7 +10,6 @@ group together.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Self
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -61,7 +60,7 @@ class BYOLConfig(MultiViewConfig, name="byol"):
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "BYOL":
         return BYOL(self, total_steps=total_steps, key=key)
 
-    def tiny(self) -> Self:
+    def tiny(self) -> "BYOLConfig":
         heads = {"projector": self.projector.tiny(), "predictor": self.predictor.tiny()}
         return replace(self, encoder=self.encoder.tiny(), views=self.views.tiny(), **heads)
 

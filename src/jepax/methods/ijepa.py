@@ -12,7 +12,7 @@ it C-JEPA (Mo & Tong 2024, arXiv:2410.19560).
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -66,7 +66,7 @@ class IJEPAConfig(ImageMethodConfig, name="ijepa"):
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "IJEPA":
         return IJEPA(self, total_steps=total_steps, key=key)
 
-    def tiny(self) -> Self:
+    def tiny(self) -> "IJEPAConfig":
         networks = {"encoder": self.encoder.tiny(), "predictor": self.predictor.tiny()}
         views = {"masks": self.masks.tiny(), "crop": self.crop.tiny()}
         return replace(self, **networks, **views, regulariser=self.regulariser.tiny())

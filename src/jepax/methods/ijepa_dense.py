@@ -10,7 +10,6 @@ Differs from the paper: g reads the context encoder's last layer alone.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -63,7 +62,7 @@ class IJEPADenseConfig(IJEPAConfig, name="ijepa_dense"):
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "IJEPADense":
         return IJEPADense(self, total_steps=total_steps, key=key, predicted_layers=len(self.predicted))
 
-    def tiny(self) -> Self:
+    def tiny(self) -> "IJEPADenseConfig":
         # The last two layers at most, since the tiny encoder has no more.
         small = IJEPAConfig.tiny(replace(self, layers=None, layer_weights=None))
         layers = self.layers and (1, 2)[-len(self.layers) :]

@@ -7,7 +7,6 @@ The views share SIGReg's directions, which are new at each step. No teacher, no 
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
 
 import equinox as eqx
 import jax
@@ -47,7 +46,7 @@ class LeJEPAConfig(MultiViewConfig, name="lejepa"):
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "LeJEPA":
         return LeJEPA(self, key=key)
 
-    def tiny(self) -> Self:
+    def tiny(self) -> "LeJEPAConfig":
         return replace(super().tiny(), directions=16)
 
 

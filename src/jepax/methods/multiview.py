@@ -8,7 +8,6 @@ A method of this kind adds its loss on the z_v.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Self
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -49,7 +48,7 @@ class MultiViewConfig(ImageMethodConfig):
         """The crop that probes and figures take their views by."""
         return self.views.global_crop
 
-    def tiny(self) -> Self:
+    def tiny(self) -> "MultiViewConfig":
         return replace(self, encoder=self.encoder.tiny(), projector=self.projector.tiny(), views=self.views.tiny())
 
 

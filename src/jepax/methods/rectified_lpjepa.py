@@ -7,7 +7,7 @@ Differs from the released code: the views share t, which that draws for each, an
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -61,7 +61,7 @@ class RectifiedLpJEPAConfig(MultiViewConfig, name="rectified_lpjepa"):
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "RectifiedLpJEPA":
         return RectifiedLpJEPA(self, key=key)
 
-    def tiny(self) -> Self:
+    def tiny(self) -> "RectifiedLpJEPAConfig":
         return replace(super().tiny(), directions=16)
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Self
+from typing import Literal
 
 import jax.numpy as jnp
 import jax.random as jr
@@ -64,7 +64,7 @@ class RegularizerConfig:
                     stacklevel=2,
                 )
 
-    def tiny(self) -> Self:
+    def tiny(self) -> "RegularizerConfig":
         """The same regularizer along few directions, as tests run it."""
         return replace(self, directions=16) if "directions" in FIELDS_BY_NAME[self.kind] else self
 

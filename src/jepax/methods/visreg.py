@@ -7,7 +7,6 @@ The three terms are in `objectives/visreg.py`.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
 
 import equinox as eqx
 import jax
@@ -55,7 +54,7 @@ class VISRegConfig(MultiViewConfig, name="visreg"):
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "VISReg":
         return VISReg(self, key=key)
 
-    def tiny(self) -> Self:
+    def tiny(self) -> "VISRegConfig":
         return replace(super().tiny(), directions=16)
 
 

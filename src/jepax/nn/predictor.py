@@ -1,7 +1,6 @@
 """The predictor of I-JEPA: a narrow transformer from context tokens and target positions to target embeddings."""
 
 from dataclasses import dataclass, replace
-from typing import Self
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -42,7 +41,7 @@ class PredictorConfig:
             if getattr(self, field) <= 0:
                 raise UserError(f"predictor: {field}={getattr(self, field)} must be above 0")
 
-    def tiny(self) -> Self:
+    def tiny(self) -> "PredictorConfig":
         """The same predictor at the size that tests run."""
         return replace(self, width=16, depth=2, heads=2)
 

@@ -1,7 +1,6 @@
 """The projector: an MLP with batch normalization between an encoder's embedding and a loss on it."""
 
 from dataclasses import dataclass, replace
-from typing import Self
 
 import equinox as eqx
 import jax
@@ -49,7 +48,7 @@ class ProjectorConfig:
         if min((self.width, *self.hidden)) < 1:
             raise UserError(f"projector.width={self.width} and projector.hidden={self.hidden} must be above 0")
 
-    def tiny(self) -> Self:
+    def tiny(self) -> "ProjectorConfig":
         """The same head at the size that tests run."""
         return replace(self, hidden=(24,), width=8)
 

@@ -1,7 +1,6 @@
 """The vision transformer of I-JEPA: no class token, fixed positions, and only the selected patches are embedded."""
 
 from dataclasses import dataclass, replace
-from typing import Self
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -59,7 +58,7 @@ class ViTConfig:
             if getattr(self, field) <= 0:
                 raise UserError(f"{field}={getattr(self, field)} must be above 0")
 
-    def tiny(self) -> Self:
+    def tiny(self) -> "ViTConfig":
         """The same encoder at the size that tests run: 6 x 6 patches of a 24 x 24 view."""
         return replace(self, patch_size=4, width=32, depth=2, heads=2)
 

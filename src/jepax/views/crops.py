@@ -11,7 +11,7 @@ Source: Pillow, src/libImaging/Resample.c (resize); torchvision, transforms.Rand
 
 import dataclasses
 import math
-from typing import Literal, Self
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ class CropConfig:
         self._require("std", len(self.std) == len(self.mean), f"as many numbers as crop.mean={self.mean}")
         self._require("centre_resize", 1 <= self.centre_resize < math.inf, "at least 1; 1 cuts nothing off")
 
-    def tiny(self) -> Self:
+    def tiny(self) -> "CropConfig":
         """The same crop to 24 x 24 pixels, as tests run it."""
         return dataclasses.replace(self, size=(24, 24))
 

@@ -1,7 +1,6 @@
 """Several random views of each image: a few global ones of a large share of it, and perhaps local ones, smaller."""
 
 from dataclasses import dataclass, field, replace
-from typing import Self
 
 import equinox as eqx
 import jax
@@ -40,7 +39,7 @@ class MultiCropConfig:
                 f"views.local_crop has mean and std {small}, where views.global_crop has {large}; give both the same"
             )
 
-    def tiny(self) -> Self:
+    def tiny(self) -> "MultiCropConfig":
         """At most two views of each kind, of 24 x 24 and 12 x 12 pixels, as tests run them."""
         counts = {"globals": min(self.globals, 2), "locals": min(self.locals, 2)}
         local_crop = replace(self.local_crop, size=(12, 12))
