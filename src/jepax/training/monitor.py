@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from jepax.data import Source, open_source
 from jepax.distributed import sharding
-from jepax.evals.feature_extractor import ViTFeatures, select_encoder
+from jepax.evals.feature_extractor import FeatureExtractor, ViTFeatures, select_encoder
 from jepax.evals.features import NonFiniteFeaturesError
 from jepax.evals.online import OnlineEval
 from jepax.health.metrics import collapse_metrics
@@ -157,7 +157,7 @@ def _update_norms(before: Method, after: Method, step: Int[Array, ""], action: I
 class OnlineScores:
     """Scores of the encoder on held-out examples every `eval.online.every` steps, at the next log step."""
 
-    def __init__(self, config: Config, evaluate: OnlineEval | None, last_logged: int):
+    def __init__(self, config: Config, evaluate: Callable[[FeatureExtractor], MetricValues] | None, last_logged: int):
         self.config, self.evaluate, self.every = config, evaluate, config.eval.online.every
         self.done = (last_logged + 1) // max(self.every, 1)
 

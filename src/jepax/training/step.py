@@ -1,5 +1,6 @@
 """One training step: forward and backward, optimizer, EMA teacher. Read this file first; `loop.py` calls it."""
 
+from collections import defaultdict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from jepax.methods.base import Method, example_keys, objective_key
 from jepax.nn.transformer import BlockStack
 from jepax.optim import Optimizer
 from jepax.training.grad_guard import GradGuardConfig, GradGuardState, compute_if, guarded
-from jepax.trees import cast, per_layer_norms, trainable
+from jepax.trees import cast, global_norm, per_layer_norms, trainable
 from jepax.types import Metrics
 
 
@@ -58,9 +59,9 @@ def train_step(
         (state.method, state.opt_state), grads, loss=loss, step=state.step, guard=state.guard, config=context.guard
     )
 
-    # Metrics. Norms by block cost time on a CPU: they are NaN there at steps that are not logged.
+    # Metrics. Norms by module cost time on a CPU: they are NaN there at steps that are not logged.
     should_log = is_log_step(state.step, context.log_every, context.optimizer.total_steps)
-    metrics |= compute_if(should_log, per_block_grad_norms, grads) | guard_metrics
+    metrics |= compute_if(should_log, grad_norms, grads) | guard_metrics
     metrics |= {
         "loss": loss,
         "learning_rate": context.optimizer.learning_rate(state.step),
@@ -141,11 +142,18 @@ def is_log_step(step: Int[Array, ""] | int, every: int, total: int) -> Bool[Arra
     return (step == 0) | ((step + 1) % every == 0) | (step + 1 == total)
 
 
-def per_block_grad_norms(grads: Method) -> Metrics:
-    """Gradient norm of each block of each trained transformer, under the transformer's name in the method."""
+def grad_norms(grads: Method) -> Metrics:
+    """Gradient norm of each trained field of the method, and of each block of its transformers, by the field's name."""
+    # Frozen fields, such as a teacher, have no gradients and no norm.
+    by_field = defaultdict(list)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        by_field[path[0].name].append(grad)
+    norms = {f"grad_norm_{name}": global_norm(arrays) for name, arrays in by_field.items()}
+
+    # The blocks of a transformer are stacked on their first axis.
     nodes = jax.tree_util.tree_leaves_with_path(grads, is_leaf=lambda node: isinstance(node, BlockStack))
     stacks = {path: node for path, node in nodes if isinstance(node, BlockStack) and jax.tree.leaves(node)}
-    return {f"grad_norm_{_owner(path)}_by_block": per_layer_norms(stack.blocks) for path, stack in stacks.items()}
+    return norms | {f"grad_norm_{_owner(path)}_by_block": per_layer_norms(x.blocks) for path, x in stacks.items()}
 
 
 def _owner(path: tuple) -> str:
