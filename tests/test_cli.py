@@ -162,12 +162,13 @@ def test_interruption_takes_one_line(capsys, monkeypatch):
     assert "rerun the same command to resume" in fails(capsys, "recipes", code=75)
 
 
-def test_a_setting_known_to_be_unstable_is_warned_of_once(capsys):
-    fails_with = ["train", "ijepa_fashion_mnist", "--method.prediction-norm", "both", "--data.root", "/nowhere"]
+def test_a_setting_known_to_collapse_is_warned_of_once(capsys):
+    flowing = ["--method.stop-gradient", "False", "--method.regulariser.kind", "none"]
+    fails_with = ["train", "ijepa_fashion_mnist_no_teacher", *flowing, "--data.root", "/nowhere"]
     with pytest.raises(SystemExit):
         cli.main(fails_with)
     lines = capsys.readouterr().err.splitlines()
-    assert sum("prediction_norm=both" in line and line.startswith("jepax: warning") for line in lines) == 1
+    assert sum("stop_gradient=False" in line and line.startswith("jepax: warning") for line in lines) == 1
 
 
 def test_a_run_trains_evaluates_continues_and_is_trained_again(capsys, tmp_path, monkeypatch):

@@ -1,52 +1,29 @@
-"""Any recipe at a size that a test can train: the same method and settings, tiny networks, generated pictures."""
+"""Any recipe at a size that a test can train: its method's `tiny()`, and generated images."""
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from jepax.data import DataConfig
 from jepax.io import config_yaml as configs
 from jepax.io.checkpointer import CheckpointConfig
-from jepax.nn import PredictorConfig
 from jepax.recipes import RECIPES
 from jepax.training.config import Config, TrainConfig
-from jepax.views import ColorConfig, CropConfig, MultiCropConfig
 
-SIDE, PATCH, BATCH = 24, 4, 16
+C = TypeVar("C")
+SIDE, BATCH = 24, 16
 
 
 def shrunk(name: str, **method: object) -> Config:
-    """A recipe on 24x24 pictures cut into 6x6 patches. Precision is float32, as on every CPU."""
+    """A recipe on 24x24 images cut into 6x6 patches. Precision is float32, as on every CPU."""
     config = RECIPES[name]()
-    encoder = replace(config.method.encoder, patch_size=PATCH, width=32, depth=2, heads=2)
-    changes = {"encoder": encoder}
-    if hasattr(config.method, "views"):
-        changes["encoder"] = encoder = replace(encoder, channels=3)
-        changes["views"] = MultiCropConfig(
-            globals=2,
-            global_crop=CropConfig(size=(SIDE, SIDE), flip=0.5),
-            locals=min(config.method.views.locals, 2),
-            local_crop=CropConfig(size=(SIDE // 2, SIDE // 2), scale=(0.05, 0.3)),
-            photometric=ColorConfig(jitter=0.8),
-        )
-        changes["projector"] = replace(config.method.projector, hidden=(24,), width=8)
-    else:
-        changes["crop"] = replace(config.method.crop, size=(SIDE, SIDE))
-    if hasattr(config.method, "directions"):
-        changes["directions"] = 16
-    if isinstance(getattr(config.method, "predictor", None), PredictorConfig):
-        changes["predictor"] = replace(config.method.predictor, width=16, depth=2, heads=2)
-    elif hasattr(config.method, "predictor"):
-        changes["predictor"] = replace(config.method.predictor, hidden=(24,), width=8)
-    if getattr(config.method, "layers", None):
-        changes |= {"layers": (1, 2), "layer_weights": config.method.layer_weights[-2:]}
-    if hasattr(config.method, "regulariser") and config.method.regulariser.kind in ("sigreg", "rdmreg", "visreg"):
-        changes["regulariser"] = replace(config.method.regulariser, directions=16)
-    if hasattr(config.method, "masks"):
-        changes["masks"] = replace(config.method.masks, context=6)
-    data = DataConfig(source="synthetic", canvas=SIDE, channels=encoder.channels, synthetic_images=80, validation=0.2)
+    tiny = replace(config.method.tiny(), **method)
+    channels = tiny.encoder.channels
     return replace(
         config,
-        method=replace(config.method, **changes | method),
-        data=data,
+        method=tiny,
+        data=DataConfig(source="synthetic", canvas=SIDE, channels=channels, synthetic_images=80, validation=0.2),
         optim=replace(config.optim, warmup_epochs=0.1),
         train=TrainConfig(batch_size=BATCH, steps=6, log_every=2, save=CheckpointConfig(every=4)),
     )
@@ -54,9 +31,17 @@ def shrunk(name: str, **method: object) -> Config:
 
 def structure(config: Config) -> frozenset:
     """The shrunk method without its numbers: recipes that share it run the same program."""
-    flat = configs.flatten(config.method)
-    kept = {path: value for path, value in flat.items() if not path.endswith("init_std")}
-    return frozenset((path, value != 0 if isinstance(value, float) else str(value)) for path, value in kept.items())
+    flat = {path: value for path, value in configs.flatten(config.method).items() if not path.endswith("init_std")}
+    numbers = {path: _without_numbers(value) for path, value in flat.items()}
+    return frozenset({("name", config.method.name), *numbers.items()})
+
+
+def _without_numbers(value: object) -> str:
+    """Zeros switch parts off; other fractions change no program."""
+    fractions = value if isinstance(value, tuple) else (value,)
+    if all(isinstance(each, float) for each in fractions):
+        return str([each != 0 for each in fractions])
+    return str(value)
 
 
 def distinct() -> dict[str, Config]:
@@ -65,3 +50,13 @@ def distinct() -> dict[str, Config]:
     for name in sorted(RECIPES):
         found.setdefault(structure(shrunk(name)), []).append(name)
     return {"+".join(names): shrunk(names[0]) for names in found.values()}
+
+
+def replace_all(config: C, kind: type, change: Callable) -> C:
+    """The config with every part of type `kind`, at any depth, changed; a part that is a property stays."""
+    if isinstance(config, kind):
+        return change(config)
+    if not dataclasses.is_dataclass(config):
+        return config
+    parts = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return replace(config, **{name: replace_all(part, kind, change) for name, part in parts.items()})

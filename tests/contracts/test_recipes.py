@@ -12,20 +12,30 @@ import pytest
 from jepax.data import open_source
 from jepax.distributed import sharding
 from jepax.io import checkpoint
+from jepax.io import config_yaml as configs
+from jepax.methods.base import example_keys, objective_key
+from jepax.methods.ema import EMAConfig
 from jepax.recipes import RECIPES
 from jepax.training.config import make_optimizer
 from jepax.training.loop import train_batches
 from jepax.training.step import TrainContext, first_state, jit_train_step, run_train_step
 from jepax.trees import EMA, trainable
 from jepax.types import ImageBatch
-from jepax.views import ColorConfig
-from tests.contracts.shrink import distinct
+from jepax.views import ColorConfig, CropConfig
+from tests.contracts.shrink import distinct, replace_all
 
 STEPS = 6
 DISTINCT = distinct()
-SIZES = {"ijepa_vitb16_in1k", "ijepa_fashion_mnist_multilayer", "lejepa_vitl14_in1k", "visreg_vitb16_in1k"}
-"""Differ from another recipe of their method by sizes, layers and numbers of views: `make test-long` takes them."""
-NAMES = [pytest.param(name, marks=[pytest.mark.long] * (name in SIZES)) for name in DISTINCT]
+
+
+def group(config):
+    """A method, or all that scan their layers."""
+    return "scanned" if configs.flatten(config.method).get("encoder.scan") else config.method.name
+
+
+FIRST = {group(config): name for name, config in reversed(DISTINCT.items())}
+"""One recipe of each method, and one that scans; others differ by sizes and choices alone: `make test-long`."""
+NAMES = [pytest.param(name, marks=[pytest.mark.long] * (name not in FIRST.values())) for name in DISTINCT]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -62,27 +72,20 @@ def test_every_recipe_is_a_program_at_its_full_size(name):
     assert config.recipe == name and loss.shape == () and loss.dtype == jnp.float32
 
 
-def seeing_the_whole(method):
-    """The same method with views that are always the whole picture as it is."""
-
-    def whole(crop):
-        return replace(crop, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
-
-    if not hasattr(method, "views"):
-        return replace(method, crop=whole(method.crop))
-    views = method.views
-    crops = {"global_crop": whole(views.global_crop), "local_crop": whole(views.local_crop)}
-    return replace(method, views=replace(views, photometric=ColorConfig(), **crops))
+def still(method):
+    """The same method with views that are always the original image, and a teacher that does not move."""
+    no_crop = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": 0.0}
+    method = replace_all(method, CropConfig, lambda crop: replace(crop, **no_crop))
+    method = replace_all(method, ColorConfig, lambda _: ColorConfig())
+    return replace_all(method, EMAConfig, lambda momentum: replace(momentum, start=1.0, final=1.0))
 
 
 @pytest.fixture(scope="module")
 def standing_still(config):
-    """Against a teacher that does not move, views that are the whole picture, and no decay; the recipe's optimiser."""
-    method = seeing_the_whole(config.method)
-    if hasattr(method, "momentum"):
-        method = replace(method, momentum=replace(method.momentum, start=1.0, final=1.0))
-    still = {"warmup_epochs": 0.0, "weight_decay": 0.0, "final_weight_decay": 0.0}
-    return replace(config, method=method, optim=replace(config.optim, peak_lr=3e-3, final_lr=3e-3, **still))
+    """Nothing moves but the trained parameters, and nothing decays; the recipe's optimizer."""
+    constant = {"warmup_epochs": 0.0, "weight_decay": 0.0, "final_weight_decay": 0.0}
+    optim = replace(config.optim, peak_lr=3e-3, final_lr=3e-3, **constant)
+    return replace(config, method=still(config.method), optim=optim)
 
 
 @eqx.filter_jit
@@ -98,26 +101,34 @@ def named_gradients(config, images, devices=1):
     return float(loss), {jax.tree_util.keystr(path): np.asarray(grad) for path, grad in named}
 
 
-ZERO = {
-    "lejepa": {".encoder.norm.bias"},
-    "rectified_lpjepa": {".encoder.norm.bias"},
-    "visreg": {".encoder.norm.bias"},
-    "vicreg": {".encoder.norm.bias", ".projector.linears[1].bias"},
-    "byol": {".encoder.norm.bias", ".projector.linears[1].bias"},
-}
-"""Parameters that a method's loss cannot read: a BatchNorm, or statistics about the mean, take any shift away."""
+def reads(config, images, name):
+    """The loss changes with this parameter: a shift of it by numbers of order 1 is no rounding error."""
+
+    def moved(path, leaf):
+        shift = jr.normal(jr.key(7), leaf.shape) if jax.tree_util.keystr(path) == name else 0.0
+        return leaf + shift
+
+    mesh, _, state = fresh(config)
+    params, rest = eqx.partition(state.method, trainable(state.method))
+    images = sharding.shard_batch(images, mesh)
+    before = loss_and_gradients(params, rest, images)[0]
+    after = loss_and_gradients(jax.tree_util.tree_map_with_path(moved, params), rest, images)[0]
+    return abs(float(after - before)) > 1e-4 * abs(float(before))
 
 
 def test_every_trained_parameter_gets_a_finite_gradient_and_eight_devices_give_the_same(config, batches):
-    """The loss and the gradients, not parameters after Adam, which divides the noise of a zero gradient by itself."""
+    """The loss and the gradients, not parameters after Adam, which divides the noise of a zero gradient by itself.
+
+    A bias may have none if the loss cannot read it: a BatchNorm, or statistics about the mean, remove any shift.
+    """
     loss, one = named_gradients(config, batches[0])
     largest = max(np.abs(grad).max() for grad in one.values())
-    zero = ZERO.get(config.method.name, set())
     loss_of_all, together = named_gradients(config, batches[0], devices=8)
     assert loss_of_all == pytest.approx(loss, rel=1e-5)
     for name, grad in one.items():
-        if name in zero:
-            assert max(np.abs(grad).max(), np.abs(together[name]).max()) < 1e-6 * largest, name
+        size = max(np.abs(grad).max(), np.abs(together[name]).max())
+        if name.endswith(".bias") and size < 1e-6 * largest:
+            assert not reads(config, batches[0], name), f"{name} is read, but not trained"
             continue
         assert np.isfinite(grad).all() and np.abs(grad).max() > 0, f"{name} is not trained"
         tolerance = 1e-4 * max(np.abs(grad).max(), 1e-3 * largest)  # so that no parameter hides behind the others
@@ -125,6 +136,24 @@ def test_every_trained_parameter_gets_a_finite_gradient_and_eight_devices_give_t
     apart = np.sqrt(sum(np.square(together[name] - grad).sum() for name, grad in one.items()))
     whole = np.sqrt(sum(np.square(grad).sum() for grad in one.values()))
     assert apart <= 1e-5 * whole, f"{apart / whole:.1e}"
+
+
+def test_the_loss_is_the_same_in_micro_batches(config, batches):
+    """`forward` sees each example alone, and `draw` no network: what the trainer relies on where it splits a batch."""
+    method, key = fresh(config)[2].method, jr.key(3)
+    batch = jax.tree.map(jnp.asarray, batches[0])
+    abstract = eqx.filter_eval_shape(lambda method: method, method)
+    views = jax.jit(lambda batch, keys: abstract.draw(batch, keys))(batch, example_keys(key, batch.index))
+
+    @eqx.filter_jit
+    def in_micro_batches(method, views):
+        parts = [method.forward(jax.tree.map(lambda x, i=i: x[i::4], views)) for i in range(4)]
+        outputs = jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *parts)
+        return method.objective(outputs, key=objective_key(key))[0]
+
+    assert all(len(leaf) == len(batch.index) for leaf in jax.tree.leaves(views))
+    loss = eqx.filter_jit(lambda method, batch: method.loss(batch, key=key)[0])(method, batch)
+    assert float(in_micro_batches(method, views)) == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_a_teacher_has_no_gradient_and_no_optimiser_state(config):

@@ -180,7 +180,8 @@ def test_a_source_of_sequences_with_actions_needs_nothing_of_images(reading):
         np.testing.assert_array_equal(seen, np.stack([one[name] for one in expected]))
     assert found == [7, 7] and all(type(batch) is Trajectories for batch in stream)
 
-    halves = [list(batches(toy, batch_size=8, steps=5, seed=3, process_index=p, process_count=2)) for p in range(2)]
+    sizes = {"batch_size": 8, "steps": 5, "seed": 3, "process_count": 2, "on_corrupt": lambda rows: None}
+    halves = [list(batches(toy, process_index=process, **sizes)) for process in range(2)]
     for batch, *parts in zip(stream, *halves, strict=True):
         np.testing.assert_array_equal(batch.states, np.concatenate([part.states for part in parts]))
 

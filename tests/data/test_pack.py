@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jepax.data import DataConfig, batches, open_source, pack
 from jepax.commands.pack import Pack
+from jepax.data import DataConfig, batches, open_source, pack
 from jepax.data.sources import CorruptExampleError
 from jepax.types import UserError
 

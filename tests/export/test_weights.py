@@ -146,11 +146,11 @@ def test_a_file_that_is_not_whole_is_refused(folder):
     whole = path.read_bytes()
     for content in (b"", whole[:4], whole[:40], whole[:-1], whole + b"0", b"\x80\x04" * 100):
         path.write_bytes(content)
-        refused(folder, "no whole safetensors file")
+        refused(folder, "no complete safetensors file")
     path.unlink()
     refused(folder, "missing")
     path.mkdir()
-    refused(folder, "no whole safetensors file")
+    refused(folder, "no complete safetensors file")
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -91,13 +91,13 @@ def test_pickled_weights_are_refused_and_not_read(name, tmp_path, marker, capsys
     file = write_payload(tmp_path / "folder" / name, marker)
     for given in (file, file.parent):
         for error in (fails(capsys, "evaluate", given), refused(lambda given=given: weights.load_encoder(given), file)):
-            assert str(file) in error and "safetensors alone" in error and "safe_serialization=True" in error
+            assert str(file) in error and "safetensors only" in error and "safe_serialization=True" in error
 
 
 def test_a_pickle_under_the_name_of_weights_is_not_read(tmp_path, marker, capsys):
     folder = whole(tmp_path / "encoder")
     write_payload(folder / weights.MODEL_FILE, marker)
-    assert "no whole safetensors file" in fails(capsys, "evaluate", folder)
+    assert "no complete safetensors file" in fails(capsys, "evaluate", folder)
 
 
 @pytest.mark.parametrize("protocol", [0, 4])
@@ -323,7 +323,7 @@ LIES = {
 def test_a_header_that_lies_is_refused(lie, folder):
     path = folder / weights.MODEL_FILE
     path.write_bytes(LIES[lie](path.read_bytes()))
-    assert "no whole safetensors file" in refused(lambda: weights.load_encoder(folder), path)
+    assert "no complete safetensors file" in refused(lambda: weights.load_encoder(folder), path)
 
 
 def test_a_header_that_is_absurdly_large_is_not_parsed(folder):

@@ -9,13 +9,12 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax.methods.byol import BYOLConfig, cosine_loss, cosine_loss_of_mean
-from jepax.methods.ema import EMAConfig
+from jepax.methods.byol import BYOLConfig, cosine_distance, cosine_distance_of_mean
 from jepax.methods.multiview import embed, project
 from jepax.nn import ProjectorConfig
 from jepax.types import UserError
 from jepax.views import MultiCropConfig
-from tests.methods.small import SHARED, loss_of
+from tests.methods.small import SHARED, drawn_by, loss_of
 from tests.methods.test_multiview import CONFIGS
 
 CONFIG = BYOLConfig(**SHARED, predictor=ProjectorConfig(hidden=(24,), width=8))
@@ -31,8 +30,8 @@ def test_byol_compares_each_view_with_the_others_teacher(groups):
         for v, w in pairs
     ]
     expected = 2 - 2 * np.mean(cosines)
-    np.testing.assert_allclose(cosine_loss(jnp.concatenate(groups), groups[0] + 0.1), expected, rtol=1e-5)
-    np.testing.assert_allclose(cosine_loss(groups[0], groups[0][::-1]), 0.0, atol=1e-5)
+    np.testing.assert_allclose(cosine_distance(jnp.concatenate(groups), groups[0] + 0.1), expected, rtol=1e-5)
+    np.testing.assert_allclose(cosine_distance(groups[0], groups[0][::-1]), 0.0, atol=1e-5)
 
 
 def test_the_mean_explains_what_one_prediction_for_all_images_can(groups):
@@ -40,27 +39,27 @@ def test_the_mean_explains_what_one_prediction_for_all_images_can(groups):
     units = targets / np.linalg.norm(targets, axis=2, keepdims=True)
     mean = units.mean((0, 1)) / np.linalg.norm(units.mean((0, 1)))
     expected = 2 - 2 * np.mean(units @ mean)
-    np.testing.assert_allclose(cosine_loss_of_mean(groups[0] + 0.1), expected, rtol=1e-5)
+    np.testing.assert_allclose(cosine_distance_of_mean(groups[0] + 0.1), expected, rtol=1e-5)
     everywhere = jnp.broadcast_to(jnp.asarray(mean, jnp.float32), groups[0].shape)
-    np.testing.assert_allclose(cosine_loss(everywhere, groups[0] + 0.1), expected, rtol=1e-5)
+    np.testing.assert_allclose(cosine_distance(everywhere, groups[0] + 0.1), expected, rtol=1e-5)
 
 
 def test_what_byol_logs_of_its_loss(images):
     method = CONFIG.build(total_steps=10, key=jr.key(0))
     loss, metrics = loss_of(method, images, jr.key(1))
-    views = eqx.filter_jit(lambda images, key: CONFIG.draw_views(images, key=key))(images, jr.key(1))
+    views = drawn_by(method, images, jr.key(1))
     projected = eqx.filter_jit(lambda method, views: project(method.projector, embed(method.encoder, views)))
-    targets = projected(method, views[0])  # the averages begin equal
+    targets = projected(method, views.global_views)  # the averages begin equal
     lengths = np.linalg.norm(np.asarray(targets, np.float64), axis=2)
     np.testing.assert_allclose(metrics["target_norm"], lengths.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["projections"], targets[0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(metrics["loss_explained"], 1 - loss / cosine_loss_of_mean(targets), rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss_explained"], 1 - loss / cosine_distance_of_mean(targets), rtol=1e-4)
     assert metrics["prediction_norm"] > 0
 
 
 def test_projections_of_zero_have_a_loss_and_a_gradient(groups):
     """As a BatchNorm over one example leaves them."""
-    loss, grad = jax.value_and_grad(cosine_loss)(groups[0] * 0, groups[0])
+    loss, grad = jax.value_and_grad(cosine_distance)(groups[0] * 0, groups[0])
     assert loss == pytest.approx(2.0) and np.isfinite(grad).all()
 
 

@@ -1,5 +1,6 @@
 """Methods that compare views: their losses are the sums they claim, of statistics over the batch they are given."""
 
+import inspect
 import math
 import re
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 
 from jepax.distributed.sharding import make_mesh, replicate, shard_batch
 from jepax.methods.lejepa import LeJEPAConfig
-from jepax.methods.multiview import explained_by_views, invariance_loss, merge_views, pairwise_mse, unmerge_views
+from jepax.methods.multiview import embed, explained_by_views, invariance_loss, pairwise_mse, project
 from jepax.methods.rectified_lpjepa import RectifiedLpJEPAConfig
 from jepax.methods.vicreg import VICRegConfig
 from jepax.methods.visreg import VISRegConfig
@@ -21,7 +22,7 @@ from jepax.nn import ProjectorConfig, ViTConfig
 from jepax.objectives import covariance, rdmreg, variance
 from jepax.types import UserError
 from jepax.views import MultiCropConfig
-from tests.methods.small import SHARED, VIEWS, loss_of
+from tests.methods.small import SHARED, VIEWS, drawn_by, loss_of, loss_of_views
 
 CONFIGS = {
     "lejepa": LeJEPAConfig(**SHARED, directions=16),
@@ -31,6 +32,15 @@ CONFIGS = {
         **SHARED | {"projector": ProjectorConfig(hidden=(24,), width=8, rectified=True)}, directions=16
     ),
 }
+
+
+def objective(config, groups, key):
+    """The objective of these projections: what the projector makes of them is not asked."""
+    method = config.build(total_steps=10, key=jr.key(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(method), "project", lambda self, embeddings: embeddings)
+        patch.setattr(inspect.getmodule(type(method)), "view_metrics", lambda *given: {})
+        return method.objective(groups, key=key)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -47,12 +57,10 @@ def test_a_loss_reads_every_view_and_no_label(name, images):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_of_the_same_views_only_directions_and_targets_are_drawn_anew(name, images, monkeypatch):
-    views = (jr.uniform(jr.key(9), (2, 8, 24, 24, 3)),)
-    monkeypatch.setattr(type(CONFIGS[name]), "draw_views", lambda self, images, *, key: views)
+def test_of_the_same_views_only_directions_and_targets_are_drawn_anew(name, images):
     method = CONFIGS[name].build(total_steps=10, key=jr.key(0))
-    loss = eqx.filter_jit(lambda method, key: method.loss(images, key=key)[0])
-    first, again, next_step = (loss(method, jr.key(seed)) for seed in (1, 1, 2))
+    views = drawn_by(method, images, jr.key(9))
+    first, again, next_step = (loss_of_views(method, views, jr.key(seed))[0] for seed in (1, 1, 2))
     assert first == again
     assert (first == next_step) == (name == "vicreg")  # which draws nothing
 
@@ -73,7 +81,7 @@ def test_projections_and_their_agreement_are_logged(name, images):
     assert metrics["projections"].shape == (8, 8) and metrics["loss_explained"] < 1
 
 
-def test_invariance_and_spread(groups):
+def test_invariance_and_pairwise_mse(groups):
     large, small = (np.asarray(group, np.float64) for group in groups)
     every = np.concatenate([large, small])
     np.testing.assert_allclose(invariance_loss(groups), ((every - large.mean(0)) ** 2).mean(), rtol=1e-5)
@@ -84,14 +92,13 @@ def test_invariance_and_spread(groups):
 
 
 def test_lejepa_weighs_its_two_terms(groups):
-    method = replace(CONFIGS["lejepa"], weight=0.2).build(total_steps=10, key=jr.key(0))
-    loss, metrics = method.objective(groups, key=jr.key(2))
+    config = replace(CONFIGS["lejepa"], weight=0.2)
+    loss, metrics = objective(config, groups, jr.key(2))
     np.testing.assert_allclose(loss, 0.8 * metrics["invariance"] + 0.2 * metrics["sigreg"], rtol=1e-6)
-    assert method.objective(groups, key=jr.key(3))[1]["sigreg"] != metrics["sigreg"]
+    assert objective(config, groups, jr.key(3))[1]["sigreg"] != metrics["sigreg"]
 
 
 def test_vicreg_of_two_views_is_the_released_codes(groups):
-    method = CONFIGS["vicreg"].build(total_steps=10, key=jr.key(0))
     first, second = groups[0]
     expected = (
         25 * jnp.mean(jnp.square(first - second))
@@ -99,23 +106,30 @@ def test_vicreg_of_two_views_is_the_released_codes(groups):
         + covariance(first)
         + covariance(second)
     )
-    np.testing.assert_allclose(method.objective(groups[:1], key=jr.key(0))[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(objective(CONFIGS["vicreg"], groups[:1], jr.key(0))[0], expected, rtol=1e-5)
 
 
 def test_visreg_weighs_its_terms(groups):
     config = replace(CONFIGS["visreg"], weight=0.7, scale=2.0, centre=4.0, shape=3.0)
-    loss, m = config.build(total_steps=10, key=jr.key(0)).objective(groups, key=jr.key(2))
+    loss, m = objective(config, groups, jr.key(2))
     regulariser = 2 * m["scale_loss"] + 4 * m["centre_loss"] + 3 * m["shape_loss"]
     np.testing.assert_allclose(loss, 0.3 * m["invariance"] + 0.7 * regulariser, rtol=1e-6)
     views = jnp.concatenate(groups)
     np.testing.assert_allclose(m["centre_loss"], np.square(np.mean(views, axis=1)).mean(), rtol=1e-5)
 
 
-def test_views_are_merged_by_images_and_come_apart_again(groups):
-    group = groups[1]
-    batch = merge_views(group)
-    np.testing.assert_array_equal(batch[:3], group[:, 0])  # an image's views side by side
-    np.testing.assert_array_equal(unmerge_views(batch, 3), group)
+def test_each_view_is_embedded_and_projected_as_by_itself(images):
+    """Embeddings keep the batch first, projections the views; the projector without its BatchNorm sees rows alone."""
+    config = replace(CONFIGS["lejepa"], projector=ProjectorConfig(hidden=(), width=8))
+    method = config.build(total_steps=10, key=jr.key(0))
+    group = drawn_by(method, images, jr.key(1)).local_views
+    embeddings = eqx.filter_jit(embed)(method.encoder, group)
+    projections = project(method.projector, embeddings)
+    assert embeddings.shape == (8, 2, 32) and projections.shape == (2, 8, 8)
+    for view in range(2):
+        alone = jnp.mean(eqx.filter_jit(method.encoder)(group[:, view]), axis=1)
+        np.testing.assert_allclose(embeddings[:, view], alone, atol=1e-5)
+        np.testing.assert_allclose(projections[view], method.projector(alone), atol=1e-5)
 
 
 def test_devices_share_the_images_of_every_view(images):
@@ -136,9 +150,8 @@ def test_devices_share_the_images_of_every_view(images):
 @pytest.mark.parametrize("sigma", ["before", "after"])
 def test_rectified_lpjepa_tells_the_share_of_nonzeros(groups, sigma):
     config = replace(CONFIGS["rectified_lpjepa"], mu=-0.5, sigma=sigma)
-    method = config.build(total_steps=10, key=jr.key(0))
     groups = tuple(jnp.maximum(group, 0) for group in groups)
-    loss, metrics = method.objective(groups, key=jr.key(2))
+    loss, metrics = objective(config, groups, jr.key(2))
     np.testing.assert_allclose(loss, 25 * metrics["invariance"] + 125 * metrics["rdmreg"], rtol=1e-6)
     np.testing.assert_allclose(metrics["share_of_nonzeros"], 0.5, atol=0.05)
     scale = rdmreg.sigma_before_relu(1.0) if sigma == "before" else rdmreg.sigma_after_relu(1.0, -0.5)

@@ -14,7 +14,7 @@ from jepax.masking import MultiBlockConfig
 from jepax.methods.ijepa import IJEPA, IJEPAConfig
 from jepax.nn import PredictorConfig, ViTConfig
 from jepax.types import Masks
-from jepax.views import CropConfig
+from jepax.views import CropConfig, MaskedViews
 
 GOLDEN = Path(os.environ.get("JEPAX_GOLDEN", Path(__file__).parent.parent / "golden"))
 
@@ -55,8 +55,10 @@ def masks_of(golden: dict[str, np.ndarray], step: int) -> Masks:
     return Masks(jnp.asarray(context, jnp.int32), jnp.asarray(targets, jnp.int32), jnp.ones(targets.shape, bool))
 
 
-def views_of(golden: dict[str, np.ndarray], step: int) -> jnp.ndarray:
-    return jnp.asarray(golden[f"step{step}.images"].transpose(0, 2, 3, 1))
+def views_of(golden: dict[str, np.ndarray], step: int) -> MaskedViews:
+    """The images and masks of one step."""
+    images = jnp.asarray(golden[f"step{step}.images"].transpose(0, 2, 3, 1))
+    return MaskedViews(images, masks_of(golden, step))
 
 
 def group(golden: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from jepax.optim import OptimConfig, Optimizer
 from jepax.training.step import init_state, train_step
 from jepax.trees import trainable
 from jepax.types import ImageBatch
-from tests.parity.reference import GOLDEN, group, masks_of, method_of, named_parameters, views_of, with_parameters
+from tests.parity.reference import GOLDEN, group, method_of, named_parameters, views_of, with_parameters
 
 FILE = GOLDEN / "ijepa_reference_trajectory.npz"
 pytestmark = pytest.mark.skipif(not FILE.exists(), reason=f"{FILE.name} is not in the folder of recorded numbers")
@@ -68,12 +68,13 @@ def test_every_recorded_parameter_has_a_place(golden, method):
 
 def test_values_of_step_0(golden, method):
     @eqx.filter_jit
-    def values(method, view, masks):
-        context = method.encoder(view, masks.context)
-        targets = take_patches(method.targets(view), masks.targets)[0]
-        return method.target_encoder.average(view), targets, context, method.predictions(context, masks)[0][0]
+    def values(method, views):
+        outputs, masks = method.forward(views), views.masks
+        context = method.encoder(views.image, masks.context)
+        targets = take_patches(outputs.embedded, masks.targets)
+        return method.target_encoder.average(views.image), targets, context, outputs.predictions
 
-    output, targets, context, predictions = values(method, views_of(golden, 0), masks_of(golden, 0))
+    output, targets, context, predictions = values(method, views_of(golden, 0))
     close(output, golden["step0.target_encoder_output"], 1e-5, "target encoder")
     close(by_block(targets), golden["step0.targets"], 1e-5, "targets")
     close(context, golden["step0.context_embeddings"], 1e-5, "context")
@@ -83,8 +84,13 @@ def test_values_of_step_0(golden, method):
 def test_gradients_of_step_0(golden, method):
     patch = int(golden["config.patch_size"])
     params, rest = eqx.partition(method, trainable(method))
-    view, masks = views_of(golden, 0), masks_of(golden, 0)
-    grads = jax.jit(jax.grad(lambda p: eqx.combine(p, rest).loss_of(view, masks, key=jr.key(0))[0]))(params)
+    views = views_of(golden, 0)
+
+    def loss(params):
+        method = eqx.combine(params, rest)
+        return method.objective(method.forward(views), key=jr.key(0))[0]
+
+    grads = jax.jit(jax.grad(loss))(params)
     for kind in ("encoder", "predictor"):
         theirs, ours = group(golden, f"step0.grad.{kind}."), named_parameters(getattr(grads, kind), kind, patch)
         assert set(ours) == set(theirs)
@@ -104,7 +110,7 @@ def test_schedules(golden, method):
             for name, ours in (
                 ("learning_rate", optimizer.learning_rate(step)),
                 ("weight_decay", optimizer.weight_decay(step)),
-                ("ema_momentum", method.momentum(step)),
+                ("ema_momentum", method.config.momentum.at(step, method.total_steps)),
             ):
                 np.testing.assert_allclose(ours, golden[name][step], rtol=1e-12, err_msg=f"{name} of step {step}")
 
@@ -117,13 +123,13 @@ def test_losses_and_final_parameters(golden, method):
     images = ImageBatch(np.zeros((batch, 1, 1, 3), np.uint8), np.ones((batch, 2), np.int32), np.arange(batch))
 
     @eqx.filter_jit
-    def recorded_step(state, view, masks):
+    def recorded_step(state, views):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(method), "loss", lambda self, images, *, key: self.loss_of(view, masks, key=key))
+            patch.setattr(type(method), "draw", lambda self, batch, keys: views)
             return train_step(optimizer, state, images, jr.key(0))
 
     for step in range(len(golden["loss"])):
-        state, metrics = recorded_step(state, views_of(golden, step), masks_of(golden, step))
+        state, metrics = recorded_step(state, views_of(golden, step))
         losses.append(float(metrics["loss"]))
     np.testing.assert_allclose(losses, golden["loss"], rtol=1e-5)
     final = state.method

@@ -13,7 +13,6 @@ from jepax.commands.sweep import Sweep, load_sweep
 from jepax.evals import report
 from jepax.evals.knn import KnnConfig
 from jepax.io import config_yaml as configs
-from jepax import sweeps
 from jepax.sweeps import SWEEPS, Variant, run, table
 from jepax.types import UserError
 
@@ -24,12 +23,6 @@ TINY = """
 """.split()
 
 
-def plan(*words):
-    """What `jepax sweep` with these words would run."""
-    return Sweep.read("sweep", words).plan()
-
-
-@pytest.mark.filterwarnings("ignore:method.prediction_norm=both")
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_row_of_a_shipped_grid_is_a_run_and_no_two_are_the_same(name):
     grid = SWEEPS[name]()

@@ -1,22 +1,21 @@
 """One small method and its data, shared so that its draw compiles once."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from jepax.data import DataConfig
 from jepax.masking import MultiBlockConfig
 from jepax.methods.ijepa import IJEPAConfig
 from jepax.nn import PredictorConfig, ViTConfig
+from jepax.training.config import Config
 from jepax.views import CropConfig
 
 
 @pytest.fixture(scope="session")
-def config() -> SimpleNamespace:
+def config() -> Config:
     method = IJEPAConfig(
         encoder=ViTConfig(patch_size=4, width=12, depth=1, heads=1),
         predictor=PredictorConfig(width=12, depth=1, heads=1),
         masks=MultiBlockConfig(context=4),
         crop=CropConfig(size=(16, 24)),
     )
-    return SimpleNamespace(method=method, data=DataConfig(source="synthetic", canvas=32, synthetic_images=40), seed=3)
+    return Config(method=method, data=DataConfig(source="synthetic", canvas=32, synthetic_images=40), seed=3)

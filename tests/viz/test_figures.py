@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from jepax.viz import draw_figures
+from jepax.viz import draw_figures, figures
 from jepax.viz.figures import save_figure
 
 
@@ -23,8 +23,12 @@ def test_both_figures_are_drawn_into_the_run(config, tmp_path):
             assert len(image.convert("L").getcolors()) > 20
 
 
-def test_without_metrics_and_masks_there_is_nothing_to_draw(config, tmp_path):
-    assert draw_figures(SimpleNamespace(method=object(), data=config.data, seed=0), tmp_path) == []
+def test_views_of_another_type_have_no_figure(config, tmp_path):
+    """Nor has a run without metrics."""
+    method = SimpleNamespace(draw=lambda images, keys: {"canvas": images.canvas})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures.eqx, "filter_eval_shape", lambda build: method)
+        assert draw_figures(config, tmp_path) == []
 
 
 def test_a_figure_that_fails_leaves_the_old_one(tmp_path):

@@ -3,28 +3,27 @@
 from types import SimpleNamespace
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax.methods.ijepa import IJEPA
+from jepax.methods.base import example_keys
 from jepax.optim import OptimConfig
 from jepax.training import config as train_config
 from jepax.training import loop
 from jepax.types import Masks
-from jepax.views import CropConfig, denormalize
+from jepax.views import CropConfig, MaskedViews, denormalize
 from jepax.viz import figures
 from jepax.viz.masks import (
     HIDDEN_PATCH_COLOR,
     MaskedExamples,
     _patch_borders,
     blank_hidden_patches,
-    make_masked_examples,
+    masked_examples,
     plot_masks,
 )
-
-KEY = jr.key(7)
 
 
 @pytest.fixture(scope="module")
@@ -33,30 +32,26 @@ def images(config):
 
 
 @pytest.fixture(scope="module")
-def shown(config, images) -> MaskedExamples:
-    return make_masked_examples(config.method, images, KEY)
+def views(config, images):
+    return figures.first_views(config, images)
 
 
-def test_pictures_and_patches_are_the_draw_of_the_key(config, images, shown):
-    view, masks = eqx.filter_jit(config.method.views_and_masks)(images, config.method.sampler(), key=KEY)
-    np.testing.assert_allclose(shown.pixels, denormalize(view, config.method.crop), atol=1e-6)
+@pytest.fixture(scope="module")
+def shown(config, views) -> MaskedExamples:
+    return masked_examples(views, (4, 6), config.method.crop)
+
+
+def test_images_and_patches_are_the_draw_of_the_first_step(config, images, views, shown):
+    method = config.method.build(total_steps=1, key=jr.key(0))
+    key = jr.fold_in(jr.fold_in(jr.key(config.seed), 1), 0)
+    drawn = eqx.filter_jit(method.draw)(images, example_keys(key, images.index))
+    jax.tree.map(np.testing.assert_array_equal, drawn, views)
+    masks = views.masks
+    np.testing.assert_allclose(shown.pixels, denormalize(views.image, config.method.crop), atol=1e-6)
     for image in range(len(shown.context)):
         assert np.flatnonzero(shown.context[image]).tolist() == np.asarray(masks.context[image]).tolist()
     assert np.array_equal(shown.targets.sum(axis=(2, 3)), masks.target_valid.sum(axis=2))
     assert not np.any(shown.context[:, None] & shown.targets)
-
-
-def given_only(*expected):
-    """A loss of 3, and none of anything but the expected."""
-    return lambda *given, key: (jnp.float32(3 if given == expected else np.nan), {})
-
-
-def test_the_loss_takes_its_randomness_from_the_same_function(images):
-    asked = []
-    draw = SimpleNamespace(views_and_masks=lambda *given, key: asked.append((*given, key)) or ("view", "masks"))
-    method = SimpleNamespace(config=draw, masks="sampler", loss_of=given_only("view", "masks"))
-    assert IJEPA.loss(method, images, key=KEY) == (3, {})
-    assert asked == [(images, "sampler", KEY)]
 
 
 def test_the_key_and_the_images_are_those_of_the_first_training_step(config, monkeypatch, tmp_path):
@@ -75,12 +70,12 @@ def test_the_key_and_the_images_are_those_of_the_first_training_step(config, mon
     )
     with pytest.raises(InterruptedError):
         loop.train(config, tmp_path)
-    monkeypatch.setattr(figures, "make_masked_examples", lambda *given: drawn.extend(given))
-    monkeypatch.setattr(figures, "plot_masks", lambda _: None)
-    monkeypatch.setattr(figures, "save_figure", lambda _, path: path)
+    method = lambda images, keys: drawn.append((images, keys))  # noqa: E731
+    monkeypatch.setattr(figures.eqx, "filter_eval_shape", lambda build: SimpleNamespace(draw=method))
+    monkeypatch.setattr(figures.jax, "jit", lambda function: function)
     figures.draw_figures(config, tmp_path)
-    (root, taken), (_, shown, key) = met[0], drawn
-    assert jr.fold_in(root, 0) == key
+    (root, taken), (shown, keys) = met[0], drawn[0]
+    np.testing.assert_array_equal(jr.key_data(example_keys(jr.fold_in(root, 0), shown.index)), jr.key_data(keys))
     np.testing.assert_array_equal(np.asarray(taken.canvas)[:8], shown.canvas)
     np.testing.assert_array_equal(np.asarray(taken.index)[:8], shown.index)
 
@@ -107,17 +102,13 @@ def test_the_sheet_has_one_row_per_image_and_counts_patches(shown):
         np.testing.assert_array_equal(blank, np.kron(~context, np.ones((4, 4), bool)))
 
 
-def test_padding_of_short_targets_is_not_shown_and_grey_is_repeated_over_the_colours(images):
+def test_padding_of_short_targets_is_not_shown_and_gray_is_repeated_over_the_colors():
     view = jnp.linspace(-1, 1, 8 * 16 * 24).reshape(8, 16, 24, 1)
     target = jnp.tile(jnp.int32([[[5, 6, 5], [0, 1, 2]]]), (8, 1, 1))
     valid = jnp.tile(jnp.array([[[True, True, False], [True, True, True]]]), (8, 1, 1))
     masks = Masks(context=jnp.tile(jnp.int32([[23]]), (8, 1)), targets=target, target_valid=valid)
-    method = SimpleNamespace(
-        crop=CropConfig(size=(16, 24), mean=(0.5,), std=(0.25,)),
-        sampler=type("Sampler", (), {"grid": (4, 6)}),
-        views_and_masks=lambda images, sampler, *, key: (view, masks),
-    )
-    shown = make_masked_examples(method, images, KEY)
+    crop = CropConfig(size=(16, 24), mean=(0.5,), std=(0.25,))
+    shown = masked_examples(MaskedViews(view, masks), (4, 6), crop)
     assert shown.pixels.shape == (8, 16, 24, 3)
     assert np.ptp(shown.pixels, axis=-1).max() == 0 < np.ptp(shown.pixels)
     assert np.argwhere(shown.targets[7]).tolist() == [[0, 0, 5], [0, 1, 0], [1, 0, 0], [1, 0, 1], [1, 0, 2]]

@@ -10,6 +10,7 @@ from jepax.commands.base import ConfigCommand
 from jepax.errors import UserError
 
 if TYPE_CHECKING:  # jax takes seconds to import
+    from jepax.commands.evaluation import EvalTarget
     from jepax.training.config import Config
 
 

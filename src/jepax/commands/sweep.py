@@ -14,7 +14,8 @@ from jepax.commands.parsing import Flags, split_words, to_field_path
 from jepax.errors import UserError
 
 if TYPE_CHECKING:  # jax takes seconds to import
-    from jepax.sweeps.base import Sweep
+    from jepax.sweeps.base import Sweep as SweepDefinition
+    from jepax.sweeps.base import Variant
     from jepax.sweeps.run import SweepPlan
     from jepax.training.config import Config
 
@@ -82,7 +83,7 @@ class Sweep(ConfigCommand):
             print(path)
 
 
-def load_sweep(name: str) -> "Sweep":
+def load_sweep(name: str) -> "SweepDefinition":
     """The sweep of that name, or the sweep in that file."""
     from jepax.io import config_yaml as configs
     from jepax.sweeps.base import SWEEPS, Sweep

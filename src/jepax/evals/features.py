@@ -23,7 +23,7 @@ class NonFiniteFeaturesError(UserError):
 class Features:
     """Features of one split, float32 on the host.
 
-    **Raises** `NonFiniteFeaturesError` where a value is not finite: every accuracy read from such features is meaningless.
+    **Raises** `NonFiniteFeaturesError` where a value is not finite: accuracies would be meaningless.
     """
 
     layers: Float[np.ndarray, "layers n dim"]

@@ -1,7 +1,7 @@
-"""The words of a Hugging Face I-JEPA folder, config.json and preprocessor_config.json, to our configs and back.
+"""Converts config.json and preprocessor_config.json of a Hugging Face I-JEPA folder to our configs and back.
 
 Source of the keys: transformers, models/ijepa/configuration_ijepa.py and models/bit/image_processing_bit.py. The
-latter's processor does what our `centre_crop` does; the one that transformers names for I-JEPA squeezes the picture.
+latter's processor does what our `centre_crop` does; the one that transformers names for I-JEPA distorts the image.
 """
 
 import contextlib
@@ -34,17 +34,17 @@ SIZE_KEYS = (
     "intermediate_size",
 )
 FIXED_CONFIG = {"model_type": "ijepa", "hidden_act": "gelu", "qkv_bias": True, "layer_norm_eps": EPSILON}
-"""What our `ViT` is, and other folders must be."""
+"""Properties of our `ViT`, which other folders must have."""
 PIXEL_CONFIG = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 MAX_SIZE = 2**16
-"""Of any size in config.json. What its tensors really have is for their reader to compare."""
+"""Limit of any size in config.json; `weights` compares the sizes with the tensors'."""
 PILLOW_RESAMPLE_IDS = {"bilinear": 2, "bicubic": 3}
 """Pillow's numbers of our filters."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What our config.json says under "jepax": where the encoder is from, and what transformers has no words for."""
+    """The part "jepax" of our config.json: the encoder's origin, and what transformers has no keys for."""
 
     recipe: str
     step: int
@@ -59,9 +59,9 @@ class Provenance:
 
 
 def write_hf_config(folder: Path, encoder: ViTConfig, crop: CropConfig, *, recipe: str, step: int, name: str) -> None:
-    """Both files, of an encoder that its method calls `name`. Raises `UserError` where the view is not square."""
+    """Writes both files for an encoder called `name` by its method. Raises `UserError` where the view is not square."""
     if crop.size[0] != crop.size[1]:
-        raise UserError(f"crop.size={crop.size} is not square, as a Hugging Face I-JEPA folder wants its views")
+        raise UserError(f"crop.size={crop.size} is not square, as a Hugging Face I-JEPA folder requires")
     hidden = round(encoder.width * encoder.mlp_ratio)
     sides = (encoder.patch_size, encoder.channels, encoder.width, encoder.depth, encoder.heads, hidden)
     sizes = {"image_size": crop.size[0], **dict(zip(SIZE_KEYS, sides, strict=True))}
@@ -72,7 +72,7 @@ def write_hf_config(folder: Path, encoder: ViTConfig, crop: CropConfig, *, recip
 
 
 def _preprocessor_config(crop: CropConfig) -> dict[str, Any]:
-    """`centre_crop` in transformers' words: resized so that the shorter side is `shortest_edge`, the centre cut."""
+    """Expresses `centre_crop` by transformers' keys: the shorter side is resized to `shortest_edge`, the center cut."""
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": len(crop.mean) == 3,
@@ -88,7 +88,7 @@ def _preprocessor_config(crop: CropConfig) -> dict[str, Any]:
 
 
 def load_hf_config(folder: Path) -> tuple[ViTConfig, CropConfig]:
-    """The encoder's config and its views' crop: our own word where config.json holds it, else `_crop`'s.
+    """Reads the encoder's config and its views' crop, from the part "jepax" if there is one, else by `_crop`.
 
     Raises `UserError` naming file, key and value of what is missing, and of what is not our `ViT`.
     """
@@ -118,7 +118,7 @@ def load_hf_config(folder: Path) -> tuple[ViTConfig, CropConfig]:
 
 @contextlib.contextmanager
 def _with_path_in_error(path: Path) -> Iterator[None]:
-    """Puts the file before the message of a `UserError` that names no such file."""
+    """Adds the file to the message of a `UserError` that does not name it."""
     try:
         yield
     except UserError as error:
@@ -128,10 +128,10 @@ def _with_path_in_error(path: Path) -> Iterator[None]:
 
 
 def _read_crop_config(path: Path, side: int) -> CropConfig:
-    """`CropConfig`'s defaults at this size, with the mean, std and filter of a preprocessor_config.json, if it exists.
+    """Returns `CropConfig`'s defaults at this size, with mean, std and filter of a preprocessor_config.json.
 
-    The public folders' is not what their encoders were trained with: it says 0.5 throughout, transformers' default,
-    where I-JEPA's src/transforms.py says ImageNet's. It is taken at its word, with a warning.
+    The public folders' file is not what their encoders were trained with: it has 0.5 throughout, transformers'
+    default, where I-JEPA's src/transforms.py has ImageNet's. It is used as it is, with a warning.
     """
     crop = CropConfig(size=(side, side))
     if not path.exists():
@@ -141,16 +141,19 @@ def _read_crop_config(path: Path, side: int) -> CropConfig:
     filters = {number: name for name, number in PILLOW_RESAMPLE_IDS.items()}
     if (number := values.get("resample", PILLOW_RESAMPLE_IDS[crop.filter])) not in filters:
         raise UserError(f"{path}: resample={printable(number)} is neither 2 (bilinear) nor 3 (bicubic)")
-    told = {ours: values[f"image_{ours}"] for ours in ("mean", "std") if f"image_{ours}" in values}
-    told = {key: configs.convert(tuple[float, ...], told[key], f"image_{key}", str(path)) for key in told}
-    if len(told.get("mean", ())) == 3 and (told["mean"] != crop.mean or told.get("std", crop.std) != crop.std):
+    given = {
+        key: configs.convert(tuple[float, ...], values[f"image_{key}"], f"image_{key}", str(path))
+        for key in ("mean", "std")
+        if f"image_{key}" in values
+    }
+    if len(given.get("mean", ())) == 3 and (given["mean"] != crop.mean or given.get("std", crop.std) != crop.std):
         warnings.warn(
-            f"{path}: image_mean={told['mean']} is taken, and not ImageNet's mean, which the public I-JEPA was trained"
-            " with though its folders say 0.5; remove the file to take ImageNet's",
+            f"{path}: image_mean={given['mean']} is used, and not ImageNet's mean, which the public I-JEPA was trained"
+            " with though its folders say 0.5; remove the file to use ImageNet's",
             stacklevel=4,
         )
     with _with_path_in_error(path):
-        return dataclasses.replace(crop, filter=filters[number], **told)
+        return dataclasses.replace(crop, filter=filters[number], **given)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -158,22 +161,22 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _check_values(path: Path, values: dict[str, Any], fixed: dict[str, Any]) -> None:
-    """Raises `UserError` at the first key that has not the value of `fixed`, numbers to a millionth of it."""
+    """Raises `UserError` at the first key that does not have the value of `fixed` (numbers: to a relative 1e-6)."""
     for key, needed in fixed.items():
         value = values.get(key, "absent")
         near = isinstance(needed, float) and isinstance(value, float) and math.isclose(value, needed, rel_tol=1e-6)
         if not near and (value != needed or type(value) is not type(needed)):
             raise UserError(
-                f"{path}: {key}={printable(value)} is not supported; jepax reads encoders with {key}={needed} alone"
+                f"{path}: {key}={printable(value)} is not supported; jepax reads encoders with {key}={needed} only"
             )
 
 
 def _read_size(path: Path, values: dict[str, Any], key: str) -> int:
-    """A size of at least 1; a square one may be written as two equal sides."""
+    """Reads a size of at least 1; a square one may be written as two equal sides."""
     value = values.get(key)
     if isinstance(value, list) and len(value) == 2:
         if value[0] != value[1]:
-            raise UserError(f"{path}: {key}={printable(value)} is not square; jepax reads square ones alone")
+            raise UserError(f"{path}: {key}={printable(value)} is not square; jepax reads square ones only")
         value = value[0]
     if value is None:
         raise UserError(f"{path}: {key} is missing; fetch or export it again")

@@ -1,4 +1,4 @@
-"""Encoders that leave a run, or come from elsewhere: folders in the layout of transformers' `IJepaModel`.
+"""Writes and reads encoders as folders in the layout of transformers' `IJepaModel`.
 
 Source of names and layouts: transformers, models/ijepa/modeling_ijepa.py, as `save_pretrained` writes them.
 """
@@ -37,7 +37,7 @@ BLOCK_MODULES = {
     "mlp.fc1": ["intermediate.dense"],
     "mlp.fc2": ["output.dense"],
 }
-"""Our modules, and theirs whose outputs ours hold side by side."""
+"""Our modules, and theirs, whose outputs ours concatenate."""
 UNSUPPORTED_SUFFIXES = (
     ".bin",
     ".pt",
@@ -51,15 +51,15 @@ UNSUPPORTED_SUFFIXES = (
     ".h5",
     ".msgpack",
 )
-"""Formats of weights that are never opened: reading some of them runs what is written in them."""
+"""Formats of weights that are never opened: reading some of them runs code in them."""
 MAX_HEADER_BYTES = 10_000_000
-"""Bytes of a safetensors file's list of tensors; the largest ViT's takes a hundredth."""
+"""Bytes of a safetensors file's list of tensors; the largest ViT's has a hundredth."""
 POS_EMBED_TOLERANCE = 1e-4
-"""Largest difference of a file's positions to our table, beside the rounding of their type."""
+"""Largest difference of a file's positions from our table, plus the rounding of their type."""
 
 
 def export(folder: Path, encoder: ViT, crop: CropConfig, *, recipe: str, step: int, name: str) -> None:
-    """Writes the encoder, which its method calls `name`, as a new folder, whole or not at all.
+    """Writes the encoder, called `name` by its method, as a new folder, atomically.
 
     Raises `UserError` where the folder exists and is not empty, or where the view is not square.
     """
@@ -67,19 +67,16 @@ def export(folder: Path, encoder: ViT, crop: CropConfig, *, recipe: str, step: i
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{folder} exists already; name another folder, or remove it")
     part = target.with_name(target.name + ".part")
-    if part.exists():
-        shutil.rmtree(part)
+    shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         huggingface.write_hf_config(part, encoder.config, crop, recipe=recipe, step=step, name=name)
-        tensors = {
-            key: np.ascontiguousarray(value)
-            for key, value in named_tensors(cast(encoder, jnp.float32), crop.size).items()
-        }
+        tensors = named_tensors(cast(encoder, jnp.float32), crop.size)
+        tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
         save_file(tensors, part / MODEL_FILE, metadata={"format": "pt"})
         shutil.copymode(
             part / huggingface.CONFIG_FILE, part / MODEL_FILE
-        )  # safetensors lets none but the owner read it
+        )  # safetensors makes it readable by its owner only
         part.replace(target)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -87,23 +84,23 @@ def export(folder: Path, encoder: ViT, crop: CropConfig, *, recipe: str, step: i
 
 
 def load_encoder(folder: Path) -> tuple[ViT, CropConfig]:
-    """The encoder of a folder that `export` or somebody else wrote, in float32, and the crop that makes its views.
+    """Reads an encoder that `export` or others wrote, in float32, and the crop that makes its views.
 
-    Our config.json tells the crop. Other folders tell its size, and in preprocessor_config.json, if they have one, its
-    mean, std and filter; the rest is `CropConfig`'s default. Raises `UserError` where tensors are missing, surplus, of
-    another shape or not finite, and where the model is not our `ViT`, with its fixed sine-cosine positions. Memory is
-    taken for tensors that the file has, and never for sizes that config.json alone tells.
+    Our config.json has the crop. Other folders have its size, and its mean, std and filter if they have a
+    preprocessor_config.json; the rest is `CropConfig`'s default. Raises `UserError` where tensors are missing, surplus,
+    of another shape or not finite, and where the model is not our `ViT`, with its fixed sine-cosine positions. Memory
+    is allocated for tensors that the file has, and never for sizes that only config.json claims.
     """
     check_format(folder)
     config, crop = huggingface.load_hf_config(folder)
     _check_sizes(folder / MODEL_FILE, config, crop.size)
     shapes = eqx.filter_eval_shape(ViT, config, key=jr.key(0))
-    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)  # takes no memory
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)  # uses no memory
     return _with_tensors(shapes, _read_tensors(folder / MODEL_FILE, named_tensors(zeros, crop.size))), crop
 
 
 def _tensor_names(depth: int) -> Iterator[tuple[str, list[list[str]]]]:
-    """Each array of ours by its path; and layer by layer the tensors whose outputs it holds side by side."""
+    """Yields the path of each array of ours, and for each layer the names of the tensors that it concatenates."""
     for kind in ("weight", "bias"):
         for ours, theirs in UNSTACKED_MODULES.items():
             yield f"{ours}.{kind}", [[f"{theirs}.{kind}"]]
@@ -113,7 +110,7 @@ def _tensor_names(depth: int) -> Iterator[tuple[str, list[list[str]]]]:
 
 
 def named_tensors(encoder: ViT, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """The parameters under transformers' names and in its layouts, and the positions of views of `size`.
+    """Returns the parameters by transformers' names, in its layouts, and the positions of views of `size`.
 
     A linear weight is (outputs, inputs) there; the patches' embedding is a convolution's (dim, channels, row, column).
     """
@@ -130,7 +127,7 @@ def named_tensors(encoder: ViT, size: tuple[int, int]) -> dict[str, np.ndarray]:
 
 
 def _with_tensors(encoder: ViT, tensors: dict[str, np.ndarray]) -> ViT:
-    """The encoder with these parameters: the inverse of `named_tensors`."""
+    """Returns the encoder with these parameters: the inverse of `named_tensors`."""
     kernel = tensors[f"{PATCH_EMBED_NAME}.weight"].transpose(0, 2, 3, 1)
     tensors = tensors | {f"{PATCH_EMBED_NAME}.weight": kernel.reshape(len(kernel), -1)}
     for path, layers in _tensor_names(encoder.config.depth):
@@ -141,36 +138,36 @@ def _with_tensors(encoder: ViT, tensors: dict[str, np.ndarray]) -> ViT:
 
 
 def check_format(path: Path) -> None:
-    """Raises `UserError` where weights in another format than ours are given, as a file or as a folder without ours."""
+    """Raises `UserError` for a file of weights in another format, and for a folder of such files without ours."""
     files = sorted(path.iterdir()) if path.is_dir() and not (path / MODEL_FILE).exists() else [path]
     for file in files:
         if file.is_file() and file.name.lower().endswith(UNSUPPORTED_SUFFIXES):
             raise UserError(
-                f"{file} is not read: jepax reads safetensors alone, from a folder that holds {MODEL_FILE},\n"
-                "since a pickled file runs whatever code is in it; where you trust the file, convert it with\n"
+                f"{file} is not read: jepax reads safetensors only, from a folder that contains {MODEL_FILE},\n"
+                "since a pickled file runs whatever code is in it; if you trust the file, convert it with\n"
                 "transformers: IJepaModel.from_pretrained(...).save_pretrained(FOLDER, safe_serialization=True)"
             )
 
 
 @contextlib.contextmanager
 def _open_safetensors(path: Path) -> Iterator[tuple[Any, frozenset[str]]]:
-    """The safetensors file, and the names of its tensors. Raises `UserError` where it is missing or not whole."""
+    """Opens the safetensors file, with its tensors' names. Raises `UserError` where it is missing or incomplete."""
     try:
         with path.open("rb") as file:
             if (length := int.from_bytes(file.read(8), "little")) > MAX_HEADER_BYTES:
-                raise UserError(f"{path} is no whole safetensors file: {length} bytes of header")
+                raise UserError(f"{path} is no complete safetensors file: {length} bytes of header")
         with safe_open(path, framework="numpy") as file:
             yield file, frozenset(file.keys())
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; weights are read from one safetensors file of this name") from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no whole safetensors file: {error}; fetch or export it again") from error
+        raise UserError(f"{path} is no complete safetensors file: {error}; fetch or export it again") from error
 
 
 def _check_sizes(path: Path, config: ViTConfig, size: tuple[int, int]) -> None:
     """Raises `UserError` where a size in config.json is not that of the tensors, before anything of that size is built.
 
-    The file must hold every byte of every tensor that it lists, so what passes takes no more memory than the file.
+    The file must have every byte of every tensor that it lists, so what passes uses no more memory than the file.
     """
     rows, columns = config.grid(size)
     fc1 = f"encoder.layer.{config.depth - 1}.{BLOCK_MODULES['mlp.fc1'][0]}.weight"
@@ -197,7 +194,7 @@ def _mismatch_error(path: Path, name: str, is_there: object, should_be: object) 
 
 
 def _read_tensors(path: Path, wanted: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The file's tensors in float32; their names and shapes, and the values of the positions, must be `wanted`'s."""
+    """Reads the tensors in float32; names and shapes, and the values of the positions, must be `wanted`'s."""
     with _open_safetensors(path) as (file, names):
         _check_tensors(path, file, names, wanted)
         found = {name: file.get_tensor(name) for name in wanted}

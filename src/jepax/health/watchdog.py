@@ -198,7 +198,7 @@ ADVICE = {
     "spike": "a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.clip=1.0; with method.loss=l2, smooth_l1",
     "stalled teacher": "method.momentum.precision=float32; method.momentum.start below 1, final=1 only at the end",
     "dead features": "a lower optim.peak_lr; where projections are rectified a higher method.mu; or a variance term",
-    "collapse": "method.teacher=ema with a higher method.momentum.start, or a higher weight of the regulariser",
+    "collapse": "a teacher (method ijepa) with a higher method.momentum.start, or a higher weight of the regulariser",
     "drift": "method.target_norm=layer, method.loss=smooth_l1, a higher method.momentum.start, a lower optim.peak_lr",
 }
 """What to try."""

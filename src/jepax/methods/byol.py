@@ -66,7 +66,7 @@ class BYOLConfig(MultiViewConfig, name="byol"):
 
 
 class BYOLOutputs(eqx.Module):
-    """What the networks computed of each image."""
+    """Outputs of the networks for each image, in float32."""
 
     online: Embeddings
     teacher: Float[Array, "batch views dim"]

@@ -73,7 +73,7 @@ class IJEPAConfig(ImageMethodConfig, name="ijepa"):
 
 
 class Outputs(eqx.Module):
-    """What the networks computed of each image, in float32."""
+    """Outputs of the networks for each image, in float32."""
 
     pooled: Float[Array, "batch dim"]
     """Mean over patches of the embedding that the regularizer reads."""
@@ -99,7 +99,7 @@ class IJEPA(ImageMethod):
         width = config.encoder.width
         self.encoder = ViT(config.encoder, key=key_encoder)
         self.target_encoder = init_ema(self.encoder, config.momentum.precision)
-        self.predictor = Predictor(config.predictor, width, num_outputs=predicted_layers, key=key_predictor)
+        self.predictor = Predictor(config.predictor, width, num_num_num_outputs=predicted_layers, key=key_predictor)
         self.prediction_norm = LayerNorm(width) if config.prediction_norm == "trainable" else None
         self.masks = MultiBlock(config.masks, config.encoder.grid(config.crop.size))
         self.config, self.total_steps = config, total_steps
@@ -187,7 +187,7 @@ def health_metrics(
     embedded: Float[Array, "batch patches dim"],
     masks: Masks,
 ) -> Metrics:
-    """What the watchdog reads: the fraction of `baseline` that is explained, and mean L2 norms of tokens."""
+    """Metrics for the watchdog: the fraction of `baseline` that is explained, and mean L2 norms of tokens."""
 
     def mean_norm(tokens: Float[Array, "batch blocks target dim"]) -> Float[Array, ""]:
         return masked_mean(jnp.linalg.norm(tokens, axis=-1, keepdims=True), masks.target_valid)

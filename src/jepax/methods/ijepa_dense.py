@@ -70,7 +70,7 @@ class IJEPADenseConfig(IJEPAConfig, name="ijepa_dense"):
 
 
 class DenseOutputs(eqx.Module):
-    """What the networks computed of each image, in float32; one entry per predicted layer."""
+    """Outputs of the networks for each image, in float32, by predicted layer."""
 
     pooled: Float[Array, "batch dim"]
     predictions: Float[Array, "batch layers blocks target dim"]
@@ -92,16 +92,16 @@ class IJEPADense(IJEPA):
 
         # The predictor gives the layers of a token as one row of L * D numbers.
         rows = self.predictor(z, masks, self.masks.grid, predict_context=also_context)  # (B, M, K + T, L * D)
-        rows = jnp.moveaxis(rows.reshape(*rows.shape[:3], len(wanted), -1), 3, 1)  # (B, L, M, K + T, D)
-        predictions = self.normalize_predictions(rows)
-        split = predictions.shape[3] - masks.targets.shape[2]
+        rows = jnp.moveaxis(rows.reshape(*rows.shape[:3], len(wanted), -1), 3, 0)  # (L, B, M, K + T, D)
+        rows = jnp.moveaxis(self.normalize_predictions(rows), 0, 1)  # (B, L, M, K + T, D)
+        split = rows.shape[3] - masks.targets.shape[2]
 
         # Of the target encoder's last layers, those that are predicted.
         h = self.target_encoder.average.intermediate_layers(x, depth - min(wanted) + 1)
-        h = h[jnp.array([layer - min(wanted) for layer in wanted])]  # (L, B, N, D)
-        embedded = self.normalize_targets(lax.stop_gradient(jnp.moveaxis(h, 0, 1)))
-        on_context = predictions[..., :split, :] if also_context else None
-        return DenseOutputs(pool(z), predictions[..., split:, :], on_context, embedded, masks)
+        h = lax.stop_gradient(h[jnp.array([layer - min(wanted) for layer in wanted])])  # (L, B, N, D)
+        embedded = jnp.moveaxis(self.normalize_targets(h), 0, 1)  # (B, L, N, D)
+        on_context = rows[..., :split, :] if also_context else None
+        return DenseOutputs(pool(z), rows[..., split:, :], on_context, embedded, masks)
 
     def objective(self, outputs: DenseOutputs, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
         predictions, embedded = (jnp.moveaxis(x, 1, 0) for x in (outputs.predictions, outputs.embedded))  # L first

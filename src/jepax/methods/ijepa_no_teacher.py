@@ -32,7 +32,7 @@ class IJEPANoTeacherConfig(IJEPAConfig, name="ijepa_no_teacher"):
     stop_gradient: bool = True
     """The targets are constants to the gradient; False lets it flow into them."""
     regularize_on: Literal["context", "targets"] = "context"
-    """Whose mean over patches the regularizer reads; targets needs stop_gradient=False."""
+    """The regularizer reads the mean over patches of the context or, with stop_gradient=False, of the targets."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

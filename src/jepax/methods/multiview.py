@@ -1,4 +1,4 @@
-"""What methods that compare views of an image share: draw, forward, and what their objectives ask of projections.
+"""The common part of methods that compare views of an image: draw, forward, and terms of their objectives.
 
     x_v = view v of an image: a crop with its own color changes      draw
     y_v = mean over patches of f(x_v)                                forward

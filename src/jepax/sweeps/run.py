@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import equinox as eqx
 import jax
 
 from jepax.commands import evaluation
@@ -18,7 +17,7 @@ from jepax.training import config as train_config
 from jepax.training import loop as training
 from jepax.training import monitor
 from jepax.training.config import Config
-from jepax.training.step import first_state
+from jepax.training.setup import make_setup
 from jepax.types import UserError
 from jepax.viz import figures
 from jepax.viz.grid import plot_sweep
@@ -90,8 +89,7 @@ def check_sweep(plan: SweepPlan) -> None:
                     f"eval.protocols={config.eval.protocols} must hold linear and knn: the table shows both"
                 )
             train_config.check_eval_splits(config.data)
-            _, optimizer = train_config.setup_data_and_optimizer(config)
-            eqx.filter_eval_shape(first_state, config.method, optimizer, jax.random.key(0))
+            make_setup(config).abstract_state()
 
 
 def check_same_settings(each: SweepJob) -> None:

@@ -17,7 +17,7 @@ ViewGroup = Float[Array, "batch _views _height _width channels"]
 
 @dataclass(frozen=True)
 class MultiCropConfig:
-    """How many views of which kinds; global and local ones may differ in size."""
+    """Counts, crops and color changes of the views; global and local ones may differ in size."""
 
     globals: int = 2
     """Global views of each image."""

@@ -1,57 +1,39 @@
 """A sheet of training images as the networks see them: the view, the context's patches, and each target block."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
-import equinox as eqx
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Bool, Float, Int
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from jepax.masking import MultiBlock
-from jepax.types import ImageBatch, Masks
-from jepax.views import CropConfig, denormalize
+from jepax.views import CropConfig, MaskedViews, denormalize
 
 HIDDEN_PATCH_COLOR = (0.78, 0.81, 0.86)
-"""Stands where a patch is not seen: a bluish grey, which no grey picture holds."""
-TARGET_COLORS = ("#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
-"""Outlines of target blocks, in their order, then from the first again; safe for the colour-blind (Okabe, Ito)."""
+"""Color of a patch that is not seen: a bluish gray, which no gray image contains."""
+COLORS = ("#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
+"""Outlines of target blocks, in their order, then from the first again; safe for the color-blind (Okabe, Ito)."""
 CELL_INCHES, DPI = 1.6, 120
-"""Width of one picture on the sheet in inches, and pixels per inch."""
-
-
-@runtime_checkable
-class Masked(Protocol):
-    """Settings of a method that masks, as `methods.IJEPAConfig` has them."""
-
-    crop: CropConfig
-
-    def sampler(self) -> MultiBlock:
-        """The sampler of masks."""
-
-    def views_and_masks(self, images: ImageBatch, sampler: MultiBlock, *, key: PRNGKeyArray) -> tuple[Array, Masks]:
-        """The training step's own draw."""
+"""Width of one image on the sheet in inches, and pixels per inch."""
 
 
 class MaskedExamples(NamedTuple):
-    """Pictures, and which of their patches each network sees."""
+    """Images, and which of their patches each network sees."""
 
     pixels: Float[np.ndarray, "batch height width 3"]
-    """Values in [0, 1]; grey is repeated."""
+    """Values in [0, 1]; gray is repeated."""
     context: Bool[np.ndarray, "batch rows columns"]
     targets: Bool[np.ndarray, "batch blocks rows columns"]
 
 
-def make_masked_examples(method: Masked, images: ImageBatch, key: PRNGKeyArray) -> MaskedExamples:
-    """What a training step with this key makes of the images; no network is built."""
-    sampler = method.sampler()
-    view, masks = eqx.filter_jit(method.views_and_masks)(images, sampler, key=key)
-    pixels = np.asarray(denormalize(view, method.crop))
-    context = np.stack([_patch_mask(indices, sampler.grid) for indices in np.asarray(masks.context)])
+def masked_examples(views: MaskedViews, grid: tuple[int, int], crop: CropConfig) -> MaskedExamples:
+    """Convert views and masks, as drawn, to pixel values and marked patches of the grid."""
+    pixels, masks = np.asarray(denormalize(views.image, crop)), views.masks
+    context = np.stack([_patch_mask(indices, grid) for indices in np.asarray(masks.context)])
     targets, valid = np.asarray(masks.targets), np.asarray(masks.target_valid)
     blocks = [
-        [_patch_mask(block[real], sampler.grid) for block, real in zip(*image, strict=True)]
+        [_patch_mask(block[real], grid) for block, real in zip(*image, strict=True)]
         for image in zip(targets, valid, strict=True)
     ]
     return MaskedExamples(np.broadcast_to(pixels, (*pixels.shape[:3], 3)), context, np.asarray(blocks))
@@ -60,7 +42,7 @@ def make_masked_examples(method: Masked, images: ImageBatch, key: PRNGKeyArray) 
 def blank_hidden_patches(
     pixels: Float[np.ndarray, "height width 3"], patches: Bool[np.ndarray, "rows columns"]
 ) -> Float[np.ndarray, "height width 3"]:
-    """The picture with `BLANK` in place of every patch that is not marked."""
+    """The image with `BLANK` in place of every patch that is not marked."""
     patch = tuple(side // count for side, count in zip(pixels.shape, patches.shape, strict=False))
     shown = np.kron(patches, np.ones(patch, bool))
     return np.where(shown[:, :, None], pixels, np.float32(HIDDEN_PATCH_COLOR))
@@ -89,10 +71,10 @@ def _draw_row(
     _draw_cell(axes[0], pixels, np.ones_like(context), f"view: {height} \u00d7 {width} px")
     _draw_cell(axes[1], pixels, context, f"context: {context.sum()} of {context.size} patches")
     for number, target in enumerate(targets):
-        colour = TARGET_COLORS[number % len(TARGET_COLORS)]
+        color = COLORS[number % len(COLORS)]
         _draw_cell(axes[number + 2], pixels, target, f"target {number + 1}: {target.sum()} patches")
         for cell in (axes[0], axes[number + 2]):
-            _draw_outline(cell, target, pixels.shape, colour)
+            _draw_outline(cell, target, pixels.shape, color)
 
 
 def _draw_cell(
@@ -105,14 +87,14 @@ def _draw_cell(
     axes.set_axis_off()
 
 
-def _draw_outline(axes: Axes, patches: Bool[np.ndarray, "rows columns"], shape: tuple[int, ...], colour: str) -> None:
-    """The border of the marked patches, whatever their form, over a white one that parts it from the picture."""
+def _draw_outline(axes: Axes, patches: Bool[np.ndarray, "rows columns"], shape: tuple[int, ...], color: str) -> None:
+    """The border of the marked patches, whatever their form, over a white one that separates it from the image."""
     scale = np.array([shape[1] / patches.shape[1], shape[0] / patches.shape[0]])
-    for line_width, line_colour in ((3.2, "white"), (1.8, colour)):
+    for line_width, line_color in ((3.2, "white"), (1.8, color)):
         segments = LineCollection(
             _patch_borders(patches) * scale,
             linewidths=line_width,
-            colors=line_colour,
+            colors=line_color,
             capstyle="projecting",
             clip_on=False,
         )

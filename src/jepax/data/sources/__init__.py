@@ -71,7 +71,7 @@ class Source(abc.ABC):
         return [(row + 1 + place) % len(self) for place in range(min(MAX_REPLACEMENTS, len(self) - 1))]
 
     def load_batch(
-        self, rows: Int[np.ndarray, " batch"], index: Int32[np.ndarray, " batch"] | None = None
+        self, rows: Int[np.ndarray, " batch"], index: Int[np.ndarray, " batch"] | None = None
     ) -> tuple[Batch, Bool[np.ndarray, " batch"]]:
         """Reads a batch, and marks the corrupt examples, which are replaced. `index`: `rows`, if not given."""
         replaced = np.zeros(len(rows), bool)
@@ -152,7 +152,7 @@ class ArraySource(ImageSource):
         return ImageExample(self.images[row], self.labels[row])
 
     def load_batch(
-        self, rows: Int[np.ndarray, " batch"], index: Int32[np.ndarray, " batch"] | None = None
+        self, rows: Int[np.ndarray, " batch"], index: Int[np.ndarray, " batch"] | None = None
     ) -> tuple[ImageBatch, Bool[np.ndarray, " batch"]]:
         """Reads all images by one indexing, as none can be corrupt."""
         size = np.broadcast_to(np.int32(self.canvas_shape[:2]), (len(rows), 2)).copy()
@@ -180,7 +180,7 @@ class Subset(ImageSource):
         return self.source.load(int(self.rows[row]))
 
     def load_batch(
-        self, rows: Int[np.ndarray, " batch"], index: Int32[np.ndarray, " batch"] | None = None
+        self, rows: Int[np.ndarray, " batch"], index: Int[np.ndarray, " batch"] | None = None
     ) -> tuple[ImageBatch, Bool[np.ndarray, " batch"]]:
         """Replaces corrupt images by rows of the other source, whether they are in this one or not."""
         return self.source.load_batch(self.rows[rows], rows if index is None else index)
