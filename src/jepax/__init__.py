@@ -8,7 +8,8 @@
                     ImageMethod and ImageMethodConfig: those whose encoder can be evaluated, drawn and exported
     ImageBatch      a batch of images, as methods read it
     IJEPAConfig, IJEPADenseConfig, IJEPANoTeacherConfig, LeJEPAConfig, KerJEPAConfig, RectifiedLpJEPAConfig,
-    VICRegConfig, VISRegConfig, BYOLConfig      the methods, by their settings: `IJEPAConfig().build(total_steps=1000, key=key)`
+    VICRegConfig, VISRegConfig, BYOLConfig
+                    the methods, by their settings: `IJEPAConfig().build(total_steps=1000, key=key)`
 
 `import jepax` loads nothing else: each name is imported when it is first used. To read the code, start at
 `training/step.py` and `methods/ijepa.py`.
