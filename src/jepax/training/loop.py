@@ -42,8 +42,9 @@ def train(
 ) -> TrainState:
     """Train in the folder `run_dir`, or resume there, bit for bit as if nothing had interrupted the run.
 
-    `source` replaces the data that the config names. `allow_changes` names settings, or groups of them, in which the
-    config may differ from the folder's; "data" allows other data. SIGTERM and SIGINT stop it after a step, saved: then
+    `source` replaces the training data that the config names; its batches may be any pytree that the method reads.
+    `allow_changes` names settings, or groups of them, in which the config may differ from the folder's; "data" allows
+    other data. SIGTERM and SIGINT stop it after a step, saved: then
     it raises `Preempted`. Raises `UserError` if another process uses the folder, if it contains another run, if no
     checkpoint in it is valid, if a checkpoint cannot be written, and if training diverges.
     """

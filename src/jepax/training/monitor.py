@@ -19,7 +19,7 @@ from jepax.health.metrics import collapse_metrics
 from jepax.io.events import Events
 from jepax.io.logger import MetricValues, to_json_value
 from jepax.methods import Method
-from jepax.training.config import Config
+from jepax.training.config import Config, can_evaluate_online
 from jepax.training.grad_guard import Action, was_applied
 from jepax.trees import global_norm, trainable
 from jepax.types import Metrics, UserError
@@ -179,8 +179,11 @@ class OnlineScores:
 
 
 def make_online_eval(config: Config, train: Source, steps: int) -> OnlineEval | None:
-    """Make the evaluation during training; None if it is never due. It does not open the test split."""
-    if not 0 < config.eval.online.every <= steps:
+    """Make the evaluation during training; None if it is never due, or if the run is not on labeled images.
+
+    It does not open the test split.
+    """
+    if not can_evaluate_online(config, train) or config.eval.online.every > steps:
         return None
     reading = {"threads": config.data.threads, "workers": config.data.workers}
     validation = open_source(config.data, "validation")
