@@ -79,11 +79,15 @@ def loss_and_grads(
     plan = context.plan
 
     def loss_of(params: Method) -> tuple[Array, Metrics]:
+        # Parameters in the compute dtype; sharded ones are gathered on every device.
         method = gather_params(cast(eqx.combine(params, frozen), context.compute_dtype), plan)
+
+        # draw -> forward -> objective; only `forward` runs in micro-batches.
         views = method.draw(batch, example_keys(key, batch.index))
         forward = microbatched(type(method).forward, plan.num_microbatches if plan else 1)
         return method.objective(forward(method, views), key=objective_key(key))
 
+    # Gradients are float32, as the parameters are.
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     return loss, metrics, grads
 
@@ -112,13 +116,16 @@ def jit_train_step(
     costs a third of the host's time per step.
     """
     state, metrics = train_step(state, batch, base_key, context)
+
+    # The new state is placed as the old one was.
     return context.plan.constrain(state) if context.plan else state, metrics
 
 
 def run_train_step(
     state: TrainState, batch: Any, base_key: PRNGKeyArray, context: TrainContext
 ) -> tuple[TrainState, Metrics]:
-    """Call `jit_train_step`. A CPU first finishes the step before, or both hold their temporary memory at once."""
+    """Call `jit_train_step`; an accelerator returns before it has finished."""
+    # A CPU first finishes the step before: otherwise both need their temporary memory at the same time.
     if jax.default_backend() == "cpu":
         jax.block_until_ready(state)
     return jit_train_step(state, batch, base_key, context)
@@ -129,10 +136,13 @@ def init_train_state(method: Method, optimizer: Optimizer) -> TrainState:
 
     Raises `TypeError` if a leaf of the method is neither an array nor a static field.
     """
+    # A compiled program takes arrays only, and a checkpoint stores arrays only.
     for path, leaf in jax.tree_util.tree_leaves_with_path(method):
         if not hasattr(leaf, "dtype"):
             where = jax.tree_util.keystr(path)
             raise TypeError(f"{type(method).__name__}{where} is {leaf!r}, not an array: use eqx.field(static=True)")
+
+    # Everything but what lies beneath an EMA is trained.
     params = eqx.filter(method, trainable(method))
     return TrainState(method, optimizer.init(params), jnp.int32(0), GradGuardState.new())
 
