@@ -62,13 +62,13 @@ def disturb() -> None:
     die = int(os.environ.get("JEPAX_TEST_DIE_AT", -1))
     real = training.run_train_step
 
-    def step(inputs: tuple, images: object, state: object) -> tuple:
+    def step(state: object, *rest: object) -> tuple:
         number = int(state.step)
         if number == leave and jax.process_index() == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         if number == die and jax.process_index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(inputs, images, state)
+        return real(state, *rest)
 
     training.run_train_step = step
 
@@ -94,14 +94,14 @@ def full_disk() -> tuple[()]:
     def full(folder: Path) -> None:
         raise OSError(28, "No space left on device", str(folder))
 
-    return spoilt(checksums, "sums", 0, full)
+    return spoilt(checksums, "compute_checksums", 0, full)
 
 
 def slow_disk() -> tuple[()]:
     """Process 0 takes longer to finish a checkpoint."""
     from jepax.io import checksums
 
-    return spoilt(checksums, "sums", 0, lambda folder: time.sleep(4))
+    return spoilt(checksums, "compute_checksums", 0, lambda folder: time.sleep(4))
 
 
 def not_finite() -> tuple[()]:
@@ -109,11 +109,11 @@ def not_finite() -> tuple[()]:
     from jepax.io import config_yaml as configs
     from jepax.training import monitor
 
-    def took(self: monitor.Monitor, step: int, metrics: object, images: monitor.ImageBatch) -> None:
-        raise monitor.NonFiniteError(step, images, {"loss": "nan", "grad_norm": "nan"})
+    def push(self: monitor.StepInspector, step: int, metrics: object, batch: object) -> None:
+        raise monitor.NonFiniteError(step, batch, {"loss": "nan", "grad_norm": "nan"})
 
-    monitor.Monitor.took = took
-    return spoilt(configs, "dump", 0, lambda config, path: "dumps" in path.parts and time.sleep(4))
+    monitor.StepInspector.push = push
+    return spoilt(configs, "save", 0, lambda config, path: "dumps" in path.parts and time.sleep(4))
 
 
 def other_pictures() -> tuple[()]:

@@ -1,13 +1,16 @@
-"""I-JEPA whose loss, activations or gradient are spoilt at steps of our choice: what the guard is there for."""
+"""I-JEPA whose loss, activations or gradient are spoilt at steps of our choice: a case for the guard."""
 
 from dataclasses import dataclass, fields, replace
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from jepax.methods.ijepa import IJEPA, IJEPAConfig
+from jepax.methods.ijepa import IJEPA, IJEPAConfig, Outputs
+from jepax.training.config import Config
+from jepax.types import ImageBatch, Metrics
+from jepax.views import MaskedViews
 
 
 @dataclass(frozen=True)
@@ -27,36 +30,39 @@ class SpoiltConfig(IJEPAConfig, name="spoilt_ijepa"):
         return Spoilt(self, total_steps=total_steps, key=key)
 
 
+class Numbered(eqx.Module):
+    """Views or outputs of examples, and the number of the batch that each example belongs to."""
+
+    content: MaskedViews | Outputs
+    batch: Int[Array, "batch"]
+
+
 class Spoilt(IJEPA):
-    """See `SpoiltConfig`. Views and outputs carry the index of each example, which says what batch it is of."""
+    """See `SpoiltConfig`."""
 
-    def draw(self, batch, keys):
-        return super().draw(batch, keys), batch.index
+    def draw(self, batch: ImageBatch, keys: Key[Array, "batch"]) -> Numbered:
+        return Numbered(IJEPA.draw(self, batch, keys), jnp.asarray(batch.index) // self.config.batch_size)
 
-    def forward(self, views):
-        views, index = views
-        config = self.config
-        bias = self.encoder.embed.bias * times(index, config, config.nan_activations, jnp.nan)
-        gradient = times(index, config, config.inf_gradient, jnp.inf) * times(
-            index, config, config.nan_gradient, jnp.nan
-        )
-        gradient *= times(index, config, config.large_gradient, 1000.0)
+    def forward(self, views: Numbered) -> Numbered:
+        config, batch = self.config, views.batch[0]
+        bias = self.encoder.embed.bias * factor(batch, config.nan_activations, jnp.nan)
+        gradient = factor(batch, config.inf_gradient, jnp.inf) * factor(batch, config.nan_gradient, jnp.nan)
+        gradient *= factor(batch, config.large_gradient, 1000.0)
         encoder = eqx.tree_at(lambda e: e.embed.bias, self.encoder, bias)
         encoder = jax.tree.map(lambda x: backward_times(x, gradient) if eqx.is_inexact_array(x) else x, encoder)
-        return IJEPA.forward(eqx.tree_at(lambda m: m.encoder, self, encoder), views), index
+        method = eqx.tree_at(lambda m: m.encoder, self, encoder)
+        return Numbered(IJEPA.forward(method, views.content), views.batch)
 
-    def objective(self, outputs, *, key):
-        outputs, index = outputs
-        loss, metrics = super().objective(outputs, key=key)
-        nan = times(index, self.config, self.config.nan_activations, jnp.nan)
-        metrics["embeddings"] *= nan  # a teacher of our own would not have them
-        return loss * times(index, self.config, self.config.inf_loss, jnp.inf), metrics
+    def objective(self, outputs: Numbered, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
+        config, batch = self.config, outputs.batch[0]
+        loss, metrics = IJEPA.objective(self, outputs.content, key=key)
+        metrics["embeddings"] *= factor(batch, config.nan_activations, jnp.nan)  # the teacher's would not have them
+        return loss * factor(batch, config.inf_loss, jnp.inf), metrics
 
 
-def times(index: Array, config: SpoiltConfig, batches: tuple[int, ...], factor: float) -> Float[Array, ""]:
-    """The factor in these batches, else 1."""
-    batch = index[0] // config.batch_size
-    return jnp.where(jnp.isin(batch, jnp.array(batches or (-1,))), jnp.float32(factor), jnp.float32(1))
+def factor(batch: Int[Array, ""], batches: tuple[int, ...], value: float) -> Float[Array, ""]:
+    """`value` in these batches, 1 in the others."""
+    return jnp.where(jnp.isin(batch, jnp.array(batches or (-1,))), jnp.float32(value), jnp.float32(1))
 
 
 @jax.custom_vjp

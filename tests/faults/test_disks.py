@@ -75,7 +75,7 @@ MOMENTS = {
     "data.json": (atomic, "atomic_write", lambda path, text: path.name == "data.json"),
     "metrics.jsonl": (Log, "write", lambda log, step, values: step == 2),
     "health.json": (atomic, "atomic_write", lambda path, text: path.name == "health.json"),
-    "events.jsonl": (atomic, "append", lambda path, text: path.name == "events.jsonl"),
+    "events.jsonl": (atomic, "append_text", lambda path, text: path.name == "events.jsonl"),
     "lock": (atomic, "with_path_in_error", lambda path: path.name == "lock"),
 }
 
@@ -119,7 +119,7 @@ def test_a_line_that_did_not_fit_is_left_out_by_the_next_command(disk, whole, tm
     path = run / "events.jsonl"
     room = 4096 - 20 - path.stat().st_size  # but for 20 bytes of the page that its end lies on
     happened.append_jsonl(path, {"event": "filling", "step": 0, "x": "x" * (room - 42)})
-    fills(disk, monkeypatch, atomic, "append", lambda path, text: True)
+    fills(disk, monkeypatch, atomic, "append_text", lambda path, text: True)
     assert f"No space left on device: {path}" in refused(
         capsys, "train", limits.written(tiny(), tmp_path), "--run-dir", run
     )

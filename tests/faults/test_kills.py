@@ -142,7 +142,8 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(command, reference, tmp_pa
         reached(command)
         command.process.send_signal(number)
         command.ends(preemption.EXIT_RETRY)
-        saved = re.search(rf"asked to end: step (\d+) of {STEPS} is saved; the same command goes on", command.said())
+        message = rf"stopped on request after step (\d+) of {STEPS}; rerun the same command to resume"
+        saved = re.search(message, command.said())
         assert saved, (moment, command.said())
         assert command.newest() == int(saved[1]), moment
         assert (command.newest() == 1) == (moment == "compilation")

@@ -109,7 +109,7 @@ def test_a_model_that_does_not_fit_is_an_error_also_for_who_insists(whole, tmp_p
     before = contents(run)
     words = ["--method.predictor.depth", "1", "--allow-config-change", "method.predictor"]
     said = refused(capsys, "train", wanted, "--run-dir", run, *words)
-    assert "holds another model than this config builds" in said and "method.predictor" in said
+    assert "is of another model than this config builds" in said and "method.predictor" in said
     assert contents(run) == before
 
 

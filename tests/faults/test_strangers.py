@@ -250,7 +250,7 @@ def test_sizes_that_the_tensors_do_not_have_take_no_memory_and_no_time(folder):
     script = """
         import resource, sys
         from pathlib import Path
-        from jepax import weights
+        from jepax.export import weights
         from jepax.types import UserError
         weights.load_encoder(Path(sys.argv[1]) / "encoder")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

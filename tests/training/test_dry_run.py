@@ -1,4 +1,4 @@
-"""What a dry run tells: arithmetic counted off jaxprs, memory, and that nothing is written."""
+"""A dry run: FLOPs counted from jaxprs, memory, one step, and no file written."""
 
 import dataclasses
 import math
@@ -11,9 +11,11 @@ import pytest
 from jepax import flops
 from jepax.data import DataConfig
 from jepax.distributed.sharding import ShardingConfig
+from jepax.methods.ijepa_no_teacher import IJEPANoTeacherConfig
+from jepax.methods.regularizer import RegularizerConfig
 from jepax.recipes import RECIPES
 from jepax.training import dry_run
-from jepax.training.step import first_state
+from jepax.training.setup import make_setup
 from jepax.types import UserError
 from tests.contracts.shrink import shrunk
 
@@ -68,138 +70,162 @@ def small(**data):
     return dataclasses.replace(config, data=DataConfig(**data), train=train, method=method)
 
 
-def test_a_dry_run_tells_everything_and_writes_nothing(tmp_path, monkeypatch):
+@pytest.fixture
+def steps(monkeypatch):
+    """Batch sizes of the steps that are run: none really is; `test_cli` runs one."""
+    sizes = []
+
+    def run(state, batch, base_key, context):
+        sizes.append(len(batch.index))
+        return state, {"loss": jnp.float32(0.5), "grad_norm": jnp.float32(1.0)}
+
+    monkeypatch.setattr(dry_run, "run_train_step", run)
+    return sizes
+
+
+def test_a_dry_run_prints_everything_and_writes_nothing(tmp_path, monkeypatch, steps):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dry_run, "run_first_step", lambda plan, batch: "loss 0.5")  # a real one: in test_cli
     lines = []
     dry_run.dry_run(small(), lines.append)
-    told = "\n".join(lines)
+    text = "\n".join(lines)
     for word in (
         "recipe: ijepa_fashion_mnist",
         "target_encoder",
         "(not trained)",
-        "trained in all",
-        "tokens per image",
-        "GFLOP per image",
-        "over the unpadded step",
-        "optimiser state",
-        "one step of 16 images ...",
-        "loss ",
+        "trained in total",
+        "GFLOP per example",
+        "draw: views and masks",
+        "forward: networks",
+        "backward",
+        "optimizer state",
+        "one step of 16 examples ...",
+        "loss 0.5",
     ):
-        assert word in told, told
-    assert os.listdir(tmp_path) == []
+        assert word in text, text
+    assert steps == [16] and os.listdir(tmp_path) == []
 
 
-def test_published_settings_cost_under_five_percent_more_than_unpadded():
-    plan = dry_run.make_setup(RECIPES["ijepa_vitb16_in1k"](), lambda line: None)
-    step = dry_run.step_flops(plan)
-    assert step == pytest.approx(84e9, rel=0.02)
-    assert 1.0 <= step / dry_run.unpadded_flops(plan, step) < 1.05
-    parts = dry_run.part_flops(plan, step)
-    assert 0 < parts["views and regularisers"] < 0.03 * step
-    assert parts["optimiser, shared by the batch"] == 0
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_a_first_step_that_is_not_finite_is_an_error(name, monkeypatch):
+    values = {"loss": jnp.float32(1), "grad_norm": jnp.float32(1)} | {name: jnp.float32(jnp.nan)}
+    monkeypatch.setattr(dry_run, "run_train_step", lambda state, *_: (state, values))
+    with pytest.raises(UserError, match=r"first step's loss is .* and its gradient norm"):
+        dry_run.run_one_step(make_setup(small()), lambda line: None)
 
 
-def test_a_dry_run_of_a_method_that_compares_views(monkeypatch):
-    monkeypatch.setattr(dry_run, "run_first_step", lambda plan, batch: "loss 0.5")
+def test_published_settings_cost_what_their_networks_do():
+    """ViT-B/16 on 224 x 224: the teacher on all patches, the context encoder and the predictor forward and back."""
+    flops = dry_run.flops_by_verb(make_dry_setup(RECIPES["ijepa_vitb16_in1k"]()))
+    step = flops.pop("step")
+    assert step == pytest.approx(84e9, rel=0.02) and sum(flops.values()) == pytest.approx(step)
+    assert flops["forward: networks"] > 0.4 * step and flops["backward"] > 0.3 * step
+    assert 0 < flops["draw: views and masks"] + flops["objective: loss over the batch"] < 0.03 * step
+    assert flops["optimizer"] == 0
+
+
+def make_dry_setup(config):
+    return dry_run.make_dry_setup(config, lambda line: None)
+
+
+def test_a_dry_run_of_a_method_that_compares_views(steps):
     lines = []
     dry_run.dry_run(shrunk("byol_fashion_mnist"), lines.append)
-    told = "\n".join(lines)
-    for word in ("name: byol", "target ", "(not trained)", "2 global views of 36", "encoder, global views", "in all"):
-        assert word in told, told
-    assert "local views of" not in told and "unpadded" not in told
+    text = "\n".join(lines)
+    for word in ("name: byol", "target ", "(not trained)", "forward: networks", "trained in total"):
+        assert word in text, text
 
 
-def test_the_parts_of_a_method_that_compares_views():
-    """ViT-L/14: local views of 49 tokens, six of them, beside two global ones of 256."""
-    plan = dry_run.make_setup(RECIPES["lejepa_vitl14_in1k"](), lambda line: None)
-    step = dry_run.step_flops(plan)
-    parts = dry_run.part_flops(plan, step)
-    assert sum(parts.values()) == pytest.approx(step)
-    large, small = parts["encoder, global views, both passes"], parts["encoder, local views, both passes"]
-    assert small / large == pytest.approx(6 * 49 / (2 * 256), rel=0.05)  # attention is a small part of the products
-    assert 0 < parts["views, heads, teacher and objective"] < 0.01 * step
-    lines = []
-    dry_run.print_flops(plan, lines.append)
-    assert "tokens per image: 2 global views of 256, 6 local views of 49" in "\n".join(lines)
+def test_the_flops_of_a_method_that_compares_views():
+    """ViT-L/14: the networks' forward pass is a third of a step without a teacher."""
+    flops = dry_run.flops_by_verb(make_dry_setup(RECIPES["lejepa_vitl14_in1k"]()))
+    step = flops.pop("step")
+    assert sum(flops.values()) == pytest.approx(step)
+    assert flops["forward: networks"] == pytest.approx(step / 3, rel=0.02)
+    assert flops["backward"] == pytest.approx(2 * step / 3, rel=0.02)
+    assert 0 < flops["draw: views and masks"] + flops["objective: loss over the batch"] < 0.01 * step
 
 
-@pytest.mark.parametrize(("settings", "share"), [({}, 0.0), ({"teacher": "shared"}, 0.2)])
-def test_a_shared_encoders_backward_pass_is_counted_as_the_targets(settings, share):
+@pytest.mark.parametrize(("stop_gradient", "ratio"), [(True, 1.0), (False, 1.2)])
+def test_a_shared_encoders_backward_pass_is_counted(stop_gradient, ratio):
+    """Where gradients reach the targets, their pass over all patches is run backward too."""
     config = small()
-    config = dataclasses.replace(config, method=dataclasses.replace(config.method, **settings))
-    plan = dry_run.make_setup(config, lambda line: None)
-    step = dry_run.step_flops(plan)
-    parts = dry_run.part_flops(plan, step)
-    backward = parts.get("target encoder, forward and backward", 0.0)
-    assert backward >= share * step and sum(parts.values()) == pytest.approx(step)
-    assert 0 <= parts["views and regularisers"] < 0.5 * step
+    fields = {field.name: getattr(config.method, field.name) for field in dataclasses.fields(config.method)}
+    fields = {name: value for name, value in fields.items() if name != "momentum"}
+    fields["regulariser"] = RegularizerConfig(kind="vicreg")
+    method = IJEPANoTeacherConfig(**fields, stop_gradient=stop_gradient)
+    usual, other = (
+        dry_run.flops_by_verb(make_setup(dataclasses.replace(config, method=m))) for m in (config.method, method)
+    )
+    assert other["forward: networks"] == pytest.approx(usual["forward: networks"], rel=0.02)
+    assert other["backward"] >= ratio * usual["backward"]
+    assert ratio > 1 or other["backward"] == pytest.approx(usual["backward"], rel=0.05)
 
 
-def test_the_optimisers_arithmetic_is_shared_by_the_batch():
+def test_the_optimizers_flops_are_shared_by_the_batch():
     """Five iterations of three products for each of the blocks' matrices, the smaller side first."""
     config = small()
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, matrices="muon"))
-    plan = dry_run.make_setup(config, lambda line: None)
     expected = 0
     for module in (config.method.encoder, config.method.predictor):
         width, hidden = module.width, round(module.width * module.mlp_ratio)
         for small_side, large_side in ((width, 3 * width), (width, width), (width, hidden), (width, hidden)):
             expected += module.depth * 5 * (4 * small_side**2 * large_side + 2 * small_side**3)
-    assert dry_run.optimizer_flops(plan) == pytest.approx(expected / config.train.batch_size)
-    parts = dry_run.part_flops(plan, dry_run.step_flops(plan))
-    encoder = parts["context encoder, forward and backward"]
-    assert 0 < parts["views and regularisers"] < encoder
+    flops = dry_run.flops_by_verb(make_setup(config))
+    assert flops["optimizer"] == pytest.approx(expected / config.train.batch_size)
 
 
-def test_a_model_too_large_is_traced_and_not_run(monkeypatch):
-    monkeypatch.setattr(dry_run, "free_memory_bytes", lambda: 1e6)
-    monkeypatch.setattr(dry_run, "run_first_step", lambda *_: pytest.fail("it ran"))
+def sizes_of(monkeypatch, fixed, per_example, free):
+    """Bytes of the state, of each example, and that are free, as given."""
+    monkeypatch.setattr(dry_run, "fixed_bytes", lambda *_: {"all": fixed})
+    monkeypatch.setattr(dry_run, "bytes_per_example", lambda *_: per_example)
+    monkeypatch.setattr(dry_run, "free_memory_bytes", lambda: free)
+
+
+def test_a_model_too_large_is_not_run(monkeypatch, steps):
+    sizes_of(monkeypatch, 2_000_000, 1000, 1e6)
     lines = []
-    dry_run.run_one_step(dry_run.make_setup(small(), lines.append), 2e6, 1e3, lines.append)
-    assert "traced" in lines[-1]
+    dry_run.run_one_step(make_setup(small()), lines.append)
+    assert "not run" in lines[-1] and steps == []
 
 
-def test_the_step_shrinks_to_the_memory(monkeypatch):
-    devices, lines = jax.device_count(), []
-    monkeypatch.setattr(dry_run, "free_memory_bytes", lambda: 2 * (1000 + 1.5 * 10))
-    monkeypatch.setattr(dry_run, "run_first_step", lambda plan, batch: f"took {batch}")
-    dry_run.run_one_step(dry_run.make_setup(small(), lines.append), 1000.0, 10.0, lines.append)
-    assert lines[-1] == f"took {devices}" and "not 16" in lines[-2]
+def test_the_step_shrinks_to_the_memory(monkeypatch, steps):
+    sizes_of(monkeypatch, 1000, 10, 2 * (1000 + 1.5 * 10))
+    lines = []
+    dry_run.run_one_step(make_setup(small()), lines.append)
+    assert steps == [jax.device_count()] and "not 16" in lines[-2]
 
 
-def test_pictures_stand_in_for_a_folder_not_given():
+def test_generated_images_replace_a_folder_that_is_not_given():
     lines = []
     config = small(source="image_folder", canvas=28)
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_epochs=0.0))
-    plan = dry_run.make_setup(config, lines.append)
-    assert "stand in" in lines[0] and len(plan.source) > 1_000_000
+    setup = dry_run.make_dry_setup(config, lines.append)
+    assert "generated images replace it" in lines[0] and len(setup.source) > 1_000_000
     with pytest.raises(UserError, match=r"data\.root=/nowhere"):
-        dry_run.make_setup(small(source="image_folder", root="/nowhere"), lines.append)
+        dry_run.make_dry_setup(small(source="image_folder", root="/nowhere"), lines.append)
 
 
 def test_memory_of_the_state_is_exact():
-    plan = dry_run.make_setup(small(), lambda line: None)
-    config = plan.config
-    state = first_state(config.method, plan.optimizer, jax.random.key(0))
-    assert flops.tree_bytes(plan.state.method) == sum(x.nbytes for x in jax.tree.leaves(state.method))
-    assert flops.tree_bytes(plan.state.opt_state) == sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
+    setup = make_setup(small())
+    abstract, state = setup.abstract_state(), setup.init_state()
+    assert flops.tree_bytes(abstract.method) == sum(x.nbytes for x in jax.tree.leaves(state.method))
+    assert flops.tree_bytes(abstract.opt_state) == sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
 
 
-def test_what_the_other_layout_would_take_is_told():
-    """As a plan of that layout tells it: a CPU's devices share one memory, so that `auto` leaves everything whole."""
+def test_the_memory_of_the_other_plan_is_printed():
+    """As under that plan itself: a CPU's devices share one memory, so that `auto` replicates everything."""
 
-    def told(parameters):
-        config = small()  # but as wide as the recipe is: narrower arrays would stay whole either way
+    def printed(parameters):
+        config = small()  # but as wide as the recipe is: narrower arrays would be replicated either way
         method = RECIPES["ijepa_fashion_mnist"]().method
         train = dataclasses.replace(config.train, sharding=ShardingConfig(parameters=parameters))
         config = dataclasses.replace(config, method=method, train=train)
         lines = []
-        dry_run.print_memory(dry_run.make_setup(config, lambda line: None), lines.append)
+        dry_run.print_memory(make_setup(config), lines.append)
         rows = [line.split() for line in lines if line.startswith("  ")]
         return {" ".join(name): float(number) for *name, number in rows}
 
-    whole, split = told("replicated"), told("sharded")
-    assert whole["in all with train.sharding.parameters=sharded"] == split["in all"]
-    assert split["in all with train.sharding.parameters=replicated"] == whole["in all"]
-    assert split["in all"] < whole["in all"]
+    replicated, sharded = printed("replicated"), printed("sharded")
+    assert replicated["total with train.sharding.parameters=sharded"] == sharded["total"]
+    assert sharded["total with train.sharding.parameters=replicated"] == replicated["total"]
+    assert sharded["total"] < replicated["total"]

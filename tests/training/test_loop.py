@@ -1,5 +1,6 @@
 """The loop on generated pictures: a run's folder, resuming, one program, and a loss that stops being finite."""
 
+import copy
 import gc
 import json
 import os
@@ -107,7 +108,7 @@ def test_a_run_that_stopped_goes_on_where_it_was(config, finished, tmp_path, mon
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(CheckpointManager, "save", stop)
-    with pytest.raises(preemption.Preempted, match="the same command goes on"):
+    with pytest.raises(preemption.Preempted, match="rerun the same command to resume"):
         train(config, tmp_path)
     monkeypatch.undo()
     assert checkpoint.list_steps(tmp_path / "checkpoints") == [4, 5]
@@ -158,7 +159,7 @@ def test_what_neither_a_line_nor_a_save_sees_ends_the_run_soon(config, tmp_path,
     patient = GradGuardConfig(patience=2)
     longer = replace(config, train=replace(config.train, log_every=100, steps=20, guard=patient))
     longer = replace(longer, train=replace(longer.train, save=CheckpointConfig(every=100)))
-    with pytest.raises(UserError, match="2 steps in a row, up to step 4, were not finite"):
+    with pytest.raises(UserError, match="2 consecutive steps, up to step 4, were not finite"):
         train(longer, tmp_path)
 
 
@@ -167,8 +168,8 @@ def tamper(monkeypatch, changes, lost=None):
     Returns a list that grows with the steps."""
     real, calls = training.run_train_step, []
 
-    def broken(inputs, images, state):
-        state, metrics = real(inputs, images, state)
+    def broken(*args):
+        state, metrics = real(*args)
         calls.append(1)
         if len(calls) == lost:
             state = eqx.tree_at(lambda s: s.method.encoder.norm.bias, state, replace_fn=lambda bias: bias * np.nan)
@@ -225,6 +226,22 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     }
     best = max(scores, key=lambda step: (scores[step], -step))
     assert checkpoint.list_steps(tmp_path / "checkpoints") == sorted({best, 6})
+    metadata = checkpoint.metadata(tmp_path / "checkpoints", best)
+    assert metadata["score"] == {"knn_top1": scores[best]} and metadata["best"]["knn_top1"] == scores[best]
+
+
+def test_the_metadata_of_a_checkpoint_does_not_change_while_it_is_written(config, tmp_path, monkeypatch):
+    """Training goes on meanwhile: later losses are not those of the checkpoint."""
+    save, given = CheckpointManager.save, []
+
+    def record(manager, step, state, metadata):
+        given.append((metadata, copy.deepcopy(metadata)))
+        save(manager, step, state, metadata)
+
+    monkeypatch.setattr(CheckpointManager, "save", record)
+    train(replace(config, train=replace(config.train, save=CheckpointConfig(every=1))), tmp_path)
+    assert len(given) == STEPS and any(metadata["peaks"] for metadata, _ in given)
+    assert all(metadata == at_its_time for metadata, at_its_time in given)
 
 
 def test_the_best_of_what_is_not_measured_is_refused(config, tmp_path):
@@ -257,7 +274,7 @@ def test_steps_follow_from_epochs_or_are_given(config):
 def test_a_warmup_longer_than_the_run_is_refused(config):
     long = replace(config, optim=replace(config.optim, warmup_epochs=40.0))
     with pytest.raises(UserError, match=r"optim.warmup_epochs=40.0 is 160 steps, but the run has 6"):
-        train_config.make_optimizer(long, STEPS, 64)
+        train_config.make_optimizer(long, 64)
 
 
 def test_a_batch_without_statistics_is_refused(config):

@@ -12,9 +12,9 @@ import pytest
 
 from jepax.distributed import sharding
 from jepax.io import logger
-from jepax.training.config import setup_data_and_optimizer
-from jepax.training.loop import train, train_batches
-from jepax.training.step import TrainContext, first_state, loss_and_grads, run_train_step
+from jepax.training.loop import train
+from jepax.training.setup import make_setup
+from jepax.training.step import TrainContext, loss_and_grads, run_train_step
 from tests.contracts.shrink import shrunk
 
 STEPS = 60
@@ -22,11 +22,11 @@ STEPS = 60
 
 def products(name, compute):
     """Types of the operands of every matrix product of loss and gradient, and how many there are of each."""
-    config = shrunk(name)
-    source, _ = setup_data_and_optimizer(config)
-    method = config.method.build(total_steps=STEPS, key=jr.key(0))
-    (images,) = train_batches(config, source, 1, 0)
-    traced = eqx.filter_make_jaxpr(lambda m, i: loss_and_grads(m, i, jr.key(0), compute))(method, images)[0]
+    setup = make_setup(shrunk(name))
+    context = TrainContext(setup.optimizer, compute)
+    method = setup.config.method.build(total_steps=STEPS, key=jr.key(0))
+    (images,) = setup.batches(steps=1)
+    traced = eqx.filter_make_jaxpr(lambda m, i: loss_and_grads(m, i, jr.key(0), context))(method, images)[0]
     return Counter(found(traced.jaxpr))
 
 
@@ -90,13 +90,13 @@ def test_a_teacher_in_bfloat16_stalls_and_ours_does_not(precision):
     momentum = replace(config.method.momentum, start=0.996, final=0.996, precision=precision)
     rate = dict.fromkeys(("start_lr", "peak_lr", "final_lr"), 1e-4)
     config = replace(config, method=replace(config.method, momentum=momentum), optim=replace(config.optim, **rate))
-    source, optimizer = setup_data_and_optimizer(config)
-    state, mesh = first_state(config.method, optimizer, jr.key(0)), sharding.make_mesh(1)
-    fixed = TrainContext(optimizer, jr.key(1), jnp.bfloat16)
+    setup = make_setup(config)
+    setup = replace(setup, plan=sharding.ShardingPlan(sharding.make_mesh(1)))
+    state, context = setup.init_state(), TrainContext(setup.optimizer, jnp.bfloat16, plan=setup.plan)
     start, exact = weight(state.method.encoder), weight(state.method.encoder)
     rounded = weight(state.method.target_encoder.average)
-    for images in train_batches(config, source, 20, 0):
-        state, _ = run_train_step(fixed, sharding.shard_batch(images, mesh), state)
+    for images in setup.batches(steps=20):
+        state, _ = run_train_step(state, sharding.shard_batch(images, setup.plan.mesh), jr.key(1), context)
         exact = 0.996 * exact + 0.004 * weight(state.method.encoder)
     moved = np.linalg.norm(weight(state.method.target_encoder.average) - rounded)
     share = moved / np.linalg.norm(exact - start)

@@ -163,9 +163,8 @@ def microbatched(forward: Callable[[M, PyTree], T], num_microbatches: int) -> Ca
 
             return eqx.filter_checkpoint(call)(wide, microbatch)
 
-        def divide(
-            x: Array,
-        ) -> Array:  # example i goes to micro-batch i modulo their number: every device keeps its own
+        # Example i goes to micro-batch i modulo their number, so that every device keeps its own examples.
+        def divide(x: Array) -> Array:
             return jnp.swapaxes(x.reshape(len(x) // num_microbatches, num_microbatches, *x.shape[1:]), 0, 1)
 
         def join(x: Array) -> Array:

@@ -82,7 +82,7 @@ class Log:
     def write(self, step: int, values: MetricValues) -> dict:
         """Writes a record to metrics.jsonl, shows the loss and the speed, and returns the record."""
         record = self.metrics.write(step, values)
-        speed = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
+        speed = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} examples/s"
         self.progress.update(self._task, speed=speed)
         if self.progress.disable and (time.monotonic() - self._printed > PRINT_EVERY_S or step + 1 == self.steps):
             self._printed = time.monotonic()
@@ -103,7 +103,7 @@ class Log:
         where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         sharded = f", {layout}" if jax.device_count() > 1 else ""
         resumed = f", continuing after step {self.start}" if self.start else ""
-        self.print(f"{run}: {self.steps} steps of {batch_size} images on {where}{sharded}{resumed}")
+        self.print(f"{run}: {self.steps} steps of {batch_size} examples on {where}{sharded}{resumed}")
         if self.start < self.steps:
             self.print("compiling the training step, once ...")
         self._time, self._timed_step = time.perf_counter(), self.start

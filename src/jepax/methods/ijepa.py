@@ -99,7 +99,7 @@ class IJEPA(ImageMethod):
         width = config.encoder.width
         self.encoder = ViT(config.encoder, key=key_encoder)
         self.target_encoder = init_ema(self.encoder, config.momentum.precision)
-        self.predictor = Predictor(config.predictor, width, num_num_num_num_outputs=predicted_layers, key=key_predictor)
+        self.predictor = Predictor(config.predictor, width, num_outputs=predicted_layers, key=key_predictor)
         self.prediction_norm = LayerNorm(width) if config.prediction_norm == "trainable" else None
         self.masks = MultiBlock(config.masks, config.encoder.grid(config.crop.size))
         self.config, self.total_steps = config, total_steps

@@ -20,7 +20,7 @@ from jepax.objectives import explained_fraction
 from jepax.types import ImageBatch, Metrics, UserError
 from jepax.views import CropConfig, MultiCropConfig, MultiCropViews, ViewGroup, multicrop
 
-Embeddings = tuple[Float[Array, "batch _views dim"], ...]
+Embeddings = tuple[Float[Array, "batch _views embed_dim"], ...]
 """Of the global views and, where there are any, of the local ones."""
 Projections = Float[Array, "_views batch dim"]  # groups differ in their number of views
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jepax.data import DataConfig, Source, open_source
+from jepax.data import DataConfig, ImageSource, Source, open_source
 from jepax.distributed import multihost
 from jepax.distributed.sharding import ShardingConfig
 from jepax.evals.protocols import EvalConfig
@@ -19,7 +19,7 @@ from jepax.io import atomic, checkpoint
 from jepax.io import config_yaml as configs
 from jepax.io.checkpointer import CheckpointConfig
 from jepax.io.trackers import TrackerName
-from jepax.methods import MethodConfig
+from jepax.methods import ImageMethodConfig, MethodConfig
 from jepax.methods.ijepa import IJEPAConfig
 from jepax.optim import OptimConfig, Optimizer
 from jepax.training.grad_guard import GradGuardConfig
@@ -223,11 +223,18 @@ def validate(config: Config, source: Source) -> None:
     """Raise `UserError` if method, batch and data do not fit each other, before anything is built."""
     if config.train.batch_size < 2:
         raise UserError("train.batch_size=1 has no batch statistics, which losses and diagnostics need; try 2")
-    if config.train.save.best is not None and config.eval.online.every == 0:
+    if config.train.save.best is not None and not can_evaluate_online(config, source):
         raise UserError(
             f"train.save.best={config.train.save.best} needs eval.online.every above 0, which measures it; try 500"
+            " (on labeled images: nothing else is evaluated)"
         )
     config.method.check_data(source)
+
+
+def can_evaluate_online(config: Config, source: Source) -> bool:
+    """True if the encoder is scored during training: that is asked for, and the run is on labeled images."""
+    on_images = isinstance(config.method, ImageMethodConfig) and isinstance(source, ImageSource)
+    return on_images and config.eval.online.every > 0
 
 
 def check_same_config_on_hosts(config: Config) -> None:

@@ -17,6 +17,7 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from jepax.data import Source
 from jepax.distributed import sharding
 from jepax.distributed.sharding import ShardingPlan
 from jepax.flops import count_flops, residual_bytes, tree_bytes
@@ -36,28 +37,29 @@ FAKE_IMAGENET_SIZE = 1_281_167
 """Generated images in place of an image folder that is not given: ImageNet-1k's number, for its number of steps."""
 
 
-def dry_run(config: Config, print: LogFn = print) -> None:
+def dry_run(config: Config, print: LogFn = print, *, source: Source | None = None) -> None:
     """Print the resolved config, parameters, FLOPs and memory, and run one step if it fits.
 
-    Raises `UserError` for whatever `train` would refuse, except for a missing `data.root` of an image folder.
+    `source` replaces the training data that the config names. Raises `UserError` for whatever `train` would refuse,
+    except for a missing `data.root` of an image folder.
     """
     print(config_yaml.to_yaml(config))
-    setup = make_dry_setup(config, print)
+    setup = make_dry_setup(config, print, source)
     print_parameters(setup, print)
     print_flops(setup, print)
     print_memory(setup, print)
     run_one_step(setup, print)
 
 
-def make_dry_setup(config: Config, print: LogFn) -> Setup:
+def make_dry_setup(config: Config, print: LogFn, source: Source | None = None) -> Setup:
     """The run's setup, on generated images if the folder of images is not given."""
-    if config.data.source == "image_folder" and config.data.root is None:
+    if source is None and config.data.source == "image_folder" and config.data.root is None:
         print(
             f"data.root is not given: generated images replace it, {FAKE_IMAGENET_SIZE:,} as in ImageNet-1k; the number"
             " of steps is for that many\n"
         )
         config = with_synthetic_data(config, FAKE_IMAGENET_SIZE)
-    setup = make_setup(config)
+    setup = make_setup(config, source)
     print(f"{len(setup.source):,} training examples, {setup.total_steps:,} steps of {config.train.batch_size}")
     return setup
 

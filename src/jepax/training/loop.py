@@ -42,8 +42,9 @@ def train(
 ) -> TrainState:
     """Train in the folder `run_dir`, or resume there, bit for bit as if nothing had interrupted the run.
 
-    `source` replaces the data that the config names. `allow_changes` names settings, or groups of them, in which the
-    config may differ from the folder's; "data" allows other data. SIGTERM and SIGINT stop it after a step, saved: then
+    `source` replaces the training data that the config names; its batches may be any pytree that the method reads.
+    `allow_changes` names settings, or groups of them, in which the config may differ from the folder's; "data" allows
+    other data. SIGTERM and SIGINT stop it after a step, saved: then
     it raises `Preempted`. Raises `UserError` if another process uses the folder, if it contains another run, if no
     checkpoint in it is valid, if a checkpoint cannot be written, and if training diverges.
     """
@@ -74,12 +75,15 @@ def fit(
     config, total_steps, mesh = setup.config, setup.total_steps, setup.plan.mesh
     context, base_key = setup.context, setup.base_key
     save_config, best_metric = config.train.save, config.train.save.best
+
+    # What the run writes and reads; each is closed even if training fails.
     with (
         Log(run_dir / logger.METRICS_FILE, steps=total_steps, start=start) as log,
         CheckpointManager(run_dir / "checkpoints", save_config, log.print, log_files(run_dir)) as checkpoints,
         Trackers(main_only(config.train.trackers), run_dir, config_yaml.to_dict(config), log.print) as trackers,
         closing(train_batches(setup, run_dir, start, log.print)) as batches,
     ):
+        # What the run remembers from before it was interrupted: peaks since the last record, alarms, the best score.
         log.print_header(run_dir, config.train.batch_size, str(setup.plan))
         inspector = StepInspector(config, events, log.print, metadata.get("peaks", {}))
         watchdog, best = Watchdog(log.previous_lines), dict(metadata.get("best", {}))
@@ -157,12 +161,15 @@ def restore(setup: Setup, run_dir: Path) -> tuple[TrainState, int, dict[str, Any
 
     Corrupt checkpoints are renamed, not deleted. The state is restored by shape: never two states in memory.
     """
+    # The main process decides from which step on; the others follow.
     folder = run_dir / "checkpoints"
     with multihost.collective_errors():
         newest = find_checkpoint(run_dir, folder) if multihost.is_main_process() else 0
     start = multihost.broadcast(newest)
     if not start:
         return setup.init_state(), 0, {}
+
+    # Read into the run's own sharding; `find_checkpoint` has verified the files.
     abstract = setup.plan.abstract(setup.abstract_state())
     with multihost.collective_errors():
         state = checkpoint.restore(folder, start, abstract, check=False)
@@ -171,11 +178,14 @@ def restore(setup: Setup, run_dir: Path) -> tuple[TrainState, int, dict[str, Any
 
 def find_checkpoint(run_dir: Path, folder: Path) -> int:
     """The step of the newest valid checkpoint, 0 if there is none; corrupt ones are moved out of the way."""
+    # Corrupt checkpoints are renamed, so that they are neither read nor counted.
     step, corrupt = checkpoint.latest_valid(folder)
     for number, problems in corrupt.items():
         path = checkpoint.step_dir(folder, number)
         print_warning(f"checkpoint {path} is corrupt; moved to {path.name}.corrupt: {problems[0]}")
     checkpoint.quarantine(folder, corrupt)
+
+    # A run without a finished checkpoint starts again.
     if step is None and logger.read_metrics(run_dir / logger.METRICS_FILE):
         print_warning(f"{run_dir} was started, but has no finished checkpoint: it starts again at step 0")
     return step or 0
@@ -183,11 +193,17 @@ def find_checkpoint(run_dir: Path, folder: Path) -> int:
 
 def record_start(setup: Setup, run_dir: Path, start: int) -> Events:
     """Write config.yaml and the first event; warn if the precision differs from that of the run so far."""
+    # The folder's config is the one of the newest command.
     changed = write_run_config(run_dir, setup.config, setup.source) if multihost.is_main_process() else []
+
+    # Events of steps that are taken again are dropped, as their records in metrics.jsonl are.
     log, dtype = events.Events(run_dir), jnp.dtype(resolve_compute_dtype(setup.config)).name
     log.truncate_from(start)
+
+    # A run may go on in another precision, but not silently.
     if start and (before := log.last("precision", dtype)) != dtype:
         print_warning(f"{run_dir} computed in {before} before and computes in {dtype} here: losses will differ")
+
     name = "resumed" if start else "started"
     log.add(name, start, devices=jax.device_count(), precision=dtype, changed=changed)
     return log
@@ -203,6 +219,7 @@ def update_best(best: dict[str, float], name: str | None, values: dict[str, Any]
     """True if this log step has the best value so far of the metric that checkpoints are kept by."""
     if name not in values:
         return False
+    # All processes save, or none: the main process decides.
     is_best = bool(multihost.broadcast(int(values[name] > best.get(name, -math.inf))))
     if is_best:
         best[name] = values[name]

@@ -12,14 +12,14 @@ from jaxtyping import Array, Int
 
 from jepax.data import Source, open_source
 from jepax.distributed import sharding
-from jepax.evals.feature_extractor import ViTFeatures, select_encoder
+from jepax.evals.feature_extractor import FeatureExtractor, ViTFeatures, select_encoder
 from jepax.evals.features import NonFiniteFeaturesError
 from jepax.evals.online import OnlineEval
 from jepax.health.metrics import collapse_metrics
 from jepax.io.events import Events
 from jepax.io.logger import MetricValues, to_json_value
 from jepax.methods import Method
-from jepax.training.config import Config
+from jepax.training.config import Config, can_evaluate_online
 from jepax.training.grad_guard import Action, was_applied
 from jepax.trees import global_norm, trainable
 from jepax.types import Metrics, UserError
@@ -157,7 +157,7 @@ def _update_norms(before: Method, after: Method, step: Int[Array, ""], action: I
 class OnlineScores:
     """Scores of the encoder on held-out examples every `eval.online.every` steps, at the next log step."""
 
-    def __init__(self, config: Config, evaluate: OnlineEval | None, last_logged: int):
+    def __init__(self, config: Config, evaluate: Callable[[FeatureExtractor], MetricValues] | None, last_logged: int):
         self.config, self.evaluate, self.every = config, evaluate, config.eval.online.every
         self.done = (last_logged + 1) // max(self.every, 1)
 
@@ -179,8 +179,11 @@ class OnlineScores:
 
 
 def make_online_eval(config: Config, train: Source, steps: int) -> OnlineEval | None:
-    """Make the evaluation during training; None if it is never due. It does not open the test split."""
-    if not 0 < config.eval.online.every <= steps:
+    """Make the evaluation during training; None if it is never due, or if the run is not on labeled images.
+
+    It does not open the test split.
+    """
+    if not can_evaluate_online(config, train) or config.eval.online.every > steps:
         return None
     reading = {"threads": config.data.threads, "workers": config.data.workers}
     validation = open_source(config.data, "validation")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
+from jepax.data.sources import Batch
 from jepax.distributed import multihost
 from jepax.io import checkpoint
 from jepax.io import config_yaml as configs
@@ -54,8 +55,7 @@ def write_dump(run: Path, state: TrainState, end: NonFiniteError, config: Config
     checkpoint.save(folder / STATE_DIR, step, before)
 
     # Each process writes its part of the batch.
-    fields = {field.name: getattr(end.batch, field.name) for field in dataclasses.fields(end.batch)}
-    np.savez(folder / batch_filename(jax.process_index()), **{name: x for name, x in fields.items() if x is not None})
+    np.savez(folder / batch_filename(jax.process_index()), **batch_arrays(end.batch))
 
     if multihost.is_main_process():
         where = device_and_versions(jax.device_count())
@@ -84,23 +84,37 @@ def read_metadata(folder: Path) -> DumpMetadata:
         raise UserError(f"{folder} has no dump of a step: {METADATA_FILE} cannot be read ({error})") from error
 
 
-def read_batch(folder: Path, batch_type: type = ImageBatch) -> ImageBatch:
-    """Returns the global batch, the parts of all processes in order. Raises `UserError` where one is corrupt."""
+def read_batch(folder: Path, like: Batch | None = None) -> Batch:
+    """Returns the global batch, the parts of all processes in order. Raises `UserError` if one is corrupt.
+
+    `like`: any batch of the run's data, for its structure; None: an `ImageBatch`.
+    """
     files = sorted(folder.glob("batch_*.npz"), key=lambda path: int(path.stem.split("_")[1]))
     if not files:
         raise UserError(f"{folder} lacks {batch_filename(0)}, the batch of the step")
-    names = {field.name for field in dataclasses.fields(batch_type)}
-    parts = [_read_batch_file(path, names) for path in files]
-    return batch_type(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    parts = [_read_batch_file(path) for path in files]
+    try:
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        if like is None:
+            return ImageBatch(**arrays)
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in batch_arrays(like)])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{files[0]} is a batch of other data than the run's: it has {', '.join(parts[0])}") from error
 
 
-def _read_batch_file(path: Path, names: set[str]) -> dict[str, np.ndarray]:
+def batch_arrays(batch: Batch) -> dict[str, np.ndarray]:
+    """Returns a batch's arrays by name, such as `canvas`, in the order of its leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    return {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in leaves}
+
+
+def _read_batch_file(path: Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:  # the sizes are read before anything is unpacked
             size = sum(entry.file_size for entry in archive.infolist())
         if size <= MAX_BATCH_BYTES:
             with np.load(path, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in names.intersection(arrays.files)}
+                return {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{path} is no complete batch: {error}") from error
     raise UserError(f"{path} claims to hold {size} bytes, more than any batch; it is not read")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
+from jepax.data import Source, batches
 from jepax.distributed import sharding
 from jepax.io import checkpoint
 from jepax.io import config_yaml as configs
@@ -24,12 +25,14 @@ MAX_SHOWN = 8
 """Names of arrays that are printed."""
 
 
-def replay(folder: Path, print: Callable[[str], None] = print) -> Metrics:
-    """Restores state, batch and config of the dump, takes the step again, and returns its metrics.
+def replay(folder: Path, print: Callable[[str], None] = print, *, source: Source | None = None) -> Metrics:
+    """Restores state, batch and config of the dump, runs the step again, and returns its metrics.
 
-    Raises `UserError` where the folder has no dump, or a file of it is corrupt.
+    `source`: the data of a run that `train` got as its `source`. Raises `UserError` if the folder has no dump, or a
+    file of it is corrupt.
     """
-    metadata, batch = nan_dump.read_metadata(folder), nan_dump.read_batch(folder)
+    like = next(batches(source, batch_size=1, steps=1, seed=0, threads=0)) if source is not None else None
+    metadata, batch = nan_dump.read_metadata(folder), nan_dump.read_batch(folder, like)
     config = configs.load(Config, folder / nan_dump.CONFIG_FILE)
     print(
         f"step {metadata.step} of {metadata.total_steps}, {len(batch.index)} examples,"

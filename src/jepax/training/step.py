@@ -1,5 +1,6 @@
 """One training step: forward and backward, optimizer, EMA teacher. Read this file first; `loop.py` calls it."""
 
+from collections import defaultdict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from jepax.methods.base import Method, example_keys, objective_key
 from jepax.nn.transformer import BlockStack
 from jepax.optim import Optimizer
 from jepax.training.grad_guard import GradGuardConfig, GradGuardState, compute_if, guarded
-from jepax.trees import cast, per_layer_norms, trainable
+from jepax.trees import cast, global_norm, per_layer_norms, trainable
 from jepax.types import Metrics
 
 
@@ -58,9 +59,9 @@ def train_step(
         (state.method, state.opt_state), grads, loss=loss, step=state.step, guard=state.guard, config=context.guard
     )
 
-    # Metrics. Norms by block cost time on a CPU: they are NaN there at steps that are not logged.
+    # Metrics. Norms by module cost time on a CPU: they are NaN there at steps that are not logged.
     should_log = is_log_step(state.step, context.log_every, context.optimizer.total_steps)
-    metrics |= compute_if(should_log, per_block_grad_norms, grads) | guard_metrics
+    metrics |= compute_if(should_log, grad_norms, grads) | guard_metrics
     metrics |= {
         "loss": loss,
         "learning_rate": context.optimizer.learning_rate(state.step),
@@ -78,11 +79,15 @@ def loss_and_grads(
     plan = context.plan
 
     def loss_of(params: Method) -> tuple[Array, Metrics]:
+        # Parameters in the compute dtype; sharded ones are gathered on every device.
         method = gather_params(cast(eqx.combine(params, frozen), context.compute_dtype), plan)
+
+        # draw -> forward -> objective; only `forward` runs in micro-batches.
         views = method.draw(batch, example_keys(key, batch.index))
         forward = microbatched(type(method).forward, plan.num_microbatches if plan else 1)
         return method.objective(forward(method, views), key=objective_key(key))
 
+    # Gradients are float32, as the parameters are.
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     return loss, metrics, grads
 
@@ -111,13 +116,16 @@ def jit_train_step(
     costs a third of the host's time per step.
     """
     state, metrics = train_step(state, batch, base_key, context)
+
+    # The new state is placed as the old one was.
     return context.plan.constrain(state) if context.plan else state, metrics
 
 
 def run_train_step(
     state: TrainState, batch: Any, base_key: PRNGKeyArray, context: TrainContext
 ) -> tuple[TrainState, Metrics]:
-    """Call `jit_train_step`. A CPU first finishes the step before, or both hold their temporary memory at once."""
+    """Call `jit_train_step`; an accelerator returns before it has finished."""
+    # A CPU first finishes the step before: otherwise both need their temporary memory at the same time.
     if jax.default_backend() == "cpu":
         jax.block_until_ready(state)
     return jit_train_step(state, batch, base_key, context)
@@ -128,10 +136,13 @@ def init_train_state(method: Method, optimizer: Optimizer) -> TrainState:
 
     Raises `TypeError` if a leaf of the method is neither an array nor a static field.
     """
+    # A compiled program takes arrays only, and a checkpoint stores arrays only.
     for path, leaf in jax.tree_util.tree_leaves_with_path(method):
         if not hasattr(leaf, "dtype"):
             where = jax.tree_util.keystr(path)
             raise TypeError(f"{type(method).__name__}{where} is {leaf!r}, not an array: use eqx.field(static=True)")
+
+    # Everything but what lies beneath an EMA is trained.
     params = eqx.filter(method, trainable(method))
     return TrainState(method, optimizer.init(params), jnp.int32(0), GradGuardState.new())
 
@@ -141,11 +152,18 @@ def is_log_step(step: Int[Array, ""] | int, every: int, total: int) -> Bool[Arra
     return (step == 0) | ((step + 1) % every == 0) | (step + 1 == total)
 
 
-def per_block_grad_norms(grads: Method) -> Metrics:
-    """Gradient norm of each block of each trained transformer, under the transformer's name in the method."""
+def grad_norms(grads: Method) -> Metrics:
+    """Gradient norm of each trained field of the method, and of each block of its transformers, by the field's name."""
+    # Frozen fields, such as a teacher, have no gradients and no norm.
+    by_field = defaultdict(list)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        by_field[path[0].name].append(grad)
+    norms = {f"grad_norm_{name}": global_norm(arrays) for name, arrays in by_field.items()}
+
+    # The blocks of a transformer are stacked on their first axis.
     nodes = jax.tree_util.tree_leaves_with_path(grads, is_leaf=lambda node: isinstance(node, BlockStack))
     stacks = {path: node for path, node in nodes if isinstance(node, BlockStack) and jax.tree.leaves(node)}
-    return {f"grad_norm_{_owner(path)}_by_block": per_layer_norms(stack.blocks) for path, stack in stacks.items()}
+    return norms | {f"grad_norm_{_owner(path)}_by_block": per_layer_norms(x.blocks) for path, x in stacks.items()}
 
 
 def _owner(path: tuple) -> str:

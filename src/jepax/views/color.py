@@ -41,7 +41,7 @@ class ColorConfig:
     """Chance that values of at least a half are inverted."""
 
     def __post_init__(self) -> None:
-        for name in ("jitter", "to_grayscale", "gaussian_blur", "solarise", "brightness", "contrast", "saturation"):
+        for name in ("jitter", "grey", "blur", "solarise", "brightness", "contrast", "saturation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"photometric.{name}={getattr(self, name)} is not in [0, 1]")
         if not 0 <= self.hue <= 0.5:
@@ -59,7 +59,7 @@ def distort_color(views: ViewBatch, keys: Key[Array, "batch"], config: ColorConf
 
     What has chance 0 is not computed. Differs from torchvision: the jitter's four parts have a fixed order.
     """
-    names = ("jitter", "to_grayscale", "gaussian_blur", "solarise")
+    names = ("jitter", "grey", "blur", "solarise")
     draws = jnp.moveaxis(jax.vmap(lambda key: jr.split(key, (len(names), 2)))(keys), 0, 2)
     operations = {
         "jitter": _random_jitter,
