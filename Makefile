@@ -1,4 +1,5 @@
-# make demo: install, get Fashion-MNIST, train I-JEPA on it, evaluate. make test: the whole test suite.
+# make demo: install, download Fashion-MNIST, train I-JEPA, evaluate. make test: the test suite.
+# make lint: ruff and pyrefly. make test-long, test-faults: what `make test` leaves out.
 # Another interpreter than python3: make PYTHON=python3.12 demo
 .PHONY: setup demo test test-faults test-long lint bench clean
 RUN ?= runs/ijepa_fashion_mnist
@@ -23,7 +24,7 @@ test-long:
 
 lint:
 	@PYTHON="$(PYTHON)" scripts/setup.sh test
-	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyrefly check
 
 bench:
 	@PYTHON="$(PYTHON)" scripts/setup.sh bench

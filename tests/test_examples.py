@@ -1,0 +1,55 @@
+"""The examples run: on generated images, for a few steps, without network."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import numpy as np
+import pytest
+
+from jepax.data import DataConfig, open_source
+from jepax.trees import global_norm
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The example as a module."""
+    spec = importlib.util.spec_from_file_location("ijepa_from_scratch", EXAMPLES / "ijepa_from_scratch.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def distance(a, b):
+    a, b = (eqx.filter(tree, eqx.is_inexact_array) for tree in (a, b))
+    return float(global_norm(jax.tree.map(lambda x, y: x - y, a, b)))
+
+
+def test_training_moves_both_encoders(example, capsys):
+    source = open_source(DataConfig(dataset="synthetic", canvas_size=28, channels=1), "train")
+    start, method = example.METHOD.build(total_steps=3, key=jr.key(0)), example.train(source, 3)
+    moved, followed = (
+        distance(method.encoder, start.encoder),
+        distance(method.target_encoder.average, start.target_encoder.average),
+    )
+    assert 0 < followed < moved < np.inf
+    assert re.fullmatch(r"step 3 of 3: loss \d\.\d+\n", capsys.readouterr().out)
+
+
+def test_the_table_has_both_baselines(example, capsys, monkeypatch):
+    monkeypatch.setattr(example, "train", lambda source, steps: example.METHOD.build(total_steps=steps, key=jr.key(1)))
+    scores = example.main(["--steps", "3", "--dataset", "synthetic"])
+    assert list(scores) == ["trained encoder", "untrained encoder", "raw pixels"]
+    assert all(0 <= score <= 100 for score in scores.values()) and len(set(scores.values())) > 1
+    assert capsys.readouterr().out.count("\n") == 5
+
+
+def test_knn_accuracy(example):
+    features, labels = np.repeat(np.eye(2, 3), 30, axis=0) + 0.1, np.repeat([0, 1], 30)
+    assert example.knn_accuracy((features, labels), (features, labels)) == 100
+    assert example.knn_accuracy((features, labels), (features, 1 - labels)) == 0
