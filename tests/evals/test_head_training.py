@@ -84,7 +84,7 @@ def test_every_example_is_guessed_once_in_order():
     few, many = split(row(), 2 * BATCH + 5, 0), split(row(), BATCH, 1)
     before = scoring._values._cache_size()
     for part in (few, many):
-        mean = part.source.pictures.astype(np.float32).mean(axis=(1, 2))
+        mean = part.source.images.astype(np.float32).mean(axis=(1, 2))
         expected = topk(np.sin(np.asarray(weight) * mean))
         guesses = predict(Means(weight), part)
         assert guesses.shape == (len(part), 5)
@@ -261,4 +261,4 @@ def test_what_cannot_work_is_refused_by_name(protocol, make, field, value):
 
 def test_the_textures_are_learnable_and_balanced():
     made = source(200, 0)
-    assert made.pictures.shape == (200, SIDE, SIDE, 1) and np.bincount(made.labels).min() > 200 / CLASSES / 2
+    assert made.images.shape == (200, SIDE, SIDE, 1) and np.bincount(made.labels).min() > 200 / CLASSES / 2

@@ -18,7 +18,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from jepax.nn import ViT, ViTConfig
-from jepax.types import ImageBatch, Metrics, UserError
+from jepax.types import AnyArray, Metrics, UserError
 from jepax.views import CropConfig
 
 NO_EXAMPLE = 2**32 - 1
@@ -85,7 +85,7 @@ class Method(eqx.Module):
         return self.objective(self.forward(views), key=objective_key(key))
 
 
-def example_keys(key: PRNGKeyArray, index: Int[Array, "batch"]) -> Key[Array, "batch"]:
+def example_keys(key: PRNGKeyArray, index: Int[AnyArray, "batch"]) -> Key[Array, "batch"]:
     """One key per example, from its position in the run's order: the same on any number of devices or workers."""
     return jax.vmap(lambda i: jr.fold_in(key, i))(index)
 
