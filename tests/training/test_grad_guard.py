@@ -101,14 +101,14 @@ def taken(request):
     setup = make_setup(shrunk("byol_fashion_mnist"))
     method = setup.config.method.build(total_steps=6, key=jr.key(0))
     state = init_train_state(method, setup.optimizer)
-    (images,) = setup.batches(steps=1)
+    batch = jax.tree.map(jnp.asarray, next(setup.batches(steps=1)))
 
     @eqx.filter_jit
     def step(action):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(GradGuardState, "classify", lambda *_: action)
             patch.setattr(grad_guard.jax, "default_backend", lambda: request.param)
-            return train_step(state, images, jr.key(1), TrainContext(setup.optimizer))
+            return train_step(state, batch, jr.key(1), TrainContext(setup.optimizer))
 
     return state, lambda action: step(jnp.int32(action))
 

@@ -175,7 +175,8 @@ def test_a_score_of_images_cannot_choose_its_checkpoints(tmp_path):
         train(replace(CONFIG, train=replace(CONFIG.train, save=save)), tmp_path, source=SOURCE)
 
 
-def test_the_initial_state_depends_on_the_seed_alone():
+def test_the_initial_state_is_that_of_the_seed():
+    """Compiled as one program, which rounds otherwise than the build alone."""
     setup = make_setup(CONFIG, SOURCE)
     expected = CONFIG.method.build(total_steps=STEPS, key=jr.key(CONFIG.seed))
-    jax.tree.map(np.testing.assert_array_equal, setup.init_state().method, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), setup.init_state().method, expected)

@@ -202,7 +202,7 @@ ADVICE = {
     "drift": "method.target_norm=layer, method.loss=smooth_l1, a higher method.momentum.start, a lower optim.peak_lr",
 }
 """What to try."""
-IMMEDIATE = {"detect_spike"}
+IMMEDIATE = {"spike"}
 """Kinds that are said at their first line."""
 
 

@@ -21,7 +21,7 @@ from jepax.optim import Optimizer
 from jepax.training.config import CONFIG_FILE, Config, resolve_compute_dtype
 from jepax.training.monitor import NonFiniteError
 from jepax.training.step import TrainState
-from jepax.types import ImageBatch, UserError
+from jepax.types import AnyArray, ImageBatch, UserError
 
 METADATA_FILE, STATE_DIR = "dump.json", "state"
 MAX_BATCH_BYTES = 2**34
@@ -102,7 +102,7 @@ def read_batch(folder: Path, like: Batch | None = None) -> Batch:
         raise UserError(f"{files[0]} is a batch of other data than the run's: it has {', '.join(parts[0])}") from error
 
 
-def batch_arrays(batch: Batch) -> dict[str, np.ndarray]:
+def batch_arrays(batch: Batch) -> dict[str, AnyArray]:
     """Returns a batch's arrays by name, such as `canvas`, in the order of its leaves."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     return {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in leaves}
