@@ -1,5 +1,5 @@
 # make demo: install, download Fashion-MNIST, train I-JEPA, evaluate. make test: the test suite.
-# make lint: ruff and pyrefly. make test-long, test-faults: what `make test` leaves out.
+# make lint: ruff and pyrefly. make test-long, make test-faults: the tests that `make test` skips.
 # Another interpreter than python3: make PYTHON=python3.12 demo
 .PHONY: setup demo test test-faults test-long lint bench clean
 RUN ?= runs/ijepa_fashion_mnist

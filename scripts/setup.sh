@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds the environment in .venv with the pinned versions for this Python. Usage: scripts/setup.sh [EXTRA]
-# PYTHON names another interpreter than the first of python3, python3.13, python3.12, python3.11 that is new enough.
+# PYTHON names the interpreter; by default the first of python3, python3.13, python3.12, python3.11 that is new enough.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -15,7 +15,7 @@ if [ -z "$python" ]; then
     exit 2
 fi
 
-# Debian and Ubuntu ship venv apart from Python: without it a half-made .venv stays behind.
+# Debian and Ubuntu package venv separately from Python; without it, creating .venv fails halfway.
 if [ ! -x .venv/bin/pip ]; then
     rm -rf .venv
     if ! "$python" -m venv .venv >/dev/null 2>&1; then
@@ -35,7 +35,7 @@ fi
 pins=constraints/py312.txt
 if .venv/bin/python -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then pins=constraints/py311.txt; fi
 
-# Installed once for each state of the files that say what to install.
+# Install again only when one of these files has changed.
 extra=${1:-}
 stamp=.venv/.installed-${extra:-base}-$(cat pyproject.toml "$pins" scripts/setup.sh | cksum | tr ' ' '-')
 [ -e "$stamp" ] && exit 0

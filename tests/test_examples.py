@@ -1,4 +1,4 @@
-"""The examples run: on generated images, for a few steps, without network."""
+"""The examples, and the README's Python, run: on generated images, for a few steps, without network."""
 
 import importlib.util
 import re
@@ -13,13 +13,19 @@ import pytest
 from jepax.data import DataConfig, open_source
 from jepax.trees import global_norm
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def source():
+    """Generated gray images of 28 x 28 pixels, as Fashion-MNIST's."""
+    return open_source(DataConfig(dataset="synthetic", canvas_size=28, channels=1), "train")
 
 
 @pytest.fixture(scope="module")
 def example():
     """The example as a module."""
-    spec = importlib.util.spec_from_file_location("ijepa_from_scratch", EXAMPLES / "ijepa_from_scratch.py")
+    spec = importlib.util.spec_from_file_location("ijepa_from_scratch", ROOT / "examples" / "ijepa_from_scratch.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -30,8 +36,7 @@ def distance(a, b):
     return float(global_norm(jax.tree.map(lambda x, y: x - y, a, b)))
 
 
-def test_training_moves_both_encoders(example, capsys):
-    source = open_source(DataConfig(dataset="synthetic", canvas_size=28, channels=1), "train")
+def test_training_moves_both_encoders(example, source, capsys):
     start, method = example.METHOD.build(total_steps=3, key=jr.key(0)), example.train(source, 3)
     moved, followed = (
         distance(method.encoder, start.encoder),
@@ -53,3 +58,11 @@ def test_knn_accuracy(example):
     features, labels = np.repeat(np.eye(2, 3), 30, axis=0) + 0.1, np.repeat([0, 1], 30)
     assert example.knn_accuracy((features, labels), (features, labels)) == 100
     assert example.knn_accuracy((features, labels), (features, 1 - labels)) == 0
+
+
+def test_the_readmes_python_trains(source, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.setattr("jepax.data.open_source", lambda *_: source)
+    names = {}
+    exec(code.replace("1000", "2"), names)
+    assert names["step"] == 1 and np.isfinite(names["value"])
