@@ -18,7 +18,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from jepax.nn import ViT, ViTConfig
-from jepax.types import AnyArray, Metrics, UserError
+from jepax.types import AnyArray, ImageBatch, Metrics, UserError
 from jepax.views import CropConfig
 
 NO_EXAMPLE = 2**32 - 1
