@@ -66,7 +66,7 @@ def test_the_same_picture_at_other_places_of_the_order_gets_other_views(images):
         images.index,
     )
     for group in multicrop(alike, CONFIG, jr.key(2)):
-        for view in np.swapaxes(group, 0, 1):
+        for view in np.asarray(group).swapaxes(0, 1):
             assert len({picture.tobytes() for picture in view}) == len(view)
 
 

@@ -69,7 +69,7 @@ class BYOLOutputs(eqx.Module):
     """Outputs of the networks for each image, in float32."""
 
     online: Embeddings
-    teacher: Float[Array, "batch views dim"]
+    teacher: Float[Array, "batch views width"]
     """Embeddings of the global views by the moving average."""
 
 

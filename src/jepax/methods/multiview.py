@@ -20,9 +20,10 @@ from jepax.objectives import explained_fraction
 from jepax.types import ImageBatch, Metrics, UserError
 from jepax.views import CropConfig, MultiCropConfig, MultiCropViews, ViewGroup, multicrop
 
-Embeddings = tuple[Float[Array, "batch _views embed_dim"], ...]
-"""Of the global views and, where there are any, of the local ones."""
-Projections = Float[Array, "_views batch dim"]  # groups differ in their number of views
+Embeddings = tuple[Float[Array, "batch _views width"], ...]
+"""Of the global views and, if there are any, of the local ones; `width` is the encoder's."""
+Projections = Float[Array, "_views batch dim"]
+"""Of one group; groups differ in their number of views."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class MultiView(ImageMethod):
         return tuple(project(self.projector, group) for group in embeddings)
 
 
-def embed(encoder: ViT, group: ViewGroup) -> Float[Array, "batch views dim"]:
+def embed(encoder: ViT, group: ViewGroup) -> Float[Array, "batch views width"]:
     """Mean over patches of each view's embedding, in float32; all views go through the encoder as one batch."""
     tokens = encoder(group.reshape(-1, *group.shape[2:]))  # (B * V, N, D)
     return jnp.mean(tokens.astype(jnp.float32), axis=1).reshape(*group.shape[:2], -1)
