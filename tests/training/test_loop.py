@@ -279,7 +279,7 @@ def test_a_warmup_longer_than_the_run_is_refused(config):
 
 def test_a_batch_without_statistics_is_refused(config):
     alone = replace(config, train=replace(config.train, batch_size=1))
-    with pytest.raises(UserError, match=r"train\.batch_size=1 leaves no statistics"):
+    with pytest.raises(UserError, match=r"train\.batch_size=1 has no batch statistics"):
         train_config.validate(alone, train_config.open_source(config.data, "train"))
 
 
