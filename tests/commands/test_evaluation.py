@@ -23,7 +23,7 @@ from jepax.io.checkpointer import CheckpointConfig
 from jepax.training import config as train_config
 from jepax.training import loop as training
 from jepax.training import monitor
-from jepax.training.step import build_method
+from jepax.training.setup import init_method
 from jepax.types import UserError
 from tests.contracts.shrink import shrunk
 
@@ -87,7 +87,7 @@ def test_what_is_evaluated_is_what_the_checkpoint_holds(finished):
         jax.tree.leaves(subject.trained), jax.tree.leaves(state.method.target_encoder.average), strict=True
     ):
         np.testing.assert_array_equal(ours, its)
-    first = build_method(config.method, 9, jr.key(config.seed)).target_encoder.average
+    first = init_method(config.method, 9, jr.key(config.seed)).target_encoder.average
     for ours, its in zip(jax.tree.leaves(subject.untrained), jax.tree.leaves(first), strict=True):
         np.testing.assert_array_equal(ours, its)
 
@@ -239,7 +239,7 @@ def test_weights_hold_one_encoder(finished, tmp_path):
 
 def test_a_folder_that_holds_no_config_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no config\.yaml"):
-        evaluation.parse_args([str(tmp_path)])
+        Evaluate.read("evaluate", [str(tmp_path)]).target()
 
 
 def test_settings_are_named_by_what_differs(finished):

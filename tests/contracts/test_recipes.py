@@ -15,10 +15,10 @@ from jepax.io import checkpoint
 from jepax.io import config_yaml as configs
 from jepax.methods.base import example_keys, objective_key
 from jepax.methods.ema import EMAConfig
+from jepax.optim import Optimizer
 from jepax.recipes import RECIPES
-from jepax.training.config import make_optimizer
-from jepax.training.loop import train_batches
-from jepax.training.step import TrainContext, first_state, jit_train_step, run_train_step
+from jepax.training.setup import Setup
+from jepax.training.step import jit_train_step, run_train_step
 from jepax.trees import EMA, trainable
 from jepax.types import ImageBatch
 from jepax.views import ColorConfig, CropConfig
@@ -46,19 +46,19 @@ def config(request):
 
 @pytest.fixture(scope="module")
 def batches(config):
-    return list(train_batches(config, open_source(config.data, "train"), STEPS, 0))
+    return list(fresh(config)[0].batches())
 
 
-def fresh(config, seed=None, devices=None):
+def fresh(config, seed=None, devices=1):
+    """The run's setup on so many devices, and its state before step 0."""
     config = config if seed is None else replace(config, seed=seed)
-    optimizer = make_optimizer(config, STEPS, 64)
-    mesh = jax.make_mesh(
-        (devices or 1, 1),
-        ("data", "model"),
-        axis_types=(jax.sharding.AxisType.Auto,) * 2,
-        devices=jax.devices()[: devices or 1],
-    )
-    return mesh, optimizer, sharding.replicate(first_state(config.method, optimizer, jr.key(config.seed)), mesh)
+    plan = sharding.ShardingPlan(sharding.make_mesh(devices))
+    setup = Setup(config, open_source(config.data, "train"), Optimizer(config.optim, STEPS, 0), plan)
+    return setup, setup.init_state()
+
+
+def step(setup, state, batch):
+    return run_train_step(state, sharding.shard_batch(batch, setup.plan.mesh), setup.base_key, setup.context)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -94,9 +94,9 @@ def loss_and_gradients(params, rest, images):
 
 
 def named_gradients(config, images, devices=1):
-    mesh, _, state = fresh(config, devices=devices)
+    setup, state = fresh(config, devices=devices)
     params, rest = eqx.partition(state.method, trainable(state.method))
-    loss, grads = loss_and_gradients(params, rest, sharding.shard_batch(images, mesh))
+    loss, grads = loss_and_gradients(params, rest, sharding.shard_batch(images, setup.plan.mesh))
     named = jax.tree_util.tree_leaves_with_path(grads)
     return float(loss), {jax.tree_util.keystr(path): np.asarray(grad) for path, grad in named}
 
@@ -108,9 +108,9 @@ def reads(config, images, name):
         shift = jr.normal(jr.key(7), leaf.shape) if jax.tree_util.keystr(path) == name else 0.0
         return leaf + shift
 
-    mesh, _, state = fresh(config)
+    setup, state = fresh(config)
     params, rest = eqx.partition(state.method, trainable(state.method))
-    images = sharding.shard_batch(images, mesh)
+    images = sharding.shard_batch(images, setup.plan.mesh)
     before = loss_and_gradients(params, rest, images)[0]
     after = loss_and_gradients(jax.tree_util.tree_map_with_path(moved, params), rest, images)[0]
     return abs(float(after - before)) > 1e-4 * abs(float(before))
@@ -140,7 +140,7 @@ def test_every_trained_parameter_gets_a_finite_gradient_and_eight_devices_give_t
 
 def test_the_loss_is_the_same_in_micro_batches(config, batches):
     """`forward` sees each example alone, and `draw` no network: what the trainer relies on where it splits a batch."""
-    method, key = fresh(config)[2].method, jr.key(3)
+    method, key = fresh(config)[1].method, jr.key(3)
     batch = jax.tree.map(jnp.asarray, batches[0])
     abstract = eqx.filter_eval_shape(lambda method: method, method)
     views = jax.jit(lambda batch, keys: abstract.draw(batch, keys))(batch, example_keys(key, batch.index))
@@ -157,7 +157,7 @@ def test_the_loss_is_the_same_in_micro_batches(config, batches):
 
 
 def test_a_teacher_has_no_gradient_and_no_optimiser_state(config):
-    _, _, state = fresh(config)
+    _, state = fresh(config)
     params = eqx.filter(state.method, trainable(state.method))
     for teacher in jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, EMA)):
         assert not isinstance(teacher, EMA) or not jax.tree.leaves(teacher)
@@ -170,28 +170,27 @@ def test_a_teacher_has_no_gradient_and_no_optimiser_state(config):
 
 def test_one_batch_is_overfitted(standing_still, batches):
     """A hundred and fifty updates, or fewer, explain most of what the first could not."""
-    _, optimizer, state = fresh(standing_still)
-    images, losses = jax.tree.map(jnp.asarray, batches[0]), []
+    setup, state = fresh(standing_still)
+    losses = []
     while len(losses) < 10 or np.mean(losses[-10:]) >= 0.5 * losses[0]:
         assert len(losses) < 150, losses[::15]
-        state, metrics = run_train_step(TrainContext(optimizer, jr.key(1)), images, state)
+        state, metrics = step(setup, state, batches[0])
         losses.append(float(metrics["loss"]))
 
 
 def test_two_builds_compile_once(standing_still, batches):
-    counts, images = [], jax.tree.map(jnp.asarray, batches[0])
+    counts = []
     for seed in (0, 1):
-        _, optimizer, state = fresh(standing_still, seed)
-        run_train_step(TrainContext(optimizer, jr.key(seed)), images, state)
+        setup, state = fresh(standing_still, seed)
+        step(setup, state, batches[0])
         counts.append(jit_train_step._cache_size())
     assert counts[0] == counts[1] > 0
 
 
 def test_a_checkpoint_round_trips(standing_still, batches, tmp_path):
-    _, optimizer, state = fresh(standing_still)
-    images = jax.tree.map(jnp.asarray, batches[0])
-    state, _ = run_train_step(TrainContext(optimizer, jr.key(1)), images, state)
+    setup, state = fresh(standing_still)
+    state, _ = step(setup, state, batches[0])
     checkpoint.save(tmp_path, 1, state)
-    restored = checkpoint.restore(tmp_path, 1, fresh(standing_still, seed=5)[2])
+    restored = checkpoint.restore(tmp_path, 1, fresh(standing_still, seed=5)[1])
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, *(eqx.filter(tree, eqx.is_array) for tree in (state, restored)))

@@ -205,7 +205,7 @@ def test_evaluation_says_how_many_were_replaced(source, spoken):
         list(split.shuffled(8, 3, 0))
     (line,) = lines if spoken else [str(each.message) for each in warned]
     assert line.startswith("features of test: 3 of 24 images are unreadable") and "a/03.png" in line
-    assert split.broken == set(BAD)
+    assert split.corrupt_rows == set(BAD)
 
 
 # The list of a run

@@ -65,7 +65,7 @@ def test_shuffled_batches_are_the_loaders(row):
 
 def test_pictures_in_two_splits_are_counted(row):
     train, test = source(seed=0), source(seed=1)
-    planted = dataclasses.replace(test, pictures=np.concatenate([test.pictures[:30], train.pictures[:7]]))
+    planted = dataclasses.replace(test, images=np.concatenate([test.images[:30], train.images[:7]]))
     splits = {"train": EvalDataset(row, train, 16), "validation": EvalDataset(row, source(seed=2), 16)}
     splits["test"] = EvalDataset(row, without_labels(planted), 16)
     expected = {"train/validation": 0, "train/test": 7, "validation/test": 0}

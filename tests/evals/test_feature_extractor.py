@@ -49,4 +49,4 @@ def test_tokens_are_the_last_layers_and_pooling_reads_four_layers():
     assert tokens.shape == (3, 6, 16) and pooled.shape == (4, 3, 16)
     np.testing.assert_array_equal(tokens, encoder(view))
     np.testing.assert_allclose(pooled[-1], jnp.mean(tokens, 1), atol=1e-6)
-    np.testing.assert_allclose(pooled, encoder.layers(view, 4).mean(2), atol=1e-6)
+    np.testing.assert_allclose(pooled, encoder.intermediate_layers(view, 4).mean(2), atol=1e-6)

@@ -13,6 +13,7 @@ from jepax.methods.base import example_keys
 from jepax.optim import OptimConfig
 from jepax.training import config as train_config
 from jepax.training import loop
+from jepax.training.setup import Setup
 from jepax.types import Masks
 from jepax.views import CropConfig, MaskedViews, denormalize
 from jepax.viz import figures
@@ -60,13 +61,13 @@ def test_the_key_and_the_images_are_those_of_the_first_training_step(config, mon
     config = train_config.Config(seed=3, method=config.method, data=config.data, optim=optim, train=steps)
     met, drawn = [], []
 
-    def first_step(inputs, images, state):
-        met.append((inputs[1], images))
+    def first_step(state, batch, base_key, context):
+        met.append((base_key, batch))
         raise InterruptedError
 
     monkeypatch.setattr(loop, "run_train_step", first_step)
     monkeypatch.setattr(
-        loop.Trainer, "first", lambda run: SimpleNamespace(method=config.method.build(total_steps=9, key=jr.key(0)))
+        Setup, "init_state", lambda setup: SimpleNamespace(method=config.method.build(total_steps=9, key=jr.key(0)))
     )
     with pytest.raises(InterruptedError):
         loop.train(config, tmp_path)
