@@ -76,7 +76,7 @@ def check_torch() -> None:
 def make_method(config: Config) -> IJEPA:
     """I-JEPA as published at this config's shapes, each target block of the largest size."""
     method, masks = config.method, config.method.masks
-    largest = {"target_scale": masks.target_scale[1:] * 2, "target_aspect": masks.target_aspect[1:] * 2}
+    largest = {"target_scale": masks.target_scale[1:] * 2, "target_aspect_ratio": masks.target_aspect_ratio[1:] * 2}
     kept = {name: getattr(method, name) for name in ("encoder", "predictor", "crop")}
     published = IJEPAConfig(**kept, masks=replace(masks, **largest))
     return GivenViewsIJEPA(published, total_steps=TOTAL_STEPS, key=jr.key(0))
@@ -86,7 +86,7 @@ def make_batches(method: IJEPA, size: int) -> list[GivenBatch]:
     """Batches of random views and masks, every target of full length."""
     config = method.config
     keys = jr.split(jr.key(1), (NUM_BATCHES, size))
-    shape = (NUM_BATCHES, size, *config.crop.size, config.encoder.channels)
+    shape = (NUM_BATCHES, size, *config.crop.size, config.encoder.in_channels)
     images = np.random.default_rng(0).standard_normal(shape, np.float32)
     draw, index = jax.jit(method.masks), jnp.arange(size)
     views = [MaskedViews(jnp.asarray(image), draw(key)) for image, key in zip(images, keys, strict=True)]
@@ -97,10 +97,10 @@ def make_batches(method: IJEPA, size: int) -> list[GivenBatch]:
 # ---- Our step, and PyTorch's from our weights ----
 
 
-def jax_step(method: IJEPA, batches: list[GivenBatch], dtype: str, log_every: int) -> RunSteps:
+def jax_step(method: IJEPA, batches: list[GivenBatch], dtype: str, log_every_steps: int) -> RunSteps:
     """Our training step, as `jepax train` compiles it."""
     optimizer, endless = Optimizer(OptimConfig(), TOTAL_STEPS, WARMUP_STEPS), cycle(batches)
-    context = TrainContext(optimizer, jnp.dtype(dtype), log_every=log_every)
+    context = TrainContext(optimizer, jnp.dtype(dtype), log_every_steps=log_every_steps)
     base_key = jr.key(0)
     state = init_train_state(jax.tree.map(jnp.copy, method), optimizer)  # a copy: the step donates its state
 
@@ -109,7 +109,7 @@ def jax_step(method: IJEPA, batches: list[GivenBatch], dtype: str, log_every: in
         for _ in range(count):
             state, metrics = run_train_step(state, next(endless), base_key, context)
         jax.block_until_ready(state)
-        return float(metrics["loss"])
+        return float(metrics["train/loss"])
 
     return run
 
@@ -143,10 +143,10 @@ def torch_networks(method: IJEPA) -> tuple[Any, Any]:
     from torch_ijepa import Encoder, Predictor
 
     e, p, grid = method.config.encoder, method.config.predictor, method.masks.grid
-    hidden, pixels = round(e.width * e.mlp_ratio), e.patch_size**2 * e.channels
-    encoder = Encoder(pixels, e.width, e.depth, e.heads, hidden, sincos_2d(grid, e.width))
+    hidden, pixels = round(e.width * e.mlp_ratio), e.patch_size**2 * e.in_channels
+    encoder = Encoder(pixels, e.width, e.depth, e.num_heads, hidden, sincos_2d(grid, e.width))
     hidden = round(p.width * p.mlp_ratio)
-    predictor = Predictor(p.width, p.depth, p.heads, hidden, e.width, sincos_2d(grid, p.width))
+    predictor = Predictor(p.width, p.depth, p.num_heads, hidden, e.width, sincos_2d(grid, p.width))
     for net, source in ((encoder, method.encoder), (predictor, method.predictor)):
         copy_layer(net.embed, source.embed)
         copy_layer(net.norm, source.norm)
@@ -182,7 +182,7 @@ def compare_with_torch(config: Config, rounds: int, modes: tuple[str, ...] = MOD
     check_torch()
     method, dtype = make_method(config), jnp.dtype(resolve_compute_dtype(config)).name
     batches = make_batches(method, config.train.batch_size)
-    sides = {"ours": jax_step(method, batches, dtype, config.train.log_every)}
+    sides = {"ours": jax_step(method, batches, dtype, config.train.log_every_steps)}
     sides |= {f"torch, {mode}": torch_step(method, batches, dtype, mode) for mode in modes}
     losses = check_losses_agree(sides, LOSS_TOLERANCE[dtype])
     return {"losses": losses} | time_in_turn(sides, rounds, pipelined=jax.default_backend() != "cpu")

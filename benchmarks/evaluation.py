@@ -41,7 +41,7 @@ def config_of(args: argparse.Namespace) -> Config:
     config = RECIPES["ijepa_fashion_mnist"]()
     if not args.quick:
         return dataclasses.replace(config, data=DataConfig(root=args.data_root))
-    data = DataConfig(source="synthetic", canvas=28, channels=1, synthetic_images=300)
+    data = DataConfig(dataset="synthetic", canvas_size=28, channels=1, synthetic_size=300)
     train = dataclasses.replace(config.train, batch_size=16, steps=1000)
     return dataclasses.replace(config, data=data, train=train)
 
@@ -59,13 +59,13 @@ def sweep(config: Config, rounds: int) -> dict[str, Any]:
     sizes = [len(split.features) for split in (train, validation)]
     features = time.perf_counter() - start
     settings = {
-        "sweep": LinearConfig(controls=False),
+        "sweep": LinearConfig(width_controls=False),
         "one": LinearConfig(
             layers=("last four",),
-            standardised=(True,),
+            standardize=(True,),
             learning_rates=(1e-2,),
             weight_decays=(0.0,),
-            controls=False,
+            width_controls=False,
         ),
     }
     times = {name: [] for name in settings}
@@ -92,9 +92,9 @@ def augmented(config: Config, rounds: int) -> dict[str, Any]:
     """The same where each pass embeds crops drawn anew: seconds of one pass, statistics and compilation left out."""
     row = row_of(config)
     split = EvalDataset(row, open_source(config.data, "train"), 256)
-    published = dataclasses.replace(PUBLISHED, controls=False)
+    published = dataclasses.replace(PUBLISHED, width_controls=False)
     one = dataclasses.replace(
-        published, layers=("last four",), standardised=(True,), learning_rates=(0.01,), weight_decays=(0.0,)
+        published, layers=("last four",), standardize=(True,), learning_rates=(0.01,), weight_decays=(0.0,)
     )
     sweeps = {
         name: LinearProbeSweep(ProtocolData(split, split, split.source.classes, jr.key(0)), c)
@@ -115,11 +115,11 @@ def augmented(config: Config, rounds: int) -> dict[str, Any]:
 def peak_of(count: int, depth: int) -> dict[str, float]:
     """In this process: the features of `count` made pictures at ViT-B's width, four layers of them, and a probe."""
     config = ViTConfig(**VIT_SIZES["base"] | {"depth": depth}, patch_size=16)
-    row = ViTFeatures(ViT(config, key=jr.key(0)), CropConfig(size=(16, 16), centre_resize=1.0))
-    made = {"source": "synthetic", "canvas": 16, "synthetic_images": count}
-    split = EvalDataset(row, open_source(DataConfig(**made, validation=0.01), "train"), 256)
-    few = EvalDataset(row, open_source(DataConfig(**made | {"synthetic_images": 4000}), "train"), 256)
-    probe = LinearConfig(epochs=1, batch_size=1024, controls=False)
+    row = ViTFeatures(ViT(config, key=jr.key(0)), CropConfig(size=(16, 16), eval_resize_ratio=1.0))
+    made = {"dataset": "synthetic", "canvas_size": 16, "synthetic_size": count}
+    split = EvalDataset(row, open_source(DataConfig(**made, val_fraction=0.01), "train"), 256)
+    few = EvalDataset(row, open_source(DataConfig(**made | {"synthetic_size": 4000}), "train"), 256)
+    probe = LinearConfig(epochs=1, batch_size=1024, width_controls=False)
     linear(ProtocolData(few, few, split.source.classes, jr.key(0)), probe)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cached = split.features.layers.nbytes
@@ -160,8 +160,13 @@ def online(config: Config, rounds: int, steps: int) -> dict[str, float]:
             times["evaluation"].append(time.perf_counter() - between)
             times["step"].append((between - start) / steps)
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    share = seconds["evaluation"] / (seconds["evaluation"] + settings.every * seconds["step"])
-    return {"evaluation_s": seconds["evaluation"], "step_s": seconds["step"], "every": settings.every, "share": share}
+    share = seconds["evaluation"] / (seconds["evaluation"] + settings.every_steps * seconds["step"])
+    return {
+        "evaluation_s": seconds["evaluation"],
+        "step_s": seconds["step"],
+        "every": settings.every_steps,
+        "share": share,
+    }
 
 
 def main(words: list[str] | None = None) -> None:

@@ -25,12 +25,12 @@ TASKS = ("128", "eager", "compiled"), ("largest", "parts", "scan, dots", "scan, 
 PyTorch."""
 MEMORY = ("0.5", "0.92")
 """Fraction of a GPU's memory that is ours while each group is measured."""
-DATA = "--data.source synthetic --data.canvas 256 --data.synthetic-images 4096 --data.threads 8".split()
+DATA = "--data.dataset synthetic --data.canvas-size 256 --data.synthetic-size 4096 --data.num-threads 8".split()
 QUICK = """
-    --data.canvas 28 --data.synthetic-images 64 --method.encoder.width 24 --method.encoder.depth 2
-    --method.encoder.heads 2 --method.predictor.width 12 --method.predictor.depth 2 --method.predictor.heads 2
-    --method.encoder.patch-size 4 --method.crop.size 28 28 --method.masks.context 12 --train.steps 100
-    --optim.warmup-epochs 0.1 --train.precision float32
+    --data.canvas-size 28 --data.synthetic-size 64 --method.encoder.width 24 --method.encoder.depth 2
+    --method.encoder.num-heads 2 --method.predictor.width 12 --method.predictor.depth 2 --method.predictor.num-heads 2
+    --method.encoder.patch-size 4 --method.crop.size 28 28 --method.masks.num-context-patches 12 --train.steps 100
+    --optim.warmup-epochs 0.1 --train.compute-dtype float32
 """.split()
 MAX_FILLED = 0.9
 """Fraction of our memory that the largest batch may fill."""
@@ -49,7 +49,7 @@ class Case:
 
         words = [*DATA, *(QUICK if self.quick else []), "--train.batch-size", str(batch)]
         for network in ("encoder", "predictor"):
-            words += [f"--method.{network}.scan={scan}", f"--method.{network}.remat={remat}"]
+            words += [f"--method.{network}.scan_layers={scan}", f"--method.{network}.remat={remat}"]
         return Bench.read("bench", [self.recipe, *words]).config()
 
     def measured(self, config: Any, parts: bool = False) -> dict[str, Any]:
@@ -66,14 +66,14 @@ class Case:
         with tempfile.TemporaryDirectory() as folder:
             compiled = bench.compile(Path(folder))
         steps = bench.steps(self.rounds)
-        use = bench.utilization(steps["pipelined_step_s"], measure_peak_flops(resolve_compute_dtype(config)))
+        use = bench.utilization(steps["step_s_pipelined"], measure_peak_flops(resolve_compute_dtype(config)))
         found = {
             "batch": config.train.batch_size,
             "device": jax.devices()[0].device_kind,
             "machine": describe_machine(),
         }
-        found |= {"compile": compiled, "steps": steps, "utilisation": use}
-        print(f"  {steps['images_per_s']:.0f} images/s, utilisation {use['utilisation']:.3f}", flush=True)
+        found |= {"compile": compiled, "steps": steps, "utilization": use}
+        print(f"  {steps['images_per_s']:.0f} images/s, utilization {use['utilization']:.3f}", flush=True)
         return found | ({"parts": bench.parts(self.rounds)} if parts else {})
 
     def against(self, mode: str) -> dict[str, Any]:
@@ -118,12 +118,12 @@ class Case:
         from jepax.nn.kernels import attention, cudnn_attention
 
         config = self.config(self.batch).method
-        encoder, predictor, context = config.encoder, config.predictor, config.masks.context
+        encoder, predictor, context = config.encoder, config.predictor, config.masks.num_context_patches
         masks = MultiBlock(config.masks, encoder.grid(config.crop.size))
         shapes = {
             "teacher": (self.batch, math.prod(masks.grid), encoder),
             "context": (self.batch, context, encoder),
-            "predictor": (self.batch * config.masks.blocks, context + masks.largest, predictor),
+            "predictor": (self.batch * config.masks.num_targets, context + masks.largest, predictor),
         }
         on_gpu = jax.default_backend() == "gpu"
         compute = jnp.bfloat16 if on_gpu else jnp.float32

@@ -55,7 +55,7 @@ def step_memory(recipe: str, batch: int, changes: dict) -> int:
     """Compile a step's loss and gradients as one program, and return its temporary bytes; nothing is computed."""
     config = RECIPES[recipe]().method
     build = replace(config, **{n: replace(getattr(config, n), **changes) for n in ("encoder", "predictor")}).build
-    canvas, integers = (batch, *config.crop.size, config.encoder.channels), partial(jnp.zeros, dtype=jnp.int32)
+    canvas, integers = (batch, *config.crop.size, config.encoder.in_channels), partial(jnp.zeros, dtype=jnp.int32)
     images = ImageBatch(jnp.zeros(canvas, jnp.uint8), integers((batch, 2)), integers(batch))
     given = jax.eval_shape(lambda: (build(total_steps=1, key=jr.key(0)), images))
     context = TrainContext(Optimizer(OptimConfig(), total_steps=1, warmup_steps=0), DTYPE)

@@ -42,8 +42,8 @@ from jepax.types import Metrics
 def config_of(name: str, batch: int, side: int, quick: bool) -> Config:
     """A recipe on generated images, in batches for two cores."""
     config = RECIPES[name]()
-    channels = config.method.encoder.channels
-    data = DataConfig(source="synthetic", canvas=side, channels=channels, synthetic_images=512)
+    channels = config.method.encoder.in_channels
+    data = DataConfig(dataset="synthetic", canvas_size=side, channels=channels, synthetic_size=512)
     train = dataclasses.replace(config.train, batch_size=8 if quick else batch, steps=100_000)
     return dataclasses.replace(config, data=data, train=train)
 
@@ -67,7 +67,7 @@ class Training:
         """Run a step; return its seconds."""
         start = time.perf_counter()
         self.state, metrics = self.programs[name](self.state, self.batch, self.base_key)
-        float(metrics["loss"])
+        float(metrics["train/loss"])
         return time.perf_counter() - start
 
 
@@ -75,7 +75,11 @@ def bare_train_step(*args: Any) -> tuple[TrainState, Metrics]:
     """`train_step` without a guard: every update is applied. The gradient's norm stays, since it is logged anyway."""
 
     def unguarded(update: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda state, grads, *, guard, **_: (update(state, grads), guard, {"grad_norm": global_norm(grads)})
+        return lambda state, grads, *, guard, **_: (
+            update(state, grads),
+            guard,
+            {"optim/grad_norm": global_norm(grads)},
+        )
 
     with mock.patch.object(train_steps, "guarded", unguarded):
         return train_step(*args)
@@ -104,7 +108,9 @@ def with_checkpoint(config: Config, training: Training, window: float, rounds: i
         for turn in range(rounds):
             took = {}
             for saving in (False, True) if turn % 2 else (True, False):
-                with CheckpointManager(folder, dataclasses.replace(config.train.save, keep=1), print) as saver:
+                with CheckpointManager(
+                    folder, dataclasses.replace(config.train.checkpoint, max_to_keep=1), print
+                ) as saver:
                     start = time.perf_counter()
                     if saving:
                         saver.save(turn + 1, training.state, {})
@@ -128,8 +134,8 @@ def with_checkpoint(config: Config, training: Training, window: float, rounds: i
 
 def fractions(config: Config, guarded: dict[str, Any], written: dict[str, Any]) -> dict[str, float]:
     """Fractions of training time: the guard's, the checkpoints' at the recipe's own settings, and both."""
-    save, step = config.train.save, guarded["bare_step_s"]
-    between = min(save.every * step, 60 * (save.minutes or float("inf")))
+    save, step = config.train.checkpoint, guarded["bare_step_s"]
+    between = min(save.every_steps * step, 60 * (save.every_minutes or float("inf")))
     checks, saves = guarded["ratio"] - 1, written["costs_s"] / between
     return {"seconds_between_checkpoints": between, "guard": checks, "checkpoints": saves, "together": checks + saves}
 

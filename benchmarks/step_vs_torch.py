@@ -67,14 +67,16 @@ SIDES = ("ours", *(f"torch, {mode}" for mode in MODES))
 def setting(encoder: ViTConfig, predictor: PredictorConfig, side: int, context: int, batch: int) -> Config:
     """A step in float32, as CPUs run it."""
     crop = CropConfig(size=(side, side), scale=(0.3, 1.0))
-    method = IJEPAConfig(encoder=encoder, predictor=predictor, masks=MultiBlockConfig(context=context), crop=crop)
-    return Config(recipe="benchmark", method=method, train=TrainConfig(batch_size=batch, precision="float32"))
+    method = IJEPAConfig(
+        encoder=encoder, predictor=predictor, masks=MultiBlockConfig(num_context_patches=context), crop=crop
+    )
+    return Config(recipe="benchmark", method=method, train=TrainConfig(batch_size=batch, compute_dtype="float32"))
 
 
 def at_224(size: str, width: int, batch: int) -> Config:
     """A patch of 16 at 224 px, 50 context patches, a predictor of depth 6."""
     encoder = ViTConfig(patch_size=16, **VIT_SIZES[size])
-    return setting(encoder, PredictorConfig(width=width, depth=6, heads=encoder.heads), 224, 50, batch)
+    return setting(encoder, PredictorConfig(width=width, depth=6, num_heads=encoder.num_heads), 224, 50, batch)
 
 
 SETTINGS = {
@@ -82,7 +84,11 @@ SETTINGS = {
     "small": at_224("small", 192, 8),
     "base": at_224("base", 384, 4),
     "small_pictures": setting(
-        ViTConfig(patch_size=4, width=192, depth=6, heads=3), PredictorConfig(width=96, depth=6, heads=3), 32, 12, 128
+        ViTConfig(patch_size=4, width=192, depth=6, num_heads=3),
+        PredictorConfig(width=96, depth=6, num_heads=3),
+        32,
+        12,
+        128,
     ),
 }
 """ViT-Ti/16, S/16 and B/16 at 224 px; width 192, depth 6, patch 4 at 32 px."""
@@ -150,7 +156,7 @@ def serve(side: str, config: Config) -> None:
     reset_memory()
     before = peak_bytes() or 0
     if side == "ours":
-        run = jax_step(method, batches, dtype, config.train.log_every)
+        run = jax_step(method, batches, dtype, config.train.log_every_steps)
     else:
         run = torch_step(method, batches, dtype, side.removeprefix("torch, "))
 
@@ -173,7 +179,7 @@ def reset_memory() -> None:
 def draw_seconds(config: Config) -> float:
     """Median seconds to draw a batch's views and masks at the published block sizes, from 512 px or less."""
     side, batch = min(512, 2 * config.method.crop.size[0]), config.train.batch_size
-    canvas = np.random.default_rng(0).integers(0, 256, (batch, side, side, config.method.encoder.channels), np.uint8)
+    canvas = np.random.default_rng(0).integers(0, 256, (batch, side, side, config.method.encoder.in_channels), np.uint8)
     images = ImageBatch(jnp.asarray(canvas), jnp.full((batch, 2), side, jnp.int32), jnp.arange(batch))
     method = eqx.filter_eval_shape(lambda: config.method.build(total_steps=TOTAL_STEPS, key=jr.key(0)))
     draw = jax.jit(lambda images, key: method.draw(images, example_keys(key, images.index)))

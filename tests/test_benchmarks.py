@@ -17,7 +17,7 @@ from jepax.types import UserError
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TINY = """
-    --data.source synthetic --data.canvas 28 --data.channels 1 --data.synthetic-images 80
+    --data.dataset synthetic --data.canvas-size 28 --data.channels 1 --data.synthetic-size 80
     --method.encoder.width 24 --method.encoder.depth 1 --method.predictor.width 12 --method.predictor.depth 1
     --train.batch-size 16 --train.steps 30 --optim.warmup-epochs 0.2
 """.split()
@@ -75,7 +75,7 @@ def test_our_step_takes_the_given_views_and_masks_and_trains_on_them(compare_tor
     one, other = compare_torch.make_batches(method, 4)
     loss = jax.jit(lambda batch, key: method.loss(batch, key=key)[0])
     assert loss(one, jr.key(0)) == loss(one, jr.key(1)) != loss(other, jr.key(0))
-    run = compare_torch.jax_step(method, [one], "float32", log_every=50)
+    run = compare_torch.jax_step(method, [one], "float32", log_every_steps=50)
     losses = [run(), run(), run(3)]
     assert losses[0] == pytest.approx(float(loss(one, jr.key(0))), rel=1e-5)
     assert losses[0] > losses[1] > losses[2]
@@ -100,7 +100,7 @@ def test_the_comparison_takes_settings_and_recipes(tmp_path):
     pytest.importorskip("torch")
     file = tmp_path / "found.json"
     command = [sys.executable, str(BENCHMARKS / "step_vs_torch.py"), "--quick", "--json", str(file)]
-    subprocess.run([*command, "small_pictures", "ijepa_fashion_mnist", "--train.precision=float32"], check=True)
+    subprocess.run([*command, "small_pictures", "ijepa_fashion_mnist", "--train.compute-dtype=float32"], check=True)
     found = json.loads(file.read_text())["settings"]
     assert set(found) == {"small_pictures", "ijepa_fashion_mnist"}
     assert all(each["against"]["torch, compiled"]["ratio"] > 0 for each in found.values())

@@ -15,7 +15,7 @@ from jepax.io import config_yaml as configs
 from jepax.training.config import Config
 
 TINY = """
-    --data.source synthetic --data.canvas 28 --data.channels 1 --data.synthetic-images 80 --data.validation 0.2
+    --data.dataset synthetic --data.canvas-size 28 --data.channels 1 --data.synthetic-size 80 --data.val-fraction 0.2
     --method.encoder.width 24 --method.encoder.depth 1 --method.predictor.width 12 --method.predictor.depth 1
     --train.batch-size 16 --train.steps 3 --optim.warmup-epochs 0.2 --eval.batch-size 40 --eval.linear.epochs 2
     --eval.linear.learning-rates 1e-2 --eval.linear.weight_decays 0.0
@@ -66,11 +66,11 @@ def fails(capsys, *argv, code=2):
         ("train ijepa_fashion_mnist --method.crop.size 28", ["--method.crop.size", "28", "2 values"]),
         ("train ijepa_fashion_mnist --method.loss l3", ["--method.loss", "l3", "smooth_l1, l2"]),
         (
-            "train ijepa_fashion_mnist --method.encoder.scan",
-            ["--method.encoder.scan", "a value is missing", "True or False"],
+            "train ijepa_fashion_mnist --method.encoder.scan-layers",
+            ["--method.encoder.scan-layers", "a value is missing", "True or False"],
         ),
         ("train ijepa_fashion_mnist --train.batch-size=-8", ["train.batch_size=-8", "above 0"]),
-        ("train ijepa_fashion_mnist --method.encoder.heads 5", ["heads=5", "width=192", "heads=4"]),
+        ("train ijepa_fashion_mnist --method.encoder.num-heads 5", ["num_heads=5", "width=192", "num_heads=4"]),
         ("train ijepa_fashion_mnist --train.batch-size 12", ["train.batch_size=12", "8"]),
         ("train ijepa_fashion_mnist --data.root /nowhere", ["data.root=/nowhere"]),
         ("train ijepa_vitb16_in1k", ["data.root=None", "image_folder"]),
@@ -91,14 +91,14 @@ def test_an_error_of_the_user_is_a_few_lines(argv, words, capsys, tmp_path, monk
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("--method.masks.context 16", ["masks.context=16", "4x4 grid", "try"]),
+        ("--method.masks.num-context-patches 16", ["masks.num_context_patches=16", "4x4 grid", "try"]),
         ("--method.encoder.patch-size 5", ["28", "patch_size=5", "4 or 7"]),
-        ("--data.channels 3", ["method.encoder.channels", "1 channels", "data.channels=1"]),
+        ("--data.channels 3", ["method.encoder.in_channels", "1 channels", "data.channels=1"]),
         ("--optim.warmup-epochs 100", ["optim.warmup_epochs=100.0", "3"]),
-        ("--method.encoder.heads 5", ["--method.encoder.heads: heads=5", "width"]),
+        ("--method.encoder.num-heads 5", ["--method.encoder.num-heads: num_heads=5", "width"]),
         ("--seed -1", ["seed=-1"]),
         ("--eval.linear.epochs 0 --seed 3", ["--eval.linear.epochs: epochs=0", "at least 1"]),
-        ("--data.validation 0", ["data.validation=0.0", "validation split"]),
+        ("--data.val-fraction 0", ["data.val_fraction=0.0", "validation split"]),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_written(argv, words, capsys, tmp_path):
@@ -163,7 +163,7 @@ def test_interruption_takes_one_line(capsys, monkeypatch):
 
 
 def test_a_setting_known_to_collapse_is_warned_of_once(capsys):
-    flowing = ["--method.stop-gradient", "False", "--method.regulariser.kind", "none"]
+    flowing = ["--method.stop-gradient", "False", "--method.regularizer.name", "none"]
     fails_with = ["train", "ijepa_fashion_mnist_no_teacher", *flowing, "--data.root", "/nowhere"]
     with pytest.raises(SystemExit):
         cli.main(fails_with)
@@ -185,7 +185,7 @@ def test_a_run_trains_evaluates_continues_and_is_trained_again(capsys, tmp_path,
 
     cli.main(["train", "ijepa_fashion_mnist", *TINY, "--run-dir", str(again), "--dry-run"])
     told = capsys.readouterr().out
-    assert "one step of 16 images ..." in told and f"loss {metrics[0]['loss']:.4f}" in told
+    assert "one step of 16 images ..." in told and f"loss {metrics[0]['train/loss']:.4f}" in told
     assert not again.exists()
 
     error = fails(capsys, "train", "ijepa_fashion_mnist", *TINY, "--seed", "1", "--run-dir", str(run))
@@ -199,4 +199,4 @@ def test_a_run_trains_evaluates_continues_and_is_trained_again(capsys, tmp_path,
 
     cli.main(["train", str(run / "config.yaml"), "--run-dir", str(again)])
     repeated = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in repeated] == [line["loss"] for line in metrics]
+    assert [line["train/loss"] for line in repeated] == [line["train/loss"] for line in metrics]

@@ -1,4 +1,4 @@
-"""The optimiser: schedules, what is decayed, clipping."""
+"""The optimizer: schedules, what is decayed, clipping."""
 
 import equinox as eqx
 import jax
@@ -17,7 +17,7 @@ from tests.contracts.shrink import shrunk
 
 @pytest.fixture(scope="module")
 def params():
-    config = shrunk("ijepa_vitb16_in1k", prediction_norm="trainable")
+    config = shrunk("ijepa_vitb16_in1k", prediction_norm="affine")
     method = config.method.build(total_steps=10, key=jr.key(0))
     return eqx.filter(method, trainable(method))
 
@@ -33,7 +33,7 @@ def test_decay_is_for_matrices_and_the_mask_token_alone(params):
 
 def test_an_update_is_optax_adamw(params):
     """At constant rates, over three steps, on parameters that are all decayed."""
-    config = OptimConfig(peak_lr=1e-2, start_lr=1e-2, final_lr=1e-2, weight_decay=0.3, decay_shape="constant")
+    config = OptimConfig(peak_lr=1e-2, start_lr=1e-2, final_lr=1e-2, weight_decay=0.3, weight_decay_schedule="constant")
     ours, theirs = Optimizer(config, 10, 0), optax.adamw(1e-2, weight_decay=0.3, mask=weight_decay_mask(params))
     state_ours, state_theirs, a, b = ours.init(params), theirs.init(params), params, params
     for step in range(3):
@@ -58,7 +58,7 @@ def test_muon_moves_every_singular_direction_alike_and_the_rest_as_adamw(params)
     """Each layer's matrix keeps the gradient's directions, and all but its nearly empty ones get the same length."""
     rates = {"peak_lr": 1e-2, "start_lr": 1e-2, "final_lr": 1e-2, "weight_decay": 0.0, "final_weight_decay": 0.0}
     grads = jax.tree.map(lambda x: jr.normal(jr.key(x.size), x.shape), params)
-    muon, adamw = (Optimizer(OptimConfig(matrices=rule, **rates), 10, 0) for rule in ("muon", "adamw"))
+    muon, adamw = (Optimizer(OptimConfig(name=rule, **rates), 10, 0) for rule in ("muon", "adamw"))
     (moved, _), (adam, _) = (o.update(grads, o.init(params), params, jnp.int32(0)) for o in (muon, adamw))
     flat = zip(*(jax.tree.leaves(tree) for tree in (matrix_mask(params), moved, adam, grads)), strict=True)
     for is_matrix, update, reference, grad in flat:
@@ -75,7 +75,7 @@ def test_muon_moves_every_singular_direction_alike_and_the_rest_as_adamw(params)
 
 def test_clipping_bounds_the_global_norm(params):
     grads = jax.tree.map(lambda x: 100.0 * jnp.ones_like(x), params)
-    clipped, plain = (Optimizer(OptimConfig(clip=clip), 10, 0) for clip in (1.0, None))
+    clipped, plain = (Optimizer(OptimConfig(grad_clip_norm=clip), 10, 0) for clip in (1.0, None))
     moments = [o.update(grads, o.init(params), params, jnp.int32(0))[1][1].mu for o in (clipped, plain)]
     norms = [float(global_norm(m)) / 0.1 for m in moments]  # the first mean is (1 - beta1) of the gradient
     assert norms[0] == pytest.approx(1.0, rel=1e-3) and norms[1] > 1000
@@ -101,12 +101,14 @@ def test_ramps(shape, middle):
 def test_muon_decays_and_schedules_as_adamw(params):
     """A zero gradient leaves the decay alone: both rules make the same change."""
     zeros = jax.tree.map(jnp.zeros_like, params)
-    optimizers = [Optimizer(OptimConfig(matrices=rule, weight_decay=0.3), 10, 2) for rule in ("muon", "adamw")]
+    optimizers = [Optimizer(OptimConfig(name=rule, weight_decay=0.3), 10, 2) for rule in ("muon", "adamw")]
     first, second = (o.update(zeros, o.init(params), params, jnp.int32(4))[0] for o in optimizers)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), first, second)
 
 
-@pytest.mark.parametrize("settings", [{"peak_lr": 0.0}, {"beta2": 1.0}, {"clip": -1.0}, {"weight_decay": -0.1}])
+@pytest.mark.parametrize(
+    "settings", [{"peak_lr": 0.0}, {"beta2": 1.0}, {"grad_clip_norm": -1.0}, {"weight_decay": -0.1}]
+)
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(UserError, match=f"optim.{next(iter(settings))}="):
         OptimConfig(**settings)

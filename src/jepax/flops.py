@@ -71,7 +71,7 @@ def _sub_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
 def residual_bytes(function: Callable[..., Any], params: PyTree, *rest: Any) -> int:
     """Bytes that the forward pass of `function(params, *rest)` keeps for its gradient by `params`.
 
-    What the function was given is left out: it is there anyway. Rematerialisation is taken into account; the
+    What the function was given is left out: it is there anyway. Rematerialization is taken into account; the
     compiler's working space, and what it manages to save by fusing, are not.
     """
 

@@ -18,7 +18,7 @@ from jepax.types import UserError
 class OptimConfig:
     """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for matrices; the defaults are I-JEPA's."""
 
-    matrices: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"
     """Rule for the blocks' weight matrices: AdamW as published, or Muon, at AdamW's own rates; the rest is AdamW's."""
     peak_lr: float = 1e-3
     """Learning rate at the end of the warm-up."""
@@ -32,7 +32,7 @@ class OptimConfig:
     """Weight decay at the first step; times the learning rate, on tensors of two or more dimensions only."""
     final_weight_decay: float = 0.4
     """Weight decay at the last step."""
-    decay_shape: schedules.ScheduleShape = "cosine"
+    weight_decay_schedule: schedules.ScheduleShape = "cosine"
     """Path of the weight decay from first to last; constant stays at the first."""
     beta1: float = 0.9
     """Decay of the mean of gradients (Muon's is 0.95)."""
@@ -40,13 +40,13 @@ class OptimConfig:
     """Decay of the mean of squared gradients."""
     eps: float = 1e-8
     """Added to the root of the mean of squared gradients."""
-    clip: float | None = None
+    grad_clip_norm: float | None = None
     """Greatest global norm of the gradient; None (as published) does not clip."""
-    horizon: float = 1.0
+    schedule_stretch: float = 1.0
     """Steps that the schedules take, over the run's steps (the public code's ipe_scale)."""
 
     def __post_init__(self) -> None:
-        for name in ("peak_lr", "eps", "horizon"):
+        for name in ("peak_lr", "eps", "schedule_stretch"):
             if getattr(self, name) <= 0:
                 raise UserError(f"optim.{name}={getattr(self, name)} must be above 0")
         for name in ("start_lr", "final_lr", "warmup_epochs", "weight_decay", "final_weight_decay"):
@@ -55,8 +55,8 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name}={getattr(self, name)} must be in [0, 1)")
-        if self.clip is not None and self.clip <= 0:
-            raise UserError(f"optim.clip={self.clip} must be above 0; None does not clip")
+        if self.grad_clip_norm is not None and self.grad_clip_norm <= 0:
+            raise UserError(f"optim.grad_clip_norm={self.grad_clip_norm} must be above 0; None does not clip")
 
 
 MUON_UPDATE_RMS = 0.2
@@ -72,7 +72,7 @@ class Optimizer(eqx.Module):
 
     @property
     def _horizon(self) -> int:
-        return max(round(self.config.horizon * self.total_steps), 1)
+        return max(round(self.config.schedule_stretch * self.total_steps), 1)
 
     def learning_rate(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
         """Learning rate of the update of `step`, counted from 0: the schedule's value at step + 1, as published."""
@@ -85,15 +85,15 @@ class Optimizer(eqx.Module):
         """Weight decay of the update of `step`, counted from 0: the schedule's value at step + 1, as published."""
         c = self.config
         return schedules.ramp(
-            c.decay_shape, step + 1, start=c.weight_decay, final=c.final_weight_decay, total=self._horizon
+            c.weight_decay_schedule, step + 1, start=c.weight_decay, final=c.final_weight_decay, total=self._horizon
         )
 
     @property
     def _rule(self) -> optax.GradientTransformation:
         c = self.config
-        clip = optax.identity() if c.clip is None else optax.clip_by_global_norm(c.clip)
+        clip = optax.identity() if c.grad_clip_norm is None else optax.clip_by_global_norm(c.grad_clip_norm)
         adam = optax.scale_by_adam(b1=c.beta1, b2=c.beta2, eps=c.eps)
-        if c.matrices == "adamw":
+        if c.name == "adamw":
             return optax.chain(clip, adam)
         return optax.chain(clip, optax.masked(adam, _non_matrix_mask), optax.masked(_scale_by_muon(), matrix_mask))
 

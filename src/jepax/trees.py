@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class EMA(eqx.Module, Generic[T]):
-    """A moving average of another module. Nothing beneath this node is optimised: the type is the rule."""
+    """A moving average of another module. Nothing beneath this node is optimized: the type is the rule."""
 
     average: T
 

@@ -28,8 +28,8 @@ def test_generated_photos_are_as_large_as_photos_are(photos):
 def test_every_path_reads_every_photo(photos):
     files = sorted(photos.glob("train/photo/*.jpg"))
     assert min(input_bench.time_one_core(files, 512, 1).values()) > 0
-    source = open_source(DataConfig(source="image_folder", root=str(photos), canvas=512), "train")
-    assert input_bench.loader_throughput(source, threads=1, workers=0, batch=4, steps=3) > 0
+    source = open_source(DataConfig(dataset="image_folder", root=str(photos), canvas_size=512), "train")
+    assert input_bench.loader_throughput(source, num_threads=1, num_workers=0, batch=4, steps=3) > 0
 
 
 def test_pillows_path_ends_in_a_view():

@@ -6,7 +6,7 @@ from jepax.bench import report
 
 SOUND = {
     "machine": {"load_average": (0.4, 2.0, 2.0), "cores": 2},
-    "utilisation": {"utilisation": 0.5},
+    "utilization": {"utilization": 0.5},
     "parts": {"teacher": 0.4, "objective": -0.01, "backward": 0.6},
 }
 
@@ -20,7 +20,7 @@ def test_an_idle_machine_is_not_doubted():
     ("changed", "said"),
     [
         ({"machine": {"load_average": (1.9, 0.0, 0.0), "cores": 2}}, "load average was 1.9 on 2 cores"),
-        ({"utilisation": {"utilisation": 1.29}}, "utilization above 100%"),
+        ({"utilization": {"utilization": 1.29}}, "utilization above 100%"),
         ({"parts": SOUND["parts"] | {"objective": -0.06}}, "objective below zero"),
     ],
 )

@@ -13,7 +13,7 @@ from jepax.commands.bench import Bench
 from jepax.types import UserError
 
 TINY = """
-    --data.source synthetic --data.canvas 28 --data.channels 1 --data.synthetic-images 80
+    --data.dataset synthetic --data.canvas-size 28 --data.channels 1 --data.synthetic-size 80
     --method.encoder.width 24 --method.encoder.depth 1 --method.predictor.width 12 --method.predictor.depth 1
     --train.batch-size 16 --train.steps 30 --optim.warmup-epochs 0.2
 """.split()
@@ -45,11 +45,11 @@ def test_the_parts_add_up_and_are_named(found):
 
 @pytest.mark.long
 def test_speed_and_utilisation_follow_from_time_and_arithmetic(found):
-    steps, use = found["steps"], found["utilisation"]
-    assert steps["images_per_s"] == pytest.approx(16 / steps["pipelined_step_s"])
+    steps, use = found["steps"], found["utilization"]
+    assert steps["images_per_s"] == pytest.approx(16 / steps["step_s_pipelined"])
     assert use["tflop_per_s"] == pytest.approx(use["gflop_per_image"] * steps["images_per_s"] / 1000 / 8)  # devices
-    assert use["utilisation"] == pytest.approx(use["tflop_per_s"] / use["peak_tflop_per_s"])
-    assert 0 <= found["input"]["waited_share"] <= 1
+    assert use["utilization"] == pytest.approx(use["tflop_per_s"] / use["peak_tflop_per_s"])
+    assert 0 <= found["input"]["input_wait_fraction"] <= 1
 
 
 @pytest.mark.long
@@ -89,6 +89,6 @@ def test_no_step_is_counted_that_was_done_before_the_clock_started():
 
         def step(self, batch=None):
             time.sleep(0.02)
-            return {"loss": jax.block_until_ready(jnp.zeros(()))}
+            return {"train/loss": jax.block_until_ready(jnp.zeros(()))}
 
-    assert Slow().steps(3)["pipelined_step_s"] >= 0.02
+    assert Slow().steps(3)["step_s_pipelined"] >= 0.02

@@ -28,7 +28,7 @@ from jepax.types import UserError
 from tests.contracts.shrink import shrunk
 
 QUICK = "--eval.batch-size 40 --eval.linear.epochs 2 --eval.linear.learning-rates 1e-2 --eval.linear.weight-decays 0"
-KNN = "--protocols knn --eval.knn.neighbours 3 --eval.knn.temperatures 0.1".split()
+KNN = "--protocols knn --eval.knn.k 3 --eval.knn.temperatures 0.1".split()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_another_step_encoder_and_data_by_another_protocol(finished, capsys, tmp
     found, out = told(capsys, run, *words)
     (written,) = (tmp_path / "evals").glob("*.json")
     assert written.name.startswith(f"{run.name}-step_00000004-knn-") and str(written) in out
-    assert found["subject"] == {"folder": run.name, "recipe": "ijepa_fashion_mnist", "encoder": "context"}
+    assert found["target"] == {"folder": run.name, "recipe": "ijepa_fashion_mnist", "encoder": "context"}
     assert found["step"] == 4 and found["data"]["synthetic_seed"] == 5
     assert "knn" in found["rows"]["trained"] and "linear" not in found["rows"]["trained"]
     again, _ = told(capsys, run, *words[:-4], "--data.synthetic-seed", 6, "--run-dir", tmp_path)
@@ -105,7 +105,7 @@ def test_the_optimisers_state_stays_on_the_disk(finished):
 
 def test_the_runs_own_training_pictures_are_not_needed(finished, tmp_path):
     run, config, _ = finished
-    elsewhere = replace(config, data=replace(config.data, source="image_folder", root="/nowhere"))
+    elsewhere = replace(config, data=replace(config.data, dataset="image_folder", root="/nowhere"))
     assert int(evaluation.load_state(elsewhere, run).step) == 6
 
 
@@ -115,7 +115,8 @@ def test_exported_weights_score_as_their_run_does(finished, capsys, tmp_path):
         tmp_path / "out", state.method.target_encoder.average, config.method.crop, recipe="r", step=6, name="target"
     )
     pictures = (
-        "--data.source synthetic --data.canvas 24 --data.channels 1 --data.synthetic-images 80 --data.validation 0.2"
+        "--data.dataset synthetic --data.canvas-size 24 --data.channels 1 --data.synthetic-size 80"
+        " --data.val-fraction 0.2"
     )
     found, out = told(capsys, tmp_path / "out", *pictures.split(), *KNN)
     assert "out/evals/weights-knn-" in out
@@ -126,8 +127,8 @@ def test_exported_weights_score_as_their_run_does(finished, capsys, tmp_path):
 @pytest.mark.long
 def test_every_protocol_runs(finished, capsys):
     run, _, _ = finished
-    small = """--eval.linear-published.epochs 1 --eval.attentive.epochs 1 --eval.finetune.epochs 1
-        --eval.low-shot.shares 0.5 --eval.low-shot.per-class 2 --eval.low-shot.seeds 2"""
+    small = """--eval.linear-vissl.epochs 1 --eval.attentive.epochs 1 --eval.finetune.epochs 1
+        --eval.low-shot.label-fractions 0.5 --eval.low-shot.shots 2 --eval.low-shot.num-draws 2"""
     protocols = list(evaluation.report.PROTOCOLS)
     found, out = told(capsys, run, "--protocols", *protocols, *QUICK.split(), *small.split())
     for row in ("trained", "untrained", "pixels"):
@@ -172,7 +173,7 @@ def test_a_run_may_end_without_an_evaluation(finished, capsys, tmp_path):
         ("--encoder teacher", ["eval.encoder", "default, target, context"]),
         ("--protocols knn psychic", ["--eval.protocols", "psychic"]),
         ("--optim.peak-lr 1", ["--optim.peak_lr cannot be changed in an evaluation"]),
-        ("--data.source fashion_mnist --data.channels 3 --data.root /nowhere", ["data.root=/nowhere"]),
+        ("--data.dataset fashion_mnist --data.channels 3 --data.root /nowhere", ["data.root=/nowhere"]),
         ("--data.channels 3", ["reads 1 channels", "have 3", "--data.channels 1"]),
     ],
 )
@@ -194,17 +195,17 @@ def test_training_never_opens_the_test_split(finished, tmp_path, monkeypatch):
 
     for module in (train_config, monitor):
         monkeypatch.setattr(module, "open_source", noted)
-    online = replace(config.eval.online, every=2, train_images=20, validation_images=10)
+    online = replace(config.eval.online, every_steps=2, train_images=20, validation_images=10)
     training.train(replace(config, eval=replace(config.eval, online=online)), tmp_path)
     assert "train" in opened and "validation" in opened and "test" not in opened
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "probe_top1" in line] == [1, 3, 5]
-    assert all(line["online_seconds"] > 0 for line in lines if "probe_top1" in line)
+    assert [line["step"] for line in lines if "val/probe_top1" in line] == [1, 3, 5]
+    assert all(line["val/seconds"] > 0 for line in lines if "val/probe_top1" in line)
 
 
 def test_online_evaluation_changes_nothing_of_training(finished, tmp_path):
     _, config, state = finished
-    online = replace(config.eval.online, every=2, train_images=20, validation_images=10)
+    online = replace(config.eval.online, every_steps=2, train_images=20, validation_images=10)
     beside = training.train(replace(config, eval=replace(config.eval, online=online)), tmp_path)
     for ours, its in zip(jax.tree.leaves(state), jax.tree.leaves(beside), strict=True):
         np.testing.assert_array_equal(ours, its)
@@ -213,11 +214,11 @@ def test_online_evaluation_changes_nothing_of_training(finished, tmp_path):
 def test_scores_come_at_the_next_line_of_the_log_and_a_resumed_run_has_them_too(finished, tmp_path, monkeypatch):
     """Every 2 steps, lines at steps 0, 1, 3 and 5: on both sides of a checkpoint at 3 steps."""
     _, config, _ = finished
-    online = replace(config.eval.online, every=2, train_images=20, validation_images=10)
+    online = replace(config.eval.online, every_steps=2, train_images=20, validation_images=10)
     config = replace(
         config,
         eval=replace(config.eval, online=online),
-        train=replace(config.train, log_every=2, save=CheckpointConfig(every=3, keep=9)),
+        train=replace(config.train, log_every_steps=2, checkpoint=CheckpointConfig(every_steps=3, max_to_keep=9)),
     )
     training.train(config, tmp_path)
     whole = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -225,7 +226,9 @@ def test_scores_come_at_the_next_line_of_the_log_and_a_resumed_run_has_them_too(
         shutil.rmtree(tmp_path / "checkpoints" / f"{step:08d}", ignore_errors=True)
     training.train(config, tmp_path)
     again = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    scores = [[(line["step"], line.get("probe_top1")) for line in map(json.loads, lines)] for lines in (whole, again)]
+    scores = [
+        [(line["step"], line.get("val/probe_top1")) for line in map(json.loads, lines)] for lines in (whole, again)
+    ]
     assert scores[0] == scores[1]
     assert [step for step, score in scores[0] if score is not None] == [1, 3, 5]
 

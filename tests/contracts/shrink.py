@@ -23,9 +23,9 @@ def shrunk(name: str, **method: object) -> Config:
     return replace(
         config,
         method=tiny,
-        data=DataConfig(source="synthetic", canvas=SIDE, channels=channels, synthetic_images=80, validation=0.2),
+        data=DataConfig(dataset="synthetic", canvas_size=SIDE, channels=channels, synthetic_size=80, val_fraction=0.2),
         optim=replace(config.optim, warmup_epochs=0.1),
-        train=TrainConfig(batch_size=BATCH, steps=6, log_every=2, save=CheckpointConfig(every=4)),
+        train=TrainConfig(batch_size=BATCH, steps=6, log_every_steps=2, checkpoint=CheckpointConfig(every_steps=4)),
     )
 
 

@@ -65,7 +65,7 @@ def step(setup, state, batch):
 def test_every_recipe_is_a_program_at_its_full_size(name):
     """Traced with abstract shapes: sizes fit each other, and nothing is computed."""
     config = RECIPES[name]()
-    pictures = np.zeros((8, 64, 64, config.method.encoder.channels), np.uint8)
+    pictures = np.zeros((8, 64, 64, config.method.encoder.in_channels), np.uint8)
     images = ImageBatch(canvas=pictures, size=np.full((8, 2), 64, np.int32), index=np.arange(8, dtype=np.int32))
     method = eqx.filter_eval_shape(lambda: config.method.build(total_steps=10, key=jr.key(0)))
     loss = eqx.filter_eval_shape(lambda method: method.loss(images, key=jr.key(0))[0], method)
@@ -175,7 +175,7 @@ def test_one_batch_is_overfitted(standing_still, batches):
     while len(losses) < 10 or np.mean(losses[-10:]) >= 0.5 * losses[0]:
         assert len(losses) < 150, losses[::15]
         state, metrics = step(setup, state, batches[0])
-        losses.append(float(metrics["loss"]))
+        losses.append(float(metrics["train/loss"]))
 
 
 def test_two_builds_compile_once(standing_still, batches):

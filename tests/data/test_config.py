@@ -11,17 +11,17 @@ from jepax.types import UserError
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("source", "imagenet"),
+        ("dataset", "imagenet"),
         ("channels", 4),
-        ("validation", 1.0),
-        ("validation", -0.1),
-        ("broken_share", 1.5),
-        ("broken_share", -0.1),
-        ("canvas", 0),
-        ("synthetic_images", 0),
+        ("val_fraction", 1.0),
+        ("val_fraction", -0.1),
+        ("max_corrupt_fraction", 1.5),
+        ("max_corrupt_fraction", -0.1),
+        ("canvas_size", 0),
+        ("synthetic_size", 0),
         ("synthetic_seed", -1),
-        ("threads", -1),
-        ("workers", -1),
+        ("num_threads", -1),
+        ("num_workers", -1),
     ],
 )
 def test_a_bad_setting_is_named_with_its_value(name, value):
@@ -33,7 +33,7 @@ def test_a_bad_setting_is_named_with_its_value(name, value):
 
 def test_image_folder_needs_a_root():
     with pytest.raises(UserError, match=r"data\.root=None"):
-        open_source(DataConfig(source="image_folder"), "train")
+        open_source(DataConfig(dataset="image_folder"), "train")
 
 
 def test_held_out_rows_are_a_fixed_balanced_share():
@@ -53,7 +53,7 @@ def test_train_and_validation_part_the_pool(share):
 
 
 def test_an_empty_validation_split_is_refused():
-    config = DataConfig(source="synthetic", canvas=8, validation=0.0, synthetic_images=16)
+    config = DataConfig(dataset="synthetic", canvas_size=8, val_fraction=0.0, synthetic_size=16)
     assert len(open_source(config, "train")) == 16
-    with pytest.raises(UserError, match=r"data\.validation=0\.0 leaves no image for the validation split"):
-        open_source(config, "validation")
+    with pytest.raises(UserError, match=r"data\.val_fraction=0\.0 leaves no image for the validation split"):
+        open_source(config, "val_fraction")

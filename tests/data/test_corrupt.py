@@ -23,11 +23,11 @@ from jepax.views import CropConfig
 
 PER_CLASS = 12
 BAD = (3, 4, 20)
-"""Rows: two neighbours of the first class, one of the second."""
+"""Rows: two neighbors of the first class, one of the second."""
 ROW = PixelFeatures(CropConfig(size=(4, 4), mean=(0.5,), std=(0.25,)), 2)
 
 
-def grey(row):
+def gray(row):
     return 10 * row + 5
 
 
@@ -36,13 +36,14 @@ def root(tmp_path):
     for row in range(2 * PER_CLASS):
         path = tmp_path / f"data/train/{'ab'[row // PER_CLASS]}/{row:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (4, 4), grey(row)).save(path)
+        Image.new("L", (4, 4), gray(row)).save(path)
     return tmp_path / "data"
 
 
 def opened(root, **settings):
     return open_source(
-        DataConfig(source="image_folder", root=str(root), canvas=4, channels=1, validation=0.0, **settings), "train"
+        DataConfig(dataset="image_folder", root=str(root), canvas_size=4, channels=1, val_fraction=0.0, **settings),
+        "train",
     )
 
 
@@ -59,7 +60,7 @@ def source(root):
 
 
 def shown(images):
-    """Row of each picture, by its grey."""
+    """Row of each picture, by its gray."""
     return ((images.canvas[:, 0, 0, 0].astype(int) - 5) // 10).tolist()
 
 
@@ -131,16 +132,16 @@ def digest_and_rows(source, **reading):
 
 
 def test_threads_and_workers_change_neither_batches_nor_what_is_told(source):
-    expected = digest_and_rows(source, threads=0)
+    expected = digest_and_rows(source, num_threads=0)
     assert sorted({row for rows in expected[1] for row in rows}) == list(BAD)
-    for reading in ({"threads": 1}, {"threads": 3}, {"threads": 1, "workers": 2}):
+    for reading in ({"num_threads": 1}, {"num_threads": 3}, {"num_threads": 1, "num_workers": 2}):
         assert digest_and_rows(source, **reading) == expected
 
 
 def test_rows_are_told_before_their_batch_and_labels_stay_right(source):
     told = []
     stream = batches(
-        source, batch_size=8, steps=6, seed=0, threads=3, on_corrupt=lambda rows: told.extend(rows.tolist())
+        source, batch_size=8, steps=6, seed=0, num_threads=3, on_corrupt=lambda rows: told.extend(rows.tolist())
     )
     for images in stream:
         epochs, places = np.divmod(images.index, 24)
@@ -253,7 +254,7 @@ def test_too_many_end_the_run_and_name_setting_count_and_list(source, tmp_path):
     path = tmp_path / "corrupt.jsonl"
     broken = CorruptLog(source, path, 2 / 24, print)
     broken(np.array([3, 4, 3, 4]))  # two are allowed, however often they are met
-    with pytest.raises(UserError, match=r"data\.broken_share=0\.083.* of 24 examples .* but 3 are") as caught:
+    with pytest.raises(UserError, match=r"data\.max_corrupt_fraction=0\.083.* of 24 examples .* but 3 are") as caught:
         broken(np.array([20]))
     text = str(caught.value)
     assert str(path) in text and source.display_name(20) in text and len(text.splitlines()) <= 5
@@ -280,7 +281,10 @@ def test_what_every_process_has_listed_counts(source, tmp_path):
 def test_without_a_path_nothing_is_written_and_the_rest_holds(source, tmp_path):
     before = set(tmp_path.rglob("*"))
     broken = CorruptLog(source, None, 0.0)
-    with pytest.warns(UserWarning, match=r"a/03\.png"), pytest.raises(UserError, match=r"data\.broken_share=0\.0 of"):
+    with (
+        pytest.warns(UserWarning, match=r"a/03\.png"),
+        pytest.raises(UserError, match=r"data\.max_corrupt_fraction=0\.0 of"),
+    ):
         broken(np.array([3]))
     assert set(tmp_path.rglob("*")) == before
 

@@ -65,7 +65,7 @@ STONE = [0, 8, 9, 3, 7, 5, 1, 11, 2, 10, 6, 4]
 @pytest.mark.parametrize("start", [0, 3])
 def test_start_and_threads_change_nothing(source, threads, start):
     whole = list(batches(source, batch_size=4, steps=6, seed=1))
-    part = list(batches(source, batch_size=4, steps=6, seed=1, start=start, threads=threads))
+    part = list(batches(source, batch_size=4, steps=6, seed=1, start=start, num_threads=threads))
     assert len(part) == 6 - start
     for one, other in zip(whole[start:], part, strict=True):
         np.testing.assert_array_equal(one.canvas, other.canvas)
@@ -88,7 +88,7 @@ def test_processes_split_each_batch(source, count):
 def test_workers_change_nothing_and_leave_no_shared_memory(source):
     before = shared_memory()
     expected = rows_seen(source, batches(source, batch_size=4, steps=5, seed=1, start=1))
-    stream = batches(source, batch_size=4, steps=500, seed=1, start=1, threads=1, workers=2)
+    stream = batches(source, batch_size=4, steps=500, seed=1, start=1, num_threads=1, num_workers=2)
     seen = rows_seen(source, itertools.islice(stream, 4))
     stream.close()
     assert seen == expected
@@ -168,7 +168,9 @@ class Toy(Source):
         return Trajectories(np.stack(states), np.stack(actions), index)
 
 
-@pytest.mark.parametrize("reading", [{"threads": 0}, {"threads": 1}, {"threads": 2}, {"threads": 1, "workers": 2}])
+@pytest.mark.parametrize(
+    "reading", [{"num_threads": 0}, {"num_threads": 1}, {"num_threads": 2}, {"num_threads": 1, "num_workers": 2}]
+)
 def test_a_source_of_sequences_with_actions_needs_nothing_of_images(reading):
     found, toy = [], Toy()
     stream = list(batches(toy, batch_size=8, steps=5, seed=3, on_corrupt=lambda rows: found.extend(rows), **reading))

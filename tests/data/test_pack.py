@@ -22,7 +22,7 @@ CANVAS = 48
 
 
 def photo(path: Path, size: tuple[int, int], mode: str = "RGB", **saved) -> None:
-    """Smooth shapes in the picture's own colours, so that a JPEG of them is close to them."""
+    """Smooth shapes in the picture's own colors, so that a JPEG of them is close to them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(len(path.name) + sum(size))
     small = Image.fromarray(random.integers(0, 256, (4, 4, 3), np.uint8))
@@ -31,7 +31,7 @@ def photo(path: Path, size: tuple[int, int], mode: str = "RGB", **saved) -> None
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two classes; in each, pictures that fit the canvas, one turned by its EXIF, and larger ones, one of them grey."""
+    """Two classes; in each, pictures that fit the canvas, one turned by its EXIF, and larger ones, one of them gray."""
     root = tmp_path / "photos"
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -43,7 +43,7 @@ def photos(tmp_path):
             photo(folder / "turned.jpg", (40, 20), exif=turned)
             for number in range(4):
                 photo(folder / f"large_{number}.jpg", (120 + number, 90))
-            photo(folder / "large_grey.jpg", (70, 90), "L")
+            photo(folder / "large_gray.jpg", (70, 90), "L")
             photo(folder / "large_turned.jpg", (120, 60), exif=turned)
     return root
 
@@ -52,14 +52,14 @@ def packed(photos: Path, folder: Path, **settings) -> Path:
     pack.pack(
         photos,
         folder,
-        pack.PackConfig(**{"canvas_size": CANVAS, "images_per_shard": 4, "threads": 2} | settings),
+        pack.PackConfig(**{"canvas_size": CANVAS, "images_per_shard": 4, "num_threads": 2} | settings),
         lambda _: 0,
     )
     return folder
 
 
 def open_(source: str, root: Path, split: str = "train", **settings):
-    return open_source(DataConfig(**{"source": source, "root": str(root), "canvas": CANVAS} | settings), split)
+    return open_source(DataConfig(**{"dataset": source, "root": str(root), "canvas_size": CANVAS} | settings), split)
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
@@ -80,7 +80,7 @@ def test_it_holds_the_folders_pictures(photos, tmp_path, split):
 def test_grey_pictures_are_one_channel(photos, tmp_path):
     ours = open_("packed", packed(photos, tmp_path / "pack"), "test", channels=1)
     folder = open_("image_folder", photos, "test", channels=1)
-    row = folder.files.index("cat/large_grey.jpg")
+    row = folder.files.index("cat/large_gray.jpg")
     off = ours.load(row).image.astype(int) - folder.load(row).image
     assert 0 < np.abs(off).mean() < 1
 
@@ -91,7 +91,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_threads_do_not_matter_and_nothing_else_stays(photos, tmp_path):
-    one, many = (digests(packed(photos, tmp_path / str(count), threads=count)) for count in (1, 5))
+    one, many = (digests(packed(photos, tmp_path / str(count), num_threads=count)) for count in (1, 5))
     assert one == many
     shards = [f"{part}-{number:05d}.array_record" for part in ("train", "val") for number in range(5)]
     assert list(one) == sorted(["pack.json", "train.json", "val.json", *shards])
@@ -146,8 +146,8 @@ def test_the_same_batches_from_threads_and_workers(photos, tmp_path):
     def canvases(**how):
         return [images.canvas.copy() for images in batches(source, batch_size=6, steps=3, seed=0, **how)]
 
-    alone = canvases(threads=0)
-    for how in ({"threads": 4}, {"threads": 1, "workers": 2}):
+    alone = canvases(num_threads=0)
+    for how in ({"num_threads": 4}, {"num_threads": 1, "num_workers": 2}):
         assert all((one == other).all() for one, other in zip(alone, canvases(**how), strict=True))
 
 
@@ -258,7 +258,7 @@ def test_flipped_bits_are_noticed(photos, tmp_path):
 
 def test_a_larger_canvas_than_the_packs_is_refused(photos, tmp_path):
     folder = packed(photos, tmp_path / "pack")
-    with pytest.raises(UserError, match=r"was packed for data\.canvas=48, and 64 asks for more"):
+    with pytest.raises(UserError, match=r"was packed for data\.canvas_size=48, and 64 asks for more"):
         open_("packed", folder, canvas=64)
     assert open_("packed", folder, canvas=32).load_batch(np.array([0]))[0].canvas.shape == (1, 32, 32, 3)
 

@@ -33,7 +33,7 @@ STEPS = 4
 def wide(name):
     """A tiny recipe, wide enough that its matrices are worth sharding."""
     config = shrunk(name)
-    return replace(config, method=replace(config.method, encoder=replace(config.method.encoder, width=96, heads=4)))
+    return replace(config, method=replace(config.method, encoder=replace(config.method.encoder, width=96, num_heads=4)))
 
 
 def planned(config, plan):
@@ -48,7 +48,7 @@ def trained(config, plan):
     losses, programs = [], jit_train_step._cache_size()
     for batch in setup.batches(steps=STEPS):
         state, metrics = run_train_step(state, sharding.shard_batch(batch, plan.mesh), base_key, context)
-        losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+        losses.append([float(metrics["train/loss"]), float(metrics["optim/grad_norm"])])
     assert jit_train_step._cache_size() == programs + 1
     return state, np.array(losses)
 
@@ -59,19 +59,19 @@ def test_a_run_may_resume_sharded_or_replicated(tmp_path):
     config = wide("ijepa_fashion_mnist")
     config = replace(
         config,
-        train=replace(config.train, steps=6, log_every=1, save=CheckpointConfig(every=2)),
-        eval=replace(config.eval, online=replace(config.eval.online, every=3)),
+        train=replace(config.train, steps=6, log_every_steps=1, checkpoint=CheckpointConfig(every_steps=2)),
+        eval=replace(config.eval, online=replace(config.eval.online, every_steps=3)),
     )
     train(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts/checkpoints/00000006")
-    split = replace(config, train=replace(config.train, sharding=ShardingConfig("sharded")))
+    split = replace(config, train=replace(config.train, sharding=ShardingConfig("fsdp")))
     state = train(split, tmp_path / "parts")
     assert not state.method.encoder.stack.blocks.mlp.fc1.weight.is_fully_replicated
     whole, parts = (logger.read_metrics(tmp_path / name / logger.METRICS_FILE) for name in ("whole", "parts"))
     assert [line["step"] for line in parts] == list(range(6))
-    np.testing.assert_allclose(*([line["loss"] for line in lines] for lines in (whole, parts)), rtol=1e-5)
-    assert parts[5]["knn_top1"] == pytest.approx(whole[5]["knn_top1"], abs=5)
+    np.testing.assert_allclose(*([line["train/loss"] for line in lines] for lines in (whole, parts)), rtol=1e-5)
+    assert parts[5]["val/knn_top1"] == pytest.approx(whole[5]["val/knn_top1"], abs=5)
     assert sharding.to_local(state).method.encoder.stack.blocks.mlp.fc1.weight.is_fully_replicated
 
 
@@ -80,7 +80,7 @@ def test_a_run_may_resume_sharded_or_replicated(tmp_path):
     params=["ijepa_fashion_mnist", "ijepa_vith14_in1k", pytest.param("lejepa_fashion_mnist", marks=pytest.mark.long)],
 )
 def config(request):
-    """Unrolled and with Muon; scanned, rematerialised and with AdamW, as large recipes are."""
+    """Unrolled and with Muon; scanned, rematerialized and with AdamW, as large recipes are."""
     return wide(request.param)
 
 
@@ -136,8 +136,8 @@ def test_auto_shards_what_would_fill_a_device(monkeypatch):
     assert choose_plan(auto, mesh, 24 * 10**9) == ShardingPlan(mesh, False, False)
     assert choose_plan(auto, mesh, 26 * 10**9) == ShardingPlan(mesh, True, True)
     assert not choose_plan(auto, make_mesh(1), 26 * 10**9).shard_params
-    assert choose_plan(ShardingConfig("sharded", "replicated"), mesh, 1) == ShardingPlan(mesh, True, False)
-    assert choose_plan(ShardingConfig("replicated", "sharded"), mesh, 1) == ShardingPlan(mesh, False, True)
+    assert choose_plan(ShardingConfig("fsdp", "ddp"), mesh, 1) == ShardingPlan(mesh, True, False)
+    assert choose_plan(ShardingConfig("ddp", "fsdp"), mesh, 1) == ShardingPlan(mesh, False, True)
     assert str(ShardingPlan(mesh, True, False)) == "parameters sharded (FSDP), teacher replicated"
 
 
@@ -208,5 +208,7 @@ def test_micro_batches_take_less_memory():
 
 
 def test_micro_batches_that_the_devices_do_not_divide_are_refused():
-    with pytest.raises(UserError, match=r"batch_size=16 .* 8 devices in train.accumulate=4 micro-batches; try 32"):
+    with pytest.raises(
+        UserError, match=r"batch_size=16 .* 8 devices in train.grad_accum_steps=4 micro-batches; try 32"
+    ):
         sharding.check_batch(16, 4)

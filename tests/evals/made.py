@@ -36,10 +36,10 @@ class Made(EvalDataset):
 def clusters(seed=0, sizes=(1003, 211, 301), layers=1, dim=16, classes=7, noise=1.5, offset=0.0):
     """Overlapping clusters as training, validation and test split."""
     rng = np.random.default_rng(seed)
-    centres, shift = rng.normal(size=(layers, classes, dim)), offset * rng.normal(size=dim)
+    centers, shift = rng.normal(size=(layers, classes, dim)), offset * rng.normal(size=dim)
 
     def split(n):
         labels = rng.integers(0, classes, n)
-        return Made(centres[:, labels] + noise * rng.normal(size=(layers, n, dim)) + shift, labels)
+        return Made(centers[:, labels] + noise * rng.normal(size=(layers, n, dim)) + shift, labels)
 
     return [split(n) for n in sizes]

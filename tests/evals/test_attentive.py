@@ -129,9 +129,11 @@ def test_heads_begin_alike_and_every_array_of_theirs_is_trained(stepped):
     assert min(jax.tree.leaves(moved)) > 1e-3
 
 
-@pytest.mark.parametrize("views", ["centre", "augmented"])
+@pytest.mark.parametrize("train_views", ["center", "augmented"])
 def test_only_augmented_views_draw_random_numbers(views):
-    program = jax.make_jaxpr(train_step.__wrapped__)(*inputs_of_a_step([(1e-3, 0.0)], replace(CONFIG, views=views)))
+    program = jax.make_jaxpr(train_step.__wrapped__)(
+        *inputs_of_a_step([(1e-3, 0.0)], replace(CONFIG, train_views=views))
+    )
     assert ("random_bits" in str(program)) == (views == "augmented")
 
 
@@ -171,7 +173,7 @@ def test_one_program_for_all_rows_of_one_shape():
 
 def test_pixels_have_tokens_too():
     pixels = PixelFeatures(CROP, 4)
-    config = replace(CONFIG, views="centre", learning_rates=(3e-3,), weight_decays=(0.0,))
+    config = replace(CONFIG, train_views="center", learning_rates=(3e-3,), weight_decays=(0.0,))
     train, validation = splits(pixels)
     (answer,) = run(attentive, train, validation, CLASSES, config, key=jr.key(0))
     assert answer.settings["validation_top1"] > majority(validation.labels) + 30

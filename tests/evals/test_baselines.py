@@ -10,7 +10,7 @@ from jepax.evals.scoring import accuracy, topk
 from jepax.types import ImageBatch, UserError
 from jepax.views import CropConfig
 
-PLAIN = CropConfig(size=(28, 28), mean=(0.0,), std=(1.0,), centre_resize=1.0)
+PLAIN = CropConfig(size=(28, 28), mean=(0.0,), std=(1.0,), eval_resize_ratio=1.0)
 
 
 def test_small_views_are_only_flattened():

@@ -15,7 +15,7 @@ from jepax.nn import ViT, ViTConfig
 from jepax.types import UserError
 from jepax.views import CropConfig, center_crop
 
-CROP = CropConfig(size=(8, 8), mean=(0.5,), std=(0.25,), centre_resize=1.0)
+CROP = CropConfig(size=(8, 8), mean=(0.5,), std=(0.25,), eval_resize_ratio=1.0)
 
 
 def source(n=37, seed=0):
@@ -26,7 +26,7 @@ def source(n=37, seed=0):
 
 @pytest.fixture(scope="module")
 def row():
-    return ViTFeatures(ViT(ViTConfig(patch_size=4, channels=1, width=16, depth=2, heads=2), key=jr.key(0)), CROP)
+    return ViTFeatures(ViT(ViTConfig(patch_size=4, in_channels=1, width=16, depth=2, num_heads=2), key=jr.key(0)), CROP)
 
 
 def test_an_unlabeled_source_has_the_pictures_and_no_label(row):
@@ -79,7 +79,7 @@ def test_a_digest_tells_large_pictures_and_sizes_apart():
     images, _ = next(iter_once(source(), 37))
     large = np.random.default_rng(0).integers(0, 256, (3, 200, 200, 3)).astype(np.uint8)
     size = np.full((3, 2), 200, np.int32)
-    made = dataclasses.replace(images, canvas=large, size=size, index=images.index[:3], label=None)
+    made = dataclasses.replace(images, canvas_size=large, size=size, index=images.index[:3], label=None)
     assert len(set(digest(images))) == 37 and len(set(digest(made))) == 3
     cut = dataclasses.replace(made, size=size - 1)
     assert not np.isin(digest(cut), digest(made)).any()

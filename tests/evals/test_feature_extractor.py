@@ -42,7 +42,7 @@ def test_an_encoder_that_is_not_there_is_refused():
 
 
 def test_tokens_are_the_last_layers_and_pooling_reads_four_layers():
-    encoder = ViT(ViTConfig(patch_size=4, channels=1, width=16, depth=6, heads=2), key=jr.key(0))
+    encoder = ViT(ViTConfig(patch_size=4, in_channels=1, width=16, depth=6, num_heads=2), key=jr.key(0))
     view = jr.normal(jr.key(1), (3, 8, 12, 1))
     row = ViTFeatures(encoder, CropConfig(size=(8, 12), mean=(0.5,), std=(0.25,)))
     tokens, pooled = row.tokens(view), row.pooled(view)

@@ -112,7 +112,7 @@ def test_the_loss_is_cross_entropy_to_smoothed_labels_of_crops():
     smoothing = 0.3
     start, _, images, loss = one_step(label_smoothing=smoothing)
     start = jax.tree.map(jnp.asarray, start)
-    crop = replace(CROP, scale=CONFIG.scale, flip=CONFIG.flip)
+    crop = replace(CROP, scale=CONFIG.crop_scale, hflip_prob=CONFIG.hflip_prob)
     embed = jax.jit(lambda encoder, images, key: encoder(augmented(images, key, crop)))
     tokens = np.asarray(embed(start.encoder, replace(images, label=None), jr.key(2)), np.float64)
     logits = tokens.mean(axis=1) @ np.asarray(start.head.weight, np.float64)

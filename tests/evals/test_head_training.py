@@ -62,7 +62,7 @@ def test_the_training_view_is_the_center_view_or_a_crop(monkeypatch):
     images, key, calls = batch(), jr.key(0), []
     center = center_crop(images, CROP)
     monkeypatch.setattr(augmentation, "augmented", lambda *given: calls.append(given) or center + 1)
-    np.testing.assert_array_equal(train_view("centre", images, key, CROP), center)
+    np.testing.assert_array_equal(train_view("center", images, key, CROP), center)
     assert calls == []
     np.testing.assert_array_equal(train_view("augmented", images, key, CROP), center + 1)
     assert calls == [(images, key, CROP)]
@@ -234,13 +234,19 @@ BAD = [
     ("batch_size", 0),
     ("learning_rates", ()),
     ("learning_rates", (1e-3, 0.0)),
-    ("scale", (0.5, 0.3)),
-    ("scale", (0.0, 1.0)),
-    ("flip", 1.5),
+    ("crop_scale", (0.5, 0.3)),
+    ("crop_scale", (0.0, 1.0)),
+    ("hflip_prob", 1.5),
 ]
 SWEEP = [("weight_decays", ()), ("weight_decays", (-0.1,))]
-OWN = [*SWEEP, ("views", "left"), ("warmup", 1.0)]
-OTHERS = [("warmup", 1.0), ("layer_decay", 0.0), ("layer_decay", 1.1), ("weight_decay", -1.0), ("label_smoothing", 1.0)]
+OWN = [*SWEEP, ("train_views", "left"), ("warmup_fraction", 1.0)]
+OTHERS = [
+    ("warmup_fraction", 1.0),
+    ("layer_decay", 0.0),
+    ("layer_decay", 1.1),
+    ("weight_decay", -1.0),
+    ("label_smoothing", 1.0),
+]
 
 
 @pytest.mark.parametrize(
@@ -250,8 +256,8 @@ OTHERS = [("warmup", 1.0), ("layer_decay", 0.0), ("layer_decay", 1.1), ("weight_
     + [("finetune", FinetuneConfig, *bad) for bad in BAD + OTHERS],
 )
 def test_what_cannot_work_is_refused_by_name(protocol, make, field, value):
-    if field == "views":
-        with pytest.raises(Exception, match="views"):  # the type check may come first
+    if field == "train_views":
+        with pytest.raises(Exception, match="train_views"):  # the type check may come first
             make(**{field: value})
         return
     with pytest.raises(UserError) as error:

@@ -1,4 +1,4 @@
-"""Nearest neighbours equal scikit-learn's, validation chooses k and temperature, and ties are always broken alike."""
+"""Nearest neighbors equal scikit-learn's, validation chooses k and temperature, and ties are always broken alike."""
 
 import itertools
 
@@ -16,38 +16,38 @@ from tests.evals.made import Made, clusters, run
 KEY = jr.key(0)
 
 
-def peer(train, neighbours, temperature):
+def peer(train, neighbors, temperature):
     """scikit-learn's in float64."""
-    model = KNeighborsClassifier(neighbours, metric="cosine", weights=lambda d: np.exp((1 - d) / temperature))
+    model = KNeighborsClassifier(neighbors, metric="cosine", weights=lambda d: np.exp((1 - d) / temperature))
     return model.fit(train.features.last.astype(np.float64), train.labels)
 
 
 @pytest.mark.parametrize("temperature", [0.03, 0.2])
-@pytest.mark.parametrize("neighbours", [1, 5, 20])
+@pytest.mark.parametrize("neighbors", [1, 5, 20])
 @pytest.mark.parametrize("chunk", [64, 1000])
-def test_votes_and_guesses_equal_scikit_learns(neighbours, temperature, chunk):
+def test_votes_and_guesses_equal_scikit_learns(neighbors, temperature, chunk):
     train, validation, test = clusters()
-    other, queries = peer(train, neighbours, temperature), test.features.last.astype(np.float64)
+    other, queries = peer(train, neighbors, temperature), test.features.last.astype(np.float64)
     keys = KnnIndex.build(train.features.last, train.labels)
     found = [part for _, part in search(keys, test.features.last, 20, chunk)]
-    sums = np.concatenate([count_votes(part, 7, neighbours, temperature) for part in found])
+    sums = np.concatenate([count_votes(part, 7, neighbors, temperature) for part in found])
     sums = np.where(np.isfinite(sums), sums, 0)
     np.testing.assert_allclose(sums / sums.sum(1, keepdims=True), other.predict_proba(queries), atol=2e-5)
-    (fitted,) = run(knn, train, validation, 7, KnnConfig((neighbours,), (temperature,), chunk), key=KEY)
+    (fitted,) = run(knn, train, validation, 7, KnnConfig((neighbors,), (temperature,), chunk), key=KEY)
     np.testing.assert_array_equal(fitted.predict(test.unlabeled())[:, 0], other.predict(queries))
 
 
 def test_validation_chooses_the_first_of_the_best():
     train, validation, test = clusters(noise=3.0)
-    config = KnnConfig((1, 5, 50, 5000), (0.03, 0.2), chunk=64)
+    config = KnnConfig((1, 5, 50, 5000), (0.03, 0.2), query_chunk=64)
     (fitted,) = run(knn, train, validation, 7, config, key=KEY)
     queries = validation.features.last.astype(np.float64)
     pairs = list(itertools.product((1, 5, 50), (0.03, 0.2)))
     expected = [100 * peer(train, *pair).score(queries, validation.labels) for pair in pairs]
-    assert [(one["neighbours"], one["temperature"]) for one in fitted.tried] == pairs
+    assert [(one["k"], one["temperature"]) for one in fitted.tried] == pairs
     np.testing.assert_allclose([one["validation_top1"] for one in fitted.tried], expected)
     assert len(set(expected)) > 2 and fitted.settings == fitted.tried[int(np.argmax(expected))]
-    chosen = fitted.settings["neighbours"], fitted.settings["temperature"]
+    chosen = fitted.settings["k"], fitted.settings["temperature"]
     assert fitted.variant == f"k {chosen[0]}, temperature {chosen[1]:g}"
     reached = peer(train, *chosen).predict(test.features.last.astype(np.float64))
     np.testing.assert_array_equal(fitted.predict(test)[:, 0], reached)
@@ -57,14 +57,14 @@ def test_among_equals_the_first_is_chosen():
     train, validation, _ = clusters(noise=0.01)
     (fitted,) = run(knn, train, validation, 7, KnnConfig((5, 1), (0.2, 0.03)), key=KEY)
     assert {one["validation_top1"] for one in fitted.tried} == {100.0}
-    assert (fitted.settings["neighbours"], fitted.settings["temperature"]) == (5, 0.2)
+    assert (fitted.settings["k"], fitted.settings["temperature"]) == (5, 0.2)
 
 
 def test_one_search_per_query_serves_every_setting(monkeypatch):
     calls, nearest = [], module._nearest_neighbors
     monkeypatch.setattr(module, "_nearest_neighbors", lambda *given: calls.append(given) or nearest(*given))
     train, validation, _ = clusters()
-    run(knn, train, validation, 7, KnnConfig((1, 5, 20), chunk=64), key=KEY)
+    run(knn, train, validation, 7, KnnConfig((1, 5, 20), query_chunk=64), key=KEY)
     assert len(calls) == 4 and {(id(c[0]), c[2].shape, c[3]) for c in calls} == {(id(calls[0][0]), (64, 16), 20)}
 
 
@@ -115,12 +115,12 @@ def test_only_the_last_layer_is_read():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"neighbours": ()}, r"neighbours=\(\)"),
-        ({"neighbours": (0, 5)}, r"neighbours=\(0, 5\)"),
+        ({"k": ()}, r"k=\(\)"),
+        ({"k": (0, 5)}, r"k=\(0, 5\)"),
         ({"temperatures": ()}, r"temperatures=\(\)"),
         ({"temperatures": (0.07, 0.0)}, r"temperatures=\(0.07, 0.0\)"),
         ({"temperatures": (float("nan"),)}, r"temperatures=\(nan,\)"),
-        ({"chunk": 0}, "chunk=0"),
+        ({"query_chunk": 0}, "query_chunk=0"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
@@ -130,7 +130,7 @@ def test_bad_settings_are_refused(settings, message):
 
 def test_more_neighbours_than_examples_and_bad_labels_are_refused():
     train, validation, _ = clusters(sizes=(10, 20, 5))
-    with pytest.raises(UserError, match=r"neighbours=\(20, 50\) are all more than the 10"):
+    with pytest.raises(UserError, match=r"k=\(20, 50\) are all more than the 10"):
         run(knn, train, validation, 7, KnnConfig((20, 50)), key=KEY)
     with pytest.raises(UserError, match="train split"):
         run(knn, train.unlabeled(), validation, 7, KnnConfig((5,)), key=KEY)

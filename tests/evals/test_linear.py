@@ -21,20 +21,22 @@ from jepax.views import CropConfig
 from tests.evals.made import Made, run
 
 CLASSES = 4
-CONFIG = LinearConfig(epochs=4, batch_size=100, learning_rates=(1e-3, 1e-2), weight_decays=(0.0, 0.1), controls=False)
+CONFIG = LinearConfig(
+    epochs=4, batch_size=100, learning_rates=(1e-3, 1e-2), weight_decays=(0.0, 0.1), width_controls=False
+)
 LARS = dataclasses.replace(
-    PUBLISHED, epochs=16, batch_size=100, learning_rates=(0.05, 0.5), views="centre", controls=False
+    PUBLISHED, epochs=16, batch_size=100, learning_rates=(0.05, 0.5), train_views="center", width_controls=False
 )
 
 
 def made(n, layers=2, dim=12, spread=2.0, seed=0):
     """Clusters that overlap, seen through features of unequal scale and offset; more so in the first layers."""
-    centres = np.random.default_rng(7).normal(size=(CLASSES, dim))
+    centers = np.random.default_rng(7).normal(size=(CLASSES, dim))
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES, n).astype(np.int32)
     noise = spread * rng.normal(size=(layers, n, dim)) * np.linspace(2, 1, layers)[:, None, None]
     scale = np.linspace(0.2, 2, dim)
-    return Made((centres[labels] + noise) * scale + 1, labels)
+    return Made((centers[labels] + noise) * scale + 1, labels)
 
 
 def trained(split, config):
@@ -51,7 +53,7 @@ def test_heads_trained_together_equal_heads_trained_alone(config):
     for number, setting in enumerate(together.grid):
         only = {"learning_rates": (setting["learning_rate"],), "weight_decays": (setting["weight_decay"],)}
         alone = trained(split, dataclasses.replace(config, **only))
-        place = 0 if setting["standardised"] else 1
+        place = 0 if setting["standardize"] else 1
         for name in ("last", "last four"):
             for ours, its in zip(together.state.params[name], alone.state.params[name], strict=True):
                 assert np.abs(np.asarray(its[place])).max() > 0.01
@@ -61,7 +63,7 @@ def test_heads_trained_together_equal_heads_trained_alone(config):
 def test_the_candidates_are_the_same_with_controls_beside_them():
     split = made(1050)
     for name, heads in trained(split, CONFIG).state.params.items():
-        beside = trained(split, dataclasses.replace(CONFIG, controls=True)).state.params[name]
+        beside = trained(split, dataclasses.replace(CONFIG, width_controls=True)).state.params[name]
         np.testing.assert_allclose(heads.weight, beside.weight, atol=1e-5)
 
 
@@ -91,7 +93,7 @@ def test_lars_is_its_definition_in_float64():
     ]
     for epoch in range(16):
         sweep.train_epoch(epoch)
-    number = sweep.grid.index({"standardised": True, "learning_rate": 0.5, "weight_decay": 5e-4})
+    number = sweep.grid.index({"standardize": True, "learning_rate": 0.5, "weight_decay": 5e-4})
     x = split.features.last.astype(np.float64)
     x = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-6)
     weight, bias = plain_lars(x, split.labels, 0.5 * 100 / 256, 5e-4, first, np.concatenate(orders), 160)
@@ -117,13 +119,18 @@ def test_accuracy_is_that_of_converged_logistic_regression():
 @pytest.fixture(scope="module")
 def answers():
     return run(
-        linear, made(500, seed=0), made(200, seed=1), CLASSES, dataclasses.replace(CONFIG, controls=True), key=jr.key(0)
+        linear,
+        made(500, seed=0),
+        made(200, seed=1),
+        CLASSES,
+        dataclasses.replace(CONFIG, width_controls=True),
+        key=jr.key(0),
     )
 
 
 def test_every_input_is_answered_and_controls_are_never_chosen(answers):
     names = ["last", "last four", "last four, projected", "last, expanded", "last, expanded and rectified"]
-    assert [answer.name for answer in answers] == ["chosen", *names]
+    assert [answer.name for answer in answers] == ["best", *names]
     chosen, *alone = answers
     assert len(chosen.tried) == 2 * 2 * 2 * 2 and {setting["layers"] for setting in chosen.tried} == set(names[:2])
     assert all({setting["layers"] for setting in answer.tried} == {answer.name} for answer in alone)
@@ -141,7 +148,7 @@ def test_the_reported_head_is_the_chosen_one(answers):
 
 
 def test_a_random_projection_of_four_layers_cannot_beat_them_and_expansion_adds_nothing_linear():
-    """Four noisy views of the same centres: concatenation averages the noise away, and only it can."""
+    """Four noisy views of the same centers: concatenation averages the noise away, and only it can."""
     train, validation, test = (made(n, layers=4, dim=24, seed=s) for n, s in ((4000, 0), (2000, 1), (4000, 2)))
     config = LinearConfig(epochs=20, learning_rates=(5e-3,), weight_decays=(0.0,))
     answers = run(linear, train, validation, CLASSES, config, key=jr.key(0))
@@ -153,8 +160,8 @@ def test_a_random_projection_of_four_layers_cannot_beat_them_and_expansion_adds_
 
 def test_a_single_layer_has_one_answer():
     one = made(500, layers=1)
-    (answer,) = run(linear, one, one, CLASSES, dataclasses.replace(CONFIG, controls=True), key=jr.key(0))
-    assert answer.name == "chosen" and {setting["layers"] for setting in answer.tried} == {"last"}
+    (answer,) = run(linear, one, one, CLASSES, dataclasses.replace(CONFIG, width_controls=True), key=jr.key(0))
+    assert answer.name == "best" and {setting["layers"] for setting in answer.tried} == {"last"}
 
 
 @pytest.mark.parametrize("value", [3.0, 0.1, -0.8102])
@@ -183,10 +190,10 @@ def test_the_sweep_compiles_once_for_a_shape():
         {"learning_rates": ()},
         {"learning_rates": (-1.0,)},
         {"weight_decays": (-0.1,)},
-        {"scale": (0.5, 2.0)},
-        {"flip": 7.0},
+        {"crop_scale": (0.5, 2.0)},
+        {"hflip_prob": 7.0},
         {"layers": ()},
-        {"standardised": (True, True)},
+        {"standardize": (True, True)},
     ],
 )
 def test_impossible_settings_are_refused(change):
@@ -210,7 +217,7 @@ def test_a_batch_larger_than_the_split_is_the_whole_split():
 
 # With pictures.
 
-CROP = CropConfig(size=(8, 8), scale=(0.5, 1.0), mean=(0.5,), std=(0.25,), centre_resize=1.0)
+CROP = CropConfig(size=(8, 8), scale=(0.5, 1.0), mean=(0.5,), std=(0.25,), eval_resize_ratio=1.0)
 
 
 def pictures(n, seed):
@@ -223,11 +230,17 @@ def pictures(n, seed):
 
 @pytest.fixture(scope="module")
 def row():
-    return ViTFeatures(ViT(ViTConfig(patch_size=4, channels=1, width=16, depth=2, heads=2), key=jr.key(0)), CROP)
+    return ViTFeatures(ViT(ViTConfig(patch_size=4, in_channels=1, width=16, depth=2, num_heads=2), key=jr.key(0)), CROP)
 
 
 AUGMENTED = dataclasses.replace(
-    PUBLISHED, epochs=8, batch_size=64, learning_rates=(100.0,), views="augmented", scale=(0.5, 1.0), flip=0.0
+    PUBLISHED,
+    epochs=8,
+    batch_size=64,
+    learning_rates=(100.0,),
+    train_views="augmented",
+    crop_scale=(0.5, 1.0),
+    hflip_prob=0.0,
 )
 
 

@@ -22,7 +22,7 @@ def fit(features, labels, classes, strength, start=None):
     return solve(problem, scaler, gram, strength, start)
 
 
-def standardised(features, split=None):
+def standardized(features, split=None):
     """Layers side by side by the features' float64 statistics."""
     flat = [np.concatenate(one.astype(np.float64), axis=1) for one in (features, features if split is None else split)]
     deviation = flat[0].std(0)
@@ -32,7 +32,7 @@ def standardised(features, split=None):
 def peer(features, labels, strength):
     """scikit-learn's to a tolerance far below float32."""
     model = LogisticRegression(C=1 / (len(labels) * strength), tol=1e-9, max_iter=5000, solver="newton-cg")
-    return model.fit(standardised(features), labels)
+    return model.fit(standardized(features), labels)
 
 
 def correlated(split, power=1.0):
@@ -52,7 +52,7 @@ def test_the_optimum_is_scikit_learns(strength, layers):
     assert model.converged and 0 < model.iterations < 100
     np.testing.assert_allclose(model.weight.T, other.coef_, atol=1e-3)
     np.testing.assert_allclose(model.bias, other.intercept_, atol=2e-3)
-    z = standardised(train.features.layers, test.features.layers)
+    z = standardized(train.features.layers, test.features.layers)
     logits = model(test.features.layers)
     np.testing.assert_allclose(logits, other.decision_function(z), atol=5e-3)
     assert np.mean(logits.argmax(1) == other.predict(z)) > 0.996
@@ -64,7 +64,7 @@ def test_the_slope_and_the_losses_are_the_float64_ones_padded_or_not(count):
     layers, labels = train.features.layers, train.labels
     problem, scaler, gram = make_problem(layers, labels, 7, None)
     assert len(problem.weight) == (256 if count == 256 else 512)
-    z = np.concatenate([standardised(layers), np.ones((count, 1))], axis=1)
+    z = np.concatenate([standardized(layers), np.ones((count, 1))], axis=1)
     theta = np.random.default_rng(0).normal(size=(17, 7)).astype(np.float32)
     losses, slope = module._cross_entropy(theta, problem)
     expected = -log_softmax(z @ theta, axis=1)[np.arange(count), labels]
@@ -183,12 +183,12 @@ def test_validation_chooses_strength_and_layers():
     assert len(set(reached)) > 3 and fitted.settings == fitted.tried[int(np.argmax(reached))]
     for name, strength, top1 in zip(*zip(*places, strict=True), reached, strict=True):
         part = slice(-1, None) if name == "last" else slice(None)
-        z = standardised(train.features.layers[part], validation.features.layers[part])
+        z = standardized(train.features.layers[part], validation.features.layers[part])
         expected = 100 * peer(train.features.layers[part], train.labels, strength).score(z, validation.labels)
         assert top1 == pytest.approx(expected, abs=0.5)
     assert fitted.settings["layers"] == "last four"  # four layers with noise of their own tell more than one
     other = peer(train.features.layers, train.labels, fitted.settings["strength"])
-    z = standardised(train.features.layers, test.features.layers)
+    z = standardized(train.features.layers, test.features.layers)
     assert np.mean(fitted.predict(test.unlabeled())[:, 0] == other.predict(z)) > 0.996
 
 
@@ -210,8 +210,8 @@ def test_one_layer_is_fitted_once(layers):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"strengths": ()}, r"strengths=\(\)"),
-        ({"strengths": (1e-2, 0.0)}, r"strengths=\(0.01, 0.0\)"),
+        ({"l2_penalties": ()}, r"l2_penalties=\(\)"),
+        ({"l2_penalties": (1e-2, 0.0)}, r"l2_penalties=\(0.01, 0.0\)"),
         ({"layers": ()}, r"layers=\(\)"),
     ],
 )

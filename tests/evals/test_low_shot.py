@@ -14,7 +14,7 @@ from jepax.types import UserError
 from tests.evals.made import Made, clusters, run
 
 KEY = jr.key(0)
-SMALL = LowShotConfig(shares=(0.05,), per_class=(1, 3), seeds=2, strengths=(1.0, 1e-2))
+SMALL = LowShotConfig(label_fractions=(0.05,), shots=(1, 3), num_draws=2, l2_penalties=(1.0, 1e-2))
 
 
 def spied(monkeypatch, train, validation, config, classes=7):
@@ -56,7 +56,7 @@ def test_the_answer_is_the_fit_to_the_drawn_examples_chosen_on_the_drawn_validat
         rows, held = draw_rows(train.labels, counts, seed, 0), draw_rows(validation.labels, counts, seed, 1)
         fits = list(
             regularization_path(
-                select_layers(train, "last")[:, rows], train.labels[rows], 7, config.strengths, standard
+                select_layers(train, "last")[:, rows], train.labels[rows], 7, config.l2_penalties, standard
             )
         )
         guesses = [topk(model(select_layers(validation, "last")[:, held]))[:, 0] for _, model in fits]
@@ -142,13 +142,13 @@ def test_a_shot_that_asks_too_much_is_left_out_and_said():
     answers = run(low_shot, train, validation, 3, config, key=KEY, progress=Progress(lines.append))
     assert [one.name for one in answers] == ["2 per class"]
     assert lines == [f"low-shot: 50 per class is left out, since the smallest class has {smallest} training examples"]
-    with pytest.raises(UserError, match=rf"per_class=\(50,\) are all more than the {smallest}"):
+    with pytest.raises(UserError, match=rf"shots=\(50,\) are all more than the {smallest}"):
         run(low_shot, train, validation, 3, LowShotConfig((), (50,)), key=KEY)
 
 
 def test_a_default_run_on_a_tiny_set_works():
     train, validation, test = clusters(sizes=(30, 12, 9), classes=3)
-    answers = run(low_shot, train, validation, 3, LowShotConfig(seeds=1, strengths=(1e-1,)), key=KEY)
+    answers = run(low_shot, train, validation, 3, LowShotConfig(num_draws=1, l2_penalties=(1e-1,)), key=KEY)
     assert {"1%", "10%", "1 per class", "5 per class"} <= {one.name for one in answers}
     assert all(one.predict(test).shape == (9, 3) for one in answers)
 
@@ -178,12 +178,12 @@ def test_only_the_last_layer_is_read():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"shares": (0.0,)}, r"shares=\(0.0,\)"),
-        ({"shares": (1.5,)}, r"shares=\(1.5,\)"),
-        ({"per_class": (5, 0)}, r"per_class=\(5, 0\)"),
-        ({"shares": (), "per_class": ()}, "unless shares has one"),
-        ({"seeds": 0}, "seeds=0"),
-        ({"strengths": (-1.0,)}, r"strengths=\(-1.0,\)"),
+        ({"label_fractions": (0.0,)}, r"label_fractions=\(0.0,\)"),
+        ({"label_fractions": (1.5,)}, r"label_fractions=\(1.5,\)"),
+        ({"shots": (5, 0)}, r"shots=\(5, 0\)"),
+        ({"label_fractions": (), "shots": ()}, "unless shares has one"),
+        ({"num_draws": 0}, "num_draws=0"),
+        ({"l2_penalties": (-1.0,)}, r"l2_penalties=\(-1.0,\)"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

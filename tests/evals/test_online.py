@@ -12,7 +12,7 @@ from jepax.nn import ViT, ViTConfig
 from jepax.types import UserError
 from jepax.views import CropConfig
 
-CROP = CropConfig(size=(8, 8), mean=(0.5,), std=(0.25,), centre_resize=1.0)
+CROP = CropConfig(size=(8, 8), mean=(0.5,), std=(0.25,), eval_resize_ratio=1.0)
 
 
 def source(count, seed, learnable=True):
@@ -24,13 +24,13 @@ def source(count, seed, learnable=True):
 
 @pytest.fixture(scope="module")
 def row():
-    return ViTFeatures(ViT(ViTConfig(patch_size=4, channels=1, width=16, depth=2, heads=2), key=jr.key(0)), CROP)
+    return ViTFeatures(ViT(ViTConfig(patch_size=4, in_channels=1, width=16, depth=2, num_heads=2), key=jr.key(0)), CROP)
 
 
 def test_scores_are_those_of_held_out_pictures(row):
     config = OnlineConfig(train_images=200, validation_images=100)
     found = OnlineEval(config, source(300, 0), source(150, 1), 32)(row)
-    assert set(found) == {"probe_top1", "knn_top1"}
+    assert set(found) == {"val/probe_top1", "val/knn_top1"}
     assert all(60 < value <= 100 for value in found.values())
     noise = OnlineEval(config, source(300, 0, learnable=False), source(150, 1, learnable=False), 32)(row)
     assert all(20 < value < 50 for value in noise.values())
@@ -54,11 +54,11 @@ def test_some_pictures_are_drawn_over_the_whole_source():
 
 
 def test_too_few_pictures_are_refused_before_training():
-    with pytest.raises(UserError, match=r"eval\.online\.every=500 needs 20 training images, and there are 7"):
+    with pytest.raises(UserError, match=r"eval\.online\.every_steps=500 needs 20 training images, and there are 7"):
         OnlineEval(OnlineConfig(), source(7, 0), source(7, 1), 32)
 
 
-@pytest.mark.parametrize("change", [{"every": -1}, {"train_images": 19}, {"validation_images": 0}])
+@pytest.mark.parametrize("change", [{"every_steps": -1}, {"train_images": 19}, {"validation_images": 0}])
 def test_impossible_settings_are_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):
         OnlineConfig(**change)

@@ -24,12 +24,12 @@ from jepax.types import UserError
 from jepax.views import CropConfig
 
 CLASSES = 3
-CROP = CropConfig(size=(8, 8), mean=(0.5,), std=(0.25,), centre_resize=1.0)
-ENCODER = ViTConfig(patch_size=4, channels=1, width=16, depth=2, heads=2, init_std=None)
+CROP = CropConfig(size=(8, 8), mean=(0.5,), std=(0.25,), eval_resize_ratio=1.0)
+ENCODER = ViTConfig(patch_size=4, in_channels=1, width=16, depth=2, num_heads=2, init_std=None)
 CONFIG = EvalConfig(
     batch_size=32,
     linear=LinearConfig(epochs=3, batch_size=32, learning_rates=(1e-2,), weight_decays=(0.0,)),
-    knn=KnnConfig(neighbours=(3,), temperatures=(0.1,), chunk=32),
+    knn=KnnConfig(k=(3,), temperatures=(0.1,), query_chunk=32),
 )
 
 
@@ -67,9 +67,9 @@ def test_every_row_has_its_accuracies(evaluation):
     for row in ("trained", "untrained", "pixels"):
         for protocol in ("linear", "knn"):
             found = results["rows"][row][protocol]
-            assert found["interval"][0] <= found["top1"] <= found["interval"][1]
-    assert set(results["rows"]["trained"]["linear"]["beside"]) > {"last", "last four, projected", "last, expanded"}
-    assert results["rows"]["pixels"]["linear"]["beside"] == {}
+            assert found["ci95"][0] <= found["top1"] <= found["ci95"][1]
+    assert set(results["rows"]["trained"]["linear"]["controls"]) > {"last", "last four, projected", "last, expanded"}
+    assert results["rows"]["pixels"]["linear"]["controls"] == {}
 
 
 def test_test_labels_change_no_choice_and_reach_no_protocol(rows, sources, evaluation):
@@ -79,7 +79,7 @@ def test_test_labels_change_no_choice_and_reach_no_protocol(rows, sources, evalu
     for row in rows:
         for protocol in CONFIG.protocols:
             honest, other = evaluation[0]["rows"][row][protocol], found["rows"][row][protocol]
-            assert (honest["chosen"], honest["tried"]) == (other["chosen"], other["tried"])
+            assert (honest["best"], honest["trials"]) == (other["best"], other["trials"])
             assert honest["top1"] != other["top1"]
 
 
@@ -138,15 +138,15 @@ def test_an_encoder_that_gives_one_vector_for_everything_is_evaluated_too(rows, 
     still = jax.tree.map(lambda leaf: leaf * 0, rows["trained"])
     found = evaluate({"trained": still}, sources, CONFIG, step=0, key=jr.key(0))
     assert found["rows"]["trained"]["effective_rank"] == 1.0
-    assert found["rows"]["trained"]["health"]["feature_alpha"] is None
+    assert found["rows"]["trained"]["health"]["feature/alpha_req"] is None
     assert json.loads(write_report(found, tmp_path, "still").read_text()) == found
 
 
 def test_repeats_are_told_by_mean_and_deviation():
-    runs = [{"top1": top1, "top5": 90.0, "interval": (top1 - 3, top1 + 2)} for top1 in (60.0, 62.0, 67.0)]
+    runs = [{"top1": top1, "top5": 90.0, "ci95": (top1 - 3, top1 + 2)} for top1 in (60.0, 62.0, 67.0)]
     found = aggregate_runs(runs)
-    assert found["top1"] == pytest.approx(63) and found["deviation"] == pytest.approx(np.std([60, 62, 67], ddof=1))
-    assert found["interval"] == pytest.approx([60, 65])
+    assert found["top1"] == pytest.approx(63) and found["std"] == pytest.approx(np.std([60, 62, 67], ddof=1))
+    assert found["ci95"] == pytest.approx([60, 65])
     assert found["runs"] == runs and aggregate_runs(runs[:1]) == runs[0]
 
 
@@ -160,7 +160,7 @@ def test_floors_are_kept_and_found_again(rows, sources, evaluation, tmp_path, mo
     )
     again = evaluate(rows, sources, CONFIG, step=12, key=jr.key(0), baseline_cache=tmp_path)
     assert measured == ["trained"] and again["rows"] == first["rows"] == evaluation[0]["rows"]
-    other = dataclasses.replace(CONFIG, knn=KnnConfig(neighbours=(5,), temperatures=(0.1,)))
+    other = dataclasses.replace(CONFIG, knn=KnnConfig(k=(5,), temperatures=(0.1,)))
     evaluate(rows, sources, other, step=12, key=jr.key(0), baseline_cache=tmp_path)
     assert measured == ["trained", "trained", "untrained", "pixels"]
 
@@ -186,10 +186,10 @@ def test_the_tables_show_every_row_and_what_stands_beside(evaluation):
     for name in ("trained encoder", "untrained encoder", "raw pixels", "majority class", "step 12"):
         assert name in text
     found = results["rows"]["trained"]
-    low, high = found["knn"]["interval"]
+    low, high = found["knn"]["ci95"]
     assert f"{found['knn']['top1']:.2f} ({low:.1f}-{high:.1f})" in text
     assert found["linear"]["variant"] in text
-    assert f"{found['linear']['beside']['last, expanded']['top1']:.2f}" in text
+    assert f"{found['linear']['controls']['last, expanded']['top1']:.2f}" in text
 
 
 def test_bad_labels_are_refused_before_anything_is_embedded(rows, sources):

@@ -42,12 +42,12 @@ def test_the_interval_is_the_bootstrap_percentile_interval(count, share):
     hit = np.arange(count) < share * count
     found = accuracy(np.where(hit, 1, 0).astype(np.int32)[:, None], np.ones(count, np.int32))
     drawn = [100 * hit[rng.integers(0, count, count)].mean() for _ in range(20_000)]
-    np.testing.assert_allclose(found.interval, np.quantile(drawn, [0.025, 0.975]), atol=1.01 * 100 / count)
-    assert found.interval[0] < found.top1 < found.interval[1]
+    np.testing.assert_allclose(found.ci95, np.quantile(drawn, [0.025, 0.975]), atol=1.01 * 100 / count)
+    assert found.ci95[0] < found.top1 < found.ci95[1]
 
 
 def test_a_perfect_score_has_no_width():
-    assert accuracy(np.ones((10, 1), np.int32), np.ones(10, np.int32)).interval == (100.0, 100.0)
+    assert accuracy(np.ones((10, 1), np.int32), np.ones(10, np.int32)).ci95 == (100.0, 100.0)
 
 
 @pytest.mark.parametrize(("labels", "message"), [([0, 3], "0 to 3"), ([-1, 0], "-1 to 0"), ([], "no examples")])

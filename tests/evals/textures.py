@@ -14,7 +14,7 @@ from jepax.nn import ViT, ViTConfig
 from jepax.views import CropConfig
 
 CLASSES, SIDE, BATCH = 4, 24, 32
-CROP = CropConfig(size=(SIDE, SIDE), mean=(0.5,), std=(0.25,), centre_resize=1.0)
+CROP = CropConfig(size=(SIDE, SIDE), mean=(0.5,), std=(0.25,), eval_resize_ratio=1.0)
 
 
 def source(examples: int, seed: int) -> ArraySource:
@@ -30,7 +30,7 @@ def source(examples: int, seed: int) -> ArraySource:
 
 @functools.lru_cache
 def row(seed: int = 0) -> ViTFeatures:
-    config = ViTConfig(patch_size=4, channels=1, width=32, depth=2, heads=2, init_std=None)
+    config = ViTConfig(patch_size=4, in_channels=1, width=32, depth=2, num_heads=2, init_std=None)
     return ViTFeatures(eqx.filter_jit(lambda key: ViT(config, key=key))(jr.key(seed)), CROP)
 
 

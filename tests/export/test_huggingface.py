@@ -10,8 +10,10 @@ from jepax.nn import ViTConfig
 from jepax.types import UserError
 from jepax.views import CropConfig
 
-OURS = ViTConfig(patch_size=4, channels=3, width=32, depth=2, heads=2, mlp_ratio=1.5, init_std=None, scan=True)
-CROP = CropConfig(size=(8, 8), filter="bicubic", mean=(0.4, 0.5, 0.6), centre_resize=1.0)
+OURS = ViTConfig(
+    patch_size=4, in_channels=3, width=32, depth=2, num_heads=2, mlp_ratio=1.5, init_std=None, scan_layers=True
+)
+CROP = CropConfig(size=(8, 8), interpolation="bicubic", mean=(0.4, 0.5, 0.6), eval_resize_ratio=1.0)
 FOREIGN = {
     "model_type": "ijepa",
     "hidden_act": "gelu",
@@ -54,14 +56,14 @@ def test_our_own_files_are_read_back(tmp_path):
 
 
 def test_files_of_others(tmp_path):
-    encoder = replace(OURS, init_std=ViTConfig().init_std, scan=False)
+    encoder = replace(OURS, init_std=ViTConfig().init_std, scan_layers=False)
     assert read(tmp_path) == (encoder, CropConfig(size=(8, 8)))
     assert read(tmp_path, {"image_size": [8, 8], "patch_size": [4, 4]})[0] == encoder
     with pytest.warns(UserWarning, match=r"0\.5"):
         crop = read(tmp_path, preprocessor={"resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3})[1]
-    assert crop == CropConfig(size=(8, 8), filter="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
-    grey = read(tmp_path, {"num_channels": 1}, {"image_mean": [0.3], "image_std": [0.2]})
-    assert grey[0].channels == 1 and grey[1].mean == (0.3,)
+    assert crop == CropConfig(size=(8, 8), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
+    gray = read(tmp_path, {"num_channels": 1}, {"image_mean": [0.3], "image_std": [0.2]})
+    assert gray[0].in_channels == 1 and gray[1].mean == (0.3,)
     small = {"hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 64}
     assert read(tmp_path, small | {"num_channels": 1})[0].mlp_ratio == 64 / 24
 
@@ -76,10 +78,10 @@ def test_files_of_others(tmp_path):
         ({"layer_norm_eps": 1e-12}, ["layer_norm_eps=1e-12", "1e-06"]),
         ({"image_size": [8, 16]}, ["image_size=[8, 16]", "square"]),
         ({"patch_size": 3}, ["multiple of patch_size=3", "4"]),
-        ({"num_channels": 4}, ["channels=4"]),
+        ({"num_channels": 4}, ["in_channels=4"]),
         ({"num_channels": 1}, ["num_channels=1", "preprocessor_config.json", "image_mean"]),
         ({"hidden_size": 30}, ["width=30", "multiple of 4"]),
-        ({"num_attention_heads": 5}, ["heads=5", "width=32"]),
+        ({"num_attention_heads": 5}, ["num_heads=5", "width=32"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers=0", "at least 1"]),
         ({"num_hidden_layers": 10**9}, ["num_hidden_layers=1000000000", "at most 65536"]),
         ({"model_type": "a" * 99 + "\x1b[2J"}, ["model_type='aaa", "..."]),

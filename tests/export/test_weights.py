@@ -21,7 +21,7 @@ from jepax.types import UserError
 from jepax.views import CropConfig
 from tests.contracts.shrink import shrunk
 
-CONFIG = ViTConfig(patch_size=4, channels=3, width=32, depth=2, heads=2, mlp_ratio=1.5)
+CONFIG = ViTConfig(patch_size=4, in_channels=3, width=32, depth=2, num_heads=2, mlp_ratio=1.5)
 CROP = CropConfig(size=(12, 12))
 
 
@@ -63,7 +63,9 @@ def change(folder, values):
     save_file(tensors, folder / weights.MODEL_FILE)
 
 
-@pytest.mark.parametrize("changes", [{}, {"channels": 1, "scan": True, "remat": "dots", "mlp_ratio": 48 / 11}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"in_channels": 1, "scan_layers": True, "remat": "dots", "mlp_ratio": 48 / 11}]
+)
 def test_what_is_written_is_read_back_bit_by_bit(tmp_path, changes):
     encoder = encoder_of(replace(CONFIG, **({"width": 44} if "mlp_ratio" in changes else {}) | changes))
     crop = replace(CROP, mean=CROP.mean[: encoder.config.channels], std=CROP.std[: encoder.config.channels])

@@ -1,6 +1,6 @@
 """Trains a tiny run in this process, as one of several where the environment says so: what the tests start and kill.
 
-python -m tests.faults.driver FOLDER '{"train": {"steps": 8}, "data": {"workers": 2}}'
+python -m tests.faults.driver FOLDER '{"train": {"steps": 8}, "data": {"num_workers": 2}}'
 
 In the environment: JEPAX_TEST_LEAVE_AT=STEPS sends this process a SIGTERM in time to leave after so many steps,
 JEPAX_TEST_DIE_AT=STEP kills process 1 in that step, JEPAX_TEST_SAVE=STEPS saves every so many steps, and
@@ -32,16 +32,16 @@ def main(folder: str, changes: str = "{}") -> None:
         from tests.contracts.shrink import shrunk
 
         config = shrunk("ijepa_fashion_mnist")
-        config = replace(config, eval=replace(config.eval, online=replace(config.eval.online, every=0)))
-        save = CheckpointConfig(every=int(os.environ.get("JEPAX_TEST_SAVE", 100_000)))
-        config = replace(config, train=replace(config.train, save=save))
+        config = replace(config, eval=replace(config.eval, online=replace(config.eval.online, every_steps=0)))
+        save = CheckpointConfig(every_steps=int(os.environ.get("JEPAX_TEST_SAVE", 100_000)))
+        config = replace(config, train=replace(config.train, checkpoint=save))
         changed = json.loads(changes)
         if online := changed.pop("online", {}):
             config = replace(config, eval=replace(config.eval, online=replace(config.eval.online, **online)))
         if encoder := changed.pop("encoder", {}):
             config = replace(config, method=replace(config.method, encoder=replace(config.method.encoder, **encoder)))
         for part, values in changed.items():
-            for name, group in (("save", CheckpointConfig), ("sharding", ShardingConfig)):
+            for name, group in (("checkpoint", CheckpointConfig), ("sharding", ShardingConfig)):
                 if name in values:
                     values[name] = group(**values[name])
             config = replace(config, **{part: replace(getattr(config, part), **values)})
@@ -110,7 +110,7 @@ def not_finite() -> tuple[()]:
     from jepax.training import monitor
 
     def push(self: monitor.StepInspector, step: int, metrics: object, batch: object) -> None:
-        raise monitor.NonFiniteError(step, batch, {"loss": "nan", "grad_norm": "nan"})
+        raise monitor.NonFiniteError(step, batch, {"train/loss": "nan", "optim/grad_norm": "nan"})
 
     monitor.StepInspector.push = push
     return spoilt(configs, "save", 0, lambda config, path: "dumps" in path.parts and time.sleep(4))

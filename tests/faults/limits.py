@@ -33,8 +33,12 @@ LINES = 5
 def tiny(**train: object) -> Config:
     """Four steps, each saved and logged, all checkpoints kept, no evaluation on the way, one protocol at the end."""
     config = shrunk("ijepa_fashion_mnist")
-    train = {"steps": STEPS, "log_every": 1, "save": CheckpointConfig(every=1, keep=99)} | train
-    eval_ = replace(config.eval, online=replace(config.eval.online, every=0), protocols=("knn",), batch_size=16)
+    train = {
+        "steps": STEPS,
+        "log_every_steps": 1,
+        "checkpoint": CheckpointConfig(every_steps=1, max_to_keep=99),
+    } | train
+    eval_ = replace(config.eval, online=replace(config.eval.online, every_steps=0), protocols=("knn",), batch_size=16)
     return replace(config, train=replace(config.train, **train), eval=eval_)
 
 

@@ -10,7 +10,7 @@ def main() -> None:
     from jepax.data import open_source
 
     source = open_source(shrunk("ijepa_fashion_mnist").data, "train")
-    stream = batches(source, batch_size=16, steps=10_000_000, seed=0, threads=1, workers=2)
+    stream = batches(source, batch_size=16, steps=10_000_000, seed=0, num_threads=1, num_workers=2)
     for count, _ in enumerate(stream):
         if count == 20:
             print("reading", flush=True)

@@ -12,15 +12,19 @@ from jepax.training.config import Config
 from tests.contracts.shrink import shrunk
 
 STEPS, EVERY = 300, 20
-SPEED = {"seconds_per_step", "images_per_second", "online_seconds"}
+SPEED = {"perf/step_time", "perf/images_per_sec", "val/seconds"}
 """Parts of a line of the log that are no part of the result."""
 
 
 def tiny(**changes: object) -> Config:
     """Lines of the log at other steps than checkpoints; one quick protocol at the end. `changes`: to `train`."""
     config = shrunk("ijepa_fashion_mnist")
-    settings = {"steps": STEPS, "log_every": 7, "save": CheckpointConfig(every=EVERY, keep=2)} | changes
-    online = replace(config.eval.online, every=0)
+    settings = {
+        "steps": STEPS,
+        "log_every_steps": 7,
+        "checkpoint": CheckpointConfig(every_steps=EVERY, max_to_keep=2),
+    } | changes
+    online = replace(config.eval.online, every_steps=0)
     return replace(
         config, train=replace(config.train, **settings), eval=replace(config.eval, protocols=("knn",), online=online)
     )

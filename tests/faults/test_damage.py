@@ -14,7 +14,7 @@ from jepax.training.loop import train
 from jepax.types import UserError
 from tests.faults.runs import result, same, tiny
 
-CONFIG = tiny(steps=6, log_every=1, save=CheckpointConfig(every=2, keep=3))
+CONFIG = tiny(steps=6, log_every_steps=1, checkpoint=CheckpointConfig(every_steps=2, max_to_keep=3))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_where_none_is_sound_nothing_is_trained_and_nothing_touched(run, damage)
     assert contents(run) == before
 
 
-LINE = json.dumps({"step": 6, "loss": 0.5, "name": "torn"}).encode()
+LINE = json.dumps({"step": 6, "train/loss": 0.5, "name": "torn"}).encode()
 TORN = {
     "half a line": LINE[: len(LINE) // 2],
     "half a line, ended": LINE[: len(LINE) // 2] + b"\n",
@@ -149,7 +149,7 @@ def test_a_torn_log_is_read_and_mended(trained, tmp_path, torn):
     path.write_bytes(whole + torn)
     assert logger.read_metrics(path)[:6] == logger.read_metrics(trained / "metrics.jsonl")
     with logger.Log(path, steps=8, start=6) as log:
-        log.write(6, {"loss": 1.0, "images_per_second": 1.0, "seconds_per_step": 1.0})
+        log.write(6, {"train/loss": 1.0, "perf/images_per_sec": 1.0, "perf/step_time": 1.0})
     lines = path.read_bytes().splitlines(keepends=True)
     assert b"".join(lines[:6]) == whole and json.loads(lines[6])["step"] == 6 and len(lines) == 7
 
@@ -160,7 +160,7 @@ def test_torn_events_are_read_and_mended(tmp_path, torn):
     Events(tmp_path).add("started", 0)
     whole = path.read_bytes()
     with path.open("ab") as file:
-        file.write(torn.replace(b'"step": 6, ', b'"event": "clipped", "retaken": true, "step": 6, '))
+        file.write(torn.replace(b'"step": 6, ', b'"event": "clipped", "step_bound": true, "step": 6, '))
     assert events.read_jsonl(path)[0]["event"] == "started"
     Events(tmp_path).truncate_from(6)
     Events(tmp_path).add("resumed", 6)

@@ -34,7 +34,7 @@ from tests.faults.limits import (
     whole,
 )
 
-SAVES = CheckpointConfig(every=2, keep=99)
+SAVES = CheckpointConfig(every_steps=2, max_to_keep=99)
 fixtures = digests, disk, kept_programs, whole
 pytestmark = [pytest.mark.slow_fault, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
@@ -100,7 +100,7 @@ def test_a_full_disk_spoils_no_other_file(moment, disk, whole, digests, tmp_path
 @pytest.mark.fault(7, "the disk is full when a run goes on")
 @pytest.mark.parametrize("name", ["config.yaml", "data.json", "metrics.jsonl", "health.json", "events.jsonl"])
 def test_what_was_there_stays_where_its_new_self_does_not_fit(name, disk, whole, tmp_path, capsys, monkeypatch):
-    run, other = disk.path / "run", tiny(log_every=2)
+    run, other = disk.path / "run", tiny(log_every_steps=2)
     shutil.copytree(whole.run, run)
     before = contents(run)
     fills(disk, monkeypatch, atomic, "atomic_write", lambda path, text: path.name == name)
@@ -141,7 +141,7 @@ def test_every_checkpoint_is_written_however_slow_the_disk(whole, tmp_path, monk
     for step in sound(tmp_path):
         saved = [checkpoint.restore(run / "checkpoints", step, last) for run in (tmp_path, whole.run)]
         assert int(saved[0].step) == step and len({checkpoint.state_digest(state) for state in saved}) == 1
-    assert "the disk is slower than train.save.every" in capsys.readouterr().err
+    assert "the disk is slower than train.checkpoint.every_steps" in capsys.readouterr().err
 
 
 @pytest.mark.slow_fault

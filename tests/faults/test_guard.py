@@ -31,8 +31,14 @@ BAD = {"nan_activations": (3,), "inf_loss": (5,), "inf_gradient": (7,), "nan_gra
 def run_of(guard, **batches):
     """A tiny run that is spoilt in these batches."""
     config = shrunk("ijepa_fashion_mnist")
-    config = replace(config, eval=replace(config.eval, online=replace(config.eval.online, every=0)))
-    train = replace(config.train, steps=STEPS, log_every=4, save=CheckpointConfig(every=16, keep=9), guard=guard)
+    config = replace(config, eval=replace(config.eval, online=replace(config.eval.online, every_steps=0)))
+    train = replace(
+        config.train,
+        steps=STEPS,
+        log_every_steps=4,
+        checkpoint=CheckpointConfig(every_steps=16, max_to_keep=9),
+        grad_guard=guard,
+    )
     return spoilt(replace(config, train=train), **batches)
 
 
@@ -48,7 +54,7 @@ def ended(tmp_path_factory):
     It was asked to end after the first of the three, and went on: the count is part of the state.
     """
     folder = tmp_path_factory.mktemp("runs") / "spoilt"
-    config = run_of(GradGuardConfig(patience=3), large_gradient=(SPIKE,), **BAD)
+    config = run_of(GradGuardConfig(max_consecutive_nonfinite=3), large_gradient=(SPIKE,), **BAD)
     with pytest.raises(preemption.Preempted), asked_to_end_at(39):  # seen in the step after it
         train(config, folder)
     shutil.copytree(folder, folder.with_name("earlier"))
@@ -80,13 +86,15 @@ def asked_to_end_at(batch):
 
 @pytest.mark.fault(15, "NaN and Inf in a batch and a gradient")
 def test_what_is_not_finite_is_told_with_its_examples(ended):
-    told = happened(ended[0], "not finite")
+    told = happened(ended[0], "nonfinite")
     assert [line["step"] for line in told] == [3, 5, 7, 40, 41, 42]
     assert all(line["examples"] == list(range(BATCH * line["step"], BATCH * (line["step"] + 1))) for line in told)
     lines = {line["step"]: line for line in logger.read_metrics(ended[0] / "metrics.jsonl")}
-    assert [lines[step]["unused_steps"] for step in (0, 3, 7, 11, 39)] == [0, 1, 3, 3, 3]
-    assert lines[3]["grad_norm"] is None and lines[3]["loss"] is None and np.isfinite(lines[39]["loss"])
-    assert "embedding_rank" not in lines[3] and "embedding_rank" in lines[39]
+    assert [lines[step]["guard/skipped_steps"] for step in (0, 3, 7, 11, 39)] == [0, 1, 3, 3, 3]
+    assert (
+        lines[3]["optim/grad_norm"] is None and lines[3]["train/loss"] is None and np.isfinite(lines[39]["train/loss"])
+    )
+    assert "health/embedding/rankme" not in lines[3] and "health/embedding/rankme" in lines[39]
 
 
 @pytest.mark.fault(15, "NaN and Inf in a batch and a gradient")
@@ -116,9 +124,9 @@ def test_as_many_in_a_row_as_the_guard_bears_end_the_run(ended):
 @pytest.mark.slow_fault
 @pytest.mark.fault(15, "less patience than a run has used up already")
 def test_a_run_that_goes_on_with_less_patience_ends_at_once(ended):
-    config = run_of(GradGuardConfig(patience=1), large_gradient=(SPIKE,), **BAD)
+    config = run_of(GradGuardConfig(max_consecutive_nonfinite=1), large_gradient=(SPIKE,), **BAD)
     with pytest.raises(DivergedError, match="up to step 41") as end:
-        train(config, ended[0].with_name("earlier"), allow_changes=["train.guard.patience"])
+        train(config, ended[0].with_name("earlier"), allow_changes=["train.grad_guard.max_consecutive_nonfinite"])
     assert end.value.step == 41
 
 
@@ -130,21 +138,21 @@ def test_its_last_step_can_be_replayed(ended, capsys):
     said = capsys.readouterr().out
     assert "state before it: all finite" in said and "bit-identical" in said
     assert "gradients: not finite in encoder." in said and "predictor" not in said
-    assert int(metrics["verdict"]) == Action.NONFINITE and np.isnan(metrics["grad_norm"])
-    assert configs.load(Config, folder / "config.yaml").train.precision == "float32"
+    assert int(metrics["guard/action"]) == Action.NONFINITE and np.isnan(metrics["optim/grad_norm"])
+    assert configs.load(Config, folder / "config.yaml").train.compute_dtype == "float32"
     assert nan_dump.read_batch(folder).index.tolist() == list(range(42 * BATCH, 43 * BATCH))
 
 
 @pytest.mark.fault(16, "a gradient times 1000: clipped")
 def test_a_spike_is_clipped(ended):
     (told,) = happened(ended[0], "clipped")
-    assert told["step"] == SPIKE and told["grad_norm"] > told["grad_norm_limit"] > 0
+    assert told["step"] == SPIKE and told["optim/grad_norm"] > told["guard/grad_norm_limit"] > 0
     (line,) = [line for line in logger.read_metrics(ended[0] / "metrics.jsonl") if line["step"] == 39]
-    assert line["grad_norm_max"] == pytest.approx(told["grad_norm"])
+    assert line["optim/grad_norm_max"] == pytest.approx(told["optim/grad_norm"])
 
 
 def spike(action, batches=(40,)):
-    return run_of(GradGuardConfig(patience=2, spike=action), large_gradient=batches)
+    return run_of(GradGuardConfig(max_consecutive_nonfinite=2, on_spike=action), large_gradient=batches)
 
 
 @pytest.mark.slow_fault

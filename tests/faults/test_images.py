@@ -21,11 +21,11 @@ from jepax.types import UserError
 
 PER_CLASS = 10
 VICTIM = 13
-GREYS = {"cat": 40, "dog": 200}
+GRAYS = {"cat": 40, "dog": 200}
 
 
-def photo(grey, side=8, mode="L"):
-    return Image.fromarray(np.full((side, side), grey, np.uint8)).convert(mode)
+def photo(gray, side=8, mode="L"):
+    return Image.fromarray(np.full((side, side), gray, np.uint8)).convert(mode)
 
 
 def saved(image, format, **settings):
@@ -51,16 +51,16 @@ def bomb(side):
 def root(tmp_path):
     """Ten pictures each of cats, which are dark, and of dogs, which are light."""
     root = tmp_path / "data"
-    for label, (name, grey) in enumerate(GREYS.items()):
+    for label, (name, gray) in enumerate(GRAYS.items()):
         (root / "train" / name).mkdir(parents=True)
         for number in range(PER_CLASS):
-            photo(grey + number).save(root / f"train/{name}/{label * PER_CLASS + number:02}.png")
+            photo(gray + number).save(root / f"train/{name}/{label * PER_CLASS + number:02}.png")
     return root
 
 
 def opened(root, split="train", **settings):
     settings = {"validation": 0.0, "canvas": 8, "channels": 1} | settings
-    return open_source(DataConfig(source="image_folder", root=str(root), **settings), split)
+    return open_source(DataConfig(dataset="image_folder", root=str(root), **settings), split)
 
 
 NAME = f"train/dog/{VICTIM}.png"
@@ -71,26 +71,26 @@ def victim(root):
 
 
 def read_whole(source, run, share=0.1):
-    """The greys that an epoch shows, its labels, and the run's list of broken files."""
+    """The grays that an epoch shows, its labels, and the run's list of broken files."""
     lines = []
     broken = CorruptLog(source, run / "corrupt.jsonl", share, lines.append)
-    stream = list(batches(source, batch_size=5, steps=len(source) // 5, seed=0, threads=1, on_corrupt=broken))
-    greys = np.concatenate([images.canvas[:, 0, 0, 0] for images in stream]).tolist()
+    stream = list(batches(source, batch_size=5, steps=len(source) // 5, seed=0, num_threads=1, on_corrupt=broken))
+    grays = np.concatenate([images.canvas[:, 0, 0, 0] for images in stream]).tolist()
     labels = np.concatenate([images.label for images in stream]).tolist()
     path = run / "corrupt.jsonl"
     listed = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     assert len(lines) == len(listed)
-    return greys, labels, listed
+    return grays, labels, listed
 
 
 def stands_in(root, run, why):
     """The next dog is seen twice, the victim never, every label is right, and the list names the file and the cause."""
-    greys, labels, listed = read_whole(opened(root), run)
-    replaced = GREYS["dog"] + VICTIM - PER_CLASS
-    expected = [grey + number for grey in GREYS.values() for number in range(PER_CLASS)]
+    grays, labels, listed = read_whole(opened(root), run)
+    replaced = GRAYS["dog"] + VICTIM - PER_CLASS
+    expected = [gray + number for gray in GRAYS.values() for number in range(PER_CLASS)]
     expected[VICTIM] = replaced + 1
-    assert sorted(greys) == sorted(expected)
-    assert labels == [int(grey >= GREYS["dog"]) for grey in greys]
+    assert sorted(grays) == sorted(expected)
+    assert labels == [int(gray >= GRAYS["dog"]) for gray in grays]
     assert [entry["file"] for entry in listed] == [NAME]
     assert why in listed[0]["why"]
 
@@ -136,7 +136,7 @@ def test_a_vanished_file_gives_way(root, tmp_path, workers):
     source = opened(root)
     victim(root).unlink()
     broken = CorruptLog(source, tmp_path / "run/corrupt.jsonl", 0.1, print)
-    seen = list(batches(source, batch_size=20, steps=1, seed=0, threads=1, workers=workers, on_corrupt=broken))
+    seen = list(batches(source, batch_size=20, steps=1, seed=0, num_threads=1, num_workers=workers, on_corrupt=broken))
     assert seen[0].canvas.shape[0] == 20 and [*broken.why] == [NAME]
     assert "No such file" in broken.why[NAME]
 
@@ -161,16 +161,16 @@ def test_a_file_that_may_not_be_read_gives_way(root):
     victim(root).chmod(0)
     root.parent.chmod(0o755)  # paths are relative from here on: a stranger need not pass the folders above
     shown, told = alone(STRANGER, cwd=root.parent).splitlines()
-    assert shown == f"[False, True] {GREYS['dog'] + VICTIM - PER_CLASS + 1} [0, 1]"
+    assert shown == f"[False, True] {GRAYS['dog'] + VICTIM - PER_CLASS + 1} [0, 1]"
     assert told.startswith("warning: train/dog/13.png cannot be read ([Errno 13] Permission denied")
 
 
 @pytest.mark.fault(13, "a picture with 16 bits a pixel")
 def test_sixteen_bits_are_read_rightly_and_not_replaced(root, tmp_path):
-    deep = np.full((8, 8), (GREYS["dog"] + VICTIM - PER_CLASS) * 256 + 77, np.uint16)
+    deep = np.full((8, 8), (GRAYS["dog"] + VICTIM - PER_CLASS) * 256 + 77, np.uint16)
     Image.fromarray(deep).save(victim(root))
-    greys, _, listed = read_whole(opened(root), tmp_path / "run")
-    assert sorted(greys) == [grey + number for grey in GREYS.values() for number in range(PER_CLASS)]
+    grays, _, listed = read_whole(opened(root), tmp_path / "run")
+    assert sorted(grays) == [gray + number for gray in GRAYS.values() for number in range(PER_CLASS)]
     assert listed == []
 
 
@@ -188,7 +188,7 @@ def test_a_lost_folder_ends_the_run_with_the_files_named(root, tmp_path):
 def test_too_many_end_the_run_and_are_listed(root, tmp_path):
     for number in (11, 13, 15):
         (root / f"train/dog/{number}.png").write_bytes(HTML)
-    with pytest.raises(UserError, match=r"data\.broken_share=0\.1 of 20 examples may be corrupt, but 3 are"):
+    with pytest.raises(UserError, match=r"data\.max_corrupt_fraction=0\.1 of 20 examples may be corrupt, but 3 are"):
         read_whole(opened(root), tmp_path / "run", share=0.1)
     assert len((tmp_path / "run/corrupt.jsonl").read_text().splitlines()) == 3
 
@@ -212,7 +212,7 @@ def test_a_bomb_is_refused_by_its_header(root, side):
     victim(root).write_bytes(bomb(side))
     assert victim(root).stat().st_size < 200_000
     shown, megabytes = alone(READER, str(root)).rsplit(maxsplit=1)
-    assert shown == f"[False, True] {GREYS['dog'] + VICTIM - PER_CLASS + 1} [0, 1]"
+    assert shown == f"[False, True] {GRAYS['dog'] + VICTIM - PER_CLASS + 1} [0, 1]"
     assert int(megabytes) < 32
 
 
@@ -268,9 +268,9 @@ def test_a_copy_in_another_order_is_the_same_data(root, tmp_path):
 
 @pytest.mark.fault(18, "other generated pictures")
 def test_what_generated_pictures_are_made_from_tells_them_apart():
-    settings = [{}, {"synthetic_images": 90}, {"synthetic_seed": 1}, {"synthetic_varied": True}, {"canvas": 9}]
+    settings = [{}, {"synthetic_size": 90}, {"synthetic_seed": 1}, {"synthetic_variable_size": True}, {"canvas": 9}]
     made = [
-        open_source(DataConfig(**({"source": "synthetic", "canvas": 8, "synthetic_images": 80} | each)), "train")
+        open_source(DataConfig(**({"dataset": "synthetic", "canvas_size": 8, "synthetic_size": 80} | each)), "train")
         for each in settings
     ]
     assert len({str(source.fingerprint) for source in made}) == len(made)

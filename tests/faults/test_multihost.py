@@ -17,7 +17,7 @@ from jepax.io.logger import read_metrics
 from jepax.types import UserError
 from tests.faults.conftest import Processes, of_session
 
-LONG = {"steps": 100_000, "log_every": 5}
+LONG = {"steps": 100_000, "log_every_steps": 5}
 HEARTBEAT = 10
 LOST = (preemption.EXIT_RETRY, -signal.SIGABRT)
 """Codes of a process that lost another one: ours if a collective failed, else that of JAX's coordination service."""
@@ -114,10 +114,10 @@ def test_no_process_ends_before_all_have_saved(processes):
 
 
 def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
+    return [line["train/loss"] for line in read_metrics(run / "metrics.jsonl")]
 
 
-STEPS = '{"train": {"steps": 14, "log_every": 1}}'
+STEPS = '{"train": {"steps": 14, "log_every_steps": 1}}'
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +141,13 @@ def test_two_processes_take_the_steps_of_one(processes, tmp_path, devices, alone
 @pytest.mark.slow_fault
 @pytest.mark.fault(10, "several processes evaluate while they train")
 def test_two_processes_score_what_one_does(processes, tmp_path):
-    changes = json.dumps({"train": {"steps": 6, "log_every": 1}, "online": {"every": 3}})
+    changes = json.dumps({"train": {"steps": 6, "log_every_steps": 1}, "online": {"every_steps": 3}})
     alone = [processes.start("driver", str(tmp_path / "one"), changes)]
     assert [process.wait(150) for process in alone] == [0], processes.said(alone[0])
     both = processes.group("driver", str(tmp_path / "two"), changes, devices=2)
     assert [process.wait(150) for process in both] == [0, 0], processes.said(both[0]) + processes.said(both[1])
     one, two = (
-        [line.get("knn_top1") for line in read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("one", "two")
+        [line.get("val/knn_top1") for line in read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("one", "two")
     )
     assert one == two and [score is not None for score in one] == [False, False, True] * 2
 
@@ -178,9 +178,11 @@ def test_a_run_goes_on_with_any_number_of_devices_and_processes(processes, tmp_p
 @pytest.mark.fault(10, "the state lies split over several processes")
 def test_processes_that_share_the_state_take_the_steps_of_one(processes, tmp_path):
     """Split over two processes, which save it together; then over the devices of one; then over two again."""
-    train, run = {"steps": 8, "log_every": 1}, str(tmp_path / "run")
+    train, run = {"steps": 8, "log_every_steps": 1}, str(tmp_path / "run")
     whole, split = (
-        json.dumps({"encoder": {"width": 96, "heads": 4}, "train": train | {"sharding": {"parameters": parameters}}})
+        json.dumps(
+            {"encoder": {"width": 96, "num_heads": 4}, "train": train | {"sharding": {"parameters": parameters}}}
+        )
         for parameters in ("replicated", "sharded")
     )
     alone = processes.start("driver", str(tmp_path / "one"), whole)
@@ -216,7 +218,9 @@ def training(processes: Processes, run: Path, train: dict, data: dict) -> list:
 @pytest.mark.parametrize("when", ["in a step", "in a save"])
 def test_a_lost_peer_ends_the_other_in_time(processes, tmp_path, lost, how, when):
     saving = when == "in a save"
-    both = training(processes, tmp_path / "run", LONG | ({"save": {"every": 5}} if saving else {}), {"workers": 1})
+    both = training(
+        processes, tmp_path / "run", LONG | ({"checkpoint": {"every_steps": 5}} if saving else {}), {"num_workers": 1}
+    )
     if saving:
         saves = tmp_path / "run" / "checkpoints"
         processes.until(lambda: any(saves.glob("*.part")), 60, 0.002)
@@ -244,18 +248,20 @@ def ended(processes: Processes, run: Path, fault: str, codes: list, train: dict,
 @pytest.mark.slow_fault
 @pytest.mark.fault(12, "process 0 fails alone: the disk is full")
 def test_what_one_process_cannot_write_ends_all(processes, tmp_path):
-    first, _ = ended(processes, tmp_path / "run", "full_disk", [2, LOST], {"steps": 1000, "save": {"every": 3}})
+    first, _ = ended(
+        processes, tmp_path / "run", "full_disk", [2, LOST], {"steps": 1000, "checkpoint": {"every_steps": 3}}
+    )
     assert first.startswith(f"checkpoint {tmp_path / 'run'}/checkpoints/00000003 could not be written: [Errno 28] No")
 
 
 @pytest.mark.slow_fault
 @pytest.mark.fault(12, "a process other than 0 fails alone: its data worker is killed")
 def test_a_killed_worker_of_one_process_ends_all(processes, tmp_path):
-    first, second = training(processes, tmp_path / "run", LONG, {"workers": 1})
+    first, second = training(processes, tmp_path / "run", LONG, {"num_workers": 1})
     worker = next(pid for pid in of_session(second) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(worker, signal.SIGKILL)
     assert second.wait(30) == 2 and first.wait(30) in LOST, processes.said(first) + processes.said(second)
-    assert "jepax: one of the data.workers=1 processes" in processes.said(second)
+    assert "jepax: one of the data.num_workers=1 processes" in processes.said(second)
 
 
 @pytest.mark.slow_fault
@@ -312,8 +318,8 @@ def test_one_clock_decides_and_every_process_tells_of_pictures(processes, tmp_pa
         path = root / f"train/{'ab'[row % 2]}/{row:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (24, 24), row).save(path) if row % 8 > 1 else path.touch()
-    data = {"source": "image_folder", "root": str(root), "broken_share": 1.0}
-    train = {"steps": 8, "save": {"every": 100, "keep": 9}}
+    data = {"dataset": "image_folder", "root": str(root), "max_corrupt_fraction": 1.0}
+    train = {"steps": 8, "checkpoint": {"every_steps": 100, "max_to_keep": 9}}
     said = ended(processes, run, "other_clock", [0, 0], train, data=data)
     assert checkpoint.list_steps(run / "checkpoints") == [8]
     mine, others = (path.read_text().splitlines() for path in corrupt.find_lists(run))

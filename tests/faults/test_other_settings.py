@@ -41,11 +41,11 @@ REFUSED = {
     "seed": ("seed: 0 -> 7", ["--seed", "7"]),
     "optim.peak_lr": ("optim.peak_lr: 0.004 -> 0.0005", ["--optim.peak-lr", "5e-4"]),
     "data.synthetic_seed": ("data.synthetic_seed: 0 -> 3", ["--data.synthetic-seed", "3"]),
-    "data.validation": ("data.validation: 0.2 -> 0.3", ["--data.validation", "0.3"]),
+    "data.val_fraction": ("data.val_fraction: 0.2 -> 0.3", ["--data.val-fraction", "0.3"]),
     "method.predictor.depth": ("method.predictor.depth: 2 -> 1", ["--method.predictor.depth", "1"]),
     "train.batch_size": ("train.batch_size: 16 -> 8", ["--train.batch-size", "8"]),
     "train.steps": ("train.steps: 4 -> 5", ["--train.steps", "5"]),
-    "train.guard.spike": ("train.guard.spike: clip -> skip", ["--train.guard.spike", "skip"]),
+    "train.grad_guard.on_spike": ("train.grad_guard.on_spike: clip -> skip", ["--train.grad-guard.on-spike", "skip"]),
 }
 
 
@@ -74,7 +74,7 @@ def test_who_insists_goes_on_with_them(whole, digests, tmp_path, capsys):
 
 
 @pytest.mark.fault(17, "other settings in a folder that holds a run")
-@pytest.mark.parametrize("name", ["optim.peek_lr", "peak_lr", "optimiser", "everything"])
+@pytest.mark.parametrize("name", ["optim.peek_lr", "peak_lr", "optimizer", "everything"])
 def test_what_is_allowed_must_be_a_setting(name, whole, tmp_path, capsys):
     run = half_of(whole, tmp_path)
     before = contents(run)
@@ -116,8 +116,10 @@ def test_a_model_that_does_not_fit_is_an_error_also_for_who_insists(whole, tmp_p
 @pytest.mark.fault(17, "settings that training does not depend on")
 def test_settings_that_do_not_matter_may_change(whole, digests, tmp_path, capsys):
     run = half_of(whole, tmp_path)
-    config = tiny(log_every=3, save=CheckpointConfig(every=3, keep=1), sharding=ShardingConfig("replicated"))
-    config = replace(config, data=replace(config.data, threads=1, broken_share=0.5, root="elsewhere"))
+    config = tiny(
+        log_every_steps=3, checkpoint=CheckpointConfig(every_steps=3, max_to_keep=1), sharding=ShardingConfig("ddp")
+    )
+    config = replace(config, data=replace(config.data, num_threads=1, max_corrupt_fraction=0.5, root="elsewhere"))
     config = replace(config, eval=replace(config.eval, protocols=("linear",)))
     changed = {line.split(":")[0] for line in configs.diff(tiny(), config)}
     assert {
@@ -125,9 +127,9 @@ def test_settings_that_do_not_matter_may_change(whole, digests, tmp_path, capsys
         for name in train_config.RESUMABLE_FIELDS
         if not any(train_config.matches_prefix(path, [name]) for path in changed)
     } == {
-        "data.workers",  # by a process of its own, below
-        "train.trackers",
-        "train.accumulate",  # gives the same losses but for the rounding of sums: tests/test_sharding.py
+        "data.num_workers",  # by a process of its own, below
+        "train.loggers",
+        "train.grad_accum_steps",  # gives the same losses but for the rounding of sums: tests/test_sharding.py
     }
     command(capsys, "train", limits.written(config, tmp_path), "--run-dir", run, code=0)
     assert digests == [whole.digest] and configs.load(Config, run / "config.yaml") == config
@@ -146,11 +148,11 @@ def hashed(source, **reading):
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 def test_batches_do_not_depend_on_threads_and_workers(workers):
     source = open_source(tiny().data, "train")
-    usual = hashed(source, threads=0)
+    usual = hashed(source, num_threads=0)
     for threads in (1, 8):
-        assert hashed(source, threads=threads, workers=workers) == usual
+        assert hashed(source, num_threads=threads, num_workers=workers) == usual
     other = open_source(replace(tiny().data, synthetic_seed=1), "train")
-    assert hashed(other, threads=1) != usual
+    assert hashed(other, num_threads=1) != usual
 
 
 @pytest.mark.slow_fault
@@ -160,7 +162,7 @@ def test_a_run_goes_on_with_other_threads_and_workers(processes, tmp_path):
     longer = tiny(steps=8)
 
     def take(run, workers, threads, until):
-        config = replace(longer, data=replace(longer.data, threads=threads, workers=workers))
+        config = replace(longer, data=replace(longer.data, num_threads=threads, num_workers=workers))
         process = processes.start("limits", "part", limits.written(config, tmp_path), str(run), str(until))
         assert process.wait(300) == 0, processes.said(process)
         assert checkpoint.list_steps(run / "checkpoints")[-1] == until
@@ -172,23 +174,23 @@ def test_a_run_goes_on_with_other_threads_and_workers(processes, tmp_path):
     assert len({checkpoint.state_digest(state) for state in ends}) == 1
 
 
-GREYS = {"cat": 40, "dog": 200}
+GRAYS = {"cat": 40, "dog": 200}
 
 
 @pytest.fixture
 def root(tmp_path):
     """Sixteen pictures each of cats and dogs to train on, and two of each in val/."""
     root = tmp_path / "data"
-    for (name, grey), (split, count) in itertools.product(GREYS.items(), {"train": 16, "val": 2}.items()):
+    for (name, gray), (split, count) in itertools.product(GRAYS.items(), {"train": 16, "val": 2}.items()):
         (root / split / name).mkdir(parents=True)
         for number in range(count):
             suffix = "jpg" if number % 2 else "png"
-            picture(grey + number).save(root / split / name / f"{number:02}.{suffix}")
+            picture(gray + number).save(root / split / name / f"{number:02}.{suffix}")
     return root
 
 
-def picture(grey):
-    return Image.fromarray(np.full((SIDE, SIDE), grey, np.uint8))
+def picture(gray):
+    return Image.fromarray(np.full((SIDE, SIDE), gray, np.uint8))
 
 
 def add(root):
@@ -212,7 +214,7 @@ def add_class(root):
 def test_other_pictures_are_refused_and_who_insists_goes_on(change, root, tmp_path, capsys, digests):
     """After two of four steps, through the command line."""
     run, config = tmp_path / "run", tiny()
-    data = replace(config.data, source="image_folder", root=str(root), validation=0.1)
+    data = replace(config.data, dataset="image_folder", root=str(root), val_fraction=0.1)
     config = replace(config, data=data)
     train(config, run)
     for step in (3, 4):

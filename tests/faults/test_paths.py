@@ -151,7 +151,7 @@ def test_a_file_where_checkpoints_belong_is_named(whole, wanted, tmp_path, capsy
 @pytest.mark.fault(21, "no data")
 def test_a_missing_root_of_the_data_is_named(whole, tmp_path, capsys):
     nowhere, run = tmp_path / "nowhere", tmp_path / "run"
-    data = replace(tiny().data, source="image_folder", root=str(nowhere))
+    data = replace(tiny().data, dataset="image_folder", root=str(nowhere))
     config = limits.written(replace(tiny(), data=data), tmp_path)
     assert f"data.root={nowhere}" in refused(capsys, "train", config, "--run-dir", run)
     assert not run.exists()

@@ -195,7 +195,7 @@ def test_our_own_files_hold_no_aliases(tmp_path):
 
 def whole(folder):
     """Exported weights of a small encoder."""
-    encoder = ViT(ViTConfig(patch_size=4, width=16, depth=2, heads=2), key=jr.key(0))
+    encoder = ViT(ViTConfig(patch_size=4, width=16, depth=2, num_heads=2), key=jr.key(0))
     weights.export(folder, encoder, CropConfig(size=(8, 8)), recipe="mine", step=1, name="target")
     return folder
 

@@ -55,7 +55,7 @@ def test_a_run_ends_as_without_a_tracker(network, word, request, tmp_path, monke
         trackers.Trackers(["wandb"], tmp_path, {}, said.append) as views,
     ):
         for step in range(20):
-            views.send(step, log.write(step, {"loss": 1.0, "images_per_second": 1.0, "seconds_per_step": 1.0}))
+            views.send(step, log.write(step, {"train/loss": 1.0, "perf/images_per_sec": 1.0, "perf/step_time": 1.0}))
         steps = time.perf_counter() - start
     assert steps < 1 and time.perf_counter() - start < 3
     assert len(said) == 1 and word in said[0] and "metrics.jsonl is complete" in said[0], said

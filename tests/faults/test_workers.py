@@ -41,7 +41,7 @@ def test_a_killed_worker_ends_the_reader_with_a_line_and_leaves_nothing(processe
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     assert reader.wait(15) == 2
-    assert "one of the data.workers=2 processes that read the data was ended by SIGKILL" in processes.said(reader)
+    assert "one of the data.num_workers=2 processes that read the data was ended by SIGKILL" in processes.said(reader)
     assert left(reader, names, 10) == ([], set())
 
 
@@ -58,7 +58,7 @@ def test_a_killed_reader_leaves_neither_workers_nor_shared_memory(processes):
 @pytest.mark.slow_fault
 @pytest.mark.fault(11, "a data worker is killed")
 def test_training_ends_when_a_worker_is_killed(processes, tmp_path):
-    changes = '{"train": {"steps": 100000, "log_every": 5}, "data": {"workers": 2}}'
+    changes = '{"train": {"steps": 100000, "log_every_steps": 5}, "data": {"num_workers": 2}}'
     run = processes.start("driver", str(tmp_path / "run"), changes)
     log = tmp_path / "run" / "metrics.jsonl"
     processes.until(lambda: log.exists() and log.read_text().count("\n") > 2, 120)

@@ -94,9 +94,9 @@ def test_lidar_equals_its_definition(dim):
 
 def test_lidar_counts_the_directions_that_tell_images_apart():
     rng = np.random.default_rng(0)
-    centres = np.zeros((400, 16))
-    centres[:, :3] = 10 * rng.normal(size=(400, 3))
-    views = centres[:, None] + 0.1 * rng.normal(size=(400, 8, 16))
+    centers = np.zeros((400, 16))
+    centers[:, :3] = 10 * rng.normal(size=(400, 3))
+    views = centers[:, None] + 0.1 * rng.normal(size=(400, 8, 16))
     np.testing.assert_allclose(lidar(views), 3, rtol=0.05)
     assert lidar(np.tile(views[:1], (4, 1, 1))) == 1
 
@@ -128,7 +128,7 @@ def test_mean_cosine():
 
 
 def test_everything_that_is_logged_of_a_batch():
-    logged = collapse_metrics(spread_out(20, 6), "projection")
+    logged = collapse_metrics(spread_out(20, 6), "health/projection")
     names = ("std", "std_quantiles", "dead", "cosine", "rank", "alpha")
     assert list(logged) == [f"projection_{name}" for name in names]
-    assert logged["projection_rank"] == rankme(spread_out(20, 6))
+    assert logged["health/projection/rankme"] == rankme(spread_out(20, 6))

@@ -30,14 +30,17 @@ def tiny(name: str, seed: int, steps: int, optim: dict, **settings: object) -> C
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of settings that these tests choose because they fail
         config = shrunk(name)
-        method, crop = config.method, CropConfig(size=(SIDE, SIDE), flip=0.5)
+        method, crop = config.method, CropConfig(size=(SIDE, SIDE), hflip_prob=0.5)
         depth = 2 if getattr(method, "layers", None) else 1
         changes = {"encoder": replace(method.encoder, depth=depth)}
         if hasattr(method, "views"):
-            changes["views"] = MultiCropConfig(globals=2, global_crop=crop, locals=0)
-            changes["encoder"] = replace(changes["encoder"], channels=3)
+            changes["views"] = MultiCropConfig(num_global=2, global_crop=crop, num_local=0)
+            changes["encoder"] = replace(changes["encoder"], in_channels=3)
         else:
-            changes["crop"], changes["masks"] = replace(method.crop, size=crop.size), replace(method.masks, context=4)
+            changes["crop"], changes["masks"] = (
+                replace(method.crop, size=crop.size),
+                replace(method.masks, num_context_patches=4),
+            )
             changes["predictor"] = replace(method.predictor, depth=1)
         method = replace(method, **changes | settings)
     rates = {"matrices": "adamw", "peak_lr": 3e-3, "start_lr": 1e-4, "warmup_epochs": 1.5} | optim
@@ -45,9 +48,11 @@ def tiny(name: str, seed: int, steps: int, optim: dict, **settings: object) -> C
         config,
         seed=seed,
         method=method,
-        data=replace(config.data, canvas=SIDE, channels=method.encoder.channels, synthetic_images=640),
+        data=replace(config.data, canvas_size=SIDE, channels=method.encoder.in_channels, synthetic_size=640),
         optim=replace(config.optim, **rates),
-        train=TrainConfig(batch_size=32, steps=steps, log_every=10, save=CheckpointConfig(every=10**6)),
+        train=TrainConfig(
+            batch_size=32, steps=steps, log_every_steps=10, checkpoint=CheckpointConfig(every_steps=10**6)
+        ),
     )
 
 
@@ -61,22 +66,22 @@ def one_device():
         yield
 
 
-DRIFTING = {"target_norm": "none", "loss": "l2", "regulariser": NONE, "momentum": EMAConfig(0.9, shape="constant")}
+DRIFTING = {"target_norm": "none", "loss": "l2", "regularizer": NONE, "ema": EMAConfig(0.9, schedule="constant")}
 RISING = {"peak_lr": 0.15, "start_lr": 1e-3, "final_lr": 0.15, "warmup_epochs": 18.0}
 HUGE = {"peak_lr": 1.0, "start_lr": 1.0, "warmup_epochs": 0.0}
 BYOL, IJEPA, VICREG = "byol_fashion_mnist", "ijepa_fashion_mnist", "vicreg_fashion_mnist"
 LPJEPA, LAYERS = "rectified_lpjepa_fashion_mnist", "ijepa_fashion_mnist_multilayer"
 NO_TEACHER = "ijepa_fashion_mnist_no_teacher"
 FAILING = [
-    ("collapse", NO_TEACHER, 60, {}, {"stop_gradient": False, "regulariser": NONE}, [200]),
+    ("collapse", NO_TEACHER, 60, {}, {"stop_gradient": False, "regularizer": NONE}, [200]),
     ("collapse", VICREG, 100, {}, {"variance": 0.0, "covariance": 0.0}, [201]),
-    ("stalled teacher", BYOL, 30, {}, {"momentum": EMAConfig(0.999, precision="bfloat16")}, [202]),
-    ("stalled teacher", BYOL, 40, {}, {"momentum": EMAConfig(1.0)}, [203]),
+    ("teacher_stalled", BYOL, 30, {}, {"ema": EMAConfig(0.999, dtype="bfloat16")}, [202]),
+    ("teacher_stalled", BYOL, 40, {}, {"ema": EMAConfig(1.0)}, [203]),
     ("spike", IJEPA, 20, HUGE, {}, [204]),
     ("spike", VICREG, 20, HUGE, {}, [205]),
-    ("dead features", LPJEPA, 80, {}, {"mu": -4.0}, [208, 209]),
+    ("dead_features", LPJEPA, 80, {}, {"mu": -4.0}, [208, 209]),
 ]
-"""The kind that is to be named first, recipe, steps, settings of the optimiser and of the method, seeds."""
+"""The kind that is to be named first, recipe, steps, settings of the optimizer and of the method, seeds."""
 HEALTHY = [
     (IJEPA, {"matrices": "muon"}, [300, 301]),
     (LAYERS, {}, [302]),
@@ -87,7 +92,7 @@ HEALTHY = [
     ("visreg_fashion_mnist", {}, [309]),
     (LPJEPA, {}, [310, 311]),
 ]
-"""Recipe, settings of the optimiser, seeds."""
+"""Recipe, settings of the optimizer, seeds."""
 
 
 def watched(config, run):
@@ -124,7 +129,7 @@ def test_targets_that_run_away_are_named(tmp_path):
     for seed in range(206, 209):
         said = watched(tiny(IJEPA, seed, 300, RISING, **DRIFTING), tmp_path / str(seed))[1]
         first.append(said[0].kind)
-    assert set(first) <= {"drift", "collapse"} and first.count("drift") >= 2, first
+    assert set(first) <= {"loss_divergence", "collapse"} and first.count("loss_divergence") >= 2, first
 
 
 @pytest.mark.parametrize(("recipe", "optim", "seed"), each_seed(HEALTHY, quick={308, 311}))
@@ -137,17 +142,17 @@ def test_a_healthy_run_raises_no_alarm(recipe, optim, seed, tmp_path):
 def made(steps: int, every: int = 10, **metrics: object) -> list[dict]:
     """Lines of a healthy run, whose metrics may be given as functions of the step."""
     healthy = {
-        "loss": 1.0,
-        "loss_max": 1.1,
-        "loss_explained": 0.5,
-        "embedding_std_quantiles": [0.1, 0.2, 0.5],
-        "embedding_cosine": 0.5,
-        "embedding_rank": 20.0,
-        "embedding_dead": 0.0,
-        "momentum": 0.996,
-        "teacher_distance": 0.1,
-        "ema_step_norm": 4e-3,
-        "ema_step_expected": 4e-3,
+        "train/loss": 1.0,
+        "train/loss_max": 1.1,
+        "train/explained_variance": 0.5,
+        "health/embedding/std_quantiles": [0.1, 0.2, 0.5],
+        "health/embedding/mean_cosine": 0.5,
+        "health/embedding/rankme": 20.0,
+        "health/embedding/dead_fraction": 0.0,
+        "ema/momentum": 0.996,
+        "ema/relative_distance": 0.1,
+        "ema/update_norm": 4e-3,
+        "ema/expected_update_norm": 4e-3,
     }
     at = [0, *range(every - 1, steps, every)] if every > 1 else range(steps)
     return [{"step": step, **{k: v(step) if callable(v) else v for k, v in (healthy | metrics).items()}} for step in at]
@@ -163,42 +168,57 @@ def kinds(lines: list[dict]) -> list[tuple[str, int]]:
 
 FAULTS = {
     "collapse": [
-        ({"embedding_std_quantiles": after(200, [0.0, 0.0, 0.099], [0.1, 0.2, 0.5])}, {}),
-        ({"embedding_cosine": after(200, 0.985, 0.5)}, {"embedding_cosine": after(200, 0.975, 0.5)}),
-        ({"embedding_rank": after(200, 1.4, 20.0)}, {"embedding_rank": after(200, 1.6, 20.0)}),
+        ({"health/embedding/std_quantiles": after(200, [0.0, 0.0, 0.099], [0.1, 0.2, 0.5])}, {}),
         (
-            {"projection_std_quantiles": after(200, [0.01], [0.5])},
-            {"projection_std_quantiles": after(200, [0.11], [0.5])},
+            {"health/embedding/mean_cosine": after(200, 0.985, 0.5)},
+            {"health/embedding/mean_cosine": after(200, 0.975, 0.5)},
+        ),
+        ({"health/embedding/rankme": after(200, 1.4, 20.0)}, {"health/embedding/rankme": after(200, 1.6, 20.0)}),
+        (
+            {"health/projection/std_quantiles": after(200, [0.01], [0.5])},
+            {"health/projection/std_quantiles": after(200, [0.11], [0.5])},
         ),
     ],
-    "drift": [
+    "loss_divergence": [
         (
-            {"loss": after(200, 1.9, 1.0), "loss_explained": after(200, 0.29, 0.5)},
-            {"loss": after(200, 1.7, 1.0), "loss_explained": after(200, 0.1, 0.5)},
+            {"train/loss": after(200, 1.9, 1.0), "train/explained_variance": after(200, 0.29, 0.5)},
+            {"train/loss": after(200, 1.7, 1.0), "train/explained_variance": after(200, 0.1, 0.5)},
         ),
         (
-            {"loss": after(200, 1.9, 1.0), "loss_explained": None},
-            {"loss": after(200, 1.9, 1.0), "loss_explained": after(200, 0.31, 0.5)},  # targets that became richer
+            {"train/loss": after(200, 1.9, 1.0), "train/explained_variance": None},
+            {
+                "train/loss": after(200, 1.9, 1.0),
+                "train/explained_variance": after(200, 0.31, 0.5),
+            },  # targets that became richer
         ),
     ],
     "spike": [
-        ({"loss_max": after(200, 2.8, 1.1)}, {"loss_max": after(200, 2.7, 1.1)}),
-        ({"loss_max": after(1, 4.5, 1.1)}, {"loss_max": after(1, 4.3, 1.1)}),  # few lines to compare with
+        ({"train/loss_max": after(200, 2.8, 1.1)}, {"train/loss_max": after(200, 2.7, 1.1)}),
+        ({"train/loss_max": after(1, 4.5, 1.1)}, {"train/loss_max": after(1, 4.3, 1.1)}),  # few lines to compare with
     ],
-    "stalled teacher": [
-        ({"ema_step_norm": after(200, 2.9e-3, 4e-3)}, {"ema_step_norm": after(200, 3.1e-3, 4e-3)}),
-        ({"ema_step_norm": after(200, 5.5e-3, 4e-3)}, {"ema_step_norm": after(200, 5.2e-3, 4e-3)}),
+    "teacher_stalled": [
+        ({"ema/update_norm": after(200, 2.9e-3, 4e-3)}, {"ema/update_norm": after(200, 3.1e-3, 4e-3)}),
+        ({"ema/update_norm": after(200, 5.5e-3, 4e-3)}, {"ema/update_norm": after(200, 5.2e-3, 4e-3)}),
         (
-            {"momentum": after(200, 1.0, 0.996), "ema_step_expected": after(200, 0.0, 4e-3)},
-            {"momentum": after(275, 1.0, 0.996), "ema_step_expected": after(275, 0.0, 4e-3)},  # the schedule's end
+            {"ema/momentum": after(200, 1.0, 0.996), "ema/expected_update_norm": after(200, 0.0, 4e-3)},
+            {
+                "ema/momentum": after(275, 1.0, 0.996),
+                "ema/expected_update_norm": after(275, 0.0, 4e-3),
+            },  # the schedule's end
         ),
-        ({"ema_step_norm": 0.0}, {"ema_step_norm": 0.0, "momentum": 1 - 5e-6}),  # lost to float32's rounding
+        ({"ema/update_norm": 0.0}, {"ema/update_norm": 0.0, "ema/momentum": 1 - 5e-6}),  # lost to float32's rounding
     ],
-    "dead features": [
-        ({"embedding_dead": after(200, 0.26, 0.0)}, {"embedding_dead": after(200, 0.24, 0.0)}),
+    "dead_features": [
         (
-            {"projection_dead": after(200, 1.0, 0.0), "projection_std_quantiles": after(200, [0.0], [0.5])},
-            {"projection_dead": after(200, 0.05, 0.0)},
+            {"health/embedding/dead_fraction": after(200, 0.26, 0.0)},
+            {"health/embedding/dead_fraction": after(200, 0.24, 0.0)},
+        ),
+        (
+            {
+                "health/projection/dead_fraction": after(200, 1.0, 0.0),
+                "health/projection/std_quantiles": after(200, [0.0], [0.5]),
+            },
+            {"health/projection/dead_fraction": after(200, 0.05, 0.0)},
         ),
     ],
 }
@@ -222,14 +242,20 @@ def test_an_embedding_that_begins_alike_is_no_collapse():
 
 
 def test_a_loss_that_is_as_good_as_none_neither_leaps_nor_drifts():
-    fallen = {"loss": lambda step: 1.0 if step < 50 else 1e-3 if step < 200 else 0.04, "loss_explained": None}
+    fallen = {
+        "train/loss": lambda step: 1.0 if step < 50 else 1e-3 if step < 200 else 0.04,
+        "train/explained_variance": None,
+    }
     assert kinds(made(400, **fallen, loss_max=lambda step: 1.1 if step < 50 else 1e-3 if step < 200 else 0.045)) == []
 
 
 def test_the_end_of_a_long_schedule_is_no_stalled_teacher():
     """A cosine's last 0.2% of steps round to a momentum of 1; it is one if it stays there for long."""
-    for last, expected in ((60, []), (1000, [("stalled teacher", 29699)])):
-        ending = {"momentum": after(30000 - last, 1.0, 0.9999), "ema_step_expected": after(30000 - last, 0.0, 4e-3)}
+    for last, expected in ((60, []), (1000, [("teacher_stalled", 29699)])):
+        ending = {
+            "ema/momentum": after(30000 - last, 1.0, 0.9999),
+            "ema/expected_update_norm": after(30000 - last, 0.0, 4e-3),
+        }
         assert kinds(made(30000, 50, **ending)) == expected
 
 
@@ -281,4 +307,4 @@ def test_a_runs_file_and_its_line(tmp_path):
 
 
 def test_every_kind_has_a_rule_and_an_advice():
-    assert set(RULES) == set(ADVICE) == set(FAULTS) == {kind for kind, *_ in FAILING} | {"drift"}
+    assert set(RULES) == set(ADVICE) == set(FAULTS) == {kind for kind, *_ in FAILING} | {"loss_divergence"}

@@ -23,19 +23,19 @@ def saver(folder, said=None, **config):
 def test_by_steps_by_minutes_and_for_ever(tmp_path, monkeypatch):
     clock = iter([0.0, 30.0, 61.0, 62.0, 122.0])
     monkeypatch.setattr(checkpointer.time, "monotonic", lambda: next(clock))
-    each = saver(tmp_path, every=4, minutes=1.0, keep_each=3)
+    each = saver(tmp_path, every_steps=4, every_minutes=1.0, keep_period=3)
     assert [each.timer_expired() for _ in range(4)] == [False, True, False, True]
     assert [step for step in range(1, 13) if each.should_save(step)] == [3, 4, 6, 8, 9, 12]
 
 
 def test_the_newest_the_round_and_the_best_are_kept(tmp_path):
     scores = {1: 1.0, 2: 5.0, 3: None, 4: 2.0, 5: None, 6: None}
-    with saver(tmp_path, keep=1, keep_each=4, best="knn_top1") as writes:
+    with saver(tmp_path, max_to_keep=1, keep_period=4, best_metric="val/knn_top1") as writes:
         for step, score in scores.items():
             writes.save(
                 step,
                 STATE,
-                {} if score is None else {checkpointer.METRICS_KEY: {"knn_top1": score, "probe_top1": -score}},
+                {} if score is None else {checkpointer.METRICS_KEY: {"val/knn_top1": score, "val/probe_top1": -score}},
             )
     assert checkpoint.list_steps(tmp_path) == [2, 4, 6]
 
@@ -58,7 +58,7 @@ def test_a_removal_that_is_cut_off_leaves_no_damaged_checkpoint(tmp_path, monkey
     """The process may end at any file: none of them goes while the folder still has the name of a checkpoint."""
     removed = []
     monkeypatch.setattr(checkpointer.shutil, "rmtree", lambda path, **_: removed.append(path.name))
-    with saver(tmp_path, keep=1) as writes:
+    with saver(tmp_path, max_to_keep=1) as writes:
         for step in (1, 2):
             writes.save(step, STATE, {})
     assert checkpoint.list_steps(tmp_path) == [2]
@@ -84,7 +84,7 @@ def test_a_save_lets_training_go_on(tmp_path, monkeypatch):
 def test_saves_faster_than_the_disk_wait_and_say_so(tmp_path, monkeypatch):
     free, said = slow_disk(monkeypatch), []
     monkeypatch.setattr(checkpointer, "SLOW_SAVE_WARNING_S", 0.05)
-    with saver(tmp_path, said, keep=9) as writes:
+    with saver(tmp_path, said, max_to_keep=9) as writes:
         writes.save(1, STATE, {})
         threading.Timer(0.3, free.set).start()
         writes.save(2, STATE, {})
@@ -157,8 +157,8 @@ def test_an_error_is_not_hidden_by_a_lost_peer(tmp_path, monkeypatch):
         writes.save(1, STATE, {})
 
 
-@pytest.mark.parametrize("name", ["every", "minutes", "keep", "keep_each"])
+@pytest.mark.parametrize("name", ["every_steps", "every_minutes", "max_to_keep", "keep_period"])
 def test_senseless_settings_are_refused(name):
-    zero = 0.0 if name == "minutes" else 0
-    with pytest.raises(UserError, match=rf"train.save.{name}={zero} must be above 0"):
+    zero = 0.0 if name == "every_minutes" else 0
+    with pytest.raises(UserError, match=rf"train.checkpoint.{name}={zero} must be above 0"):
         CheckpointConfig(**{name: zero})

@@ -125,8 +125,8 @@ def test_a_class_keeps_its_own_checks():
     with pytest.raises(UserError, match=r"optim\.peak_lr=-1\.0 must be above 0"):
         configs.from_dict(Config, values, "here")
     values = configs.to_dict(Config())
-    values["method"]["encoder"]["heads"] = 5
-    with pytest.raises(UserError, match=r"^here: method\.encoder: heads=5 does not divide"):
+    values["method"]["encoder"]["num_heads"] = 5
+    with pytest.raises(UserError, match=r"^here: method\.encoder: num_heads=5 does not divide"):
         configs.from_dict(Config, values, "here")
 
 

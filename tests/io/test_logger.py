@@ -6,7 +6,7 @@ from jepax.io import logger
 
 
 def values(loss):
-    return {"loss": loss, "images_per_second": 10.0, "seconds_per_step": 0.1, "by_layer": [1.0, float("nan")]}
+    return {"train/loss": loss, "perf/images_per_sec": 10.0, "perf/step_time": 0.1, "by_layer": [1.0, float("nan")]}
 
 
 def test_a_resumed_run_takes_its_steps_again_once(tmp_path):
@@ -17,23 +17,23 @@ def test_a_resumed_run_takes_its_steps_again_once(tmp_path):
                 log.write(step, values(float(start + step)))
     lines = logger.read_metrics(path)
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
-    assert [line["loss"] for line in lines] == [0.0, 1.0, 4.0, 5.0]
+    assert [line["train/loss"] for line in lines] == [0.0, 1.0, 4.0, 5.0]
 
 
 def test_values_that_are_not_finite_are_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with logger.Log(path, steps=1, start=0) as log:
-        log.write(0, values(float("inf")) | {"loss": float("inf")})
+        log.write(0, values(float("inf")) | {"train/loss": float("inf")})
     line = json.loads(path.read_text(), parse_constant=lambda name: 1 / 0)
-    assert line["loss"] is None and line["by_layer"] == [1.0, None]
+    assert line["train/loss"] is None and line["by_layer"] == [1.0, None]
 
 
 def test_a_torn_last_line_is_dropped_and_mended(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "lo')
+    path.write_text('{"step": 0, "train/loss": 1.0}\n{"step": 1, "lo')
     with logger.Log(path, steps=3, start=1):
         pass
-    assert path.read_text() == '{"step": 0, "loss": 1.0}\n'
+    assert path.read_text() == '{"step": 0, "train/loss": 1.0}\n'
 
 
 def test_clock():

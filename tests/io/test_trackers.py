@@ -66,7 +66,7 @@ def tracked(tmp_path, monkeypatch):
             longest = time.perf_counter() - begin
             for step in range(lines):
                 start = time.perf_counter()
-                sending.send(step, {"step": step, "loss": 1.0, "by_block": [2.0, None, 4.0], "lost": None})
+                sending.send(step, {"step": step, "train/loss": 1.0, "by_block": [2.0, None, 4.0], "lost": None})
                 longest = max(longest, time.perf_counter() - start)
             start = time.perf_counter()
         return said, longest, time.perf_counter() - start
@@ -78,7 +78,7 @@ def test_a_good_tracker_gets_every_line_in_order(tracked, tmp_path):
     wandb, trackio = Fake(), Fake()
     assert tracked(wandb=wandb, trackio=trackio)[0] == []
     for fake, name in ((wandb, "wandb"), (trackio, "trackio")):
-        assert fake.got == [(step, {"loss": 1.0, "by_block/0": 2.0, "by_block/2": 4.0}) for step in range(5)]
+        assert fake.got == [(step, {"train/loss": 1.0, "by_block/0": 2.0, "by_block/2": 4.0}) for step in range(5)]
         assert fake.begun[0]["config"] == {"seed": 3} and fake.begun[0]["resume"] == "allow"
         assert fake.finished == [f"tracker {name}"]  # and not the thread of training
     assert wandb.begun[0]["name"] == tmp_path.name
@@ -155,15 +155,15 @@ def test_tensorboard_is_a_writer_in_the_runs_folder(tracked, tmp_path):
     fake = Fake()
     fake.SummaryWriter = Writer
     assert tracked(lines=1, tensorboard=fake)[0] == []
-    scalars = [("loss", 1.0, 0), ("by_block/0", 2.0, 0), ("by_block/2", 4.0, 0)]
+    scalars = [("train/loss", 1.0, 0), ("by_block/0", 2.0, 0), ("by_block/2", 4.0, 0)]
     assert calls == [str(tmp_path / "tensorboard"), *scalars, "closed"]
 
 
 def test_a_missing_package_is_told_before_training(tmp_path, monkeypatch):
     for name, package in trackers.TRACKER_PACKAGES.items():
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(UserError, match=rf'train.trackers={name}: .*pip install "jepax\[{name}\]"'):
+        with pytest.raises(UserError, match=rf'train.loggers={name}: .*pip install "jepax\[{name}\]"'):
             trackers.Trackers([name], tmp_path, {}, print)
     with trackers.Trackers([], tmp_path, {}, print) as none:
-        none.send(0, {"loss": 1.0})
+        none.send(0, {"train/loss": 1.0})
     assert not list(tmp_path.iterdir())

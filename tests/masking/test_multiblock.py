@@ -13,7 +13,7 @@ GRIDS = {(14, 14): 50, (8, 8): 12, (6, 10): 12, (16, 16): 69}
 
 
 def draw(grid, count=200, seed=0, **settings):
-    sampler = MultiBlock(MultiBlockConfig(context=GRIDS[grid], **settings), grid)
+    sampler = MultiBlock(MultiBlockConfig(num_context_patches=GRIDS[grid], **settings), grid)
     return sampler, jax.tree.map(np.asarray, jax.jit(sampler)(jr.split(jr.key(seed), count)))
 
 
@@ -48,7 +48,7 @@ def test_targets_and_context_reach_every_row_and_column():
 
 
 def test_a_key_gives_the_same_mask_in_any_batch():
-    sampler = MultiBlock(MultiBlockConfig(context=50), (14, 14))
+    sampler = MultiBlock(MultiBlockConfig(num_context_patches=50), (14, 14))
     keys = jr.split(jr.key(3), 32)
     together, alone = jax.jit(sampler)(keys), jax.jit(sampler)(keys[7:8])
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[7:8], b), together, alone)
@@ -56,7 +56,7 @@ def test_a_key_gives_the_same_mask_in_any_batch():
 
 def test_images_with_too_few_patches_draw_again():
     """At the mean of what a first draw allows, half of the images draw again, and every mask still holds."""
-    sampler = MultiBlock(MultiBlockConfig(context=23), (8, 8))
+    sampler = MultiBlock(MultiBlockConfig(num_context_patches=23), (8, 8))
     first = np.asarray(sampler.context_sizes(jr.split(jr.key(1), 500)))
     assert 0.2 < np.mean(first < 23) < 0.8
     masks = jax.tree.map(np.asarray, jax.jit(sampler)(jr.split(jr.key(1), 500)))
@@ -66,7 +66,7 @@ def test_images_with_too_few_patches_draw_again():
 
 def test_masks_drawn_at_once_are_those_drawn_one_after_the_other(monkeypatch):
     keys = jr.split(jr.key(1), 300)
-    sampler = MultiBlock(MultiBlockConfig(context=23), (8, 8))
+    sampler = MultiBlock(MultiBlockConfig(num_context_patches=23), (8, 8))
     assert 20 < sampler.attempts < 60
     looped = jax.jit(lambda keys: sampler(keys))(keys)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -75,15 +75,19 @@ def test_masks_drawn_at_once_are_those_drawn_one_after_the_other(monkeypatch):
 
 
 def test_blocks_may_fill_the_grid_without_a_margin():
-    sampler = MultiBlock(MultiBlockConfig(context=9, blocks=1, context_scale=(1.0, 1.0), margin=0), (4, 4))
+    sampler = MultiBlock(
+        MultiBlockConfig(num_context_patches=9, num_targets=1, context_scale=(1.0, 1.0), grid_margin=0), (4, 4)
+    )
     sizes = np.asarray(sampler.context_sizes(jr.split(jr.key(0), 100)))
     assert (sizes == 16 - sampler.largest).any()
 
 
 @pytest.mark.parametrize(("grid", "context"), [((8, 8), 50), ((4, 4), 12), ((14, 14), 160)])
 def test_settings_that_cannot_be_met_are_refused(grid, context):
-    with pytest.raises(UserError, match=f"masks.context={context} cannot be met on a {grid[0]}x{grid[1]} grid"):
-        MultiBlock(MultiBlockConfig(context=context), grid)
+    with pytest.raises(
+        UserError, match=f"masks.num_context_patches={context} cannot be met on a {grid[0]}x{grid[1]} grid"
+    ):
+        MultiBlock(MultiBlockConfig(num_context_patches=context), grid)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +95,8 @@ def test_settings_that_cannot_be_met_are_refused(grid, context):
     [
         ({"target_scale": (0.3, 0.2)}, "target_scale"),
         ({"context_scale": (0.5, 1.5)}, "context_scale"),
-        ({"blocks": 0}, "blocks=0"),
-        ({"target_aspect": (0.0, 1.0)}, "target_aspect"),
+        ({"num_targets": 0}, "num_targets=0"),
+        ({"target_aspect_ratio": (0.0, 1.0)}, "target_aspect_ratio"),
     ],
 )
 def test_ranges_that_are_none_are_refused(settings, words):
@@ -101,7 +105,7 @@ def test_ranges_that_are_none_are_refused(settings, words):
 
 
 def test_one_program_for_every_draw():
-    sampler = MultiBlock(MultiBlockConfig(context=12), (8, 8))
+    sampler = MultiBlock(MultiBlockConfig(num_context_patches=12), (8, 8))
     program = jax.jit(lambda keys: sampler(keys))
     for seed in range(3):
         program(jr.split(jr.key(seed), 16))

@@ -10,7 +10,7 @@ from jepax.data import DataConfig, iter_once, open_source
 
 @pytest.fixture(scope="module")
 def images():
-    batch, _ = next(iter(iter_once(open_source(DataConfig(source="synthetic", canvas=24), "train"), 8)))
+    batch, _ = next(iter(iter_once(open_source(DataConfig(dataset="synthetic", canvas_size=24), "train"), 8)))
     return jax.tree.map(jnp.asarray, batch)
 
 

@@ -11,14 +11,14 @@ from jepax.views import CropConfig, MultiCropConfig
 from tests.contracts.shrink import shrunk
 
 VIEWS = MultiCropConfig(
-    globals=2,
+    num_global=2,
     global_crop=CropConfig(size=(24, 24)),
-    locals=2,
+    num_local=2,
     local_crop=CropConfig(size=(12, 12), scale=(0.05, 0.3)),
 )
 SHARED = {
-    "encoder": ViTConfig(patch_size=4, width=32, depth=2, heads=2),
-    "projector": ProjectorConfig(hidden=(24,), width=8),
+    "encoder": ViTConfig(patch_size=4, width=32, depth=2, num_heads=2),
+    "projector": ProjectorConfig(hidden_dims=(24,), out_dim=8),
     "views": VIEWS,
 }
 

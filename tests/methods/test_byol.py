@@ -17,7 +17,7 @@ from jepax.views import MultiCropConfig
 from tests.methods.small import SHARED, drawn_by, loss_of
 from tests.methods.test_multiview import CONFIGS
 
-CONFIG = BYOLConfig(**SHARED, predictor=ProjectorConfig(hidden=(24,), width=8))
+CONFIG = BYOLConfig(**SHARED, predictor=ProjectorConfig(hidden_dims=(24,), out_dim=8))
 
 
 def test_byol_compares_each_view_with_the_others_teacher(groups):
@@ -51,10 +51,12 @@ def test_what_byol_logs_of_its_loss(images):
     projected = eqx.filter_jit(lambda method, views: project(method.projector, embed(method.encoder, views)))
     targets = projected(method, views.global_views)  # the averages begin equal
     lengths = np.linalg.norm(np.asarray(targets, np.float64), axis=2)
-    np.testing.assert_allclose(metrics["target_norm"], lengths.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["health/target_norm"], lengths.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["projections"], targets[0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(metrics["loss_explained"], 1 - loss / cosine_distance_of_mean(targets), rtol=1e-4)
-    assert metrics["prediction_norm"] > 0
+    np.testing.assert_allclose(
+        metrics["train/explained_variance"], 1 - loss / cosine_distance_of_mean(targets), rtol=1e-4
+    )
+    assert metrics["health/prediction_norm"] > 0
 
 
 def test_projections_of_zero_have_a_loss_and_a_gradient(groups):
@@ -64,7 +66,7 @@ def test_projections_of_zero_have_a_loss_and_a_gradient(groups):
 
 
 def test_byols_teacher_gets_no_gradient_and_follows(images):
-    config = replace(CONFIG, momentum=EMAConfig(start=0.5, final=0.5))
+    config = replace(CONFIG, ema=EMAConfig(start=0.5, final=0.5))
     method = config.build(total_steps=10, key=jr.key(0))
     grads = eqx.filter_jit(eqx.filter_grad(lambda m: m.loss(images, key=jr.key(1))[0]))(method)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads.target))
@@ -72,7 +74,7 @@ def test_byols_teacher_gets_no_gradient_and_follows(images):
     other = eqx.tree_at(lambda m: m.encoder.norm.bias, method, method.encoder.norm.bias + 1.0)
     moved, metrics = other.after_update(jnp.int32(0))
     np.testing.assert_allclose(moved.target.average[0].norm.bias, 0.5)
-    assert metrics["momentum"] == 0.5
+    assert metrics["ema/momentum"] == 0.5
 
 
 def test_the_targets_are_the_averages(images):
@@ -92,9 +94,9 @@ def test_the_loss_reads_every_view_and_no_label(images):
     method = CONFIG.build(total_steps=10, key=jr.key(0))
     loss, metrics = loss_of(method, images, jr.key(1))
     assert 0 < loss < 4 and metrics["embeddings"].shape == (8, 32)
-    relabelled = eqx.tree_at(lambda i: i.label, images, images.label + 1)
-    assert loss == loss_of(method, relabelled, jr.key(1))[0]
-    fewer = replace(CONFIG, views=replace(CONFIG.views, locals=0)).build(total_steps=10, key=jr.key(0))
+    relabeled = eqx.tree_at(lambda i: i.label, images, images.label + 1)
+    assert loss == loss_of(method, relabeled, jr.key(1))[0]
+    fewer = replace(CONFIG, views=replace(CONFIG.views, num_local=0)).build(total_steps=10, key=jr.key(0))
     assert loss != loss_of(fewer, images, jr.key(1))[0]
 
 
@@ -102,7 +104,7 @@ def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(UserError, match=r"method\.predictor.width=256"):
         BYOLConfig(**SHARED)
     with pytest.raises(UserError, match=r"projector\.rectified=True"):
-        replace(CONFIG, predictor=replace(CONFIG.predictor, rectified=True))
-    assert BYOLConfig().projector.width == 256  # the defaults fit each other
-    with pytest.raises(UserError, match=r"method\.views.globals=1"):
-        replace(CONFIG, views=MultiCropConfig(globals=1))
+        replace(CONFIG, predictor=replace(CONFIG.predictor, final_relu=True))
+    assert BYOLConfig().projector.out_dim == 256  # the defaults fit each other
+    with pytest.raises(UserError, match=r"method\.views.num_global=1"):
+        replace(CONFIG, views=MultiCropConfig(num_global=1))

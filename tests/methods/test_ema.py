@@ -15,13 +15,13 @@ from jepax.types import UserError
     ("shape", "expected"), [("linear", [0.9, 0.95, 1.0]), ("cosine", [0.9, 0.95, 1.0]), ("constant", [0.9, 0.9, 0.9])]
 )
 def test_schedules(shape, expected):
-    config = EMAConfig(start=0.9, final=1.0, shape=shape)
+    config = EMAConfig(start=0.9, end=1.0, schedule=shape)
     np.testing.assert_allclose([config.at(step, 10) for step in (0, 5, 10)], expected, rtol=1e-6)
 
 
 def test_a_horizon_shortens_or_lengthens_the_path():
-    np.testing.assert_allclose(EMAConfig(start=0.9, horizon=0.5).at(5, 10), 1.0, rtol=1e-6)
-    np.testing.assert_allclose(EMAConfig(start=0.9, horizon=2.0).at(10, 10), 0.95, rtol=1e-6)
+    np.testing.assert_allclose(EMAConfig(start=0.9, schedule_stretch=0.5).at(5, 10), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(EMAConfig(start=0.9, schedule_stretch=2.0).at(10, 10), 0.95, rtol=1e-6)
 
 
 def test_a_teacher_is_a_copy_that_moves_by_its_share():
@@ -33,7 +33,9 @@ def test_a_teacher_is_a_copy_that_moves_by_its_share():
     moved, metrics = ema_update(teacher, other, jnp.float32(0.75))
     np.testing.assert_allclose(moved.average.bias - online.bias, 0.5, rtol=1e-5)
     np.testing.assert_array_equal(moved.average.weight, online.weight)
-    np.testing.assert_allclose([metrics["momentum"], metrics["ema_step_norm"]], [0.75, 0.5 * np.sqrt(2)], rtol=1e-5)
+    np.testing.assert_allclose(
+        [metrics["ema/momentum"], metrics["ema/update_norm"]], [0.75, 0.5 * np.sqrt(2)], rtol=1e-5
+    )
 
 
 def perturbed(tree, scale, seed):
@@ -57,16 +59,16 @@ def test_what_is_logged_of_a_move_is_what_happened(precision):
     new, before, after = flat(online), flat(teacher), flat(moved)
     distance = np.linalg.norm(new - before)
     expected = {
-        "teacher_distance": distance / np.linalg.norm(new),
-        "ema_step_norm": np.linalg.norm(after - before),
-        "ema_step_expected": (1 - np.float64(np.float32(0.999))) * distance,
+        "ema/relative_distance": distance / np.linalg.norm(new),
+        "ema/update_norm": np.linalg.norm(after - before),
+        "ema/expected_update_norm": (1 - np.float64(np.float32(0.999))) * distance,
     }
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
-    apart = abs(float(metrics["ema_step_norm"] / metrics["ema_step_expected"]) - 1)
+    apart = abs(float(metrics["ema/update_norm"] / metrics["ema/expected_update_norm"]) - 1)
     assert apart < 1e-3 if precision == "float32" else apart > 0.05
 
 
 def test_what_would_freeze_the_teacher_is_refused():
-    with pytest.raises(UserError, match=r"method\.momentum\.horizon=0"):
-        EMAConfig(horizon=0.0)
+    with pytest.raises(UserError, match=r"method\.ema\.schedule_stretch=0"):
+        EMAConfig(schedule_stretch=0.0)

@@ -25,10 +25,10 @@ def targets_of(method, views):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"layers": (1, 2)},
-        pytest.param({"layers": (1,)}, marks=pytest.mark.long),
-        {"layers": (1, 2), "layer_weights": (1.0, 3.0)},
-        {"context_weight": 0.5},
+        {"target_layers": (1, 2)},
+        pytest.param({"target_layers": (1,)}, marks=pytest.mark.long),
+        {"target_layers": (1, 2), "target_layer_weights": (1.0, 3.0)},
+        {"context_loss_weight": 0.5},
     ],
 )
 def test_each_setting_changes_the_loss_and_stays_finite(images, settings):
@@ -52,7 +52,7 @@ def test_layers_are_those_blocks_outputs_and_their_losses_are_weighed(images):
     assert jnp.abs(single[1,] - single[2,]).max() > 0.01
 
     def loss_with(weights):
-        return float(loss_of_views(dense(layers=(1, 2), layer_weights=weights), views, jr.key(0))[0])
+        return float(loss_of_views(dense(layers=(1, 2), target_layer_weights=weights), views, jr.key(0))[0])
 
     first, second, mixed = loss_with((2.0, 0.0)), loss_with((0.0, 1.0)), loss_with((3.0, 1.0))
     np.testing.assert_allclose(mixed, (3 * first + second) / 4, rtol=1e-5)
@@ -67,7 +67,7 @@ def test_what_is_read_for_collapse_is_the_deepest_layer_whatever_the_order(image
 
 def test_norms_of_tokens_and_the_fraction_explained_are_those_of_their_equations(images):
     """Token by token in float64; the mean of the batch is taken per position, and the norms at the deepest layer."""
-    method = dense(layers=(2, 1), layer_weights=(3.0, 1.0))
+    method = dense(layers=(2, 1), target_layer_weights=(3.0, 1.0))
     views = drawn(images, 0)
     metrics = loss_of_views(method, views, jr.key(0))[1]
     outputs, masks = outputs_of(method, views), views.masks
@@ -81,13 +81,15 @@ def test_norms_of_tokens_and_the_fraction_explained_are_those_of_their_equations
             of_means[layer] += smooth_l1(targets[:, layer, patch].mean(0) - target)
         norms.append([np.linalg.norm(x) for x in (targets[image, 0, patch], predictions[image, 0, block, place])])
     weights = np.array((3.0, 1.0))
-    np.testing.assert_allclose(metrics["loss_explained"], 1 - losses @ weights / (of_means @ weights), rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["train/explained_variance"], 1 - losses @ weights / (of_means @ weights), rtol=1e-5
+    )
     expected = np.mean(norms, axis=0)
-    np.testing.assert_allclose([metrics["target_norm"], metrics["prediction_norm"]], expected, rtol=1e-5)
+    np.testing.assert_allclose([metrics["health/target_norm"], metrics["health/prediction_norm"]], expected, rtol=1e-5)
 
 
 def test_the_context_loss_is_that_of_its_equation(images):
-    method = dense(context_weight=0.5)
+    method = dense(context_loss_weight=0.5)
     views = drawn(images, 0)
     loss, metrics = loss_of_views(method, views, jr.key(0))
     outputs, masks, rows = outputs_of(method, views), views.masks, method.masks.grid[1]
@@ -100,19 +102,22 @@ def test_the_context_loss_is_that_of_its_equation(images):
                 near = min(np.hypot(patch // rows - h // rows, patch % rows - h % rows) for h in np.asarray(hidden))
                 total += smooth_l1(predictions[image, block, place] - targets[image, patch]) / np.sqrt(near)
                 count += 1
-    np.testing.assert_allclose(metrics["context_loss"], total / count, rtol=1e-4)
-    np.testing.assert_allclose(loss, metrics["prediction_loss"] + 0.5 * metrics["context_loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["train/context_loss"], total / count, rtol=1e-4)
+    np.testing.assert_allclose(loss, metrics["train/prediction_loss"] + 0.5 * metrics["train/context_loss"], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"context_weight": -1.0}, r"method.context_weight=-1"),
-        ({"layers": (0,)}, r"method.layers=\(0,\) must name blocks from 1 to encoder.depth=12"),
-        ({"layers": ()}, r"method.layers=\(\)"),
-        ({"layers": (2, 2)}, "twice"),
-        ({"layer_weights": (1.0, 2.0)}, r"method.layer_weights=\(1.0, 2.0\).*method.layers=\(12,\)"),
-        ({"layers": (1, 2), "layer_weights": (0.0, 0.0)}, "one above"),
+        ({"context_loss_weight": -1.0}, r"method.context_loss_weight=-1"),
+        ({"target_layers": (0,)}, r"method.target_layers=\(0,\) must name blocks from 1 to encoder.depth=12"),
+        ({"layers": ()}, r"method.target_layers=\(\)"),
+        ({"target_layers": (2, 2)}, "twice"),
+        (
+            {"target_layer_weights": (1.0, 2.0)},
+            r"method.target_layer_weights=\(1.0, 2.0\).*method.target_layers=\(12,\)",
+        ),
+        ({"target_layers": (1, 2), "target_layer_weights": (0.0, 0.0)}, "one above"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, words):
@@ -125,5 +130,5 @@ def test_settings_that_make_no_sense_are_refused(settings, words):
     [(None, None, (None, None)), ((12,), (2.0,), ((2,), (2.0,))), ((3, 6, 9), (1.0, 2.0, 3.0), ((1, 2), (2.0, 3.0)))],
 )
 def test_the_tiny_encoder_has_the_layers_that_are_predicted(layers, weights, tiny):
-    config = IJEPADenseConfig(layers=layers, layer_weights=weights).tiny()
-    assert (config.layers, config.layer_weights) == tiny
+    config = IJEPADenseConfig(target_layers=layers, target_layer_weights=weights).tiny()
+    assert (config.target_layers, config.target_layer_weights) == tiny

@@ -21,7 +21,7 @@ from tests.methods.small import drawn, loss_of_views, masked_method, outputs_of
 
 def no_teacher(**settings):
     """The settings of `masked_method()`, of another class."""
-    shared = {name: value for name, value in vars(shrunk("ijepa_vitb16_in1k").method).items() if name != "momentum"}
+    shared = {name: value for name, value in vars(shrunk("ijepa_vitb16_in1k").method).items() if name != "ema"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return IJEPANoTeacherConfig(**shared | settings).build(total_steps=10, key=jr.key(0))
@@ -45,12 +45,15 @@ def test_there_is_no_teacher_and_no_setting_of_one():
 
 
 def test_the_targets_can_be_regularized_instead(images):
-    chosen = {"stop_gradient": False, "target_norm": "none", "regulariser": RegularizerConfig("vicreg")}
+    chosen = {"stop_gradient": False, "target_norm": "none", "regularizer": RegularizerConfig("vicreg")}
     method, views = no_teacher(**chosen, regularize_on="targets"), drawn(images, 0)
     _, metrics = loss_of_views(method, views, jr.key(0))
     pooled = jnp.mean(eqx.filter_jit(method.encoder)(views.image), axis=1)
-    np.testing.assert_allclose(metrics["variance_loss"], variance(pooled), rtol=1e-4)
-    assert metrics["variance_loss"] != loss_of_views(no_teacher(**chosen), views, jr.key(0))[1]["variance_loss"]
+    np.testing.assert_allclose(metrics["train/variance_loss"], variance(pooled), rtol=1e-4)
+    assert (
+        metrics["train/variance_loss"]
+        != loss_of_views(no_teacher(**chosen), views, jr.key(0))[1]["train/variance_loss"]
+    )
 
 
 def test_it_begins_as_ijepa_does(images):

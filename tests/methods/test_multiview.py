@@ -24,11 +24,11 @@ from jepax.views import MultiCropConfig
 from tests.methods.small import SHARED, VIEWS, drawn_by, loss_of, loss_of_views
 
 CONFIGS = {
-    "lejepa": LeJEPAConfig(**SHARED, directions=16),
+    "lejepa": LeJEPAConfig(**SHARED, num_slices=16),
     "vicreg": VICRegConfig(**SHARED),
-    "visreg": VISRegConfig(**SHARED, directions=16),
+    "visreg": VISRegConfig(**SHARED, num_slices=16),
     "rectified_lpjepa": RectifiedLpJEPAConfig(
-        **SHARED | {"projector": ProjectorConfig(hidden=(24,), width=8, rectified=True)}, directions=16
+        **SHARED | {"projector": ProjectorConfig(hidden_dims=(24,), out_dim=8, final_relu=True)}, num_slices=16
     ),
 }
 
@@ -48,10 +48,10 @@ def test_a_loss_reads_every_view_and_no_label(name, images):
     method = config.build(total_steps=10, key=jr.key(0))
     loss, metrics = loss_of(method, images, jr.key(1))
     assert np.isfinite(loss) and metrics["embeddings"].shape == (8, 32)
-    relabelled = eqx.tree_at(lambda i: i.label, images, images.label + 1)
-    assert loss == loss_of(method, relabelled, jr.key(1))[0]
+    relabeled = eqx.tree_at(lambda i: i.label, images, images.label + 1)
+    assert loss == loss_of(method, relabeled, jr.key(1))[0]
     assert loss != loss_of(method, images, jr.key(2))[0]
-    fewer = replace(config, views=replace(VIEWS, locals=0)).build(total_steps=10, key=jr.key(0))
+    fewer = replace(config, views=replace(VIEWS, num_local=0)).build(total_steps=10, key=jr.key(0))
     assert loss != loss_of(fewer, images, jr.key(1))[0]
 
 
@@ -77,7 +77,7 @@ def test_the_share_of_variance_that_is_not_disagreement(groups):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_projections_and_their_agreement_are_logged(name, images):
     metrics = loss_of(CONFIGS[name].build(total_steps=10, key=jr.key(0)), images, jr.key(1))[1]
-    assert metrics["projections"].shape == (8, 8) and metrics["loss_explained"] < 1
+    assert metrics["projections"].shape == (8, 8) and metrics["train/explained_variance"] < 1
 
 
 def test_invariance_and_pairwise_mse(groups):
@@ -91,10 +91,12 @@ def test_invariance_and_pairwise_mse(groups):
 
 
 def test_lejepa_weighs_its_two_terms(groups):
-    config = replace(CONFIGS["lejepa"], weight=0.2)
+    config = replace(CONFIGS["lejepa"], sigreg_weight=0.2)
     loss, metrics = objective(config, groups, jr.key(2))
-    np.testing.assert_allclose(loss, 0.8 * metrics["invariance"] + 0.2 * metrics["sigreg"], rtol=1e-6)
-    assert objective(config, groups, jr.key(3))[1]["sigreg"] != metrics["sigreg"]
+    np.testing.assert_allclose(
+        loss, 0.8 * metrics["train/invariance_loss"] + 0.2 * metrics["train/sigreg_loss"], rtol=1e-6
+    )
+    assert objective(config, groups, jr.key(3))[1]["train/sigreg_loss"] != metrics["train/sigreg_loss"]
 
 
 def test_vicreg_of_two_views_is_the_released_codes(groups):
@@ -109,17 +111,17 @@ def test_vicreg_of_two_views_is_the_released_codes(groups):
 
 
 def test_visreg_weighs_its_terms(groups):
-    config = replace(CONFIGS["visreg"], weight=0.7, scale=2.0, centre=4.0, shape=3.0)
+    config = replace(CONFIGS["visreg"], visreg_weight=0.7, scale_weight=2.0, center_weight=4.0, shape_weight=3.0)
     loss, m = objective(config, groups, jr.key(2))
-    regulariser = 2 * m["scale_loss"] + 4 * m["centre_loss"] + 3 * m["shape_loss"]
-    np.testing.assert_allclose(loss, 0.3 * m["invariance"] + 0.7 * regulariser, rtol=1e-6)
+    regularizer = 2 * m["train/scale_loss"] + 4 * m["train/center_loss"] + 3 * m["train/shape_loss"]
+    np.testing.assert_allclose(loss, 0.3 * m["train/invariance_loss"] + 0.7 * regularizer, rtol=1e-6)
     views = jnp.concatenate(groups)
-    np.testing.assert_allclose(m["centre_loss"], np.square(np.mean(views, axis=1)).mean(), rtol=1e-5)
+    np.testing.assert_allclose(m["train/center_loss"], np.square(np.mean(views, axis=1)).mean(), rtol=1e-5)
 
 
 def test_each_view_is_embedded_and_projected_as_by_itself(images):
     """Embeddings keep the batch first, projections the views; the projector without its BatchNorm sees rows alone."""
-    config = replace(CONFIGS["lejepa"], projector=ProjectorConfig(hidden=(), width=8))
+    config = replace(CONFIGS["lejepa"], projector=ProjectorConfig(hidden_dims=(), out_dim=8))
     method = config.build(total_steps=10, key=jr.key(0))
     group = drawn_by(method, images, jr.key(1)).local_views
     embeddings = eqx.filter_jit(embed)(method.encoder, group)
@@ -148,32 +150,34 @@ def test_devices_share_the_images_of_every_view(images):
 
 @pytest.mark.parametrize("sigma", ["before", "after"])
 def test_rectified_lpjepa_tells_the_share_of_nonzeros(groups, sigma):
-    config = replace(CONFIGS["rectified_lpjepa"], mu=-0.5, sigma=sigma)
+    config = replace(CONFIGS["rectified_lpjepa"], mu=-0.5, unit_variance=sigma)
     groups = tuple(jnp.maximum(group, 0) for group in groups)
     loss, metrics = objective(config, groups, jr.key(2))
-    np.testing.assert_allclose(loss, 25 * metrics["invariance"] + 125 * metrics["rdmreg"], rtol=1e-6)
-    np.testing.assert_allclose(metrics["share_of_nonzeros"], 0.5, atol=0.05)
+    np.testing.assert_allclose(
+        loss, 25 * metrics["train/invariance_loss"] + 125 * metrics["train/rdmreg_loss"], rtol=1e-6
+    )
+    np.testing.assert_allclose(metrics["health/nonzero_fraction"], 0.5, atol=0.05)
     scale = rdmreg.sigma_before_relu(1.0) if sigma == "before" else rdmreg.sigma_after_relu(1.0, -0.5)
     expected = 0.5 * np.exp(-0.5 / scale)
-    np.testing.assert_allclose(metrics["expected_share_of_nonzeros"], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["health/nonzero_fraction_expected"], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: replace(CONFIGS["lejepa"], weight=1.5), "method.weight=1.5"),
-        (lambda: replace(CONFIGS["lejepa"], directions=0), "method.directions=0"),
-        (lambda: replace(CONFIGS["vicreg"], covariance=-1.0), "method.covariance=-1.0"),
-        (lambda: replace(CONFIGS["visreg"], shape=-1.0), "method.shape=-1.0"),
-        (lambda: replace(CONFIGS["visreg"], weight=1.5), "method.weight=1.5"),
-        (lambda: replace(CONFIGS["visreg"], directions=0), "method.directions=0"),
-        (lambda: replace(CONFIGS["rectified_lpjepa"], directions=0), "method.directions=0"),
-        (lambda: replace(CONFIGS["vicreg"], views=MultiCropConfig(globals=1)), "method.views.globals=1"),
-        (lambda: replace(CONFIGS["lejepa"], views=MultiCropConfig(globals=1)), "method.views.globals=1"),
+        (lambda: replace(CONFIGS["lejepa"], sigreg_weight=1.5), "method.XX_weight=1.5"),
+        (lambda: replace(CONFIGS["lejepa"], num_slices=0), "method.num_slices=0"),
+        (lambda: replace(CONFIGS["vicreg"], cov_coeff=-1.0), "method.covariance=-1.0"),
+        (lambda: replace(CONFIGS["visreg"], shape_weight=-1.0), "method.shape=-1.0"),
+        (lambda: replace(CONFIGS["visreg"], visreg_weight=1.5), "method.XX_weight=1.5"),
+        (lambda: replace(CONFIGS["visreg"], num_slices=0), "method.num_slices=0"),
+        (lambda: replace(CONFIGS["rectified_lpjepa"], num_slices=0), "method.num_slices=0"),
+        (lambda: replace(CONFIGS["vicreg"], views=MultiCropConfig(num_global=1)), "method.views.num_global=1"),
+        (lambda: replace(CONFIGS["lejepa"], views=MultiCropConfig(num_global=1)), "method.views.num_global=1"),
         (lambda: replace(CONFIGS["rectified_lpjepa"], p=0.0), "method.p=0.0"),
-        (lambda: RectifiedLpJEPAConfig(**SHARED), "method.projector.rectified=False"),
-        (lambda: replace(CONFIGS["lejepa"], projector=ProjectorConfig(rectified=True)), "projector.rectified=True"),
-        (lambda: replace(CONFIGS["visreg"], projector=ProjectorConfig(rectified=True)), "projector.rectified=True"),
+        (lambda: RectifiedLpJEPAConfig(**SHARED), "method.projector.final_relu=False"),
+        (lambda: replace(CONFIGS["lejepa"], projector=ProjectorConfig(final_relu=True)), "projector.final_relu=True"),
+        (lambda: replace(CONFIGS["visreg"], projector=ProjectorConfig(final_relu=True)), "projector.final_relu=True"),
         (lambda: replace(CONFIGS["lejepa"], encoder=ViTConfig(patch_size=5)), "patch_size=5"),
     ],
 )

@@ -33,7 +33,7 @@ def test_it_is_found_by_its_name_and_reads_any_source():
 
 def test_every_parameter_but_the_teachers_has_a_gradient(method):
     (loss, metrics), grads = loss_and_gradients(method, toy_batch(16), jr.key(1))
-    np.testing.assert_allclose(loss, metrics["prediction_loss"] + metrics["variance_loss"], rtol=1e-6)
+    np.testing.assert_allclose(loss, metrics["train/prediction_loss"] + metrics["train/variance_loss"], rtol=1e-6)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(grads)) and jax.tree.leaves(grads.target_encoder) == []
     assert len(jax.tree.leaves(grads)) == 4
 
@@ -63,5 +63,5 @@ def test_a_plain_loop_learns_and_the_teacher_follows(method):
         first = loss if first is None else first
         state = eqx.apply_updates(state, jax.tree.map(lambda g: -0.3 * g, grads))
         state, metrics = state.after_update(jnp.int32(0))
-    assert loss < 0.7 * first and metrics["momentum"] == pytest.approx(0.9)
+    assert loss < 0.7 * first and metrics["ema/momentum"] == pytest.approx(0.9)
     assert np.abs(state.target_encoder.average.weight - method.target_encoder.average.weight).max() > 0.01

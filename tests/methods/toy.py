@@ -102,8 +102,8 @@ class Toy(Method):
         spread = variance(outputs.embedding)
         baseline = jnp.mean(jnp.square(outputs.target - jnp.mean(outputs.target, axis=0)))
         explained = explained_fraction(error, baseline)
-        metrics = {"prediction_loss": error, "variance_loss": spread, "embeddings": outputs.embedding}
-        return error + spread, metrics | {"loss_explained": explained}
+        metrics = {"train/prediction_loss": error, "train/variance_loss": spread, "embeddings": outputs.embedding}
+        return error + spread, metrics | {"train/explained_variance": explained}
 
     def after_update(self, step: Int[Array, ""]) -> tuple["Toy", Metrics]:
         moved, metrics = ema_update(self.target_encoder, self.encoder, self.config.momentum.at(step, self.total_steps))

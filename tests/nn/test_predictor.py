@@ -15,7 +15,7 @@ GRID = (4, 4)
 
 @pytest.fixture
 def predictor():
-    return Predictor(PredictorConfig(width=8, depth=2, heads=2, init_std=None), 16, key=jr.key(0))
+    return Predictor(PredictorConfig(width=8, depth=2, num_heads=2, init_std=None), 16, key=jr.key(0))
 
 
 @pytest.fixture
@@ -67,5 +67,5 @@ def test_the_plain_form_of_a_predictor_is_the_same_predictor(predictor, masks, c
 
 
 def test_several_outputs_lie_side_by_side(masks, context):
-    twice = Predictor(PredictorConfig(width=8, depth=2, heads=2, init_std=None), 16, num_outputs=2, key=jr.key(0))
+    twice = Predictor(PredictorConfig(width=8, depth=2, num_heads=2, init_std=None), 16, num_outputs=2, key=jr.key(0))
     assert twice(context, masks, GRID).shape == (2, 2, 4, 32)

@@ -1,4 +1,4 @@
-"""The projector and its batch normalisation over the global batch."""
+"""The projector and its batch normalization over the global batch."""
 
 import equinox as eqx
 import jax
@@ -21,7 +21,7 @@ def test_batch_norm_is_by_its_definition():
 
 
 def test_statistics_are_of_the_global_batch():
-    projector = Projector(ProjectorConfig(hidden=(16, 16), width=8), 6, key=jr.key(1))
+    projector = Projector(ProjectorConfig(hidden_dims=(16, 16), out_dim=8), 6, key=jr.key(1))
     x = jr.normal(jr.key(2), (32, 6)) * jnp.arange(32)[:, None]
     split = jax.device_put(x, NamedSharding(make_mesh(), PartitionSpec("data")))
     assert len(split.addressable_shards) == jax.device_count() > 1
@@ -30,7 +30,8 @@ def test_statistics_are_of_the_global_batch():
 
 def test_a_rectified_projector_ends_at_zero():
     plain, rectified = (
-        Projector(ProjectorConfig(hidden=(16,), width=8, rectified=ends), 6, key=jr.key(1)) for ends in (False, True)
+        Projector(ProjectorConfig(hidden_dims=(16,), out_dim=8, final_relu=ends), 6, key=jr.key(1))
+        for ends in (False, True)
     )
     x = jr.normal(jr.key(2), (32, 6))
     np.testing.assert_array_equal(rectified(x), jnp.maximum(plain(x), 0))
@@ -38,10 +39,10 @@ def test_a_rectified_projector_ends_at_zero():
 
 
 def test_only_the_last_linear_map_has_a_bias():
-    projector = Projector(ProjectorConfig(hidden=(16, 16), width=8), 6, key=jr.key(1))
+    projector = Projector(ProjectorConfig(hidden_dims=(16, 16), out_dim=8), 6, key=jr.key(1))
     assert [linear.bias is not None for linear in projector.linears] == [False, False, True]
 
 
 def test_widths_are_checked():
     with pytest.raises(UserError, match=r"projector\.width=0"):
-        ProjectorConfig(width=0)
+        ProjectorConfig(out_dim=0)

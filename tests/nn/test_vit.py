@@ -13,7 +13,7 @@ from jepax.nn.vit import patchify
 from jepax.trees import count_parameters
 from jepax.types import UserError
 
-TINY = {"patch_size": 4, "width": 16, "depth": 3, "heads": 2}
+TINY = {"patch_size": 4, "width": 16, "depth": 3, "num_heads": 2}
 
 
 def tiny(**changes):
@@ -23,7 +23,7 @@ def tiny(**changes):
 @pytest.mark.parametrize(("size", "channels"), [((8, 8), 1), ((8, 16), 3), ((20, 4), 3)])
 def test_any_grid_and_channels(size, channels):
     images = jr.normal(jr.key(1), (2, *size, channels))
-    tokens = tiny(channels=channels)(images)
+    tokens = tiny(in_channels=channels)(images)
     assert tokens.shape == (2, size[0] * size[1] // 16, 16)
 
 
@@ -89,7 +89,7 @@ def test_positions_of_one_row_share_their_row_half():
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"heads": 3}, "heads=3"), ({"channels": 2}, "channels=2"), ({"depth": 0}, "depth=0")],
+    [({"num_heads": 3}, "num_heads=3"), ({"in_channels": 2}, "in_channels=2"), ({"depth": 0}, "depth=0")],
 )
 def test_settings_that_cannot_be_met_are_refused(changes, words):
     with pytest.raises(UserError, match=words):

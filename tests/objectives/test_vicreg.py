@@ -1,4 +1,4 @@
-"""VICReg's regularisers against their definitions in float64."""
+"""VICReg's regularizers against their definitions in float64."""
 
 import jax
 import jax.numpy as jnp

@@ -39,10 +39,10 @@ def method_of(golden: dict[str, np.ndarray]) -> IJEPA:
     heads, channels = c["num_heads"], golden["step0.images"].shape[1]
     config = IJEPAConfig(
         encoder=ViTConfig(
-            patch_size=c["patch_size"], width=c["embed_dim"], depth=c["depth"], heads=heads, channels=channels
+            patch_size=c["patch_size"], width=c["embed_dim"], depth=c["depth"], num_heads=heads, in_channels=channels
         ),
-        predictor=PredictorConfig(width=c["predictor_dim"], depth=c["predictor_depth"], heads=heads),
-        masks=MultiBlockConfig(context=1),
+        predictor=PredictorConfig(width=c["predictor_dim"], depth=c["predictor_depth"], num_heads=heads),
+        masks=MultiBlockConfig(num_context_patches=1),
         crop=CropConfig(size=(c["crop_size"], c["crop_size"])),
     )
     return IJEPA(config, total_steps=c["total_steps"], key=jr.key(0))

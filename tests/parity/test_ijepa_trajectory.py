@@ -130,7 +130,7 @@ def test_losses_and_final_parameters(golden, method):
 
     for step in range(len(golden["loss"])):
         state, metrics = recorded_step(state, views_of(golden, step))
-        losses.append(float(metrics["loss"]))
+        losses.append(float(metrics["train/loss"]))
     np.testing.assert_allclose(losses, golden["loss"], rtol=1e-5)
     final = state.method
     for kind, module in (

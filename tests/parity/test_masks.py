@@ -23,7 +23,7 @@ def recorded(request):
 @pytest.fixture(scope="module")
 def sampler(recorded):
     side = round(len(recorded["target_frequency"]) ** 0.5)
-    return MultiBlock(MultiBlockConfig(context=1), (side, side))
+    return MultiBlock(MultiBlockConfig(num_context_patches=1), (side, side))
 
 
 def within(ours, theirs, tolerance, name):
@@ -45,6 +45,6 @@ def test_context_sizes_before_any_cut(recorded, sampler):
     ours = np.asarray(sampler.context_sizes(jr.split(jr.key(0), DRAWS)))
     theirs = recorded["n_context_per_image"]
     within(ours.mean(), theirs.mean(), 0.05, "mean")
-    within(ours.std(), theirs.std(), 0.05, "deviation")
+    within(ours.std(), theirs.std(), 0.05, "std")
     for percent in (5, 25, 50, 75, 95):
         within(np.percentile(ours, percent), np.percentile(theirs, percent), 0.05, f"percentile {percent}")

@@ -1,4 +1,4 @@
-"""SIGReg, RDMReg and the rectified generalised Gaussian against recorded values and gradients."""
+"""SIGReg, RDMReg and the rectified generalized Gaussian against recorded values and gradients."""
 
 import jax
 import jax.numpy as jnp

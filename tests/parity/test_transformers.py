@@ -67,7 +67,7 @@ def test_the_recorded_encoder_as_a_folder_gives_the_recorded_tokens(tmp_path):
 def folder(request, tmp_path_factory):
     """An exported encoder with no parameter at a value that would hide a wrong place."""
     channels = request.param
-    config = ViTConfig(patch_size=4, channels=channels, width=48, depth=3, heads=4, init_std=None)
+    config = ViTConfig(patch_size=4, in_channels=channels, width=48, depth=3, num_heads=4, init_std=None)
     leaves, tree = jax.tree.flatten(eqx.filter_jit(ViT)(config, key=jr.key(0)))
     noisy = [leaf + 0.1 * jr.normal(jr.key(i), leaf.shape) for i, leaf in enumerate(leaves)]
     crop = CropConfig(size=(28, 28), mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.3, 0.25)[:channels])
@@ -89,7 +89,7 @@ def test_transformers_gives_the_same_tokens_and_writes_what_we_read(folder, tmp_
     encoder, crop = load_encoder(folder)
     model, loading = transformers.IJepaModel.from_pretrained(folder, output_loading_info=True)
     assert not any(loading.values()), loading
-    view = np.random.default_rng(0).normal(size=(2, *crop.size, encoder.config.channels)).astype(np.float32)
+    view = np.random.default_rng(0).normal(size=(2, *crop.size, encoder.config.in_channels)).astype(np.float32)
     with torch.no_grad():
         tokens = model(torch.from_numpy(view.transpose(0, 3, 1, 2).copy())).last_hidden_state.numpy()
     difference = float(np.max(np.abs(encoder(jnp.asarray(view)) - tokens)))

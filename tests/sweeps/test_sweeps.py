@@ -17,7 +17,7 @@ from jepax.sweeps import SWEEPS, Variant, run, table
 from jepax.types import UserError
 
 TINY = """
-    --data.source synthetic --data.canvas 28 --data.channels 1 --data.synthetic-images 80 --data.validation 0.2
+    --data.dataset synthetic --data.canvas-size 28 --data.channels 1 --data.synthetic-size 80 --data.val-fraction 0.2
     --method.encoder.width 24 --method.encoder.depth 1 --train.batch-size 16 --train.steps 3 --optim.warmup-epochs 0.2
     --eval.batch-size 40 --eval.linear.epochs 2 --eval.linear.learning-rates 1e-2 --eval.linear.weight_decays 0.0
 """.split()
@@ -101,7 +101,7 @@ def test_bad_grids_are_refused(make, words):
         (("--seed", "3"), (), "--seeds 0 1 2"),
         ((), ("--seed", "3"), "--seeds 0 1 2"),
         ((), ("--run-dir", "x"), "--run-dir belongs to the command line"),
-        ((), ("--method.encoder.heads", "5"), "row a: --method.encoder.heads"),
+        ((), ("--method.encoder.num-heads", "5"), "row a: --method.encoder.num-heads"),
     ],
 )
 def test_overrides_that_would_be_ignored_or_fail_are_refused(shared, own, words, tmp_path):
@@ -127,9 +127,9 @@ def test_runs_of_another_config_are_not_put_into_one_table(tmp_path, monkeypatch
     """Other seeds of the folder, and other parts, count too."""
     monkeypatch.setattr(run.training, "train", lambda *given: pytest.fail("trained"))
     words = ["family_fashion_mnist", *TINY, "--run-dir", str(tmp_path)]
-    before = plan(*words, "--seeds", "0", "--eval.knn.neighbours", "3").jobs[0]
+    before = plan(*words, "--seeds", "0", "--eval.knn.k", "3").jobs[0]
     run.settings.record(before.folder, before.config)
-    with pytest.raises(UserError, match=r"(?s)row masked\+ema: .*different config.*neighbours"):
+    with pytest.raises(UserError, match=r"(?s)row masked\+ema: .*different config.*neighbors"):
         run.run_sweep(plan(*words, "--seeds", "1"), say=lambda line: None)
 
 
@@ -164,7 +164,7 @@ def test_a_grid_ends_in_one_table_and_one_figure(finished):
     for each in found:
         result = json.loads((folder / f"{each['row']}-seed{each['seed']}/evals/step_00000003.json").read_text())
         assert float(each["linear"]) == result["rows"]["trained"]["linear"]["top1"]
-        grid = result["rows"]["trained"]["linear"]["tried"]
+        grid = result["rows"]["trained"]["linear"]["trials"]
         assert float(each["validation"]) == max(head["validation_top1"] for head in grid)
         assert float(each["untrained_knn"]) == result["rows"]["untrained"]["knn"]["top1"]
         assert float(each["minutes"]) > 0 and int(each["steps"]) == 3 and int(each["batch_size"]) == 16
@@ -218,7 +218,7 @@ def test_a_run_without_its_evaluation_is_continued(finished, capsys, tmp_path):
 
 
 def test_seconds_are_those_of_all_steps():
-    lines = [{"step": 0, "seconds_per_step": 5.0}, {"step": 9, "seconds_per_step": 0.5}]
+    lines = [{"step": 0, "perf/step_time": 5.0}, {"step": 9, "perf/step_time": 0.5}]
     assert table.sum_seconds(lines) == 5.0 + 9 * 0.5
 
 
@@ -269,7 +269,7 @@ def test_a_run_that_diverges_is_told_and_does_not_stop_the_others(tmp_path, caps
 
 
 def test_floors_of_another_protocol_are_not_taken(finished, tmp_path, monkeypatch):
-    """A floor is named by what decides it: other versions, other neighbours, other floors."""
+    """A floor is named by what decides it: other versions, other neighbors, other floors."""
     folder, words = finished
     job = plan(*words[1:]).jobs[0]
     state = evaluation.load_state(job.config, job.folder)
@@ -282,6 +282,6 @@ def test_floors_of_another_protocol_are_not_taken(finished, tmp_path, monkeypatc
 
     first = kept()
     assert len(first) == 2 and first <= {path.name for path in (folder / "baselines").iterdir()}
-    assert len(kept(knn=KnnConfig(neighbours=(3,)))) == 4
+    assert len(kept(knn=KnnConfig(k=(3,)))) == 4
     monkeypatch.setattr(report, "software_versions", lambda: {"jepax": "another"})
     assert len(kept()) == 6

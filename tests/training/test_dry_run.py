@@ -62,7 +62,7 @@ def test_saved_bytes_leave_out_what_was_given():
 
 def small(**data):
     config = RECIPES["ijepa_fashion_mnist"]()
-    data = {"source": "synthetic", "canvas": 28, "channels": 1, "synthetic_images": 64, **data}
+    data = {"dataset": "synthetic", "canvas": 28, "channels": 1, "synthetic_size": 64, **data}
     train = dataclasses.replace(config.train, batch_size=16, steps=4)
     encoder = dataclasses.replace(config.method.encoder, width=24, depth=1)
     predictor = dataclasses.replace(config.method.predictor, width=12, depth=1)
@@ -77,7 +77,7 @@ def steps(monkeypatch):
 
     def run(state, batch, base_key, context):
         sizes.append(len(batch.index))
-        return state, {"loss": jnp.float32(0.5), "grad_norm": jnp.float32(1.0)}
+        return state, {"train/loss": jnp.float32(0.5), "optim/grad_norm": jnp.float32(1.0)}
 
     monkeypatch.setattr(dry_run, "run_train_step", run)
     return sizes
@@ -105,9 +105,9 @@ def test_a_dry_run_prints_everything_and_writes_nothing(tmp_path, monkeypatch, s
     assert steps == [16] and os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("name", ["train/loss", "optim/grad_norm"])
 def test_a_first_step_that_is_not_finite_is_an_error(name, monkeypatch):
-    values = {"loss": jnp.float32(1), "grad_norm": jnp.float32(1)} | {name: jnp.float32(jnp.nan)}
+    values = {"train/loss": jnp.float32(1), "optim/grad_norm": jnp.float32(1)} | {name: jnp.float32(jnp.nan)}
     monkeypatch.setattr(dry_run, "run_train_step", lambda state, *_: (state, values))
     with pytest.raises(UserError, match=r"first step's loss is .* and its gradient norm"):
         dry_run.run_one_step(make_setup(small()), lambda line: None)
@@ -150,8 +150,8 @@ def test_a_shared_encoders_backward_pass_is_counted(stop_gradient, ratio):
     """Where gradients reach the targets, their pass over all patches is run backward too."""
     config = small()
     fields = {field.name: getattr(config.method, field.name) for field in dataclasses.fields(config.method)}
-    fields = {name: value for name, value in fields.items() if name != "momentum"}
-    fields["regulariser"] = RegularizerConfig(kind="vicreg")
+    fields = {name: value for name, value in fields.items() if name != "ema"}
+    fields["regularizer"] = RegularizerConfig(name="vicreg")
     method = IJEPANoTeacherConfig(**fields, stop_gradient=stop_gradient)
     usual, other = (
         dry_run.flops_by_verb(make_setup(dataclasses.replace(config, method=m))) for m in (config.method, method)
@@ -164,7 +164,7 @@ def test_a_shared_encoders_backward_pass_is_counted(stop_gradient, ratio):
 def test_the_optimizers_flops_are_shared_by_the_batch():
     """Five iterations of three products for each of the blocks' matrices, the smaller side first."""
     config = small()
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, matrices="muon"))
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name="muon"))
     expected = 0
     for module in (config.method.encoder, config.method.predictor):
         width, hidden = module.width, round(module.width * module.mlp_ratio)
@@ -218,7 +218,7 @@ def test_the_memory_of_the_other_plan_is_printed():
     def printed(parameters):
         config = small()  # but as wide as the recipe is: narrower arrays would be replicated either way
         method = RECIPES["ijepa_fashion_mnist"]().method
-        train = dataclasses.replace(config.train, sharding=ShardingConfig(parameters=parameters))
+        train = dataclasses.replace(config.train, sharding=ShardingConfig(params=parameters))
         config = dataclasses.replace(config, method=method, train=train)
         lines = []
         dry_run.print_memory(make_setup(config), lines.append)
@@ -226,6 +226,6 @@ def test_the_memory_of_the_other_plan_is_printed():
         return {" ".join(name): float(number) for *name, number in rows}
 
     replicated, sharded = printed("replicated"), printed("sharded")
-    assert replicated["total with train.sharding.parameters=sharded"] == sharded["total"]
-    assert sharded["total with train.sharding.parameters=replicated"] == replicated["total"]
+    assert replicated["total with train.sharding.params=fsdp"] == sharded["total"]
+    assert sharded["total with train.sharding.params=ddp"] == replicated["total"]
     assert sharded["total"] < replicated["total"]

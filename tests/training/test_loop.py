@@ -67,32 +67,32 @@ def test_a_run_folder_holds_its_config_metrics_and_checkpoints(config, finished)
     lines = logger.read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 3, 5]
     for name in (
-        "loss",
-        "learning_rate",
-        "weight_decay",
-        "momentum",
-        "grad_norm",
-        "grad_norm_predictor",
-        "update_norm",
-        "ema_step_norm",
-        "embedding_std",
-        "embedding_rank",
-        "images_per_second",
-        "loss_max",
-        "grad_norm_max",
-        "loss_explained",
-        "target_norm",
-        "prediction_norm",
-        "teacher_distance",
-        "ema_step_expected",
-        "embedding_dead",
-        "embedding_cosine",
-        "embedding_alpha",
+        "train/loss",
+        "optim/lr",
+        "optim/weight_decay",
+        "ema/momentum",
+        "optim/grad_norm",
+        "grad_norm/predictor",
+        "optim/update_norm",
+        "ema/update_norm",
+        "health/embedding/std",
+        "health/embedding/rankme",
+        "perf/images_per_sec",
+        "train/loss_max",
+        "optim/grad_norm_max",
+        "train/explained_variance",
+        "health/target_norm",
+        "health/prediction_norm",
+        "ema/relative_distance",
+        "ema/expected_update_norm",
+        "health/embedding/dead_fraction",
+        "health/embedding/mean_cosine",
+        "health/embedding/alpha_req",
     ):
         assert all(np.isfinite(line[name]) for line in lines), name
-    for name, length in (("encoder_by_block", 2), ("predictor_by_block", 2)):
-        assert all(len(line[f"grad_norm_{name}"]) == length for line in lines)
-    assert all(len(line["embedding_std_quantiles"]) == 5 for line in lines)
+    for name, length in (("encoder_blocks", 2), ("predictor_blocks", 2)):
+        assert all(len(line[f"grad_norm/{name}"]) == length for line in lines)
+    assert all(len(line["health/embedding/std_quantiles"]) == 5 for line in lines)
     assert json.loads((run / "health.json").read_text()) == {"alarms": [], "ended": None}
     assert int(state.step) == STEPS
 
@@ -118,7 +118,7 @@ def test_a_run_that_stopped_goes_on_where_it_was(config, finished, tmp_path, mon
     resumed = train(config, tmp_path)
     assert len(held) == 1 and held[0] - held_before < 0.1 * tree_bytes(whole)  # the state goes where the first one was
     assert checkpoint.state_digest(whole) == checkpoint.state_digest(resumed)
-    speed = {"seconds_per_step", "images_per_second"}
+    speed = {"perf/step_time", "perf/images_per_sec"}
     lines = [
         [{k: v for k, v in line.items() if k not in speed} for line in logger.read_metrics(r / "metrics.jsonl")]
         for r in (run, tmp_path)
@@ -148,7 +148,7 @@ def test_an_update_that_is_not_finite_stops_the_run(lost, every, said, config, t
     """Lines are written at steps 1, 3 and 5. The step after it may have begun, but nothing later is logged or saved."""
     calls = tamper(monkeypatch, {}, lost)
     with pytest.raises(UserError, match=said):
-        train(replace(config, train=replace(config.train, save=CheckpointConfig(every=every))), tmp_path)
+        train(replace(config, train=replace(config.train, checkpoint=CheckpointConfig(every_steps=every))), tmp_path)
     assert len(calls) <= lost + 1
     assert checkpoint.list_steps(tmp_path / "checkpoints") == []
 
@@ -156,9 +156,9 @@ def test_an_update_that_is_not_finite_stops_the_run(lost, every, said, config, t
 def test_what_neither_a_line_nor_a_save_sees_ends_the_run_soon(config, tmp_path, monkeypatch):
     """No step after it is finite, so the guard lets none of them change anything."""
     tamper(monkeypatch, {}, 3)
-    patient = GradGuardConfig(patience=2)
-    longer = replace(config, train=replace(config.train, log_every=100, steps=20, guard=patient))
-    longer = replace(longer, train=replace(longer.train, save=CheckpointConfig(every=100)))
+    patient = GradGuardConfig(max_consecutive_nonfinite=2)
+    longer = replace(config, train=replace(config.train, log_every_steps=100, steps=20, grad_guard=patient))
+    longer = replace(longer, train=replace(longer.train, checkpoint=CheckpointConfig(every_steps=100)))
     with pytest.raises(UserError, match="2 consecutive steps, up to step 4, were not finite"):
         train(longer, tmp_path)
 
@@ -182,9 +182,11 @@ def tamper(monkeypatch, changes, lost=None):
 @pytest.mark.parametrize(("last", "line"), [(14, 9), (4, 3)])
 def test_a_step_between_two_lines_is_not_overlooked(last, line, config, tmp_path, monkeypatch):
     """The loss of the third step alone, of ten to a line, leaps; the run ends later, or at once: both are named."""
-    leap = {3: lambda metrics: {"loss": 100 * metrics["loss"]}}
+    leap = {3: lambda metrics: {"train/loss": 100 * metrics["train/loss"]}}
     tamper(monkeypatch, leap, last)
-    longer = replace(config, train=replace(config.train, steps=20, log_every=10, save=CheckpointConfig(every=last)))
+    longer = replace(
+        config, train=replace(config.train, steps=20, log_every_steps=10, checkpoint=CheckpointConfig(every_steps=last))
+    )
     with pytest.raises(UserError, match=f"parameters are not finite after step {last - 1}"):
         train(longer, tmp_path)
     lines = logger.read_metrics(tmp_path / "metrics.jsonl")
@@ -207,7 +209,7 @@ def test_another_precision_than_before_is_told(config, finished, tmp_path, capsy
 
 def test_settings_that_do_not_change_what_is_trained_may_change(config, finished):
     run, state, _ = finished
-    other = replace(config, data=replace(config.data, threads=1), train=replace(config.train, log_every=3))
+    other = replace(config, data=replace(config.data, num_threads=1), train=replace(config.train, log_every_steps=3))
     assert checkpoint.state_digest(train(other, run)) == checkpoint.state_digest(state)
     assert configs.load(Config, run / "config.yaml") == other
     train(config, run)
@@ -215,19 +217,19 @@ def test_settings_that_do_not_change_what_is_trained_may_change(config, finished
 
 def test_the_best_checkpoint_is_kept(tmp_path):
     config = shrunk("ijepa_fashion_mnist")
-    online = replace(config.eval.online, every=2, train_images=60, validation_images=16)
-    save = CheckpointConfig(every=100, keep=1, best="knn_top1")
-    config = replace(config, eval=replace(config.eval, online=online), train=replace(config.train, save=save))
+    online = replace(config.eval.online, every_steps=2, train_images=60, validation_images=16)
+    save = CheckpointConfig(every_steps=100, max_to_keep=1, best_metric="val/knn_top1")
+    config = replace(config, eval=replace(config.eval, online=online), train=replace(config.train, checkpoint=save))
     train(config, tmp_path)
     scores = {
-        line["step"] + 1: line["knn_top1"]
+        line["step"] + 1: line["val/knn_top1"]
         for line in logger.read_metrics(tmp_path / "metrics.jsonl")
-        if "knn_top1" in line
+        if "val/knn_top1" in line
     }
     best = max(scores, key=lambda step: (scores[step], -step))
     assert checkpoint.list_steps(tmp_path / "checkpoints") == sorted({best, 6})
     metadata = checkpoint.metadata(tmp_path / "checkpoints", best)
-    assert metadata["score"] == {"knn_top1": scores[best]} and metadata["best"]["knn_top1"] == scores[best]
+    assert metadata["score"] == {"val/knn_top1": scores[best]} and metadata["best"]["val/knn_top1"] == scores[best]
 
 
 def test_the_metadata_of_a_checkpoint_does_not_change_while_it_is_written(config, tmp_path, monkeypatch):
@@ -239,22 +241,24 @@ def test_the_metadata_of_a_checkpoint_does_not_change_while_it_is_written(config
         save(manager, step, state, metadata)
 
     monkeypatch.setattr(CheckpointManager, "save", record)
-    train(replace(config, train=replace(config.train, save=CheckpointConfig(every=1))), tmp_path)
+    train(replace(config, train=replace(config.train, checkpoint=CheckpointConfig(every_steps=1))), tmp_path)
     assert len(given) == STEPS and any(metadata["peaks"] for metadata, _ in given)
     assert all(metadata == at_its_time for metadata, at_its_time in given)
 
 
 def test_the_best_of_what_is_not_measured_is_refused(config, tmp_path):
-    wanted = replace(config, train=replace(config.train, save=CheckpointConfig(best="knn_top1")))
-    with pytest.raises(UserError, match=r"train.save.best=knn_top1 needs eval.online.every above 0"):
-        train(replace(wanted, eval=replace(config.eval, online=replace(config.eval.online, every=0))), tmp_path)
+    wanted = replace(config, train=replace(config.train, checkpoint=CheckpointConfig(best_metric="val/knn_top1")))
+    with pytest.raises(
+        UserError, match=r"train.checkpoint.best_metric=val/knn_top1 needs eval.online.every_steps above 0"
+    ):
+        train(replace(wanted, eval=replace(config.eval, online=replace(config.eval.online, every_steps=0))), tmp_path)
 
 
 def test_a_teacher_in_bfloat16_is_saved_and_restored_as_it_is(tmp_path):
     """It trains, too, with the state's buffers donated; everything else stays in float32."""
     config = shrunk("ijepa_fashion_mnist")
-    momentum = replace(config.method.momentum, precision="bfloat16")
-    config = replace(config, method=replace(config.method, momentum=momentum))
+    momentum = replace(config.method.ema, dtype="bfloat16")
+    config = replace(config, method=replace(config.method, ema=momentum))
     state = train(config, tmp_path)
     restored = evaluation.load_state(config, tmp_path, only=checkpoint.ALL_ARRAYS)
     for ours, its in zip(jax.tree.leaves(arrays(state)), jax.tree.leaves(arrays(restored)), strict=True):
@@ -262,7 +266,7 @@ def test_a_teacher_in_bfloat16_is_saved_and_restored_as_it_is(tmp_path):
     kept = {leaf.dtype for leaf in jax.tree.leaves(eqx.filter(restored.method.target_encoder, eqx.is_array))}
     assert kept == {jnp.bfloat16.dtype}
     assert restored.method.encoder.embed.weight.dtype == jnp.float32
-    assert all(np.isfinite(line["loss"]) for line in logger.read_metrics(tmp_path / "metrics.jsonl"))
+    assert all(np.isfinite(line["train/loss"]) for line in logger.read_metrics(tmp_path / "metrics.jsonl"))
 
 
 def test_steps_follow_from_epochs_or_are_given(config):

@@ -28,38 +28,44 @@ def inspector(tmp_path):
 def online_scores(evaluate, last_logged=-1):
     """Evaluations every 500 steps."""
     config = shrunk("ijepa_fashion_mnist")
-    online = replace(config.eval.online, every=500)
+    online = replace(config.eval.online, every_steps=500)
     return OnlineScores(replace(config, eval=replace(config.eval, online=online)), evaluate, last_logged)
 
 
 def metrics(**others):
-    usual = {"loss": 1.0, "grad_norm": 1.0, "update_norm": 1.0, "grad_norm_limit": 10.0, "verdict": Action.APPLIED}
-    return {name: jnp.asarray(value) for name, value in (usual | {"in_a_row": 0} | others).items()}
+    usual = {
+        "train/loss": 1.0,
+        "optim/grad_norm": 1.0,
+        "optim/update_norm": 1.0,
+        "guard/grad_norm_limit": 10.0,
+        "guard/action": Action.APPLIED,
+    }
+    return {name: jnp.asarray(value) for name, value in (usual | {"guard/consecutive_nonfinite": 0} | others).items()}
 
 
 def test_rows_that_are_not_finite_are_not_diagnosed():
     rows = np.random.default_rng(0).normal(size=(8, 3))
-    assert log_values(metrics(embeddings=rows), 1.0, 8)["embedding_rank"] > 1
+    assert log_values(metrics(embeddings=rows), 1.0, 8)["health/embedding/rankme"] > 1
     rows[3, 1] = np.nan
-    assert not [name for name in log_values(metrics(embeddings=rows), 1.0, 8) if name.startswith("embedding")]
+    assert not [name for name in log_values(metrics(embeddings=rows), 1.0, 8) if name.startswith("health/embedding")]
 
 
 def test_the_best_is_that_of_one_metric():
-    best, scores = {"probe_top1": 90.0}, {"probe_top1": 60.0, "knn_top1": 50.0}
-    assert update_best(best, "knn_top1", scores) and not update_best(best, "knn_top1", scores)
-    assert best == {"probe_top1": 90.0, "knn_top1": 50.0}
-    assert update_best(best, "knn_top1", scores | {"knn_top1": 51.0}) and best["knn_top1"] == 51.0
+    best, scores = {"val/probe_top1": 90.0}, {"val/probe_top1": 60.0, "val/knn_top1": 50.0}
+    assert update_best(best, "val/knn_top1", scores) and not update_best(best, "val/knn_top1", scores)
+    assert best == {"val/probe_top1": 90.0, "val/knn_top1": 50.0}
+    assert update_best(best, "val/knn_top1", scores | {"val/knn_top1": 51.0}) and best["val/knn_top1"] == 51.0
 
 
-@pytest.mark.parametrize("name", [None, "knn_top1"])
+@pytest.mark.parametrize("name", [None, "val/knn_top1"])
 def test_without_the_metric_nothing_is_the_best(name):
     best = {}
-    assert not update_best(best, name, {"probe_top1": 60.0}) and best == {}
+    assert not update_best(best, name, {"val/probe_top1": 60.0}) and best == {}
 
 
 def test_evaluations_continue_from_the_last_record_and_not_from_the_checkpoint():
     """Records every 300 steps, a checkpoint at 2000: what was due there is measured at the next record, as ever."""
-    online = online_scores(lambda _: {"probe_top1": 60.0}, last_logged=1799)
+    online = online_scores(lambda _: {"val/probe_top1": 60.0}, last_logged=1799)
     assert [online.is_due(step) for step in (2099, 2399, 2699)] == [True, False, True]
 
 
@@ -80,29 +86,29 @@ def test_only_features_that_are_not_finite_are_a_divergence(error, kind, monkeyp
 
 
 def test_a_step_is_inspected_when_the_next_one_comes(inspector):
-    inspector.push(0, metrics(loss=5.0), IMAGES)
+    inspector.push(0, metrics(**{"train/loss": 5.0}), IMAGES)
     assert inspector.peaks == {}
-    inspector.push(1, metrics(loss=7.0), IMAGES)
-    assert inspector.peaks["loss_max"] == 5.0
+    inspector.push(1, metrics(**{"train/loss": 7.0}), IMAGES)
+    assert inspector.peaks["train/loss_max"] == 5.0
     inspector.flush()
-    assert inspector.take_peaks()["loss_max"] == 7.0 and inspector.peaks == {}
+    assert inspector.take_peaks()["train/loss_max"] == 7.0 and inspector.peaks == {}
 
 
 @pytest.mark.parametrize("action", [Action.APPLIED, Action.CLIPPED])
 def test_an_update_that_is_not_finite_ends_the_run(inspector, action):
-    inspector.push(3, metrics(verdict=action, update_norm=np.nan), IMAGES)
+    inspector.push(3, metrics(**{"guard/action": action, "optim/update_norm": np.nan}), IMAGES)
     with pytest.raises(DivergedError, match="update's norm of step 3 is nan"):
         inspector.flush()
 
 
 def test_a_step_that_is_skipped_has_no_update(inspector, tmp_path):
-    inspector.push(3, metrics(verdict=Action.SKIPPED, update_norm=np.nan), IMAGES)
+    inspector.push(3, metrics(**{"guard/action": Action.SKIPPED, "optim/update_norm": np.nan}), IMAGES)
     inspector.flush()
     (event,) = read_jsonl(tmp_path / "events.jsonl")
     assert (event["event"], event["step"], event["examples"]) == ("skipped", 3, [0, 1])
 
 
 def test_training_that_is_off_ends(inspector):
-    inspector.push(3, metrics(verdict=Action.OFF), IMAGES)
+    inspector.push(3, metrics(**{"guard/action": Action.OFF}), IMAGES)
     with pytest.raises(NonFiniteError):
         inspector.flush()

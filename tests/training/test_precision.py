@@ -53,18 +53,18 @@ def test_matrix_products_are_in_bfloat16_but_for_views_and_objectives(name, kept
 def runs(tmp_path_factory):
     """The same run in both types: the lines of its log, and the state."""
     config = shrunk("ijepa_fashion_mnist")
-    config = replace(config, eval=replace(config.eval, online=replace(config.eval.online, every=0)))
+    config = replace(config, eval=replace(config.eval, online=replace(config.eval.online, every_steps=0)))
     folder = tmp_path_factory.mktemp("runs")
     ended = {}
     for name in ("float32", "bfloat16"):
-        changed = replace(config, train=replace(config.train, steps=STEPS, log_every=5, precision=name))
+        changed = replace(config, train=replace(config.train, steps=STEPS, log_every_steps=5, compute_dtype=name))
         ended[name] = train(changed, folder / name), logger.read_metrics(folder / name / logger.METRICS_FILE)
     return ended
 
 
 @pytest.mark.long
 def test_both_learn_alike(runs):
-    losses = {name: np.array([line["loss"] for line in lines]) for name, (_, lines) in runs.items()}
+    losses = {name: np.array([line["train/loss"] for line in lines]) for name, (_, lines) in runs.items()}
     assert losses["float32"][-1] < 0.9 * losses["float32"][0]
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.02)
     assert np.abs(losses["bfloat16"] - losses["float32"]).max() > 0  # they are two runs
@@ -87,9 +87,9 @@ def test_a_teacher_in_bfloat16_stalls_and_ours_does_not(precision):
     """At the published momentum, 0.996, and a rate of the schedule's end: how far the teacher moves, over how far it
     should. The steps compute in bfloat16 either way; the setting says how the teacher is kept."""
     config = shrunk("ijepa_fashion_mnist")
-    momentum = replace(config.method.momentum, start=0.996, final=0.996, precision=precision)
+    momentum = replace(config.method.ema, start=0.996, end=0.996, dtype=precision)
     rate = dict.fromkeys(("start_lr", "peak_lr", "final_lr"), 1e-4)
-    config = replace(config, method=replace(config.method, momentum=momentum), optim=replace(config.optim, **rate))
+    config = replace(config, method=replace(config.method, ema=momentum), optim=replace(config.optim, **rate))
     setup = make_setup(config)
     setup = replace(setup, plan=sharding.ShardingPlan(sharding.make_mesh(1)))
     state, context = setup.init_state(), TrainContext(setup.optimizer, jnp.bfloat16, plan=setup.plan)

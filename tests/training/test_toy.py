@@ -28,12 +28,12 @@ from jepax.training.step import run_train_step
 from jepax.types import UserError
 from tests.methods.toy import ToyBatch, ToyConfig, toy_batch
 
-SPEED = {"seconds_per_step", "images_per_second"}
+SPEED = {"perf/step_time", "perf/images_per_sec"}
 STEPS, BATCH = 6, 16
 CONFIG = Config(
     method=ToyConfig(state=128, dim=256),  # large enough that its matrices are sharded
     optim=OptimConfig(warmup_epochs=0.1),
-    train=TrainConfig(batch_size=BATCH, steps=STEPS, log_every=2, save=CheckpointConfig(every=4)),
+    train=TrainConfig(batch_size=BATCH, steps=STEPS, log_every_steps=2, checkpoint=CheckpointConfig(every_steps=4)),
 )
 
 
@@ -79,8 +79,15 @@ def test_it_trains_and_logs(finished):
     run, state = finished
     lines = records(run)
     assert int(state.step) == STEPS and checkpoint.list_steps(run / "checkpoints") == [4, 6]
-    assert [line["step"] for line in lines] == [0, 1, 3, 5] and lines[-1]["loss"] < lines[0]["loss"]
-    for name in ("momentum", "ema_step_norm", "embedding_rank", "loss_explained", "update_norm", "grad_norm_predictor"):
+    assert [line["step"] for line in lines] == [0, 1, 3, 5] and lines[-1]["train/loss"] < lines[0]["train/loss"]
+    for name in (
+        "momentum",
+        "ema/update_norm",
+        "health/embedding/rankme",
+        "train/explained_variance",
+        "optim/update_norm",
+        "grad_norm/predictor",
+    ):
         assert all(np.isfinite(line[name]) for line in lines), name
     assert not any("top1" in name for line in lines for name in line)
 
@@ -116,7 +123,7 @@ def losses(plan):
     for batch in setup.batches():
         batch = sharding.shard_batch(batch, plan.mesh)
         state, metrics = run_train_step(state, batch, setup.base_key, setup.context)
-        found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+        found.append([float(metrics["train/loss"]), float(metrics["optim/grad_norm"])])
     return np.array(found), state
 
 
@@ -132,7 +139,7 @@ def test_losses_do_not_depend_on_devices_sharding_and_micro_batches():
 
 
 def test_a_sharded_run_saves_and_logs_as_a_replicated_one(finished, tmp_path):
-    config = replace(CONFIG, train=replace(CONFIG.train, sharding=ShardingConfig("sharded")))
+    config = replace(CONFIG, train=replace(CONFIG.train, sharding=ShardingConfig("fsdp")))
     state = train(config, tmp_path, source=SOURCE)
     assert not state.method.encoder.weight.is_fully_replicated
     for ours, theirs in zip(records(tmp_path), records(finished[0]), strict=True):
@@ -141,14 +148,14 @@ def test_a_sharded_run_saves_and_logs_as_a_replicated_one(finished, tmp_path):
 
 def test_a_step_that_is_not_finite_is_dumped_and_replayed(tmp_path):
     """Rows that are not numbers, in the first batch that has one; the replay is bit for bit that step."""
-    config = replace(CONFIG, train=replace(CONFIG.train, guard=GradGuardConfig(patience=1)))
+    config = replace(CONFIG, train=replace(CONFIG.train, grad_guard=GradGuardConfig(max_consecutive_nonfinite=1)))
     source = ToySource(bad=range(5))
     with pytest.raises(DivergedError, match="1 consecutive steps, up to step") as stopped:
         train(config, tmp_path, source=source)
     (dump,) = (tmp_path / "dumps").iterdir()
     lines = []
     metrics = replay(dump, lines.append, source=source)
-    assert math.isnan(metrics["loss"]) and "bit-identical" in lines
+    assert math.isnan(metrics["train/loss"]) and "bit-identical" in lines
     batch = nan_dump.read_batch(dump, toy_batch(1, config=CONFIG.method))
     step = stopped.value.step
     assert batch.index.tolist() == list(range(BATCH * step, BATCH * (step + 1))) and np.isnan(batch.states).any()
@@ -170,9 +177,9 @@ def test_a_dry_run_needs_no_images(tmp_path, monkeypatch):
 
 
 def test_a_score_of_images_cannot_choose_its_checkpoints(tmp_path):
-    save = CheckpointConfig(best="knn_top1")
-    with pytest.raises(UserError, match=r"train.save.best=knn_top1 needs .* labeled images"):
-        train(replace(CONFIG, train=replace(CONFIG.train, save=save)), tmp_path, source=SOURCE)
+    save = CheckpointConfig(best_metric="val/knn_top1")
+    with pytest.raises(UserError, match=r"train.checkpoint.best_metric=val/knn_top1 needs .* labeled images"):
+        train(replace(CONFIG, train=replace(CONFIG.train, checkpoint=save)), tmp_path, source=SOURCE)
 
 
 def test_the_initial_state_is_that_of_the_seed():

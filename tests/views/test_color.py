@@ -42,8 +42,8 @@ def test_brightness_contrast_and_saturation_are_pillows(photo, view, factor):
 def test_grey_and_solarise_are_pillows(photo, view):
     close_to_pillow(to_grayscale(view)[..., 0], photo.convert("L"))
     key = jr.split(jr.key(0), 1)
-    close_to_pillow(distort_color(view, key, ColorConfig(grey=1.0)), photo.convert("L").convert("RGB"))
-    close_to_pillow(distort_color(view, key, ColorConfig(solarise=1.0)), ImageOps.solarize(photo, 128))
+    close_to_pillow(distort_color(view, key, ColorConfig(grayscale_prob=1.0)), photo.convert("L").convert("RGB"))
+    close_to_pillow(distort_color(view, key, ColorConfig(solarize_prob=1.0)), ImageOps.solarize(photo, 128))
 
 
 @pytest.mark.parametrize("turn", [-0.5, -0.1, 0.0, 0.3])
@@ -71,8 +71,8 @@ def test_chances_and_keys(view):
     some = jnp.array([5, 40])
     np.testing.assert_allclose(distort_color(views[some], keys[some], config), changed[some], atol=1e-5)
     np.testing.assert_array_equal(distort_color(views, keys, ColorConfig()), views)
-    greys = distort_color(views, keys, ColorConfig(grey=0.25))
-    share = np.mean(np.ptp(np.asarray(greys), axis=-1).max(axis=(1, 2)) == 0)
+    grays = distort_color(views, keys, ColorConfig(grayscale_prob=0.25))
+    share = np.mean(np.ptp(np.asarray(grays), axis=-1).max(axis=(1, 2)) == 0)
     assert 0.1 < share < 0.45
 
 
@@ -83,7 +83,9 @@ def test_one_channel_keeps_its_shape(view):
     )
 
 
-@pytest.mark.parametrize("settings", [{"jitter": 1.1}, {"hue": 0.6}, {"blur_sigma": (0.0, 1.0)}, {"grey": -0.1}])
+@pytest.mark.parametrize(
+    "settings", [{"jitter_prob": 1.1}, {"hue": 0.6}, {"blur_sigma": (0.0, 1.0)}, {"grayscale_prob": -0.1}]
+)
 def test_settings_that_make_no_sense_are_refused(settings):
-    with pytest.raises(UserError, match=f"photometric.{next(iter(settings))}="):
+    with pytest.raises(UserError, match=f"color.{next(iter(settings))}="):
         ColorConfig(**settings)

@@ -16,13 +16,13 @@ from jepax.types import ImageBatch, UserError
 from jepax.views import CropConfig, center_crop, denormalize, normalize, random_resized_crop, resize_crop, sample_boxes
 
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-GREY = CropConfig(size=(28, 28), scale=(0.6, 1.0), mean=(0.2860,), std=(0.3530,), centre_resize=1.0)
+GRAY = CropConfig(size=(28, 28), scale=(0.6, 1.0), mean=(0.2860,), std=(0.3530,), eval_resize_ratio=1.0)
 
 
 def photos() -> dict[str, np.ndarray]:
     china, flower = load_sample_images().images
     named = {"astronaut": skimage.data.astronaut(), "cat": skimage.data.chelsea(), "coffee": skimage.data.coffee()}
-    return named | {"china": china, "flower": flower, "grey": skimage.data.camera()[..., None]}
+    return named | {"china": china, "flower": flower, "gray": skimage.data.camera()[..., None]}
 
 
 PHOTOS = photos()
@@ -39,13 +39,13 @@ def batch(pictures: list[np.ndarray], side: int | None = None) -> ImageBatch:
     return ImageBatch(canvas, size, np.arange(len(pictures), dtype=np.int32))
 
 
-COLOUR = [picture for name, picture in PHOTOS.items() if name != "grey"]
-PACKED = batch(COLOUR)
+COLOR = [picture for name, picture in PHOTOS.items() if name != "gray"]
+PACKED = batch(COLOR)
 
 
-resize = jax.jit(resize_crop, static_argnames=("size", "filter"))
+resize = jax.jit(resize_crop, static_argnames=("size", "interpolation"))
 jit_random = jax.jit(random_resized_crop, static_argnames="config")
-jit_centre = jax.jit(center_crop, static_argnames="config")
+jit_center = jax.jit(center_crop, static_argnames="config")
 jit_boxes = jax.jit(sample_boxes, static_argnames="config")
 
 
@@ -70,14 +70,14 @@ def assert_close_to_pillow(view: np.ndarray, expected: np.ndarray) -> None:
 @pytest.mark.parametrize("size", [(224, 224), (96, 160), (28, 28)])
 def test_resample_equals_pillows_crop_then_resize(size, filter):
     for box in [(0, 0, 300, 400), (100, 120, 180, 250), (5, 7, 45, 60), (11, 300, 17, 90)]:
-        views = resize(PACKED.canvas, np.asarray([box] * len(COLOUR)), size, filter)
-        for view, picture in zip(views, COLOUR, strict=True):
+        views = resize(PACKED.canvas, np.asarray([box] * len(COLOR)), size, filter)
+        for view, picture in zip(views, COLOR, strict=True):
             assert_close_to_pillow(view, pillow(picture, box, size, filter))
 
 
 @pytest.mark.parametrize("filter", PILLOW)
 def test_fractional_box_within_wider_limits_equals_pillows_resize_of_a_box(filter):
-    picture, box, whole = PHOTOS["grey"], (10.3, 20.7, 171.25, 90.5), (0, 0, 512, 512)
+    picture, box, whole = PHOTOS["gray"], (10.3, 20.7, 171.25, 90.5), (0, 0, 512, 512)
     corners = (box[1], box[0], box[1] + box[3], box[0] + box[2])
     expected = Image.fromarray(picture[..., 0]).resize((48, 64), PILLOW[filter], box=corners)
     view = resize(picture[None], np.asarray([box]), (64, 48), filter, limits=np.asarray([whole]))[0, ..., 0]
@@ -107,19 +107,19 @@ def test_flip_mirrors_left_and_right_where_asked(filter):
 
 @pytest.mark.parametrize("filter", PILLOW)
 def test_whole_pictures_of_the_views_size_come_through_unchanged(filter):
-    pictures = [PHOTOS["grey"][:28, :28], PHOTOS["grey"][200:228, 200:228]]
-    view = jit_centre(batch(pictures), dataclasses.replace(GREY, filter=filter))
-    np.testing.assert_allclose(denormalize(view, GREY), np.stack(pictures) / 255, atol=1e-6)
+    pictures = [PHOTOS["gray"][:28, :28], PHOTOS["gray"][200:228, 200:228]]
+    view = jit_center(batch(pictures), dataclasses.replace(GRAY, interpolation=filter))
+    np.testing.assert_allclose(denormalize(view, GRAY), np.stack(pictures) / 255, atol=1e-6)
 
 
 @pytest.mark.parametrize("filter", PILLOW)
-@pytest.mark.parametrize("side, centre_resize", [(224, 256 / 224), (224, 1.0), (64, 1.25)])
-def test_centre_crop_equals_pillows_resize_then_crop(side, centre_resize, filter):
-    config = CropConfig(size=(side, side), filter=filter, centre_resize=centre_resize)
-    views = denormalize(jit_centre(PACKED, config), config)
-    for view, picture in zip(views, COLOUR, strict=True):
+@pytest.mark.parametrize("side, eval_resize_ratio", [(224, 256 / 224), (224, 1.0), (64, 1.25)])
+def test_centre_crop_equals_pillows_resize_then_crop(side, eval_resize_ratio, filter):
+    config = CropConfig(size=(side, side), interpolation=filter, eval_resize_ratio=eval_resize_ratio)
+    views = denormalize(jit_center(PACKED, config), config)
+    for view, picture in zip(views, COLOR, strict=True):
         height, width = picture.shape[:2]
-        shorter = round(side * centre_resize)
+        shorter = round(side * eval_resize_ratio)
         resized = [int(shorter * length / min(height, width)) for length in (width, height)]
         left, top = (round((length - side) / 2) for length in resized)
         image = Image.fromarray(picture).resize(tuple(resized), PILLOW[filter])
@@ -127,14 +127,14 @@ def test_centre_crop_equals_pillows_resize_then_crop(side, centre_resize, filter
 
 
 def test_centre_crop_of_another_shape_covers_it():
-    config = CropConfig(size=(40, 100), centre_resize=1.0)
-    view = denormalize(jit_centre(batch([PHOTOS["astronaut"]]), config), config)[0]
+    config = CropConfig(size=(40, 100), eval_resize_ratio=1.0)
+    view = denormalize(jit_center(batch([PHOTOS["astronaut"]]), config), config)[0]
     expected = Image.fromarray(PHOTOS["astronaut"]).resize((100, 100), PILLOW["bilinear"]).crop((0, 30, 100, 70))
     assert_close_to_pillow(view, np.asarray(expected) / 255)
 
 
 def test_a_view_depends_on_its_picture_and_key_alone():
-    config = CropConfig(size=(32, 32), flip=0.5)
+    config = CropConfig(size=(32, 32), hflip_prob=0.5)
     pictures = [PHOTOS[name] for name in ("astronaut", "cat", "coffee")]
     together = jit_random(batch(pictures), keys(3), config)
     for index, picture in enumerate(pictures):
@@ -146,8 +146,8 @@ def test_a_view_depends_on_its_picture_and_key_alone():
 
 def test_random_crop_is_its_box_resampled_and_flipped_by_chance():
     pictures = [PHOTOS["astronaut"][:64, :64]] * 400
-    whole = CropConfig(size=(8, 8), scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.3)
-    plain = jit_centre(batch(pictures[:1]), dataclasses.replace(whole, centre_resize=1.0))[0]
+    whole = CropConfig(size=(8, 8), scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip_prob=0.3)
+    plain = jit_center(batch(pictures[:1]), dataclasses.replace(whole, eval_resize_ratio=1.0))[0]
     views = jit_random(batch(pictures), keys(400), whole)
     is_plain = np.abs(views - plain).max(axis=(1, 2, 3)) < 1e-5
     is_mirror = np.abs(views - plain[:, ::-1]).max(axis=(1, 2, 3)) < 1e-5
@@ -219,7 +219,7 @@ def test_jit_compiles_once_for_pictures_of_different_sizes():
 
 def test_channels_must_match_mean_and_std():
     with pytest.raises(UserError, match=r"crop\.mean=\(0\.286,\).*3 channel"):
-        jit_centre(batch([PHOTOS["cat"]]), GREY)
+        jit_center(batch([PHOTOS["cat"]]), GRAY)
 
 
 @pytest.mark.parametrize(
@@ -229,12 +229,12 @@ def test_channels_must_match_mean_and_std():
         ("scale", (0.5, 0.2)),
         ("scale", (0.5, 1.5)),
         ("ratio", (0.0, 1.0)),
-        ("flip", 1.5),
+        ("hflip_prob", 1.5),
         ("mean", ()),
         ("mean", (0.5,)),
         ("std", (1.0, 1.0, 0.0)),
-        ("centre_resize", 0.9),
-        ("centre_resize", math.nan),
+        ("eval_resize_ratio", 0.9),
+        ("eval_resize_ratio", math.nan),
     ],
 )
 def test_a_bad_value_is_named(field, value):

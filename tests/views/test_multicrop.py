@@ -20,17 +20,17 @@ def multicrop(images, config, key):
 
 TONE = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 CONFIG = MultiCropConfig(
-    globals=2,
+    num_global=2,
     global_crop=CropConfig(size=(24, 24), **TONE),
-    locals=3,
+    num_local=3,
     local_crop=CropConfig(size=(12, 12), scale=(0.05, 0.3), **TONE),
-    photometric=ColorConfig(jitter=0.8, solarise=0.2),
+    color=ColorConfig(jitter_prob=0.8, solarize_prob=0.2),
 )
 
 
 @pytest.fixture(scope="module")
 def images():
-    batch, _ = next(iter(iter_once(open_source(DataConfig(source="synthetic", canvas=32), "train"), 6)))
+    batch, _ = next(iter(iter_once(open_source(DataConfig(dataset="synthetic", canvas_size=32), "train"), 6)))
     return ImageBatch(*(jnp.asarray(part) for part in (batch.canvas, batch.size, batch.index)))
 
 
@@ -53,7 +53,7 @@ def test_views_belong_to_the_example_and_to_their_number(images):
         np.testing.assert_allclose(ours, theirs[rows], atol=1e-4)
     fewer = multicrop(
         images,
-        MultiCropConfig(globals=1, global_crop=CONFIG.global_crop, photometric=CONFIG.photometric),
+        MultiCropConfig(num_global=1, global_crop=CONFIG.global_crop, color=CONFIG.color),
         jr.key(1),
     )
     np.testing.assert_allclose(fewer[0][:, 0], whole[0][:, 0], atol=1e-5)
@@ -72,6 +72,6 @@ def test_the_same_picture_at_other_places_of_the_order_gets_other_views(images):
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match=r"views\.globals=0"):
-        MultiCropConfig(globals=0)
+        MultiCropConfig(num_global=0)
     with pytest.raises(UserError, match=r"views\.local_crop"):
-        MultiCropConfig(locals=1, local_crop=CropConfig(size=(96, 96), **TONE))
+        MultiCropConfig(num_local=1, local_crop=CropConfig(size=(96, 96), **TONE))

@@ -13,9 +13,9 @@ from jepax.views import CropConfig
 @pytest.fixture(scope="session")
 def config() -> Config:
     method = IJEPAConfig(
-        encoder=ViTConfig(patch_size=4, width=12, depth=1, heads=1),
-        predictor=PredictorConfig(width=12, depth=1, heads=1),
-        masks=MultiBlockConfig(context=4),
+        encoder=ViTConfig(patch_size=4, width=12, depth=1, num_heads=1),
+        predictor=PredictorConfig(width=12, depth=1, num_heads=1),
+        masks=MultiBlockConfig(num_context_patches=4),
         crop=CropConfig(size=(16, 24)),
     )
-    return Config(method=method, data=DataConfig(source="synthetic", canvas=32, synthetic_images=40), seed=3)
+    return Config(method=method, data=DataConfig(dataset="synthetic", canvas_size=32, synthetic_size=40), seed=3)

@@ -9,20 +9,36 @@ from jepax.viz.curves import PANELS, Series, plot_curves, running_median
 
 def log(steps: int, **changed: object) -> list[dict]:
     """Lines of a run of four encoder blocks."""
-    fixed = {"momentum": 0.996, "weight_decay": 0.04, "embedding_rank": 20.0, "embedding_std": 0.5}
-    fixed |= {"images_per_second": 9.0, "share_of_nonzeros": 0.4, "expected_share_of_nonzeros": 0.5}
-    fixed |= {"embedding_alpha": 2.0, "embedding_cosine": 0.5, "embedding_dead": 0.1, "teacher_distance": 0.2}
-    fixed |= {"probe_top1": 80.0, "knn_top1": 75.0, "loss_explained": 0.4, "target_norm": 14.0, "prediction_norm": 10.0}
-    for rows in ("embedding", "projection"):
-        fixed[f"{rows}_std_quantiles"] = [0.1, 0.2, 0.3, 0.4, 0.5]
-    falling = ("loss", "loss_max", "grad_norm", "grad_norm_max", "grad_norm_predictor")
-    falling += ("update_norm", "ema_step_norm", "ema_step_expected", "learning_rate")
+    fixed = {
+        "ema/momentum": 0.996,
+        "optim/weight_decay": 0.04,
+        "health/embedding/rankme": 20.0,
+        "health/embedding/std": 0.5,
+    }
+    fixed |= {"perf/images_per_sec": 9.0, "health/nonzero_fraction": 0.4, "health/nonzero_fraction_expected": 0.5}
+    fixed |= {
+        "health/embedding/alpha_req": 2.0,
+        "health/embedding/mean_cosine": 0.5,
+        "health/embedding/dead_fraction": 0.1,
+        "ema/relative_distance": 0.2,
+    }
+    fixed |= {
+        "val/probe_top1": 80.0,
+        "val/knn_top1": 75.0,
+        "train/explained_variance": 0.4,
+        "health/target_norm": 14.0,
+        "health/prediction_norm": 10.0,
+    }
+    for rows in ("health/embedding", "health/projection"):
+        fixed[f"{rows}/std_quantiles"] = [0.1, 0.2, 0.3, 0.4, 0.5]
+    falling = ("train/loss", "train/loss_max", "optim/grad_norm", "optim/grad_norm_max", "grad_norm/predictor")
+    falling += ("optim/update_norm", "ema/update_norm", "ema/expected_update_norm", "optim/lr")
     return [
         {
             "step": 10 * i,
             **fixed,
             **{name: 1 / (1 + i) for name in falling},
-            "grad_norm_encoder_by_block": [0.1, 0.2, 0.3, 0.4],
+            "grad_norm/encoder_blocks": [0.1, 0.2, 0.3, 0.4],
             **changed,
         }
         for i in range(steps)
@@ -49,10 +65,10 @@ def test_every_metric_has_its_panel_and_norms_that_fall_far_a_log_scale():
 
 
 def test_scores_of_few_lines_are_points_as_they_were_logged():
-    lines = [line if line["step"] % 100 == 0 else line | {"probe_top1": None} for line in log(200)]
+    lines = [line if line["step"] % 100 == 0 else line | {"val/probe_top1": None} for line in log(200)]
     lines = [{name: value for name, value in line.items() if value is not None} for line in lines]
-    for place, line in enumerate(line for line in lines if "probe_top1" in line):
-        line["probe_top1"] = float(place % 2)
+    for place, line in enumerate(line for line in lines if "val/probe_top1" in line):
+        line["val/probe_top1"] = float(place % 2)
     drawn = panels(plot_curves(lines, "mine"))["validation top-1 during training (%)"]
     probe = next(line for line in drawn.lines if line.get_label() == "linear probe")
     np.testing.assert_array_equal(probe.get_xdata(), np.arange(0, 2000, 100))
@@ -71,21 +87,21 @@ def test_alarms_are_lines_in_every_panel_and_named_once():
 
 def test_one_value_far_below_does_not_hide_the_others():
     lines = log(60)
-    lines[0]["loss_explained"] = -3000.0
+    lines[0]["train/explained_variance"] = -3000.0
     assert panels(plot_curves(lines, "mine"))["share of loss explained"].get_ylim()[0] == -1
 
 
 def test_a_metric_that_no_panel_holds_gets_its_own():
-    lines = log(60, sigreg=3.0, seconds_per_step=0.1)
+    lines = log(60, **{"train/sigreg_loss": 3.0, "perf/step_time": 0.1})
     drawn = panels(plot_curves(lines, "mine"))
-    assert list(drawn)[len(PANELS) :] == ["sigreg"]
-    assert drawn["sigreg"].lines[0].get_ydata()[0] == 3.0
+    assert list(drawn)[len(PANELS) :] == ["train/sigreg loss"]
+    assert drawn["train/sigreg loss"].lines[0].get_ydata()[0] == 3.0
 
 
 def test_what_a_method_does_not_log_is_left_out():
     lines = log(60)
     for line in lines:
-        del line["momentum"], line["ema_step_norm"], line["ema_step_expected"], line["grad_norm_predictor"]
+        del line["ema/momentum"], line["ema/update_norm"], line["ema/expected_update_norm"], line["grad_norm/predictor"]
     drawn = panels(plot_curves(lines, "mine"))
     assert "momentum" not in drawn
     assert drawn["change per step (L2 norm)"].get_legend() is None
@@ -94,8 +110,8 @@ def test_what_a_method_does_not_log_is_left_out():
 
 def test_values_that_were_not_finite_are_marked_at_their_steps():
     lines = log(60)
-    lines[7]["grad_norm"] = None
-    lines[9]["grad_norm_encoder_by_block"] = [0.1, None, 0.3, 0.4]
+    lines[7]["optim/grad_norm"] = None
+    lines[9]["grad_norm/encoder_blocks"] = [0.1, None, 0.3, 0.4]
     axes = panels(plot_curves(lines, "mine"))["gradient norm (L2)"]
     marks = next(line for line in axes.lines if line.get_label() == "not finite")
     assert list(marks.get_xdata()) == [70, 90]

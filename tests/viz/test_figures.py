@@ -12,7 +12,7 @@ from jepax.viz.figures import save_figure
 
 
 def test_both_figures_are_drawn_into_the_run(config, tmp_path):
-    lines = [{"step": step, "loss": 1.0, "grad_norm": 2.0} for step in (0, 49, 99)]
+    lines = [{"step": step, "train/loss": 1.0, "optim/grad_norm": 2.0} for step in (0, 49, 99)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     paths = draw_figures(config, tmp_path)
     assert paths == [tmp_path / "figures" / "curves.png", tmp_path / "figures" / "masks.png"]

@@ -16,17 +16,17 @@ from jepax.viz.figures import first_views, load_first_images
 from jepax.viz.views import plot_views
 
 VIEWS = MultiCropConfig(
-    globals=2,
+    num_global=2,
     global_crop=CropConfig(size=(16, 16), scale=(0.3, 1.0)),
-    locals=1,
+    num_local=1,
     local_crop=CropConfig(size=(8, 8), scale=(0.05, 0.3)),
 )
 
 
 @pytest.fixture(scope="module")
 def viewed():
-    method = LeJEPAConfig(encoder=ViTConfig(patch_size=4, width=12, depth=1, heads=1), views=VIEWS)
-    return Config(method=method, data=DataConfig(source="synthetic", canvas=32, synthetic_images=40), seed=3)
+    method = LeJEPAConfig(encoder=ViTConfig(patch_size=4, width=12, depth=1, num_heads=1), views=VIEWS)
+    return Config(method=method, data=DataConfig(dataset="synthetic", canvas_size=32, synthetic_size=40), seed=3)
 
 
 def test_each_cell_is_a_view_of_the_first_step(viewed):
@@ -43,7 +43,7 @@ def test_each_cell_is_a_view_of_the_first_step(viewed):
             shown = axes[row, column].images[0].get_array()
             np.testing.assert_allclose(shown, np.broadcast_to(expected[row], shown.shape), atol=1e-5)
     titles = [cell.get_title() for cell in axes[0]]
-    assert [title.split(":")[0] for title in titles] == ["centre", "global", "global", "local"]
+    assert [title.split(":")[0] for title in titles] == ["center", "global", "global", "local"]
     assert "8 \u00d7 8 px" in titles[3]
 
 

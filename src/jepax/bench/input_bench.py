@@ -31,17 +31,17 @@ def measure_input(config: Config, rounds: int, print: Callable[[str], None]) -> 
     machine = describe_machine()
     with tempfile.TemporaryDirectory() as folder:
         photos = sample_photos(config, Path(folder) / "photos")
-        data = replace(config.data, source="image_folder", root=str(photos), validation=0.0)
+        data = replace(config.data, dataset="image_folder", root=str(photos), val_fraction=0.0)
         source = open_source(data, "train")
         files = [source.folder / file for file in source.files]
         print(f"{len(files)} photos, one core ...")
-        alone = time_one_core(files, data.canvas, rounds)
+        alone = time_one_core(files, data.canvas_size, rounds)
         print("through the loader ...")
         loaded = {}
         for threads, workers in ((1, 0), (cores(), 0), (1, cores())):
             loaded[f"{threads} threads, {workers} workers"] = loader_throughput(source, threads, workers)
-        pack.pack(photos, Path(folder) / "pack", pack.PackConfig(canvas_size=data.canvas), lambda _: None)
-        packed = open_source(replace(data, source="packed", root=f"{folder}/pack"), "train")
+        pack.pack(photos, Path(folder) / "pack", pack.PackConfig(canvas_size=data.canvas_size), lambda _: None)
+        packed = open_source(replace(data, dataset="packed", root=f"{folder}/pack"), "train")
         loaded["1 threads, 0 workers, packed"] = loader_throughput(packed, 1, 0)
     print("the step ...")
     steps = StepBenchmark(make_dry_setup(config, print)).steps(rounds)
@@ -59,7 +59,7 @@ def measure_input(config: Config, rounds: int, print: Callable[[str], None]) -> 
 
 def has_image_folder(config: Config) -> bool:
     """True if the recipe reads a folder that is given."""
-    return config.data.source == "image_folder" and config.data.root is not None
+    return config.data.dataset == "image_folder" and config.data.root is not None
 
 
 def describe_photos(config: Config) -> str:
@@ -72,7 +72,7 @@ def sample_photos(config: Config, folder: Path) -> Path:
     if not has_image_folder(config):
         return generate_photos(folder)
     for part, split, count in (("train", "train", NUM_PHOTOS), ("val", "test", 2)):
-        source = open_source(replace(config.data, validation=0.0), split)
+        source = open_source(replace(config.data, val_fraction=0.0), split)
         for number, row in enumerate(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)):
             file = source.folder / source.files[row]
             place = folder / part / "photo" / f"{number:04d}{file.suffix}"
@@ -122,10 +122,12 @@ def pillow_transform(image: Image.Image, random: np.random.Generator) -> np.ndar
     return np.asarray(view, np.float32) / 255
 
 
-def loader_throughput(source: Any, threads: int, workers: int, batch: int = 32, steps: int = 40) -> float:
+def loader_throughput(source: Any, num_threads: int, num_workers: int, batch: int = 32, steps: int = 40) -> float:
     """Images per second of the loader once it runs."""
     warm = 4
-    reading = batches(source, batch_size=batch, steps=steps + warm, seed=0, threads=threads, workers=workers)
+    reading = batches(
+        source, batch_size=batch, steps=steps + warm, seed=0, num_threads=num_threads, num_workers=num_workers
+    )
     with closing(reading):
         for _ in range(warm):
             next(reading)

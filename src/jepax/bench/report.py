@@ -32,19 +32,19 @@ def format_table(title: str, rows: list[tuple[str, str]]) -> Table:
 
 def table_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Name and value of each row."""
-    steps, compiled, use, parts = found["steps"], found["compile"], found["utilisation"], found["parts"]
+    steps, compiled, use, parts = found["steps"], found["compile"], found["utilization"], found["parts"]
     median, low, high = (format_ms(steps["step_s"][name]) for name in ("p50", "p10", "p90"))
     total = sum(parts.values())
     return [
         ("images per second", f"{steps['images_per_s']:,.1f}"),
         ("step, median (10% to 90%)", f"{median} ({low} to {high})"),
-        ("step, one after the other", format_ms(steps["pipelined_step_s"])),
+        ("step, one after the other", format_ms(steps["step_s_pipelined"])),
         ("with its input: images per second", f"{found['input']['images_per_s']:,.1f}"),
-        ("with its input: waits for it", f"{100 * found['input']['waited_share']:.1f}%"),
+        ("with its input: waits for it", f"{100 * found['input']['input_wait_fraction']:.1f}%"),
         ("arithmetic", f"{use['gflop_per_image']:.4g} GFLOP per image"),
         ("done", f"{use['tflop_per_s']:.4g} TFLOP/s per device"),
         ("measured peak of a matrix product", f"{use['peak_tflop_per_s']:.4g} TFLOP/s"),
-        ("utilization", f"{100 * use['utilisation']:.1f}%"),
+        ("utilization", f"{100 * use['utilization']:.1f}%"),
         ("compilation, cold", f"{compiled['trace_cold_s']:.1f} + {compiled['compile_cold_s']:.1f} s"),
         ("compilation, warm", f"{compiled['trace_warm_s']:.1f} + {compiled['compile_warm_s']:.1f} s"),
         ("training programs", str(steps["programs"])),
@@ -60,7 +60,7 @@ def sanity_warnings(found: dict[str, Any]) -> list[str]:
     warnings = []
     if load > MAX_IDLE_LOAD * cores:
         warnings.append(f"the load average was {load:.1f} on {cores} cores at the start: times may be too long")
-    if found.get("utilisation", {}).get("utilisation", 0) > 1:
+    if found.get("utilization", {}).get("utilization", 0) > 1:
         warnings.append("utilization above 100%: another program slowed the measurement of the machine's peak")
     parts = found.get("parts", {})
     least = min(parts, key=parts.__getitem__, default=None)

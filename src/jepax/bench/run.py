@@ -71,5 +71,5 @@ def measure_step(config: Config, repeats: int, print: LogFn) -> dict[str, Any]:
         "steps": steps,
         "input": with_input,
         "parts": parts,
-        "utilisation": bench.utilization(steps["pipelined_step_s"], peak),
+        "utilization": bench.utilization(steps["step_s_pipelined"], peak),
     }

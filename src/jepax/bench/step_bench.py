@@ -74,7 +74,7 @@ class StepBenchmark:
         jax.block_until_ready(in_flight)
         seconds = (time.perf_counter() - start) / (rounds + pending)
         images_per_s = self.config.train.batch_size / seconds
-        found = {"step_s": percentiles(times), "pipelined_step_s": seconds, "images_per_s": images_per_s}
+        found = {"step_s": percentiles(times), "step_s_pipelined": seconds, "images_per_s": images_per_s}
         return found | {"peak_bytes": peak_bytes(), "programs": jit_train_step._cache_size()}
 
     def with_input(self, rounds: int) -> dict[str, float]:
@@ -93,7 +93,7 @@ class StepBenchmark:
         jax.block_until_ready(in_flight)
         seconds = time.perf_counter() - start
         images_per_s = (rounds + pending) * self.config.train.batch_size / seconds
-        return {"images_per_s": images_per_s, "waited_share": waited / seconds}
+        return {"images_per_s": images_per_s, "input_wait_fraction": waited / seconds}
 
     def parts(self, rounds: int) -> dict[str, float]:
         """Seconds of a step by part; they add up to the step's. See `breakdown.py`."""
@@ -107,20 +107,20 @@ class StepBenchmark:
             "gflop_per_image": per_image / 1e9,
             "tflop_per_s": flops / step_s / 1e12,
             "peak_tflop_per_s": peak / 1e12,
-            "utilisation": flops / step_s / peak,
+            "utilization": flops / step_s / peak,
         }
 
 
 def throttle(in_flight: list[Metrics], metrics: Metrics) -> list[Metrics]:
     """Add a step to those in flight. As in training, the host then waits for the step before it."""
     in_flight = [*in_flight, metrics][-MAX_IN_FLIGHT:]
-    in_flight[0]["loss"].block_until_ready()
+    in_flight[0]["train/loss"].block_until_ready()
     return in_flight
 
 
 def count_pending(in_flight: list[Metrics]) -> int:
     """Number of these steps that are not done."""
-    return sum(not metrics["loss"].is_ready() for metrics in in_flight)
+    return sum(not metrics["train/loss"].is_ready() for metrics in in_flight)
 
 
 @contextmanager

@@ -124,11 +124,11 @@ def evaluate(
         config.eval,
         step=target.step,
         key=jr.fold_in(jr.key(config.seed), EVALUATION_KEY),
-        loading={"threads": config.data.threads, "workers": config.data.workers},
+        loading={"num_threads": config.data.num_threads, "num_workers": config.data.num_workers},
         progress=progress,
         baseline_cache=baseline_cache,
     )
-    results |= {"subject": target.metadata, "data": configs.to_dict(config.data)}
+    results |= {"target": target.metadata, "data": configs.to_dict(config.data)}
     return results, report.write_report(results, target.folder, target.name)
 
 
@@ -144,10 +144,10 @@ def feature_extractors(target: EvalTarget) -> dict[str, FeatureExtractor]:
 
 def check_channels(target: EvalTarget, channels: int) -> None:
     """Raises `UserError` if the encoder reads another number of channels than the images have."""
-    expected = target.trained.config.channels
+    expected = target.trained.config.in_channels
     if expected != channels:
         raise UserError(
-            f"the encoder reads {expected} channels, but the images of data.source={target.config.data.source} have"
+            f"the encoder reads {expected} channels, but the images of data.dataset={target.config.data.dataset} have"
             f" {channels};\nset --data.channels {expected}"
         )
 

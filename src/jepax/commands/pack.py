@@ -29,13 +29,13 @@ class Pack(Command):
     """JPEG quality of images that were scaled down, in [1, 100]."""
     images_per_shard: int = 4096
     """Images in one file."""
-    threads: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: one per core)")] = None
+    num_threads: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: one per core)")] = None
     """Files that are written at the same time."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.quality <= 100:
             raise UserError(f"--quality {self.quality} is not in [1, 100]; try 95")
-        for name in ("canvas_size", "images_per_shard", "threads"):
+        for name in ("canvas_size", "images_per_shard", "num_threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
@@ -43,6 +43,6 @@ class Pack(Command):
         from jepax.data import pack
         from jepax.distributed import multihost
 
-        threads = self.threads or multihost.cores()
+        threads = self.num_threads or multihost.cores()
         config = pack.PackConfig(self.canvas_size, self.quality, self.images_per_shard, threads)
         pack.pack(self.src, self.dst, config)

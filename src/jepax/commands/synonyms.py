@@ -36,7 +36,7 @@ SYNONYMS = {
     " num_microbatches every_k_schedule",
     "train.compute_dtype": "dtype precision mixed_precision amp amp_dtype use_fp16 use_bfloat16 fp16 bf16 half"
     " mixed_precision_param",
-    "train.log_every": "log_interval log_freq log_steps logging_steps print_freq log_training_steps"
+    "train.log_every_steps": "log_every log_interval log_freq log_steps logging_steps print_freq log_training_steps"
     " log_every_n_steps metrics.log_freq",
     "train.loggers": "trackers logger report_to wandb log_wandb use_wandb enable_wandb tensorboard enable_tensorboard",
     "train.sharding.params": "fsdp ddp sharding_strategy data_parallel_shard_degree data_parallel_replicate_degree",
@@ -52,8 +52,8 @@ SYNONYMS = {
     "data.dataset": "dataset dataset_name data_set source",
     "data.root": "data_dir data_path root_path data_root dataset_dir dataset_path image_folder imagenet_folder",
     "data.val_fraction": "val_split validation validation_split valid_split val_ratio val_pct",
-    "data.workers": "num_workers n_workers dataloader_num_workers",
-    "data.threads": "num_threads n_threads",
+    "data.num_workers": "workers n_workers dataloader_num_workers",
+    "data.num_threads": "threads n_threads",
     # networks: timm, HF, nanoGPT, flax, MaxText, I-JEPA
     "encoder.width": "width embed_dim hidden_size hidden_dim dim d_model n_embd emb_dim embedding_dim model_dim",
     "encoder.depth": "depth num_layers n_layers num_hidden_layers n_layer num_blocks",
@@ -102,7 +102,6 @@ SYNONYMS = {
     # losses: I-JEPA, VICReg, LeJEPA
     "method.loss": "loss_fn loss_type criterion",
     "method.smooth_l1_beta": "beta smoothl1_beta",
-    "method.targets_from": "teacher target_encoder",
     "method.sigreg_weight": "lambda lambd lamb lmbda lam sigreg_lambda weight",
     "method.visreg_weight": "lambda lambd lamb lmbda lam weight",
     "method.rdmreg_weight": "lambda lambd lamb lmbda lam matching reg_coeff",

@@ -15,40 +15,40 @@ DatasetName = Literal["fashion_mnist", "image_folder", "packed", "synthetic"]
 class DataConfig:
     """Where the images come from and how they are read."""
 
-    source: DatasetName = "fashion_mnist"
+    dataset: DatasetName = "fashion_mnist"
     """Kind of data: Fashion-MNIST, a folder of photos (train/CLASS/*.jpg, val/CLASS/*.jpg), a pack of one
     (`jepax pack`), or generated shapes."""
     root: str | None = None
     """Folder of the data. image_folder and packed need it; fashion_mnist also looks in system and cache."""
-    canvas: int = 512
+    canvas_size: int = 512
     """Side of the canvas in pixels; larger photos are scaled down onto it. fashion_mnist always has 28."""
     channels: Literal[1, 3] | None = None
     """1: gray, 3: RGB. None: the source's own, 1 for fashion_mnist and 3 for the others."""
-    validation: float = 0.1
+    val_fraction: float = 0.1
     """Fraction of each class's training images held out as the validation split; in [0, 1)."""
-    broken_share: float = 0.01
+    max_corrupt_fraction: float = 0.01
     """Fraction of a split that may be corrupt (each image is replaced by another of its class) before the run stops; in
     [0, 1]."""
-    synthetic_images: int = 512
+    synthetic_size: int = 512
     """Number of generated training images, held-out ones included; the test split has a fifth of it."""
     synthetic_seed: int = 0
     """Seed of the generated images."""
-    synthetic_varied: bool = False
+    synthetic_variable_size: bool = False
     """True: generated images differ in height and width (from half the canvas to all of it)."""
-    threads: int = 2
+    num_threads: int = 2
     """Threads that read ahead, in each process; 0 reads in the caller's thread."""
-    workers: int = 0
+    num_workers: int = 0
     """Worker processes; 0: threads only. A script that sets it needs an `if __name__ == "__main__":` guard."""
 
     def __post_init__(self):
-        for name, choices in (("source", get_args(DatasetName)), ("channels", (None, 1, 3))):
+        for name, choices in (("dataset", get_args(DatasetName)), ("channels", (None, 1, 3))):
             if getattr(self, name) not in choices:
                 _raise_invalid(self, name, f"is none of {', '.join(map(str, choices))}")
-        if not 0 <= self.validation < 1:
-            _raise_invalid(self, "validation", "is not a fraction in [0, 1); try 0.1")
-        if not 0 <= self.broken_share <= 1:
-            _raise_invalid(self, "broken_share", "is not a fraction in [0, 1]; try 0.01")
-        lowest = {"canvas": 1, "synthetic_images": 1, "synthetic_seed": 0, "threads": 0, "workers": 0}
+        if not 0 <= self.val_fraction < 1:
+            _raise_invalid(self, "val_fraction", "is not a fraction in [0, 1); try 0.1")
+        if not 0 <= self.max_corrupt_fraction <= 1:
+            _raise_invalid(self, "max_corrupt_fraction", "is not a fraction in [0, 1]; try 0.01")
+        lowest = {"canvas_size": 1, "synthetic_size": 1, "synthetic_seed": 0, "num_threads": 0, "num_workers": 0}
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 _raise_invalid(self, name, f"is below the least that works, {least}")
@@ -63,22 +63,22 @@ def open_source(config: DataConfig, split: SplitName) -> ImageSource:
 
     Raises `UserError` where the data is missing, corrupt or laid out in another way.
     """
-    if config.source == "fashion_mnist":
-        return fashion_mnist.open_split(config.root, split, config.validation, config.channels or 1)
-    if config.source == "synthetic":
+    if config.dataset == "fashion_mnist":
+        return fashion_mnist.open_split(config.root, split, config.val_fraction, config.channels or 1)
+    if config.dataset == "synthetic":
         return synthetic.open_split(
             split,
-            images=config.synthetic_images,
-            canvas_shape=(config.canvas, config.canvas, config.channels or 3),
-            validation=config.validation,
+            images=config.synthetic_size,
+            canvas_shape=(config.canvas_size, config.canvas_size, config.channels or 3),
+            validation=config.val_fraction,
             seed=config.synthetic_seed,
-            varied=config.synthetic_varied,
+            varied=config.synthetic_variable_size,
         )
     if config.root is None:
-        holds = "train/ and val/" if config.source == "image_folder" else packed.PACK_FILE
-        raise UserError(f"data.root=None, but data.source={config.source} needs the folder that holds {holds}.")
-    photos = image_folder if config.source == "image_folder" else packed
-    return photos.open_split(config.root, split, config.validation, config.canvas, config.channels or 3)
+        holds = "train/ and val/" if config.dataset == "image_folder" else packed.PACK_FILE
+        raise UserError(f"data.root=None, but data.dataset={config.dataset} needs the folder that holds {holds}.")
+    photos = image_folder if config.dataset == "image_folder" else packed
+    return photos.open_split(config.root, split, config.val_fraction, config.canvas_size, config.channels or 3)
 
 
 __all__ = [

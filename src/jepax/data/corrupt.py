@@ -60,9 +60,10 @@ class CorruptLog:
             where, delete = f"; all are listed in {lists}", f", and delete {lists}"
         shown = "\n".join(f"{file}: {why}" for file, why in list(self.why.items())[-MAX_SHOWN:])
         return (
-            f"data.broken_share={self.share} of {len(self.source)} examples may be corrupt, but {len(self.why)} are"
+            f"data.max_corrupt_fraction={self.share} of {len(self.source)} examples may be corrupt, but"
+            f" {len(self.why)} are"
             f"{where}:\n{shown}\n"
-            f"Repair or remove them{delete}; or raise data.broken_share."
+            f"Repair or remove them{delete}; or raise data.max_corrupt_fraction."
         )
 
 

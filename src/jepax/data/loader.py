@@ -33,8 +33,8 @@ def batches(
     steps: int,
     start: int = 0,
     seed: int,
-    threads: int = 2,
-    workers: int = 0,
+    num_threads: int = 2,
+    num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     on_corrupt: OnCorrupt | None = None,
@@ -56,11 +56,13 @@ def batches(
         raise UserError(f"batch_size={batch_size} is not a positive multiple of the {process_count} processes.")
     local = batch_size // process_count
     read = partial(_read_step, source, seed, batch_size, process_index * local, local)
-    return _to_batches(_prefetch(read, start, steps, threads, workers), on_corrupt or default_on_corrupt(source))
+    return _to_batches(
+        _prefetch(read, start, steps, num_threads, num_workers), on_corrupt or default_on_corrupt(source)
+    )
 
 
 def iter_once(
-    source: Source, batch_size: int, threads: int = 2, workers: int = 0, on_corrupt: OnCorrupt | None = None
+    source: Source, batch_size: int, num_threads: int = 2, num_workers: int = 0, on_corrupt: OnCorrupt | None = None
 ) -> Iterator[tuple[Batch, int]]:
     """Yields every example once, in the source's order, with the number of valid rows in each batch.
 
@@ -70,7 +72,7 @@ def iter_once(
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} is below 1.")
     read = partial(_read_in_order, source, batch_size)
-    reads = _prefetch(read, 0, -(-len(source) // batch_size), threads, workers)
+    reads = _prefetch(read, 0, -(-len(source) // batch_size), num_threads, num_workers)
     for step, batch in enumerate(_to_batches(reads, on_corrupt or default_on_corrupt(source))):
         yield batch, min(batch_size, len(source) - step * batch_size)
 
@@ -123,30 +125,30 @@ def _to_batches(reads: Generator[Read, None, None], on_corrupt: OnCorrupt) -> Ge
 
 
 def _prefetch(
-    read: Callable[[int], Read], start: int, stop: int, threads: int, workers: int
+    read: Callable[[int], Read], start: int, stop: int, num_threads: int, num_workers: int
 ) -> Generator[Read, None, None]:
     """Yields read(start) .. read(stop - 1), computed ahead of their use. At most `threads` + 1 wait per process."""
     if start >= stop:
         return
     data = grain.MapDataset.range(start, stop).map(read)
-    data = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
-    if workers:
+    data = data.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads))
+    if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain's workers read absl's flags, which nothing parses here
             flags.FLAGS.mark_as_parsed()
-        processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+        processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
         data = data.mp_prefetch(processes, worker_init_fn=_exit_with_parent)
     iterator = iter(data)
     try:
         yield from iterator
     except RuntimeError as error:
-        if dead := _dead_worker(error, workers):
+        if dead := _dead_worker(error, num_workers):
             raise dead from error
         raise
     finally:  # also when the caller stops early: ends the workers and frees their shared memory
         iterator.close()
 
 
-def _dead_worker(error: RuntimeError, workers: int) -> UserError | None:
+def _dead_worker(error: RuntimeError, num_workers: int) -> UserError | None:
     """Explains that one of Grain's processes is dead, which Grain notices within two seconds."""
     found = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
     if found is None:
@@ -154,8 +156,8 @@ def _dead_worker(error: RuntimeError, workers: int) -> UserError | None:
     code = int(found[1])
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return UserError(
-        f"one of the data.workers={workers} processes that read the data {how}, often because memory ran out;\n"
-        "lower data.workers, or set 0 to read in threads; rerun the same command to resume"
+        f"one of the data.num_workers={num_workers} processes that read the data {how}, often because memory ran out;\n"
+        "lower data.num_workers, or set 0 to read in threads; rerun the same command to resume"
     )
 
 

@@ -45,7 +45,7 @@ class PackConfig:
     """Quality of the JPEGs of images that were scaled down; in [1, 100]."""
     images_per_shard: int = 4096
     """Images in one file."""
-    threads: int = field(default_factory=multihost.cores)
+    num_threads: int = field(default_factory=multihost.cores)
     """Files that are written simultaneously."""
 
 
@@ -53,8 +53,8 @@ def pack(photos: Path, folder: Path, config: PackConfig, print: Callable[[str], 
     """Packs train/ and val/ of `photos` into `folder`, or continues there. See the module's docstring.
 
     Corrupt images are printed and get an empty record, so that they are replaced as in the folder. Raises `UserError`
-    where there are more of them than `data.broken_share` allows by default, where `folder` has other content, where a
-    file cannot be opened, and as `image_folder` does.
+    where there are more of them than `data.max_corrupt_fraction` allows by default, where `folder` has other content,
+    where a file cannot be opened, and as `image_folder` does.
     """
     sources = {
         part: image_folder.open_split(str(photos), split, 0.0, config.canvas_size, 3)
@@ -123,7 +123,7 @@ def write_split(
             print(f"warning: {name} cannot be read ({why}); its record is empty, and it is replaced when it is read")
         return shard
 
-    with ThreadPoolExecutor(config.threads) as threads:
+    with ThreadPoolExecutor(config.num_threads) as threads:
         try:
             return list(threads.map(write, firsts))
         except BaseException:
@@ -190,9 +190,10 @@ def encode_record(path: Path, config: PackConfig) -> bytes:
 def check_corrupt_fraction(folder: Path, shards: dict[str, list[Any]], count: int) -> None:
     """Raises `UserError` where more images are corrupt than a run allows."""
     corrupt = [f"{name}: {why}" for part in shards.values() for shard in part for name, why in shard["broken"]]
-    if len(corrupt) > DataConfig.broken_share * count:
+    if len(corrupt) > DataConfig.max_corrupt_fraction * count:
         shown = "\n".join(corrupt[:MAX_SHOWN])
         raise UserError(
-            f"{len(corrupt)} of {count} images cannot be read, and a run allows {DataConfig.broken_share:.0%}:\n"
+            f"{len(corrupt)} of {count} images cannot be read, and a run allows"
+            f" {DataConfig.max_corrupt_fraction:.0%}:\n"
             f"{shown}\nrepair or remove them, remove {folder}, and pack again"
         )

@@ -30,10 +30,10 @@ AUTO_FSDP_FRACTION = 0.25
 class ShardingConfig:
     """Replicated or sharded parameters; the batch is always sharded."""
 
-    parameters: Literal["auto", "replicated", "sharded"] = "auto"
+    params: Literal["auto", "ddp", "fsdp"] = "auto"
     """Parameters and optimizer state: replicated on every device, or sharded over all of them (FSDP). auto: sharded if
     the state takes more than a quarter of a device's memory."""
-    teacher: Literal["same", "replicated", "sharded"] = "same"
+    target_encoder: Literal["same", "ddp", "fsdp"] = "same"
     """The EMA teacher: as the parameters, or a choice of its own."""
 
 
@@ -177,12 +177,12 @@ def microbatched(forward: Callable[[M, PyTree], T], num_microbatches: int) -> Ca
 
 def choose_plan(config: ShardingConfig, mesh: Mesh, state_bytes: int, num_microbatches: int = 1) -> ShardingPlan:
     """Choose the plan for a state of this size. With many processes, process 0 decides; all of them must call it."""
-    split = config.parameters == "sharded"
-    if config.parameters == "auto":
+    split = config.params == "fsdp"
+    if config.params == "auto":
         split = mesh.size > 1 and state_bytes > AUTO_FSDP_FRACTION * device_memory_bytes()
     split = bool(multihost.broadcast(int(split)))
     return ShardingPlan(
-        mesh, split, split if config.teacher == "same" else config.teacher == "sharded", num_microbatches
+        mesh, split, split if config.target_encoder == "same" else config.target_encoder == "fsdp", num_microbatches
     )
 
 
@@ -208,7 +208,7 @@ def check_batch(batch_size: int, num_microbatches: int = 1) -> None:
     """Raise `UserError` if the devices do not divide the batch, or a micro-batch of it."""
     unit = jax.device_count() * num_microbatches
     if batch_size % unit:
-        parts = f" in train.accumulate={num_microbatches} micro-batches" if num_microbatches > 1 else ""
+        parts = f" in train.grad_accum_steps={num_microbatches} micro-batches" if num_microbatches > 1 else ""
         raise UserError(
             f"train.batch_size={batch_size} does not divide over {jax.device_count()} devices{parts};"
             f" try {max(batch_size // unit, 1) * unit}"

@@ -43,20 +43,20 @@ class AttentiveConfig:
     """Peak learning rates of AdamW."""
     weight_decays: tuple[float, ...] = (0.01, 0.1)
     """Decoupled weight decay (multiplied by the learning rate), on weight matrices only."""
-    warmup: float = 0.05
+    warmup_fraction: float = 0.05
     """Fraction of the steps in which the learning rate rises from 0; a cosine to 0 follows."""
-    views: TrainViews = "augmented"
+    train_views: TrainViews = "augmented"
     """Training views: random resized crops, or the center views that the heads are scored on."""
-    scale: tuple[float, float] = (0.3, 1.0)
-    """views=augmented: smallest and largest fraction of the image's area that a crop takes."""
-    flip: float = 0.5
-    """views=augmented: probability of a horizontal flip."""
+    crop_scale: tuple[float, float] = (0.3, 1.0)
+    """train_views=augmented: smallest and largest fraction of the image's area that a crop takes."""
+    hflip_prob: float = 0.5
+    """train_views=augmented: probability of a horizontal flip."""
 
     def __post_init__(self) -> None:
         check, decays = check_training("attentive", self), self.weight_decays
-        check("warmup", 0 <= self.warmup < 1, "a fraction of the steps in [0, 1); try 0.1")
+        check("warmup_fraction", 0 <= self.warmup_fraction < 1, "a fraction of the steps in [0, 1); try 0.1")
         check("weight_decays", len(decays) > 0 and min(decays) >= 0, "at least one number, none below 0")
-        check("views", self.views in ("centre", "augmented"), "centre or augmented")
+        check("train_views", self.train_views in ("center", "augmented"), "center or augmented")
 
 
 class AttentiveHead(eqx.Module):
@@ -188,6 +188,6 @@ def attentive(data: ProtocolData, config: AttentiveConfig) -> list[FittedProbe]:
 def make_task(data: ProtocolData, settings: list[tuple[float, float]], config: AttentiveConfig) -> AttentiveTask:
     """`settings`: learning rate and weight decay of each head."""
     hparams, extractor = HeadHparams(*np.asarray(settings, np.float32).T), data.train.extractor
-    schedule = warmup_schedule(config.epochs, config.batch_size, config.warmup, len(data.train))
-    crop = replace(extractor.crop, scale=config.scale, flip=config.flip)
-    return AttentiveTask(hparams, extractor, schedule, data.classes, config.views, crop)
+    schedule = warmup_schedule(config.epochs, config.batch_size, config.warmup_fraction, len(data.train))
+    crop = replace(extractor.crop, scale=config.crop_scale, hflip_prob=config.hflip_prob)
+    return AttentiveTask(hparams, extractor, schedule, data.classes, config.train_views, crop)

@@ -14,7 +14,7 @@ from jepax.evals.feature_extractor import FeatureExtractor, LayerFeatures, View
 from jepax.types import Float, ImageBatch, PRNGKeyArray
 from jepax.views import CropConfig, center_crop, random_resized_crop
 
-TrainViews = Literal["centre", "augmented"]
+TrainViews = Literal["center", "augmented"]
 
 
 def augmented(images: ImageBatch, key: PRNGKeyArray, crop: CropConfig) -> View:
@@ -28,7 +28,7 @@ def augmented(images: ImageBatch, key: PRNGKeyArray, crop: CropConfig) -> View:
 
 def train_view(views: TrainViews, images: ImageBatch, key: PRNGKeyArray, crop: CropConfig) -> View:
     """The center view, or a random crop."""
-    return center_crop(images, crop) if views == "centre" else augmented(images, key, crop)
+    return center_crop(images, crop) if views == "center" else augmented(images, key, crop)
 
 
 class CropFeatures(eqx.Module):

@@ -28,18 +28,18 @@ class HeadTrainingConfig(Protocol):
     epochs: int
     batch_size: int
     learning_rates: tuple[float, ...]
-    scale: tuple[float, float]
-    flip: float
+    crop_scale: tuple[float, float]
+    hflip_prob: float
 
 
 def check_training(protocol: str, config: HeadTrainingConfig) -> Check:
     """Checks the fields that training protocols share, and returns the check for the protocol's own fields."""
-    check, rates, scale = field_check(protocol, config), config.learning_rates, config.scale
+    check, rates, scale = field_check(protocol, config), config.learning_rates, config.crop_scale
     check("epochs", config.epochs >= 1, "at least 1 pass over the training split")
     check("batch_size", config.batch_size >= 1, "at least 1 example")
     check("learning_rates", len(rates) > 0 and min(rates) > 0, "at least one number, all above 0")
-    check("scale", len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, "0 < low <= high <= 1; try (0.3, 1.0)")
-    check("flip", 0 <= config.flip <= 1, "a probability in [0, 1]; try 0.5")
+    check("crop_scale", len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, "0 < low <= high <= 1; try (0.3, 1.0)")
+    check("hflip_prob", 0 <= config.hflip_prob <= 1, "a probability in [0, 1]; try 0.5")
     return check
 
 

@@ -64,14 +64,14 @@ class EvalDataset:
         source: Source,
         batch_size: int,
         *,
-        threads: int = 2,
-        workers: int = 0,
+        num_threads: int = 2,
+        num_workers: int = 0,
         name: str = "features",
         progress: Progress = SILENT,
     ):
         self.extractor, self.source, self.batch_size = extractor, source, batch_size
         self.name, self.progress = name, progress
-        self.loading = {"threads": threads, "workers": workers}
+        self.loading = {"num_threads": num_threads, "num_workers": num_workers}
         self.digests: UInt64[np.ndarray, "seen"] = np.empty(0, np.uint64)
         """Hashes of the images, filled when their features are computed: they find duplicates across splits."""
         self.corrupt_rows: set[int] = set()

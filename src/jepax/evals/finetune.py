@@ -43,18 +43,18 @@ class FinetuneConfig:
     """Learning rate of a layer divided by that of the layer above it; 1 trains all layers equally."""
     weight_decay: float = 0.05
     """Decoupled weight decay (multiplied by the learning rate), on weight matrices only."""
-    warmup: float = 0.1
+    warmup_fraction: float = 0.1
     """Fraction of the steps in which the learning rate rises from 0; a cosine to 0 follows."""
     label_smoothing: float = 0.1
     """Fraction of the target probability that is distributed evenly over all classes."""
-    scale: tuple[float, float] = (0.3, 1.0)
+    crop_scale: tuple[float, float] = (0.3, 1.0)
     """Smallest and largest fraction of the image's area that a random crop takes."""
-    flip: float = 0.5
+    hflip_prob: float = 0.5
     """Probability of a horizontal flip."""
 
     def __post_init__(self) -> None:
         check = check_training("finetune", self)
-        check("warmup", 0 <= self.warmup < 1, "a fraction of the steps in [0, 1); try 0.1")
+        check("warmup_fraction", 0 <= self.warmup_fraction < 1, "a fraction of the steps in [0, 1); try 0.1")
         check("layer_decay", 0 < self.layer_decay <= 1, "a factor in (0, 1]; try 0.75")
         check("weight_decay", self.weight_decay >= 0, "a number not below 0; try 0.05")
         check("label_smoothing", 0 <= self.label_smoothing < 1, "a fraction in [0, 1); try 0.1")
@@ -90,7 +90,9 @@ class FinetuneTask(HeadTask):
         return Classifier(encoder, head, self.extractor.crop)
 
     def inputs(self, batch: ImageBatch, key: PRNGKeyArray) -> View:
-        return augmented(batch, key, replace(self.extractor.crop, scale=self.config.scale, flip=self.config.flip))
+        return augmented(
+            batch, key, replace(self.extractor.crop, scale=self.config.crop_scale, hflip_prob=self.config.hflip_prob)
+        )
 
     def losses(self, params: Classifier, inputs: View, labels: Int[Array, "batch"]) -> Float[Array, ""]:
         logits = params.logits(inputs)
@@ -145,5 +147,5 @@ def finetune(data: ProtocolData, config: FinetuneConfig) -> list[FittedProbe]:
 
 def make_task(data: ProtocolData, learning_rate: float, config: FinetuneConfig) -> FinetuneTask:
     hparams = HeadHparams(np.asarray(learning_rate, np.float32), np.asarray(config.weight_decay, np.float32))
-    schedule = warmup_schedule(config.epochs, config.batch_size, config.warmup, len(data.train))
+    schedule = warmup_schedule(config.epochs, config.batch_size, config.warmup_fraction, len(data.train))
     return FinetuneTask(hparams, data.train.extractor, schedule, data.classes, config)

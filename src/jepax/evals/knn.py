@@ -20,18 +20,18 @@ from jepax.types import AnyArray, Array, Float, Int, UserError
 class KnnConfig:
     """Number and sharpness of the votes: validation chooses among every k with every temperature."""
 
-    neighbours: tuple[int, ...] = (1, 5, 10, 20, 50, 100, 200)
+    k: tuple[int, ...] = (1, 5, 10, 20, 50, 100, 200)
     """k, the number of voters; those above the number of training examples are left out."""
     temperatures: tuple[float, ...] = (0.03, 0.07, 0.2)
     """T of the vote exp(similarity / T); Wu et al. use 0.07."""
-    chunk: int = 256
+    query_chunk: int = 256
     """Queries compared with all training examples at a time; memory is chunk x examples x 4 bytes."""
 
     def __post_init__(self):
-        check, ks, temperatures = field_check("knn", self), self.neighbours, self.temperatures
-        check("neighbours", len(ks) > 0 and min(ks) >= 1, "at least one number, none below 1")
+        check, ks, temperatures = field_check("knn", self), self.k, self.temperatures
+        check("k", len(ks) > 0 and min(ks) >= 1, "at least one number, none below 1")
         check("temperatures", len(temperatures) > 0 and min(temperatures) > 0, "at least one number, all above 0")
-        check("chunk", self.chunk >= 1, "at least 1 query")
+        check("query_chunk", self.query_chunk >= 1, "at least 1 query")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,28 +65,26 @@ def knn(data: ProtocolData, config: KnnConfig) -> list[FittedProbe]:
     **Raises** `UserError` if every k is above the number of training examples.
     """
     train, validation, classes = data.train, data.validation, data.classes
-    possible = [k for k in config.neighbours if k <= len(train)]
+    possible = [k for k in config.k if k <= len(train)]
     if not possible:
-        raise UserError(
-            f"neighbours={config.neighbours} are all more than the {len(train)} training examples; lower one of them"
-        )
+        raise UserError(f"k={config.k} are all more than the {len(train)} training examples; lower one of them")
     index, largest = KnnIndex.build(train.features.last, train.labels), max(possible)
     pairs = list(itertools.product(possible, config.temperatures))
     correct = np.zeros(len(pairs))
     with data.progress.bar("kNN", len(validation)) as update:
-        for rows, nearest in search(index, validation.features.last, largest, config.chunk):
+        for rows, nearest in search(index, validation.features.last, largest, config.query_chunk):
             truth = validation.labels[rows]
             correct += [np.sum(count_votes(nearest, classes, *pair).argmax(axis=1) == truth) for pair in pairs]
             update(rows.stop)
     tried = [
-        {"neighbours": k, "temperature": t, "validation_top1": 100 * float(hits) / len(validation)}
+        {"k": k, "temperature": t, "validation_top1": 100 * float(hits) / len(validation)}
         for (k, t), hits in zip(pairs, correct, strict=True)
     ]
     best = best_trial(tried)
-    k, temperature = best["neighbours"], best["temperature"]
+    k, temperature = best["neighbors"], best["temperature"]
 
     def predict(dataset: EvalDataset) -> TopKPredictions:
-        parts = search(index, dataset.features.last, largest, config.chunk)
+        parts = search(index, dataset.features.last, largest, config.query_chunk)
         return np.concatenate([topk(count_votes(nearest, classes, k, temperature)) for _, nearest in parts])
 
     return [FittedProbe("kNN", predict, best, f"k {k}, temperature {temperature:g}", tried)]

@@ -40,11 +40,11 @@ class LinearConfig:
     The defaults reach the accuracy of logistic regression in few passes over cached features; `PUBLISHED` is I-JEPA's.
     """
 
-    rule: OptimizerName = "adamw"
+    optimizer: OptimizerName = "adamw"
     """Optimizer."""
     layers: tuple[LayerChoice, ...] = CANDIDATES
     """Input of the heads: the last layer, or the concatenation of the last four."""
-    standardised: tuple[bool, ...] = (True, False)
+    standardize: tuple[bool, ...] = (True, False)
     """Standardizes the input over the training split, as a BatchNorm without parameters would."""
     epochs: int = 30
     """Passes over the training split; a small split needs more, since the schedule counts updates."""
@@ -56,31 +56,31 @@ class LinearConfig:
     """Weight decay, on weights and not on biases. adamw: decoupled, times the rate; lars: added to the gradient."""
     schedule: Literal["cosine", "step"] = "cosine"
     """The learning rate falls to 0 by a cosine, or is divided by 10 after every 15 epochs."""
-    views: TrainViews = "centre"
+    train_views: TrainViews = "center"
     """Training views: center crops, embedded once, or new random crops, embedded in each epoch."""
-    scale: tuple[float, float] = (0.08, 1.0)
-    """views=augmented: smallest and largest fraction of the image's area that a crop takes."""
-    flip: float = 0.5
-    """views=augmented: probability of a horizontal flip."""
-    controls: bool = True
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """train_views=augmented: smallest and largest fraction of the image's area that a crop takes."""
+    hflip_prob: float = 0.5
+    """train_views=augmented: probability of a horizontal flip."""
+    width_controls: bool = True
     """Also probes the last four layers at the width of one, and the last layer at the width of four."""
 
     def __post_init__(self):
         check, decays = check_training("linear", self), self.weight_decays
-        for name in ("layers", "standardised"):
+        for name in ("layers", "standardize"):
             values = getattr(self, name)
             check(name, 0 < len(values) == len(set(values)), "at least one choice, and none twice")
         check("weight_decays", len(decays) > 0 and min(decays) >= 0, "at least one number, none below 0")
 
 
 PUBLISHED = LinearConfig(
-    rule="lars",
+    optimizer="lars",
     epochs=50,
     batch_size=16384,
     learning_rates=(0.01, 0.05, 0.001),
     weight_decays=(5e-4, 0.0),
     schedule="step",
-    views="augmented",
+    train_views="augmented",
 )
 """I-JEPA's linear probe (Assran et al. 2023, appendix A).
 
@@ -91,14 +91,14 @@ training split, not running averages. The examples of an epoch's last, incomplet
 
 
 def linear(data: ProtocolData, config: LinearConfig) -> list[FittedProbe]:
-    """Trains every head. Returns the best by validation top-1, named "chosen", and then the best for each input.
+    """Trains every head. Returns the best by validation top-1, named "best", and then the best for each input.
 
-    The heads are inputs x {standardized, raw} x learning rates x weight decays. "chosen" is the best on {last layer,
+    The heads are inputs x {standardized, raw} x learning rates x weight decays. "best" is the best on {last layer,
     last four layers}. The other inputs are controls: they test whether four layers win by their width alone. Nothing
     is trained again on both splits after the choice.
     """
     examples = len(data.train)
-    if config.views == "centre":
+    if config.train_views == "center":
         data.train.features  # noqa: B018 (embedded before the bar of the training appears)
     with data.progress.bar("linear probe", config.epochs * examples) as update:
         sweep = LinearProbeSweep(data, config, update)
@@ -117,15 +117,15 @@ class LinearProbeSweep:
         self.dataset, self.config, self.on_example = data.train, config, on_example
         key_projections, key_heads, self.key_order = jr.split(data.key, 3)
         self.grid = [
-            {"standardised": flag, "learning_rate": rate, "weight_decay": decay}
-            for flag, rate, decay in itertools.product(config.standardised, config.learning_rates, config.weight_decays)
+            {"standardize": flag, "learning_rate": rate, "weight_decay": decay}
+            for flag, rate, decay in itertools.product(config.standardize, config.learning_rates, config.weight_decays)
         ]
 
         # Inputs: an extractor of one layer has only the last one, and no controls.
         self.features = features = self._embed(0)
         layers, examples, dim = features.layers.shape
         self.candidates = config.layers if layers > 1 else CANDIDATES[:1]
-        names = (*self.candidates, *(CONTROLS if config.controls and layers > 1 else ()))
+        names = (*self.candidates, *(CONTROLS if config.width_controls and layers > 1 else ()))
         widths = {"last": dim, "last four": layers * dim}
         projections = random_projections(names, widths, key_projections)
         moments = {name: RunningMoments.zeros(widths[INPUTS[name].width]) for name in names}
@@ -136,10 +136,10 @@ class LinearProbeSweep:
         # Hyper-parameters of the heads.
         size = min(config.batch_size, examples)
         steps = examples // size
-        schedule = TrainSchedule(config.rule, config.schedule, size, steps, config.epochs * steps)
+        schedule = TrainSchedule(config.optimizer, config.schedule, size, steps, config.epochs * steps)
         columns = zip(*(setting.values() for setting in self.grid), strict=True)
         standardized, rates, decays = (np.asarray(column, np.float32) for column in columns)
-        scale = np.float32(size / BASE_BATCH if config.rule == "lars" else 1.0)
+        scale = np.float32(size / BASE_BATCH if config.optimizer == "lars" else 1.0)
         hparams = HeadHparams(scale * rates, decays)
         self.task = LinearTask(hparams, standardized, moments, projections, schedule, data.classes)
         self.state = init_state(self.task, key_heads)
@@ -147,15 +147,15 @@ class LinearProbeSweep:
     def _embed(self, epoch: int) -> Features:
         """Cached features of the center views, or the features of new crops for each epoch."""
         dataset, config, done = self.dataset, self.config, epoch * len(self.dataset)
-        if config.views == "centre":
+        if config.train_views == "center":
             return dataset.features
-        crop = replace(dataset.extractor.crop, scale=config.scale, flip=config.flip)
+        crop = replace(dataset.extractor.crop, scale=config.crop_scale, hflip_prob=config.hflip_prob)
         embed = CropFeatures(dataset.extractor, jr.fold_in(jr.fold_in(self.key_order, epoch), 1), crop)
         return extract_features(embed, dataset.images(), dataset.labels, lambda count: self.on_example(done + count))
 
     def train_epoch(self, epoch: int) -> None:
         """Shows every head every example once, except the last, incomplete batch; each epoch has its own order."""
-        if epoch and self.config.views == "augmented":
+        if epoch and self.config.train_views == "augmented":
             self.features = None  # frees the crops of the epoch before
             self.features = self._embed(epoch)
         key = jr.fold_in(self.key_order, epoch)
@@ -178,7 +178,7 @@ class LinearProbeSweep:
             trial = best_trial(trials)
             return FittedProbe(name, lambda data: predict(data)[trial["layers"]], trial, describe(trial), trials)
 
-        overall = fitted("chosen", [trial for name in self.candidates for trial in trials[name]])
+        overall = fitted("best", [trial for name in self.candidates for trial in trials[name]])
         return [overall, *(fitted(name, trials[name]) for name in trials)] if len(trials) > 1 else [overall]
 
     def _trials(self, features: Features) -> dict[str, list[dict[str, Any]]]:
@@ -195,5 +195,5 @@ class LinearProbeSweep:
 
 
 def describe(setting: dict[str, Any]) -> str:
-    scaling = "standardized" if setting["standardised"] else "raw"
+    scaling = "standardized" if setting["standardize"] else "raw"
     return f"{setting['layers']}, {scaling}, lr {setting['learning_rate']:g}, wd {setting['weight_decay']:g}"

@@ -18,14 +18,18 @@ from jepax.types import Float, Int
 class LogisticConfig:
     """Validation chooses among every L2 penalty on each choice of layers."""
 
-    strengths: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    l2_penalties: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     """L2 penalties, fitted from the strongest down."""
     layers: tuple[LayerChoice, ...] = ("last", "last four")
     """Input: the last layer, or the concatenation of the last four."""
 
     def __post_init__(self):
         check, choices = field_check("logistic", self), get_args(LayerChoice)
-        check("strengths", len(self.strengths) > 0 and min(self.strengths) > 0, "at least one number, all above 0")
+        check(
+            "l2_penalties",
+            len(self.l2_penalties) > 0 and min(self.l2_penalties) > 0,
+            "at least one number, all above 0",
+        )
         check("layers", 0 < len(self.layers) and set(self.layers) <= set(choices), f"at least one of {choices}")
 
 
@@ -33,10 +37,10 @@ def logistic(data: ProtocolData, config: LogisticConfig) -> list[FittedProbe]:
     """Returns the best penalty and layers by validation top-1; the first, with the strongest penalty, among equals."""
     has_several, fits = len(data.train.features.layers) > 1, []
     names = [name for name in config.layers if has_several or name == "last"] or ["last"]
-    with data.progress.bar("logistic regression", len(names) * len(config.strengths)) as update:
+    with data.progress.bar("logistic regression", len(names) * len(config.l2_penalties)) as update:
         for name in names:
             x, x_validation = select_layers(data.train, name), select_layers(data.validation, name)
-            path = regularization_path(x, data.train.labels, data.classes, config.strengths)
+            path = regularization_path(x, data.train.labels, data.classes, config.l2_penalties)
             for trial, model in score_path(path, x_validation, data.validation.labels):
                 fits.append(({"layers": name, **trial}, model))
                 update(len(fits))

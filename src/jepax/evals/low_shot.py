@@ -17,22 +17,24 @@ from jepax.types import Int, UserError
 class LowShotConfig:
     """Numbers of labels, and how often they are drawn."""
 
-    shares: tuple[float, ...] = (0.01, 0.1)
+    label_fractions: tuple[float, ...] = (0.01, 0.1)
     """Fractions of the training examples, the same for every class (rounded), and at least one example of each."""
-    per_class: tuple[int, ...] = (1, 5, 10)
+    shots: tuple[int, ...] = (1, 5, 10)
     """Labeled examples of every class."""
-    seeds: int = 5
+    num_draws: int = 5
     """Draws of each, with the seeds 0, 1, ...; results are their mean and standard deviation."""
-    strengths: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+    l2_penalties: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
     """L2 penalties."""
 
     def __post_init__(self):
-        check, strengths = field_check("low_shot", self), self.strengths
-        check("shares", all(0 < share <= 1 for share in self.shares), "fractions in (0, 1]; 1% is 0.01")
-        check("per_class", all(count >= 1 for count in self.per_class), "no number below 1")
-        check("per_class", bool(self.shares or self.per_class), "at least one number, unless shares has one")
-        check("seeds", self.seeds >= 1, "at least 1 draw")
-        check("strengths", len(strengths) > 0 and min(strengths) > 0, "at least one number, all above 0")
+        check, strengths = field_check("low_shot", self), self.l2_penalties
+        check(
+            "label_fractions", all(0 < share <= 1 for share in self.label_fractions), "fractions in (0, 1]; 1% is 0.01"
+        )
+        check("shots", all(count >= 1 for count in self.shots), "no number below 1")
+        check("shots", bool(self.label_fractions or self.shots), "at least one number, unless shares has one")
+        check("num_draws", self.num_draws >= 1, "at least 1 draw")
+        check("l2_penalties", len(strengths) > 0 and min(strengths) > 0, "at least one number, all above 0")
 
 
 def low_shot(data: ProtocolData, config: LowShotConfig) -> list[FittedProbe]:
@@ -52,12 +54,12 @@ def low_shot(data: ProtocolData, config: LowShotConfig) -> list[FittedProbe]:
     shots = dict(shot_counts(labels, data.classes, config, data.progress))
     if not shots:
         fewest = min(n for n in np.bincount(labels) if n)
-        raise UserError(f"per_class={config.per_class} are all more than the {fewest} examples of the smallest class")
+        raise UserError(f"shots={config.shots} are all more than the {fewest} examples of the smallest class")
     scaler = fit_scaler(select_layers(data.train, "last"))
-    with data.progress.bar("low-shot", len(shots) * config.seeds) as update:
+    with data.progress.bar("low-shot", len(shots) * config.num_draws) as update:
         for name, counts in shots.items():
-            for seed in range(config.seeds):
-                results.append(_fit_draw(name, counts, seed, data, config.strengths, scaler))
+            for seed in range(config.num_draws):
+                results.append(_fit_draw(name, counts, seed, data, config.l2_penalties, scaler))
                 update(len(results))
     return results
 
@@ -67,10 +69,10 @@ def shot_counts(
 ) -> Iterator[tuple[str, Int[np.ndarray, "classes"]]]:
     """Yields the name of every possible shot and its number of examples of each class, 0 for classes without any."""
     available = np.bincount(labels, minlength=classes)
-    for share in config.shares:
+    for share in config.label_fractions:
         yield f"{100 * share:g}%", np.where(available > 0, np.maximum(np.rint(share * available), 1), 0).astype(int)
     fewest = available[available > 0].min()
-    for count in config.per_class:
+    for count in config.shots:
         if count <= fewest:
             yield f"{count} per class", np.where(available > 0, count, 0)
         else:

@@ -12,8 +12,8 @@ from jepax.evals.logistic import LogisticConfig, logistic
 from jepax.evals.scoring import ProtocolData
 from jepax.types import UserError
 
-ONLINE_KNN = KnnConfig(neighbours=(20,), temperatures=(0.07,))
-ONLINE_LOGISTIC = LogisticConfig(strengths=(1e-3,), layers=("last",))
+ONLINE_KNN = KnnConfig(k=(20,), temperatures=(0.07,))
+ONLINE_LOGISTIC = LogisticConfig(l2_penalties=(1e-3,), layers=("last",))
 """Nothing is chosen, so the scores of one run are comparable from step to step."""
 
 
@@ -21,7 +21,7 @@ ONLINE_LOGISTIC = LogisticConfig(strengths=(1e-3,), layers=("last",))
 class OnlineConfig:
     """Interval and number of images. The test split is never opened."""
 
-    every: int = 500
+    every_steps: int = 500
     """Steps between evaluations, each at the next logging step; 0: none."""
     train_images: int = 2048
     """Images of the training split that the probe is fitted on and that are neighbors."""
@@ -29,9 +29,9 @@ class OnlineConfig:
     """Images of the validation split that are scored."""
 
     def __post_init__(self):
-        if self.every < 0:
-            raise UserError(f"online.every={self.every} must not be negative; 0 turns it off")
-        for name, least in (("train_images", ONLINE_KNN.neighbours[0]), ("validation_images", 1)):
+        if self.every_steps < 0:
+            raise UserError(f"online.every_steps={self.every_steps} must not be negative; 0 turns it off")
+        for name, least in (("train_images", ONLINE_KNN.k[0]), ("validation_images", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"online.{name}={getattr(self, name)} must be at least {least}")
 
@@ -46,24 +46,25 @@ class OnlineEval:
         validation: Source,
         batch_size: int,
         *,
-        threads: int = 2,
-        workers: int = 0,
+        num_threads: int = 2,
+        num_workers: int = 0,
     ):
-        if len(train) < ONLINE_KNN.neighbours[0]:
+        if len(train) < ONLINE_KNN.k[0]:
             raise UserError(
-                f"eval.online.every={config.every} needs {ONLINE_KNN.neighbours[0]} training images, and there are"
+                f"eval.online.every_steps={config.every_steps} needs {ONLINE_KNN.k[0]} training images, and there are"
                 f" {len(train)}; 0 turns it off"
             )
         self.train = random_subset(train, config.train_images)
         self.validation = random_subset(validation, config.validation_images)
-        self.batch_size, self.loading = batch_size, {"threads": threads, "workers": workers}
+        self.batch_size, self.loading = batch_size, {"num_threads": num_threads, "num_workers": num_workers}
 
     def __call__(self, extractor: FeatureExtractor) -> dict[str, float]:
-        """`probe_top1` (logistic regression) and `knn_top1` (k 20, cosine) of the last layer on validation, percent."""
+        """`val/probe_top1` (logistic regression) and `val/knn_top1` (k 20, cosine) of the last layer on validation,
+        percent."""
         train, validation = (
             EvalDataset(extractor, source, self.batch_size, **self.loading) for source in (self.train, self.validation)
         )
         data = ProtocolData(train, validation, self.train.classes, jr.key(0))  # neither protocol uses the key
         (probe,), (neighbors,) = logistic(data, ONLINE_LOGISTIC), knn(data, ONLINE_KNN)
-        results = {"probe_top1": probe, "knn_top1": neighbors}
+        results = {"val/probe_top1": probe, "val/knn_top1": neighbors}
         return {name: fitted.settings["validation_top1"] for name, fitted in results.items()}

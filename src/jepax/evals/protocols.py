@@ -15,10 +15,10 @@ from jepax.evals.online import OnlineConfig
 from jepax.evals.scoring import FittedProbe
 from jepax.types import UserError
 
-ProtocolName = Literal["linear", "linear_published", "knn", "logistic", "low_shot", "attentive", "finetune"]
+ProtocolName = Literal["linear", "linear_vissl", "knn", "logistic", "low_shot", "attentive", "finetune"]
 PROTOCOLS: dict[str, Callable[..., list[FittedProbe]]] = {
     "linear": linear,
-    "linear_published": linear,
+    "linear_vissl": linear,
     "knn": knn,
     "logistic": logistic,
     "low_shot": low_shot,
@@ -42,7 +42,7 @@ class EvalConfig:
     """Images per batch when features are extracted."""
     linear: LinearConfig = field(default_factory=LinearConfig)
     """Quick linear probe."""
-    linear_published: LinearConfig = PUBLISHED
+    linear_vissl: LinearConfig = PUBLISHED
     """Linear probe as in I-JEPA's paper."""
     knn: KnnConfig = field(default_factory=KnnConfig)
     """Nearest neighbors."""

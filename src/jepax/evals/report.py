@@ -99,10 +99,10 @@ class Evaluation:
         by_name: dict[str, list[dict[str, Any]]] = {}
         for probe in fitted:
             scores = asdict(accuracy(probe.predict(test), labels))
-            info = {"variant": probe.variant, "chosen": probe.settings, "tried": probe.tried}
+            info = {"variant": probe.variant, "best": probe.settings, "trials": probe.trials}
             by_name.setdefault(probe.name, []).append(scores | info)
         (name, first), *controls = ((name, aggregate_runs(runs)) for name, runs in by_name.items())
-        return {"name": name, **first, "beside": dict(controls)}
+        return {"name": name, **first, "controls": dict(controls)}
 
 
 def health_metrics(dataset: EvalDataset, key: PRNGKeyArray) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def health_metrics(dataset: EvalDataset, key: PRNGKeyArray) -> dict[str, Any]:
     last = dataset.features.last[:: -(-len(dataset) // MAX_HEALTH_EXAMPLES)]
     metrics = collapse_metrics(last, "feature")
     if isinstance(dataset.extractor, ViTFeatures):
-        metrics["feature_lidar"] = lidar(crop_features(dataset, LIDAR_IMAGES, LIDAR_CROPS, key))
+        metrics["feature/lidar"] = lidar(crop_features(dataset, LIDAR_IMAGES, LIDAR_CROPS, key))
     return {"effective_rank": rankme(last), "feature_std": feature_std(last), "health": metrics}
 
 
@@ -125,8 +125,8 @@ def aggregate_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
     if len(runs) == 1:
         return runs[0]
     means = {name: float(np.mean([run[name] for run in runs])) for name in ("top1", "top5")}
-    means["interval"] = [float(bound) for bound in np.mean([run["interval"] for run in runs], axis=0)]
-    return {**means, "deviation": float(np.std([run["top1"] for run in runs], ddof=1)), "runs": runs}
+    means["ci95"] = [float(bound) for bound in np.mean([run["ci95"] for run in runs], axis=0)]
+    return {**means, "std": float(np.std([run["top1"] for run in runs], ddof=1)), "runs": runs}
 
 
 def evaluate(
@@ -256,14 +256,14 @@ def _row_cells(row: dict[str, Any], protocols: list[str]) -> list[str]:
 
 def result_name(score: dict[str, Any]) -> str:
     """The name of an aggregated result, of which a protocol has several."""
-    return f", {score['name']}" if "deviation" in score else ""
+    return f", {score['name']}" if "std" in score else ""
 
 
 def format_top1(score: dict[str, Any]) -> str:
     """`86.58 (85.90-87.24)`, or `61.20 ± 0.85` over several seeds."""
-    if "deviation" in score:
-        return f"{score['top1']:.2f} ± {score['deviation']:.2f}"
-    low, high = score["interval"]
+    if "std" in score:
+        return f"{score['top1']:.2f} ± {score['std']:.2f}"
+    low, high = score["ci95"]
     return f"{score['top1']:.2f} ({low:.1f}-{high:.1f})"
 
 
@@ -273,7 +273,7 @@ def controls_table(results: dict[str, Any]) -> Table | None:
     controls = [
         (protocol, name)
         for protocol in results["protocol"]["protocols"]
-        for name in next(iter(rows.values())).get(protocol, {}).get("beside", {})
+        for name in next(iter(rows.values())).get(protocol, {}).get("controls", {})
     ]
     if not controls:
         return None
@@ -282,7 +282,7 @@ def controls_table(results: dict[str, Any]) -> Table | None:
     for name in rows:
         out.add_column(ROW_TITLES[name], justify="right")
     for protocol, name in controls:
-        scores = [row.get(protocol, {}).get("beside", {}).get(name) for row in rows.values()]
+        scores = [row.get(protocol, {}).get("controls", {}).get(name) for row in rows.values()]
         label = f"{protocol.replace('_', ' ')}: {name}"
         out.add_row(label, *(format_top1(score) if score else "" for score in scores))
     return out

@@ -52,7 +52,7 @@ class FittedProbe:
     """The trial that validation chose, including its `validation_top1` in percent."""
     variant: str = ""
     """The settings as text."""
-    tried: list[dict[str, Any]] = field(default_factory=list)
+    trials: list[dict[str, Any]] = field(default_factory=list)
     """Every trial, each with its `validation_top1`."""
 
 
@@ -62,7 +62,7 @@ class Accuracy:
 
     top1: float
     top5: float
-    interval: tuple[float, float]
+    ci95: tuple[float, float]
     """95% bootstrap percentile interval of top-1 over the examples.
 
     A resample of n hits and misses with replacement has Binomial(n, top1) hits, so these are that distribution's

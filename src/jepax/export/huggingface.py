@@ -1,7 +1,7 @@
 """Converts config.json and preprocessor_config.json of a Hugging Face I-JEPA folder to our configs and back.
 
 Source of the keys: transformers, models/ijepa/configuration_ijepa.py and models/bit/image_processing_bit.py. The
-latter's processor does what our `centre_crop` does; the one that transformers names for I-JEPA distorts the image.
+latter's processor does what our `center_crop` does; the one that transformers names for I-JEPA distorts the image.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class Provenance:
     """Its name in the method: target or context."""
     crop: CropConfig
     init_std: float | None
-    scan: bool
+    scan_layers: bool
     remat: Remat
     fast: bool = True
     version: str = jepax.__version__
@@ -63,22 +63,22 @@ def write_hf_config(folder: Path, encoder: ViTConfig, crop: CropConfig, *, recip
     if crop.size[0] != crop.size[1]:
         raise UserError(f"crop.size={crop.size} is not square, as a Hugging Face I-JEPA folder requires")
     hidden = round(encoder.width * encoder.mlp_ratio)
-    sides = (encoder.patch_size, encoder.channels, encoder.width, encoder.depth, encoder.heads, hidden)
+    sides = (encoder.patch_size, encoder.in_channels, encoder.width, encoder.depth, encoder.num_heads, hidden)
     sizes = {"image_size": crop.size[0], **dict(zip(SIZE_KEYS, sides, strict=True))}
-    origin = Provenance(recipe, step, name, crop, encoder.init_std, encoder.scan, encoder.remat, encoder.fast)
+    origin = Provenance(recipe, step, name, crop, encoder.init_std, encoder.scan_layers, encoder.remat, encoder.fast)
     config = {"architectures": ["IJepaModel"], **FIXED_CONFIG, **sizes, "jepax": configs.to_dict(origin)}
     _write_json(folder / CONFIG_FILE, config)
     _write_json(folder / PREPROCESSOR_FILE, _preprocessor_config(crop))
 
 
 def _preprocessor_config(crop: CropConfig) -> dict[str, Any]:
-    """Expresses `centre_crop` by transformers' keys: the shorter side is resized to `shortest_edge`, the center cut."""
+    """Expresses `center_crop` by transformers' keys: the shorter side is resized to `shortest_edge`, the center cut."""
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": len(crop.mean) == 3,
         "do_resize": True,
-        "size": {"shortest_edge": round(crop.size[0] * crop.centre_resize)},
-        "resample": PILLOW_RESAMPLE_IDS[crop.filter],
+        "size": {"shortest_edge": round(crop.size[0] * crop.eval_resize_ratio)},
+        "resample": PILLOW_RESAMPLE_IDS[crop.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": crop.size[0], "width": crop.size[1]},
         **PIXEL_CONFIG,
@@ -101,7 +101,7 @@ def load_hf_config(folder: Path) -> tuple[ViTConfig, CropConfig]:
         if "jepax" in values:
             own = configs.from_dict(Provenance, values["jepax"], f"{path}: jepax")
             crop = own.crop
-            execution = {name: getattr(own, name) for name in ("init_std", "scan", "remat", "fast")}
+            execution = {name: getattr(own, name) for name in ("init_std", "scan_layers", "remat", "fast")}
         else:
             crop = _read_crop_config(folder / PREPROCESSOR_FILE, side)
         config = ViTConfig(patch, channels, width, depth, heads, hidden / width, **execution)
@@ -139,7 +139,7 @@ def _read_crop_config(path: Path, side: int) -> CropConfig:
     values = read_json(path)
     _check_values(path, PIXEL_CONFIG | values, PIXEL_CONFIG)
     filters = {number: name for name, number in PILLOW_RESAMPLE_IDS.items()}
-    if (number := values.get("resample", PILLOW_RESAMPLE_IDS[crop.filter])) not in filters:
+    if (number := values.get("resample", PILLOW_RESAMPLE_IDS[crop.interpolation])) not in filters:
         raise UserError(f"{path}: resample={printable(number)} is neither 2 (bilinear) nor 3 (bicubic)")
     given = {
         key: configs.convert(tuple[float, ...], values[f"image_{key}"], f"image_{key}", str(path))
@@ -153,7 +153,7 @@ def _read_crop_config(path: Path, side: int) -> CropConfig:
             stacklevel=4,
         )
     with _with_path_in_error(path):
-        return dataclasses.replace(crop, filter=filters[number], **given)
+        return dataclasses.replace(crop, interpolation=filters[number], **given)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

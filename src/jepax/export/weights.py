@@ -121,7 +121,7 @@ def named_tensors(encoder: ViT, size: tuple[int, int]) -> dict[str, np.ndarray]:
         for layer, names in zip(array if path.startswith("stack.") else array[None], layers, strict=True):
             found |= zip(names, np.split(layer.T, len(names)), strict=True)
     kernel = found[f"{PATCH_EMBED_NAME}.weight"].reshape(
-        config.width, config.patch_size, config.patch_size, config.channels
+        config.width, config.patch_size, config.patch_size, config.in_channels
     )
     return found | {f"{PATCH_EMBED_NAME}.weight": kernel.transpose(0, 3, 1, 2)}
 
@@ -173,7 +173,7 @@ def _check_sizes(path: Path, config: ViTConfig, size: tuple[int, int]) -> None:
     fc1 = f"encoder.layer.{config.depth - 1}.{BLOCK_MODULES['mlp.fc1'][0]}.weight"
     wanted = {
         POS_EMBED_NAME: [1, rows * columns, config.width],
-        f"{PATCH_EMBED_NAME}.weight": [config.width, config.channels, config.patch_size, config.patch_size],
+        f"{PATCH_EMBED_NAME}.weight": [config.width, config.in_channels, config.patch_size, config.patch_size],
         fc1: [round(config.width * config.mlp_ratio), config.width],
     }
     with _open_safetensors(path) as (file, names):

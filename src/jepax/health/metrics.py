@@ -17,23 +17,25 @@ FLOAT32_ROUNDING = 1e-6
 """Or whose deviation is below this share of the embeddings' root mean square: float32's rounding, not a difference."""
 
 
-def collapse_metrics(embeddings: Float[AnyArray, "n dim"], prefix: str = "embedding") -> dict[str, float | list[float]]:
+def collapse_metrics(
+    embeddings: Float[AnyArray, "n dim"], prefix: str = "health/embedding"
+) -> dict[str, float | list[float]]:
     """What is logged of one batch: rank, slope of the spectrum, deviations, dead features and cosine."""
     x = np.asarray(embeddings, np.float64)
     return {
-        f"{prefix}_std": feature_std(x),
-        f"{prefix}_std_quantiles": std_quantiles(x),
-        f"{prefix}_dead": dead_features(x),
-        f"{prefix}_cosine": mean_cosine(x),
-        f"{prefix}_rank": rankme(x),
-        f"{prefix}_alpha": alpha_req(x),
+        f"{prefix}/std": feature_std(x),
+        f"{prefix}/std_quantiles": std_quantiles(x),
+        f"{prefix}/dead_fraction": dead_features(x),
+        f"{prefix}/mean_cosine": mean_cosine(x),
+        f"{prefix}/rankme": rankme(x),
+        f"{prefix}/alpha_req": alpha_req(x),
     }
 
 
 def rankme(embeddings: Float[AnyArray, "n dim"]) -> float:
     """RankMe = exp(-sum_k p_k log p_k) with p_k = sigma_k / sum sigma (Garrido et al. 2023, arXiv:2210.02885).
 
-    sigma are the singular values of the embeddings, which are not centred. Between 1 (all rows on one line, total
+    sigma are the singular values of the embeddings, which are not centered. Between 1 (all rows on one line, total
     collapse) and min(n, dim). It needs n well above dim to say something about the encoder.
 
     The singular values are roots of the Gram matrix's eigenvalues, in float64: exact to about 1e-8 of the largest.
@@ -103,7 +105,7 @@ def dead_features(embeddings: Float[AnyArray, "n dim"]) -> float:
 def mean_cosine(embeddings: Float[AnyArray, "n dim"]) -> float:
     """Mean over pairs of different images of the cosine between their embeddings: 1 at total collapse.
 
-    Embeddings are not centred, so that a part which all images share counts. An embedding of zeros has cosine 0.
+    Embeddings are not centered, so that a part which all images share counts. An embedding of zeros has cosine 0.
     NaN of a single one.
     """
     x = np.asarray(embeddings, np.float64)

@@ -39,11 +39,11 @@ class History:
         return [value for line in self.recent if (value := finite_or_none(line, name)) is not None]
 
     def add(self, line: MetricsLine) -> None:
-        self.first_loss = self.first_loss or finite_or_none(line, "loss") or 0.0
+        self.first_loss = self.first_loss or finite_or_none(line, "train/loss") or 0.0
         self.still = (
-            (line["step"] if self.still is None else self.still) if finite_or_none(line, "momentum") == 1 else None
+            (line["step"] if self.still is None else self.still) if finite_or_none(line, "ema/momentum") == 1 else None
         )
-        seen = line | {"loss_level": self.level(line, "loss")}
+        seen = line | {"loss_level": self.level(line, "train/loss")}
         self.recent.append(line)
         while len(self.recent) > MIN_WINDOW_LINES and line["step"] - self.recent[0]["step"] >= MIN_WINDOW_STEPS:
             self.recent.popleft()
@@ -76,7 +76,7 @@ COLLAPSE_STD_RATIO = 0.2
 deviations may lower them, so not nearer), collapsed ones reach 0.14 to 0.01."""
 COLLAPSE_COSINE_GAP, COLLAPSE_COSINE_GAP_RATIO = 0.02, 0.2
 """1 - mean cosine between images, and the same over its highest so far: an untrained ViT may begin near 0. Measured:
-healthy above 0.19 and 0.42; collapsed I-JEPA without teacher or regulariser 3e-5 and 1e-4."""
+healthy above 0.19 and 0.42; collapsed I-JEPA without teacher or regularizer 3e-5 and 1e-4."""
 DEAD_MAX_COSINE = 0.5
 """Below this cosine, embeddings with dead features are near zero, not alike: `dead_features` names them."""
 COLLAPSE_RANK, HEALTHY_RANK = 1.5, 3.0
@@ -85,20 +85,22 @@ COLLAPSE_RANK, HEALTHY_RANK = 1.5, 3.0
 
 def detect_collapse(line: MetricsLine, past: History) -> AlertValues | None:
     """Embeddings, or the projections that the loss reads, are the same whatever the image, or lie on a line."""
-    for rows in ("embedding", "projection"):
-        std, cosine, rank = (finite_or_none(line, f"{rows}_{name}") for name in ("std_quantiles", "cosine", "rank"))
-        if (finite_or_none(line, f"{rows}_dead") or 0) > 0 and (cosine or 0) < DEAD_MAX_COSINE:
+    for rows in ("health/embedding", "health/projection"):
+        std, cosine, rank = (
+            finite_or_none(line, f"{rows}/{name}") for name in ("std_quantiles", "mean_cosine", "rankme")
+        )
+        if (finite_or_none(line, f"{rows}/dead_fraction") or 0) > 0 and (cosine or 0) < DEAD_MAX_COSINE:
             continue
         found = []
         if std is not None:
-            found.append(std < COLLAPSE_STD_RATIO * past.highest.get(f"{rows}_std_quantiles", 0.0))
+            found.append(std < COLLAPSE_STD_RATIO * past.highest.get(f"{rows}/std_quantiles", 0.0))
         if cosine is not None:
-            apart = 1 - past.lowest.get(f"{rows}_cosine", 1.0)
+            apart = 1 - past.lowest.get(f"{rows}/mean_cosine", 1.0)
             found.append(1 - cosine < min(COLLAPSE_COSINE_GAP, COLLAPSE_COSINE_GAP_RATIO * apart))
         if rank is not None:
-            found.append(rank < COLLAPSE_RANK and past.highest.get(f"{rows}_rank", 0.0) > HEALTHY_RANK)
+            found.append(rank < COLLAPSE_RANK and past.highest.get(f"{rows}/rankme", 0.0) > HEALTHY_RANK)
         if any(found):
-            numbers = {f"{rows} cosine": cosine, "rank": rank, "largest deviation": std}
+            numbers = {f"{rows.removeprefix('health/')} cosine": cosine, "rank": rank, "largest deviation": std}
             return {name: value for name, value in numbers.items() if value is not None}
     return None
 
@@ -115,15 +117,15 @@ Measured: the loss's ratio in healthy runs at most 1.33 (a whole demo: 1.16), in
 
 def detect_drift(line: MetricsLine, past: History) -> AlertValues | None:
     """The loss fell and then rises for good, and predictions explain less of the targets than they did."""
-    loss, lowest = past.level(line, "loss"), past.lowest.get("loss_level")
-    share, highest = past.level(line, "loss_explained"), past.highest.get("loss_explained")
+    loss, lowest = past.level(line, "train/loss"), past.lowest.get("loss_level")
+    share, highest = past.level(line, "train/explained_variance"), past.highest.get("train/explained_variance")
     if loss is None or not lowest or loss <= max(DRIFT_LOSS_RATIO * lowest, NEGLIGIBLE_LOSS_RATIO * past.first_loss):
         return None
     if share is not None and share >= DRIFT_EXPLAINED_RATIO * highest:
         return None
     return {"loss": loss, "once": lowest} | {
         shown: value
-        for shown, name in (("share explained", "loss_explained"), ("target norm", "target_norm"))
+        for shown, name in (("share explained", "train/explained_variance"), ("target norm", "health/target_norm"))
         if (value := finite_or_none(line, name)) is not None
     }
 
@@ -135,12 +137,12 @@ Measured: healthy at most 1.1, and 2.2 among the first lines (RDMReg's, drawn an
 
 def detect_spike(line: MetricsLine, past: History) -> AlertValues | None:
     """One step's loss leaps out of what the recent lines held."""
-    now, before = finite_or_none(line, "loss_max"), past.values("loss_max")
+    now, before = finite_or_none(line, "train/loss_max"), past.values("train/loss_max")
     if now is None or not before or now <= NEGLIGIBLE_LOSS_RATIO * past.first_loss:
         return None
     if now <= (SPIKE_RATIO if len(before) >= MIN_WINDOW_LINES else SPIKE_RATIO_EARLY) * max(before):
         return None
-    numbers = {"loss": now, "before at most": max(before), "gradient norm": finite_or_none(line, "grad_norm_max")}
+    numbers = {"loss": now, "before at most": max(before), "gradient norm": finite_or_none(line, "optim/grad_norm_max")}
     return {name: value for name, value in numbers.items() if value is not None}
 
 
@@ -157,8 +159,8 @@ MIN_FROZEN_STEPS, MIN_FROZEN_FRACTION = 20, 0.02
 
 def detect_stalled_teacher(line: MetricsLine, past: History) -> AlertValues | None:
     """The teacher does not move as its momentum says, or its momentum leaves it where it is."""
-    moved, wanted = finite_or_none(line, "ema_step_norm"), finite_or_none(line, "ema_step_expected")
-    momentum, distance = finite_or_none(line, "momentum"), finite_or_none(line, "teacher_distance")
+    moved, wanted = finite_or_none(line, "ema/update_norm"), finite_or_none(line, "ema/expected_update_norm")
+    momentum, distance = finite_or_none(line, "ema/momentum"), finite_or_none(line, "ema/relative_distance")
     if None in (moved, wanted, momentum, distance):
         return None
     numbers = {"moved": moved, "expected": wanted, "momentum": momentum, "distance": distance}
@@ -179,27 +181,29 @@ on a line here and there (0.125); with a mean of -3 or -4 before the rectificati
 
 def detect_dead_features(line: MetricsLine, past: History) -> AlertValues | None:
     """Features of the embeddings, or of the projections that the loss reads, are the same for every image."""
-    for rows in ("projection", "embedding"):
-        share = finite_or_none(line, f"{rows}_dead")
+    for rows in ("health/projection", "health/embedding"):
+        share = finite_or_none(line, f"{rows}/dead_fraction")
         if share is not None and share >= DEAD_FEATURE_FRACTION:
-            return {f"share of {rows}s' features": share}
+            return {f"share of {rows.removeprefix('health/')}s' features": share}
     return None
 
 
 RULES: dict[str, Callable[[MetricsLine, History], AlertValues | None]] = {
     "spike": detect_spike,
-    "stalled teacher": detect_stalled_teacher,
-    "dead features": detect_dead_features,
+    "teacher_stalled": detect_stalled_teacher,
+    "dead_features": detect_dead_features,
     "collapse": detect_collapse,
-    "drift": detect_drift,
+    "loss_divergence": detect_drift,
 }
 """Of each kind, in the order in which alarms of one line are named."""
 ADVICE = {
-    "spike": "a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.clip=1.0; with method.loss=l2, smooth_l1",
-    "stalled teacher": "method.momentum.precision=float32; method.momentum.start below 1, final=1 only at the end",
-    "dead features": "a lower optim.peak_lr; where projections are rectified a higher method.mu; or a variance term",
-    "collapse": "a teacher (method ijepa) with a higher method.momentum.start, or a higher weight of the regulariser",
-    "drift": "method.target_norm=layer, method.loss=smooth_l1, a higher method.momentum.start, a lower optim.peak_lr",
+    "spike": "a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.grad_clip_norm=1.0; with"
+    " method.loss=l2, smooth_l1",
+    "teacher_stalled": "method.ema.dtype=float32; method.ema.start below 1, end=1 only at the end",
+    "dead_features": "a lower optim.peak_lr; where projections are rectified a higher method.mu; or a variance term",
+    "collapse": "a teacher (method ijepa) with a higher method.ema.start, or a higher weight of the regularizer",
+    "loss_divergence": "method.target_norm=layer, method.loss=smooth_l1, a higher method.ema.start, a lower"
+    " optim.peak_lr",
 }
 """What to try."""
 IMMEDIATE = {"spike"}

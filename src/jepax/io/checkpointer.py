@@ -27,22 +27,22 @@ SLOW_SAVE_WARNING_S = 1.0
 class CheckpointConfig:
     """When checkpoints are written, and how many are kept; the last step's is always written."""
 
-    every: int = 2000
+    every_steps: int = 2000
     """Steps between checkpoints."""
-    minutes: float | None = 15.0
+    every_minutes: float | None = 15.0
     """Minutes after which one is written whatever the step; None: by steps only."""
-    keep: int = 2
+    max_to_keep: int = 2
     """Newest checkpoints that are kept."""
-    keep_each: int | None = None
+    keep_period: int | None = None
     """Checkpoints of steps that are multiples of this are kept for ever."""
-    best: Literal["probe_top1", "knn_top1"] | None = None
+    best_metric: Literal["val/probe_top1", "val/knn_top1"] | None = None
     """Score of the online evaluation: the checkpoint with the highest is written, and kept."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "minutes", "keep", "keep_each"):
+        for name in ("every_steps", "every_minutes", "max_to_keep", "keep_period"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise UserError(f"train.save.{name}={value} must be above 0")
+                raise UserError(f"train.checkpoint.{name}={value} must be above 0")
 
 
 class CheckpointManager:
@@ -73,12 +73,12 @@ class CheckpointManager:
         """
         if self._pending is not None and self._pending.done():
             self.wait()
-        period = self.config.keep_each
-        return step % self.config.every == 0 or (period is not None and step % period == 0)
+        period = self.config.keep_period
+        return step % self.config.every_steps == 0 or (period is not None and step % period == 0)
 
     def timer_expired(self) -> bool:
         """True if it is time to save by the clock, which then starts again."""
-        now, minutes = time.monotonic(), self.config.minutes
+        now, minutes = time.monotonic(), self.config.every_minutes
         if minutes is None or now - self._last_save <= 60 * minutes:
             return False
         self._last_save = now
@@ -91,7 +91,10 @@ class CheckpointManager:
         """
         if step == self._saved_step:
             return
-        self.wait(f"step {step}: the checkpoint waits for the one before it; the disk is slower than train.save.every")
+        self.wait(
+            f"step {step}: the checkpoint waits for the one before it; the disk is slower than"
+            f" train.checkpoint.every_steps"
+        )
         self._pending = checkpoint.save_async(
             self.folder, step, state, metadata, before_commit=self.fsync_logs, after_commit=self.garbage_collect
         )
@@ -126,9 +129,13 @@ class CheckpointManager:
 
 def steps_to_keep(folder: Path, steps: list[int], config: CheckpointConfig) -> set[int]:
     """Returns those of `steps` that are the newest, the periodic ones, and the best."""
-    newest = steps[-config.keep :]
-    periodic = [step for step in steps if config.keep_each and step % config.keep_each == 0]
-    scores = {step: score for step in steps if config.best and (score := _score(folder, step, config.best)) is not None}
+    newest = steps[-config.max_to_keep :]
+    periodic = [step for step in steps if config.keep_period and step % config.keep_period == 0]
+    scores = {
+        step: score
+        for step in steps
+        if config.best_metric and (score := _score(folder, step, config.best_metric)) is not None
+    }
     best = sorted(scores, key=lambda step: (scores[step], step))[-1:]
     return {*newest, *periodic, *best}
 

@@ -17,17 +17,17 @@ class Events:
     def __init__(self, run: Path):
         self.path, self.writes = run / EVENTS_FILE, multihost.is_main_process()
 
-    def add(self, event: str, step: int, *, retaken: bool = False, **details: object) -> None:
-        """`retaken`: the event belongs to the step, and comes again when a resumed run takes the step again."""
+    def add(self, event: str, step: int, *, step_bound: bool = False, **details: object) -> None:
+        """`step_bound`: the event belongs to the step, and comes again when a resumed run takes the step again."""
         if self.writes:
             record = {"event": event, "step": step, "time": round(time.time(), 3)}
-            append_jsonl(self.path, record | ({"retaken": True} if retaken else {}) | details)
+            append_jsonl(self.path, record | ({"step_bound": True} if step_bound else {}) | details)
 
     def truncate_from(self, start: int, *, keep: str = "") -> None:
         """Drops the events of steps from `start` on, which are taken again, but for those of the name `keep`."""
         if self.writes and self.path.exists():
             records = read_jsonl(self.path)
-            retaken = [e.get("retaken") and e["step"] >= start and e.get("event") != keep for e in records]
+            retaken = [e.get("step_bound") and e["step"] >= start and e.get("event") != keep for e in records]
             rewrite_jsonl(self.path, (e for e, drop in zip(records, retaken, strict=True) if not drop))
 
     def last(self, name: str, default: str) -> str:

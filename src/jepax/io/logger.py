@@ -82,11 +82,11 @@ class Log:
     def write(self, step: int, values: MetricValues) -> dict:
         """Writes a record to metrics.jsonl, shows the loss and the speed, and returns the record."""
         record = self.metrics.write(step, values)
-        speed = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} examples/s"
+        speed = f"loss {values['train/loss']:.4f}  {values['perf/images_per_sec']:.0f} examples/s"
         self.progress.update(self._task, speed=speed)
         if self.progress.disable and (time.monotonic() - self._printed > PRINT_EVERY_S or step + 1 == self.steps):
             self._printed = time.monotonic()
-            left = (self.steps - step - 1) * values["seconds_per_step"]
+            left = (self.steps - step - 1) * values["perf/step_time"]
             self.print(f"step {step + 1}/{self.steps}  {speed}  {format_duration(left)} left")
         return record
 

@@ -40,7 +40,7 @@ class Trackers:
         for name in names:
             if importlib.util.find_spec(TRACKER_PACKAGES[name]) is None:
                 raise UserError(
-                    f"train.trackers={name}: {TRACKER_PACKAGES[name]} is not installed;"
+                    f"train.loggers={name}: {TRACKER_PACKAGES[name]} is not installed;"
                     f' pip install "jepax[{name}]", or leave {name} out'
                 )
         self._run = run

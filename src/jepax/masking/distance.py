@@ -7,7 +7,7 @@ from jepax.types import Masks
 
 
 def distance_to_nearest(masks: Masks, grid: tuple[int, int]) -> Float[Array, "batch blocks context"]:
-    """From each context patch to the nearest patch of each target block, centre to centre, in patches: 1 at least."""
+    """From each context patch to the nearest patch of each target block, center to center, in patches: 1 at least."""
     columns = grid[1]
 
     def places(indices: Array) -> Float[Array, "*shape 2"]:

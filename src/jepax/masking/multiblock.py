@@ -26,34 +26,34 @@ _MIN_ACCEPTANCE_RATE = 0.02  # below this share of first draws accepted, redrawi
 class MultiBlockConfig:
     """Sizes of target and context blocks, as shares of the grid of patches."""
 
-    blocks: int = 4
+    num_targets: int = 4
     """Target blocks per image."""
     target_scale: tuple[float, float] = (0.15, 0.2)
     """Least and greatest share of the grid that a target block covers."""
-    target_aspect: tuple[float, float] = (0.75, 1.5)
+    target_aspect_ratio: tuple[float, float] = (0.75, 1.5)
     """Least and greatest height over width of a target block."""
     context_scale: tuple[float, float] = (0.85, 1.0)
     """Least and greatest share of the grid that the context block (a square, where it fits) covers."""
-    context: int = 50
+    num_context_patches: int = 50
     """Context patches per image, drawn uniformly from the context block less the targets."""
-    margin: int = 1
+    grid_margin: int = 1
     """Rows and columns by which a block is at least smaller than the grid (1 as published; 0: it may fill the grid)."""
 
     def __post_init__(self) -> None:
-        for name in ("target_scale", "target_aspect", "context_scale"):
+        for name in ("target_scale", "target_aspect_ratio", "context_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high or (name.endswith("scale") and high > 1):
                 raise UserError(
                     f"masks.{name}={low, high} is not a range: give least <= greatest"
                     f"{', both in (0, 1]' if name.endswith('scale') else ', above 0'}"
                 )
-        for name, least in (("blocks", 1), ("context", 1), ("margin", 0)):
+        for name, least in (("num_targets", 1), ("num_context_patches", 1), ("grid_margin", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"masks.{name}={getattr(self, name)} must be at least {least}")
 
     def tiny(self) -> "MultiBlockConfig":
         """The same blocks on the 6 x 6 patches of tests, which leave few to the context."""
-        return replace(self, context=6)
+        return replace(self, num_context_patches=6)
 
 
 def block_sizes(
@@ -101,20 +101,21 @@ class MultiBlock(eqx.Module):
 
     def _table(self, *, target: bool) -> tuple[np.ndarray, np.ndarray]:
         c = self.config
-        scale, aspect = (c.target_scale, c.target_aspect) if target else (c.context_scale, (1.0, 1.0))
-        return block_sizes(self.grid, scale, aspect, c.margin)
+        scale, aspect = (c.target_scale, c.target_aspect_ratio) if target else (c.context_scale, (1.0, 1.0))
+        return block_sizes(self.grid, scale, aspect, c.grid_margin)
 
     def _accepted(self) -> float:
         """Share of first draws that leave the context enough patches; raises where hardly any does."""
         with jax.ensure_compile_time_eval():  # also where the method is built from abstract shapes
             counts = np.asarray(self.context_sizes(jr.split(jr.key(0), _NUM_TRIAL_MASKS)))
-        accepted = np.mean(counts >= self.config.context)
+        accepted = np.mean(counts >= self.config.num_context_patches)
         if accepted < _MIN_ACCEPTANCE_RATE:
             raise UserError(
-                f"masks.context={self.config.context} cannot be met on a {self.grid[0]}x{self.grid[1]} grid:"
-                f" {self.config.blocks} targets of masks.target_scale={self.config.target_scale} leave"
+                f"masks.num_context_patches={self.config.num_context_patches} cannot be met on a"
+                f" {self.grid[0]}x{self.grid[1]} grid:"
+                f" {self.config.num_targets} targets of masks.target_scale={self.config.target_scale} leave"
                 f" {counts.mean():.0f} patches on average, {counts.max()} at most;\n"
-                f"try masks.context={max(int(np.percentile(counts, 5)), 1)}, or fewer or smaller targets"
+                f"try masks.num_context_patches={max(int(np.percentile(counts, 5)), 1)}, or fewer or smaller targets"
             )
         return float(accepted)
 
@@ -132,7 +133,7 @@ class MultiBlock(eqx.Module):
     def _draw(self, key: PRNGKeyArray) -> tuple[Int[Array, "blocks 4"], Bool[Array, "patches"]]:
         """Target blocks of one image, and which patches its context may use."""
         key_size, key_targets, key_context = jr.split(key, 3)
-        places = jr.split(key_targets, (self.config.blocks, 2))
+        places = jr.split(key_targets, (self.config.num_targets, 2))
         targets = jax.vmap(lambda k: self._block((key_size, k[0], k[1]), target=True))(places)
         context = self._block(tuple(jr.split(key_context, 3)[i] for i in range(3)), target=False)
         taken = jnp.any(jax.vmap(self._covers)(targets), axis=0)
@@ -157,7 +158,7 @@ class MultiBlock(eqx.Module):
         key_context, key_blocks = jr.split(key)
         targets, allowed = self._enough(key_blocks)
         rank = jnp.where(allowed, jr.uniform(key_context, allowed.shape), 2.0)
-        context = jnp.sort(jnp.argsort(rank)[: self.config.context])
+        context = jnp.sort(jnp.argsort(rank)[: self.config.num_context_patches])
         indices, valid = jax.vmap(self._patches)(targets)
         return context.astype(jnp.int32), indices, valid
 
@@ -172,16 +173,16 @@ class MultiBlock(eqx.Module):
             return self._draw(jr.fold_in(key, attempt))
 
         if jax.default_backend() == "cpu":  # what ends the loop is carried: in its condition a draw would be made twice
-            none = jnp.zeros((self.config.blocks, 4), jnp.int32), jnp.zeros(self.grid[0] * self.grid[1], bool)
+            none = jnp.zeros((self.config.num_targets, 4), jnp.int32), jnp.zeros(self.grid[0] * self.grid[1], bool)
             _, targets, allowed = lax.while_loop(
-                lambda drawn: jnp.sum(drawn[2]) < self.config.context,
+                lambda drawn: jnp.sum(drawn[2]) < self.config.num_context_patches,
                 lambda drawn: (drawn[0] + 1, *draw(drawn[0])),
                 (jnp.int32(0), *none),
             )
             return targets, allowed
         targets, allowed = jax.vmap(draw)(jnp.arange(self.attempts))
         counts = jnp.sum(allowed, axis=1)
-        enough = counts >= self.config.context
+        enough = counts >= self.config.num_context_patches
         best = jnp.where(jnp.any(enough), jnp.argmax(enough), jnp.argmax(counts))
         return targets[best], allowed[best]
 

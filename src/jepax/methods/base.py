@@ -71,8 +71,8 @@ class Method(eqx.Module):
 
         `key` is the step's own, for what the batch shares (directions of projection). `Metrics` are scalars to log,
         and two optional matrices read for collapse: "embeddings" (batch, dim), one vector per example, and
-        "projections" (batch, dim), a head's output for one view. The watchdog reads "loss_explained", "target_norm"
-        and "prediction_norm".
+        "projections" (batch, dim), a head's output for one view. The watchdog reads "train/explained_variance",
+        "health/target_norm" and "health/prediction_norm".
         """
 
     @abc.abstractmethod
@@ -106,7 +106,7 @@ class ImageMethodConfig(MethodConfig):
     def check_data(self, source: Any) -> None:
         """Raise `UserError` if the images' channels differ from those of the encoder or of the normalization."""
         found = source.canvas_shape[2]
-        for name, channels in (("encoder.channels", self.encoder.channels), ("crop.mean", len(self.crop.mean))):
+        for name, channels in (("encoder.in_channels", self.encoder.in_channels), ("crop.mean", len(self.crop.mean))):
             if channels != found:
                 raise UserError(
                     f"method.{name} expects {channels} channels, but the images have {found};\n"

@@ -42,19 +42,20 @@ NORM_EPS = 1e-12
 class BYOLConfig(MultiViewConfig, name="byol"):
     """BYOL, with the heads and the momentum of the paper."""
 
-    projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(hidden=(4096,), width=256))
+    projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(hidden_dims=(4096,), out_dim=256))
     """Head on the mean over patches."""
-    predictor: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(hidden=(4096,), width=256))
+    predictor: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(hidden_dims=(4096,), out_dim=256))
     """Head on the projection, as wide at its end as the projector's."""
-    momentum: EMAConfig = field(default_factory=lambda: EMAConfig(shape="cosine"))
+    ema: EMAConfig = field(default_factory=lambda: EMAConfig(schedule="cosine"))
     """Schedule of the teacher's momentum."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_no_final_relu(self.projector, self.predictor)
-        if self.predictor.width != self.projector.width:
+        if self.predictor.out_dim != self.projector.out_dim:
             raise UserError(
-                f"method.predictor.width={self.predictor.width} must be method.projector.width={self.projector.width}"
+                f"method.predictor.out_dim={self.predictor.out_dim} must be"
+                f" method.projector.out_dim={self.projector.out_dim}"
             )
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "BYOL":
@@ -83,9 +84,9 @@ class BYOL(MultiView):
 
     def __init__(self, config: BYOLConfig, *, total_steps: int, key: PRNGKeyArray):
         super().__init__(config, key=key)
-        self.target = init_ema((self.encoder, self.projector), config.momentum.precision)
+        self.target = init_ema((self.encoder, self.projector), config.ema.dtype)
         key_predictor = jr.split(key, 3)[2]  # the first two are the encoder's and the projector's
-        self.predictor = Projector(config.predictor, config.projector.width, key=key_predictor)
+        self.predictor = Projector(config.predictor, config.projector.out_dim, key=key_predictor)
         self.total_steps = total_steps
 
     def forward(self, views: MultiCropViews) -> BYOLOutputs:
@@ -100,13 +101,13 @@ class BYOL(MultiView):
 
         loss = cosine_distance(predictions, targets)
         return loss, view_metrics(outputs.online, z) | {
-            "target_norm": jnp.mean(jnp.linalg.norm(targets, axis=2)),
-            "prediction_norm": lax.stop_gradient(jnp.mean(jnp.linalg.norm(predictions, axis=2))),
-            "loss_explained": explained_fraction(loss, cosine_distance_of_mean(targets)),
+            "health/target_norm": jnp.mean(jnp.linalg.norm(targets, axis=2)),
+            "health/prediction_norm": lax.stop_gradient(jnp.mean(jnp.linalg.norm(predictions, axis=2))),
+            "train/explained_variance": explained_fraction(loss, cosine_distance_of_mean(targets)),
         }
 
     def after_update(self, step: Int[Array, ""]) -> tuple["BYOL", Metrics]:
-        momentum = self.config.momentum.at(step, self.total_steps)
+        momentum = self.config.ema.at(step, self.total_steps)
         moved, metrics = ema_update(self.target, (self.encoder, self.projector), momentum)
         return eqx.tree_at(lambda method: method.target, self, moved), metrics
 

@@ -21,26 +21,28 @@ class EMAConfig:
 
     start: float = 0.996
     """Momentum of the first step."""
-    final: float = 1.0
+    end: float = 1.0
     """Momentum that the last step reaches."""
-    shape: schedules.ScheduleShape = "linear"
+    schedule: schedules.ScheduleShape = "linear"
     """Path from start to final; constant stays at start."""
-    horizon: float = 1.0
+    schedule_stretch: float = 1.0
     """Steps that the path takes, over the run's steps."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that the teacher is kept in. In bfloat16 it stalls, since its moves are below that type's epsilon."""
 
     def __post_init__(self) -> None:
-        for name in ("start", "final"):
+        for name in ("start", "end"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UserError(f"method.momentum.{name}={getattr(self, name)} is not in [0, 1]")
-        if self.horizon <= 0:
-            raise UserError(f"method.momentum.horizon={self.horizon} must be above 0; 1.0 is the run's length")
+                raise UserError(f"method.ema.{name}={getattr(self, name)} is not in [0, 1]")
+        if self.schedule_stretch <= 0:
+            raise UserError(
+                f"method.ema.schedule_stretch={self.schedule_stretch} must be above 0; 1.0 is the run's length"
+            )
 
     def at(self, step: Int[Array, ""] | int, total_steps: int) -> Float[Array, ""]:
         """Momentum applied after the update of `step`, counted from 0, in a run of `total_steps`."""
-        total = max(round(self.horizon * total_steps), 1)
-        return schedules.ramp(self.shape, step, start=self.start, final=self.final, total=total)
+        total = max(round(self.schedule_stretch * total_steps), 1)
+        return schedules.ramp(self.schedule, step, start=self.start, final=self.end, total=total)
 
 
 def init_ema(online: T, precision: str = "float32") -> EMA[T]:
@@ -51,16 +53,16 @@ def init_ema(online: T, precision: str = "float32") -> EMA[T]:
 def ema_update(teacher: EMA[T], online: T, momentum: Float[Array, ""]) -> tuple[EMA[T], Metrics]:
     """The teacher moved towards the online module, and what is logged of the move.
 
-    - teacher_distance: |online - teacher| / |online| over all parameters, before the move;
-    - ema_step_norm: |moved - teacher|, which should be ema_step_expected = (1 - momentum) |online - teacher|.
+    - ema/relative_distance: |online - teacher| / |online| over all parameters, before the move;
+    - ema/update_norm: |moved - teacher|, which should be ema/expected_update_norm = (1 - momentum) |online - teacher|.
     """
     moved = teacher.towards(online, momentum)
     distance = global_norm(_subtract_float32(online, teacher.average))
     return moved, {
-        "momentum": momentum,
-        "teacher_distance": distance / global_norm(online),
-        "ema_step_norm": global_norm(_subtract_float32(moved.average, teacher.average)),
-        "ema_step_expected": (1 - momentum) * distance,
+        "ema/momentum": momentum,
+        "ema/relative_distance": distance / global_norm(online),
+        "ema/update_norm": global_norm(_subtract_float32(moved.average, teacher.average)),
+        "ema/expected_update_norm": (1 - momentum) * distance,
     }
 
 

@@ -47,20 +47,22 @@ class IJEPAConfig(ImageMethodConfig, name="ijepa"):
     """The one view of an image that both encoders see."""
     loss: Literal["smooth_l1", "l2"] = "smooth_l1"
     """Distance of predictions to targets: smooth L1 (the released code) or squared error (the paper)."""
-    beta: float = 1.0
+    smooth_l1_beta: float = 1.0
     """Read by loss=smooth_l1 alone: the distance at which its square becomes linear."""
     target_norm: Literal["layer", "none"] = "layer"
     """Parameter-free LayerNorm on the targets, or none. Without it they drift: docs/failures/drift.md."""
-    prediction_norm: Literal["none", "trainable", "plain"] = "none"
-    """LayerNorm on the predictions: none (as published), trainable, or plain (parameter-free)."""
-    momentum: EMAConfig = field(default_factory=EMAConfig)
+    prediction_norm: Literal["none", "affine", "no_affine"] = "none"
+    """LayerNorm on the predictions: none (as published), affine, or no_affine (parameter-free)."""
+    ema: EMAConfig = field(default_factory=EMAConfig)
     """Schedule of the moving average's momentum."""
-    regulariser: RegularizerConfig = field(default_factory=RegularizerConfig)
+    regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
     """Regularizer of the context's embedding; none as published."""
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise UserError(f"method.beta={self.beta} must be above 0; for squared error take method.loss=l2")
+        if self.smooth_l1_beta <= 0:
+            raise UserError(
+                f"method.smooth_l1_beta={self.smooth_l1_beta} must be above 0; for squared error take method.loss=l2"
+            )
         self.encoder.grid(self.crop.size)  # refuses a patch that does not divide the view
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "IJEPA":
@@ -69,7 +71,7 @@ class IJEPAConfig(ImageMethodConfig, name="ijepa"):
     def tiny(self) -> "IJEPAConfig":
         networks = {"encoder": self.encoder.tiny(), "predictor": self.predictor.tiny()}
         views = {"masks": self.masks.tiny(), "crop": self.crop.tiny()}
-        return replace(self, **networks, **views, regulariser=self.regulariser.tiny())
+        return replace(self, **networks, **views, regularizer=self.regularizer.tiny())
 
 
 class Outputs(eqx.Module):
@@ -98,9 +100,9 @@ class IJEPA(ImageMethod):
         key_encoder, key_predictor = jr.split(key)
         width = config.encoder.width
         self.encoder = ViT(config.encoder, key=key_encoder)
-        self.target_encoder = init_ema(self.encoder, config.momentum.precision)
+        self.target_encoder = init_ema(self.encoder, config.ema.dtype)
         self.predictor = Predictor(config.predictor, width, num_outputs=predicted_layers, key=key_predictor)
-        self.prediction_norm = LayerNorm(width) if config.prediction_norm == "trainable" else None
+        self.prediction_norm = LayerNorm(width) if config.prediction_norm == "affine" else None
         self.masks = MultiBlock(config.masks, config.encoder.grid(config.crop.size))
         self.config, self.total_steps = config, total_steps
 
@@ -122,11 +124,11 @@ class IJEPA(ImageMethod):
         metrics = health_metrics(loss, baseline, outputs.predictions, outputs.embedded, outputs.masks)
 
         # What the regularizer adds, if there is one.
-        penalty, terms = regularize(self.config.regulariser, outputs.pooled, key=key)
+        penalty, terms = regularize(self.config.regularizer, outputs.pooled, key=key)
         return loss + penalty, metrics | terms
 
     def after_update(self, step: Int[Array, ""]) -> tuple["IJEPA", Metrics]:
-        momentum = self.config.momentum.at(step, self.total_steps)
+        momentum = self.config.ema.at(step, self.total_steps)
         moved, metrics = ema_update(self.target_encoder, self.encoder, momentum)
         return eqx.tree_at(lambda method: method.target_encoder, self, moved), metrics
 
@@ -165,7 +167,7 @@ class IJEPA(ImageMethod):
         """D, elementwise."""
         if self.config.loss == "l2":
             return squared_error(prediction, target)
-        return smooth_l1(prediction, target, self.config.beta)
+        return smooth_l1(prediction, target, self.config.smooth_l1_beta)
 
 
 def pool(tokens: Float[Array, "batch tokens dim"]) -> Float[Array, "batch dim"]:
@@ -193,8 +195,8 @@ def health_metrics(
         return masked_mean(jnp.linalg.norm(tokens, axis=-1, keepdims=True), masks.target_valid)
 
     norms = {
-        "target_norm": mean_norm(take_patches(embedded, masks.targets)),
-        "prediction_norm": mean_norm(predictions),
+        "health/target_norm": mean_norm(take_patches(embedded, masks.targets)),
+        "health/prediction_norm": mean_norm(predictions),
     }
-    explained = {"prediction_loss": loss, "loss_explained": explained_fraction(loss, baseline)}
+    explained = {"train/prediction_loss": loss, "train/explained_variance": explained_fraction(loss, baseline)}
     return lax.stop_gradient(explained | norms | {"embeddings": pool(embedded)})

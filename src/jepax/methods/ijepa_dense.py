@@ -27,46 +27,53 @@ from jepax.views import MaskedViews
 class IJEPADenseConfig(IJEPAConfig, name="ijepa_dense"):
     """I-JEPA, the layers that it predicts, and the weight of the loss on the context. By default it is I-JEPA."""
 
-    layers: tuple[int, ...] | None = None
+    target_layers: tuple[int, ...] | None = None
     """Blocks of the target encoder whose outputs are predicted, counted from 1; None: the last."""
-    layer_weights: tuple[float, ...] | None = None
-    """Weights of the losses of `layers`, in their order, used over their sum; None: equal ones."""
-    context_weight: float = 0.0
+    target_layer_weights: tuple[float, ...] | None = None
+    """Weights of the losses of `target_layers`, in their order, used over their sum; None: equal ones."""
+    context_loss_weight: float = 0.0
     """Weight of the loss on the context's own tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.context_weight < 0:
-            raise UserError(f"method.context_weight={self.context_weight} must not be negative")
-        layers, weights = self.layers, self.layer_weights
+        if self.context_loss_weight < 0:
+            raise UserError(f"method.context_loss_weight={self.context_loss_weight} must not be negative")
+        layers, weights = self.target_layers, self.target_layer_weights
         if layers is not None and not (layers and all(1 <= n <= self.encoder.depth for n in layers)):
-            raise UserError(f"method.layers={layers} must name blocks from 1 to encoder.depth={self.encoder.depth}")
-        if layers is not None and len(set(layers)) < len(layers):
-            raise UserError(f"method.layers={layers} names a block twice")
-        if weights is not None and (len(weights) != len(self.predicted) or min(weights) < 0 or not sum(weights)):
             raise UserError(
-                f"method.layer_weights={weights} must be one weight for each of method.layers={self.predicted},"
+                f"method.target_layers={layers} must name blocks from 1 to encoder.depth={self.encoder.depth}"
+            )
+        if layers is not None and len(set(layers)) < len(layers):
+            raise UserError(f"method.target_layers={layers} names a block twice")
+        if weights is not None and (len(weights) != len(self.predicted_layers) or min(weights) < 0 or not sum(weights)):
+            raise UserError(
+                f"method.target_layer_weights={weights} must be one weight for each of"
+                f" method.target_layers={self.predicted_layers},"
                 " none below 0 and one above"
             )
 
     @property
-    def predicted(self) -> tuple[int, ...]:
+    def predicted_layers(self) -> tuple[int, ...]:
         """The blocks whose outputs are predicted, counted from 1."""
-        return (self.encoder.depth,) if self.layers is None else self.layers
+        return (self.encoder.depth,) if self.target_layers is None else self.target_layers
 
     @property
     def deepest(self) -> int:
         """Index of the last of the blocks within `predicted`."""
-        return self.predicted.index(max(self.predicted))
+        return self.predicted_layers.index(max(self.predicted_layers))
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "IJEPADense":
-        return IJEPADense(self, total_steps=total_steps, key=key, predicted_layers=len(self.predicted))
+        return IJEPADense(self, total_steps=total_steps, key=key, predicted_layers=len(self.predicted_layers))
 
     def tiny(self) -> "IJEPADenseConfig":
         # The last two layers at most, since the tiny encoder has no more.
-        small = IJEPAConfig.tiny(replace(self, layers=None, layer_weights=None))
-        layers = self.layers and (1, 2)[-len(self.layers) :]
-        return replace(small, layers=layers, layer_weights=self.layer_weights and self.layer_weights[-2:])
+        small = IJEPAConfig.tiny(replace(self, target_layers=None, target_layer_weights=None))
+        layers = self.target_layers and (1, 2)[-len(self.target_layers) :]
+        return replace(
+            small,
+            target_layers=layers,
+            target_layer_weights=self.target_layer_weights and self.target_layer_weights[-2:],
+        )
 
 
 class DenseOutputs(eqx.Module):
@@ -87,7 +94,11 @@ class IJEPADense(IJEPA):
 
     def forward(self, views: MaskedViews) -> DenseOutputs:
         x, masks = views.image, views.masks  # (B, H, W, C); context (B, K), targets (B, M, T)
-        wanted, depth, also_context = self.config.predicted, self.config.encoder.depth, self.config.context_weight > 0
+        wanted, depth, also_context = (
+            self.config.predicted_layers,
+            self.config.encoder.depth,
+            self.config.context_loss_weight > 0,
+        )
         z = self.encoder(x, masks.context)  # (B, K, D)
 
         # The predictor gives the layers of a token as one row of L * D numbers.
@@ -115,10 +126,10 @@ class IJEPADense(IJEPA):
         # The loss on the context's own tokens.
         if outputs.on_context is not None:
             pairs = zip(jnp.moveaxis(outputs.on_context, 1, 0), embedded, strict=True)
-            metrics["context_loss"] = self.over_layers([self.context_loss(*pair, masks) for pair in pairs])
-            loss = loss + self.config.context_weight * metrics["context_loss"]
+            metrics["train/context_loss"] = self.over_layers([self.context_loss(*pair, masks) for pair in pairs])
+            loss = loss + self.config.context_loss_weight * metrics["train/context_loss"]
 
-        penalty, terms = regularize(self.config.regulariser, outputs.pooled, key=key)
+        penalty, terms = regularize(self.config.regularizer, outputs.pooled, key=key)
         return loss + penalty, metrics | terms
 
     def context_loss(
@@ -135,5 +146,5 @@ class IJEPADense(IJEPA):
 
     def over_layers(self, values: list[Float[Array, ""]] | tuple[Float[Array, ""], ...]) -> Float[Array, ""]:
         """The mean over the predicted layers, by their weights."""
-        weights = self.config.layer_weights or (1.0,) * len(values)
+        weights = self.config.target_layer_weights or (1.0,) * len(values)
         return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)

@@ -28,7 +28,7 @@ from jepax.views import MaskedViews
 class IJEPANoTeacherConfig(IJEPAConfig, name="ijepa_no_teacher"):
     """I-JEPA whose targets come from the encoder itself."""
 
-    momentum: ClassVar[None] = None  # not a setting here: no teacher follows
+    ema: ClassVar[None] = None  # not a setting here: no teacher follows
     stop_gradient: bool = True
     """The targets are constants to the gradient; False lets it flow into them."""
     regularize_on: Literal["context", "targets"] = "context"
@@ -41,9 +41,9 @@ class IJEPANoTeacherConfig(IJEPAConfig, name="ijepa_no_teacher"):
                 "method.regularize_on=targets has no effect with method.stop_gradient=True, which cuts their gradient;"
                 " take method.stop_gradient=False or method.regularize_on=context"
             )
-        if not self.stop_gradient and self.regulariser.kind == "none":
+        if not self.stop_gradient and self.regularizer.name == "none":
             warnings.warn(
-                "method.stop_gradient=False with method.regulariser.kind=none: nothing prevents collapse",
+                "method.stop_gradient=False with method.regularizer.name=none: nothing prevents collapse",
                 stacklevel=2,
             )
 
@@ -62,7 +62,7 @@ class IJEPANoTeacher(IJEPA):
         width = config.encoder.width
         self.encoder = ViT(config.encoder, key=key_encoder)
         self.predictor = Predictor(config.predictor, width, key=key_predictor)
-        self.prediction_norm = LayerNorm(width) if config.prediction_norm == "trainable" else None
+        self.prediction_norm = LayerNorm(width) if config.prediction_norm == "affine" else None
         self.masks = MultiBlock(config.masks, config.encoder.grid(config.crop.size))
         self.config, self.total_steps = config, total_steps
 

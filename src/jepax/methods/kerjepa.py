@@ -81,4 +81,4 @@ class KerJEPA(MultiView):
         kernel_loss = jnp.mean(jax.vmap(self.discrepancy)(jnp.concatenate(groups)))
 
         loss = (1 - self.config.kernel_weight) * inv + self.config.kernel_weight * kernel_loss
-        return loss, view_metrics(outputs, groups) | {"invariance": inv, "kernel_loss": kernel_loss}
+        return loss, view_metrics(outputs, groups) | {"train/invariance_loss": inv, "train/kernel_loss": kernel_loss}

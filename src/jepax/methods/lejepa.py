@@ -31,23 +31,23 @@ from jepax.types import Metrics, UserError
 class LeJEPAConfig(MultiViewConfig, name="lejepa"):
     """LeJEPA, with the weight of the paper."""
 
-    weight: float = 0.05
+    sigreg_weight: float = 0.05
     """Fraction w of SIGReg in the loss, the invariance having 1 - w. SIGReg grows with the global batch."""
-    directions: int = 1024
+    num_slices: int = 1024
     """Directions of SIGReg, redrawn at each step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_no_final_relu(self.projector)
-        if not 0 <= self.weight <= 1:
-            raise UserError(f"method.weight={self.weight} is not in [0, 1]")
-        check_counts(self, "directions")
+        if not 0 <= self.sigreg_weight <= 1:
+            raise UserError(f"method.sigreg_weight={self.sigreg_weight} is not in [0, 1]")
+        check_counts(self, "num_slices")
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "LeJEPA":
         return LeJEPA(self, key=key)
 
     def tiny(self) -> "LeJEPAConfig":
-        return replace(super().tiny(), directions=16)
+        return replace(super().tiny(), num_slices=16)
 
 
 class LeJEPA(MultiView):
@@ -63,8 +63,8 @@ class LeJEPA(MultiView):
         inv = invariance_loss(groups)
 
         # Each view's projections, along any direction, are a standard normal.
-        directions = random_unit_directions(key, z.shape[2], self.config.directions)
+        directions = random_unit_directions(key, z.shape[2], self.config.num_slices)
         sigreg_loss = jnp.mean(jax.vmap(lambda z_v: sigreg(z_v, directions))(z))
 
-        loss = (1 - self.config.weight) * inv + self.config.weight * sigreg_loss
-        return loss, view_metrics(outputs, groups) | {"invariance": inv, "sigreg": sigreg_loss}
+        loss = (1 - self.config.sigreg_weight) * inv + self.config.sigreg_weight * sigreg_loss
+        return loss, view_metrics(outputs, groups) | {"train/invariance_loss": inv, "train/sigreg_loss": sigreg_loss}

@@ -38,10 +38,10 @@ class MultiViewConfig(ImageMethodConfig):
     """Views of each image."""
 
     def __post_init__(self) -> None:
-        if self.views.globals + self.views.locals < 2:
-            raise UserError(f"method.views.globals={self.views.globals} leaves nothing to compare; try 2")
+        if self.views.num_global + self.views.num_local < 2:
+            raise UserError(f"method.views.num_global={self.views.num_global} leaves nothing to compare; try 2")
         self.encoder.grid(self.views.global_crop.size)  # refuses a patch that does not divide a view
-        if self.views.locals:
+        if self.views.num_local:
             self.encoder.grid(self.views.local_crop.size)
 
     @property
@@ -100,7 +100,7 @@ def project(projector: Projector, group: Float[Array, "batch views _inputs"]) ->
 def view_metrics(embeddings: Embeddings, groups: tuple[Projections, ...]) -> Metrics:
     """The first view's embeddings and projections, which are read for collapse, and the agreement of all views."""
     rows = {"embeddings": embeddings[0][:, 0], "projections": groups[0][0]}
-    return rows | {"loss_explained": explained_by_views(groups)}
+    return rows | {"train/explained_variance": explained_by_views(groups)}
 
 
 def invariance_loss(groups: tuple[Projections, ...]) -> Float[Array, ""]:
@@ -139,8 +139,8 @@ def check_counts(config: object, *names: str) -> None:
 
 def check_no_final_relu(*heads: ProjectorConfig) -> None:
     """Raise `UserError` if a ReLU ends a head whose output must have both signs."""
-    if any(head.rectified for head in heads):
-        raise UserError("projector.rectified=True leaves no projection below 0, but the loss wants some; set it False")
+    if any(head.final_relu for head in heads):
+        raise UserError("projector.final_relu=True leaves no projection below 0, but the loss wants some; set it False")
 
 
 def check_weights(config: object, *names: str) -> None:

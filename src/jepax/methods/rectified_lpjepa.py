@@ -34,35 +34,35 @@ from jepax.types import Metrics, UserError
 class RectifiedLpJEPAConfig(MultiViewConfig, name="rectified_lpjepa"):
     """Rectified LpJEPA, with the weights of the paper's ImageNet runs."""
 
-    projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(rectified=True))
+    projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(final_relu=True))
     """Head on the mean over patches; it ends in a ReLU."""
-    invariance: float = 25.0
+    invariance_weight: float = 25.0
     """Weight of the mean squared distance between two views of an image."""
-    matching: float = 125.0
+    rdmreg_weight: float = 125.0
     """Weight of RDMReg, mean over views."""
-    directions: int = 512
+    num_slices: int = 512
     """Directions of RDMReg, redrawn at each step (8192 as published, where 512 suffice)."""
     p: float = 1.0
     """Exponent of the generalized Gaussian: 1 is Laplace's distribution, 2 the normal."""
     mu: float = 0.0
     """Mean of the generalized Gaussian before its rectification; lower is sparser."""
-    sigma: Literal["before", "after"] = "before"
+    unit_variance: Literal["before_relu", "after_relu"] = "before_relu"
     """The variance is 1 before the rectification (as published) or after it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weights(self, "invariance", "matching")
-        check_counts(self, "directions")
+        check_weights(self, "invariance_weight", "rdmreg_weight")
+        check_counts(self, "num_slices")
         if self.p <= 0:
             raise UserError(f"method.p={self.p} must be above 0; try 1.0")
-        if not self.projector.rectified:
-            raise UserError("method.projector.rectified=False leaves the projections without a ReLU; set it True")
+        if not self.projector.final_relu:
+            raise UserError("method.projector.final_relu=False leaves the projections without a ReLU; set it True")
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "RectifiedLpJEPA":
         return RectifiedLpJEPA(self, key=key)
 
     def tiny(self) -> "RectifiedLpJEPAConfig":
-        return replace(super().tiny(), directions=16)
+        return replace(super().tiny(), num_slices=16)
 
 
 class RectifiedLpJEPA(MultiView):
@@ -73,21 +73,23 @@ class RectifiedLpJEPA(MultiView):
     def objective(self, outputs: Embeddings, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
         groups, c = self.project(outputs), self.config
         z = jnp.concatenate(groups)  # (V, B, D), none below 0
-        sigma = rdmreg.sigma_before_relu(c.p) if c.sigma == "before" else rdmreg.sigma_after_relu(c.p, c.mu)
+        sigma = (
+            rdmreg.sigma_before_relu(c.p) if c.unit_variance == "before_relu" else rdmreg.sigma_after_relu(c.p, c.mu)
+        )
 
         # Views of an image agree.
         inv = pairwise_mse(z)
 
         # Each view's projections are distributed, along any direction, as the target is.
         key_directions, key_target = jr.split(key)
-        directions = random_unit_directions(key_directions, z.shape[2], c.directions)
+        directions = random_unit_directions(key_directions, z.shape[2], c.num_slices)
         target = rdmreg.sample_target(key_target, z.shape[1:], p=c.p, mu=c.mu, sigma=sigma)
         rdmreg_loss = jnp.mean(jax.vmap(lambda z_v: rdmreg.rdmreg(z_v, target, directions))(z))
 
-        loss = c.invariance * inv + c.matching * rdmreg_loss
+        loss = c.invariance_weight * inv + c.rdmreg_weight * rdmreg_loss
         return loss, view_metrics(outputs, groups) | {
-            "invariance": inv,
-            "rdmreg": rdmreg_loss,
-            "share_of_nonzeros": jnp.mean(z > 0),
-            "expected_share_of_nonzeros": jnp.float32(rdmreg.nonzero_fraction(c.p, c.mu, sigma)),
+            "train/invariance_loss": inv,
+            "train/rdmreg_loss": rdmreg_loss,
+            "health/nonzero_fraction": jnp.mean(z > 0),
+            "health/nonzero_fraction_expected": jnp.float32(rdmreg.nonzero_fraction(c.p, c.mu, sigma)),
         }

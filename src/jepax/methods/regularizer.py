@@ -1,4 +1,4 @@
-"""What keeps a method's embeddings apart: one of four regularisers by name, for methods that take any of them."""
+"""What keeps a method's embeddings apart: one of four regularizers by name, for methods that take any of them."""
 
 import warnings
 from dataclasses import dataclass, fields, replace
@@ -13,92 +13,92 @@ from jepax.objectives.slicing import random_unit_directions
 from jepax.types import Metrics, UserError
 
 FIELDS_BY_NAME = {
-    "none": {"kind", "weight"},
-    "sigreg": {"kind", "weight", "directions"},
-    "rdmreg": {"kind", "weight", "directions", "p", "mu"},
-    "vicreg": {"kind", "weight", "variance", "covariance"},
-    "visreg": {"kind", "weight", "directions", "scale", "centre", "shape"},
+    "none": {"name", "weight"},
+    "sigreg": {"name", "weight", "num_slices"},
+    "rdmreg": {"name", "weight", "num_slices", "p", "mu"},
+    "vicreg": {"name", "weight", "variance_weight", "covariance_weight"},
+    "visreg": {"name", "weight", "num_slices", "scale_weight", "center_weight", "shape_weight"},
 }
-"""The fields that each kind reads."""
+"""The fields that each regularizer reads."""
 
 
 @dataclass(frozen=True)
 class RegularizerConfig:
-    """One regulariser and its weights; a field that names another kind is not read, and says so where it was set.
+    """One regularizer and its weights; a field that names another kind is not read, and says so where it was set.
 
-    Only the weight may stay where kind is none, so that a recipe's regulariser is switched off by its kind alone.
+    Only the weight may stay where name is none, so that a recipe's regularizer is switched off by its name alone.
     """
 
-    kind: Literal["none", "sigreg", "rdmreg", "vicreg", "visreg"] = "none"
-    """None, or the regulariser's name."""
+    name: Literal["none", "sigreg", "rdmreg", "vicreg", "visreg"] = "none"
+    """None, or the regularizer's name."""
     weight: float = 1.0
     """Its weight in the loss. That of sigreg, which grows with the global batch, belongs to a batch size."""
-    directions: int = 256
+    num_slices: int = 256
     """sigreg, rdmreg, visreg: directions of projection, drawn anew at each step."""
-    variance: float = 25.0
-    """vicreg: weight of the variance term within the regulariser, as in the paper's equation."""
-    covariance: float = 1.0
-    """vicreg: weight of the covariance term within the regulariser, as in the paper's equation."""
-    scale: float = 1.0
-    """visreg: weight of the scale term within the regulariser."""
-    centre: float = 1.0
-    """visreg: weight of the centre term within the regulariser."""
-    shape: float = 1.0
-    """visreg: weight of the shape term within the regulariser."""
+    variance_weight: float = 25.0
+    """vicreg: weight of the variance term within the regularizer, as in the paper's equation."""
+    covariance_weight: float = 1.0
+    """vicreg: weight of the covariance term within the regularizer, as in the paper's equation."""
+    scale_weight: float = 1.0
+    """visreg: weight of the scale term within the regularizer."""
+    center_weight: float = 1.0
+    """visreg: weight of the center term within the regularizer."""
+    shape_weight: float = 1.0
+    """visreg: weight of the shape term within the regularizer."""
     p: float = 1.0
-    """rdmreg: exponent of the generalised Gaussian: 1 is Laplace's distribution, 2 the normal."""
+    """rdmreg: exponent of the generalized Gaussian: 1 is Laplace's distribution, 2 the normal."""
     mu: float = 0.0
-    """rdmreg: mean of the generalised Gaussian before its rectification; lower is sparser."""
+    """rdmreg: mean of the generalized Gaussian before its rectification; lower is sparser."""
 
     def __post_init__(self) -> None:
-        for name in ("weight", "variance", "covariance", "scale", "centre", "shape"):
+        for name in ("weight", "variance_weight", "covariance_weight", "scale_weight", "center_weight", "shape_weight"):
             if getattr(self, name) < 0:
-                raise UserError(f"regulariser.{name}={getattr(self, name)} must not be negative")
-        for name in ("directions", "p"):
+                raise UserError(f"regularizer.{name}={getattr(self, name)} must not be negative")
+        for name in ("num_slices", "p"):
             if getattr(self, name) <= 0:
-                raise UserError(f"regulariser.{name}={getattr(self, name)} must be above 0")
+                raise UserError(f"regularizer.{name}={getattr(self, name)} must be above 0")
         for field in fields(self):
-            if field.name not in FIELDS_BY_NAME[self.kind] and getattr(self, field.name) != field.default:
+            if field.name not in FIELDS_BY_NAME[self.name] and getattr(self, field.name) != field.default:
                 warnings.warn(
-                    f"regulariser.{field.name}={getattr(self, field.name)} is not read by regulariser.kind={self.kind}",
+                    f"regularizer.{field.name}={getattr(self, field.name)} is not read by regularizer.name={self.name}",
                     stacklevel=2,
                 )
 
     def tiny(self) -> "RegularizerConfig":
         """The same regularizer along few directions, as tests run it."""
-        return replace(self, directions=16) if "directions" in FIELDS_BY_NAME[self.kind] else self
+        return replace(self, num_slices=16) if "num_slices" in FIELDS_BY_NAME[self.name] else self
 
 
 def regularize(
     config: RegularizerConfig, embeddings: Float[Array, "batch dim"], *, key: PRNGKeyArray
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The weighted regulariser of the global batch, and its unweighted terms. Scale: as each objective says.
+    """The weighted regularizer of the global batch, and its unweighted terms. Scale: as each objective says.
 
     RDMReg asks for features that are not negative, so it reads max(0, embeddings). Where a dimension is below 0 on the
     whole batch its gradient is zero: RDMReg charges for such a dimension, but does not bring it back.
     """
-    match config.kind:
+    match config.name:
         case "none":
             return jnp.float32(0), {}
         case "vicreg":
-            weights = {"variance": config.variance, "covariance": config.covariance}
+            weights = {"variance": config.variance_weight, "covariance": config.covariance_weight}
             terms = {"variance": variance(embeddings), "covariance": covariance(embeddings)}
         case "visreg":
-            directions = random_unit_directions(key, embeddings.shape[1], config.directions)
-            weights = {"scale": config.scale, "centre": config.centre, "shape": config.shape}
+            directions = random_unit_directions(key, embeddings.shape[1], config.num_slices)
+            weights = {"scale": config.scale_weight, "center": config.center_weight, "shape": config.shape_weight}
             terms = {
                 "scale": visreg.scale_term(embeddings),
-                "centre": visreg.center_term(embeddings),
+                "center": visreg.center_term(embeddings),
                 "shape": visreg.shape_term(embeddings, directions),
             }
         case "sigreg":
-            directions = random_unit_directions(key, embeddings.shape[1], config.directions)
+            directions = random_unit_directions(key, embeddings.shape[1], config.num_slices)
             weights, terms = {"sigreg": 1.0}, {"sigreg": sigreg.sigreg(embeddings, directions)}
         case "rdmreg":
             key_directions, key_target = jr.split(key)
-            directions = random_unit_directions(key_directions, embeddings.shape[1], config.directions)
+            directions = random_unit_directions(key_directions, embeddings.shape[1], config.num_slices)
             target = rdmreg.sample_target(key_target, embeddings.shape, p=config.p, mu=config.mu)
             weights = {"rdmreg": 1.0}
             terms = {"rdmreg": rdmreg.rdmreg(jnp.maximum(embeddings, 0), target, directions)}
     value = sum(weights[name] * term for name, term in terms.items())
-    return config.weight * value, {f"{name}_loss": term for name, term in terms.items()}
+    return config.weight * value, {f"train/{name}_loss": term for name, term in terms.items()}

@@ -26,16 +26,16 @@ from jepax.types import Metrics
 class VICRegConfig(MultiViewConfig, name="vicreg"):
     """VICReg, with the weights of the paper, on terms as its released code takes them."""
 
-    invariance: float = 25.0
+    sim_coeff: float = 25.0
     """Weight of the mean squared distance between two views of an image."""
-    variance: float = 25.0
+    std_coeff: float = 25.0
     """Weight of the variance term, mean over views (the paper sums it over the two: there 12.5 is this 25)."""
-    covariance: float = 1.0
+    cov_coeff: float = 1.0
     """Weight of the covariance term, summed over two views (mean over views, times 2)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weights(self, "invariance", "variance", "covariance")
+        check_weights(self, "sim_coeff", "std_coeff", "cov_coeff")
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "VICReg":
         return VICReg(self, key=key)
@@ -54,6 +54,6 @@ class VICReg(MultiView):
         var = jnp.mean(jax.vmap(variance)(z))
         cov = jnp.mean(jax.vmap(covariance)(z))
 
-        loss = c.invariance * inv + c.variance * var + 2 * c.covariance * cov
-        terms = {"invariance": inv, "variance_loss": var, "covariance_loss": cov}
+        loss = c.sim_coeff * inv + c.std_coeff * var + 2 * c.cov_coeff * cov
+        terms = {"train/invariance_loss": inv, "train/variance_loss": var, "train/covariance_loss": cov}
         return loss, view_metrics(outputs, groups) | terms

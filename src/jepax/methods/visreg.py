@@ -32,30 +32,30 @@ from jepax.types import Metrics, UserError
 class VISRegConfig(MultiViewConfig, name="visreg"):
     """VISReg, with the weights of the public ImageNet runs."""
 
-    weight: float = 0.9
+    visreg_weight: float = 0.9
     """Fraction w of the regularizer in the loss, the invariance having 1 - w."""
-    scale: float = 1.0
+    scale_weight: float = 1.0
     """Weight of the scale term within the regularizer."""
-    centre: float = 1.0
+    center_weight: float = 1.0
     """Weight of the center term within the regularizer."""
-    shape: float = 1.0
+    shape_weight: float = 1.0
     """Weight of the shape term within the regularizer."""
-    directions: int = 4096
+    num_slices: int = 4096
     """Directions of the shape term, redrawn at each step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_no_final_relu(self.projector)
-        if not 0 <= self.weight <= 1:
-            raise UserError(f"method.weight={self.weight} is not in [0, 1]")
-        check_weights(self, "scale", "centre", "shape")
-        check_counts(self, "directions")
+        if not 0 <= self.visreg_weight <= 1:
+            raise UserError(f"method.visreg_weight={self.visreg_weight} is not in [0, 1]")
+        check_weights(self, "scale_weight", "center_weight", "shape_weight")
+        check_counts(self, "num_slices")
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "VISReg":
         return VISReg(self, key=key)
 
     def tiny(self) -> "VISRegConfig":
-        return replace(super().tiny(), directions=16)
+        return replace(super().tiny(), num_slices=16)
 
 
 class VISReg(MultiView):
@@ -71,11 +71,18 @@ class VISReg(MultiView):
         inv = invariance_loss(groups)
 
         # Deviation 1, mean 0, and normal along any direction: each of one view's batch, then the mean over views.
-        directions = random_unit_directions(key, z.shape[2], c.directions)
+        directions = random_unit_directions(key, z.shape[2], c.num_slices)
         scale = jnp.mean(jax.vmap(visreg.scale_term)(z))
         center = jnp.mean(jax.vmap(visreg.center_term)(z))
         shape = jnp.mean(jax.vmap(lambda z_v: visreg.shape_term(z_v, directions))(z))
 
-        loss = (1 - c.weight) * inv + c.weight * (c.scale * scale + c.centre * center + c.shape * shape)
-        terms = {"invariance": inv, "scale_loss": scale, "centre_loss": center, "shape_loss": shape}
+        loss = (1 - c.visreg_weight) * inv + c.visreg_weight * (
+            c.scale_weight * scale + c.center_weight * center + c.shape_weight * shape
+        )
+        terms = {
+            "train/invariance_loss": inv,
+            "train/scale_loss": scale,
+            "train/center_loss": center,
+            "train/shape_loss": shape,
+        }
         return loss, view_metrics(outputs, groups) | terms

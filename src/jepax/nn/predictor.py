@@ -20,13 +20,13 @@ class PredictorConfig:
     """Dimension of a token."""
     depth: int = 6
     """Number of blocks."""
-    heads: int = 12
+    num_heads: int = 12
     """Attention heads; must divide the width."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over the width."""
     init_std: float | None = 0.02
     """Standard deviation of the initial weights (0.02 as published); None means 1 / sqrt(fan in)."""
-    scan: bool = False
+    scan_layers: bool = False
     """Run the blocks by a scan."""
     remat: Remat = "none"
     """What the backward pass computes again: none, all but products with weights and attention's
@@ -35,15 +35,15 @@ class PredictorConfig:
     """Use the fast kernels (nn/kernels.py). Set fast=False to change the model in nn/transformer.py."""
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise UserError(f"predictor: heads={self.heads} does not divide width={self.width}")
-        for field in ("width", "depth", "heads", "mlp_ratio"):
+        if self.width % self.num_heads:
+            raise UserError(f"predictor: num_heads={self.num_heads} does not divide width={self.width}")
+        for field in ("width", "depth", "num_heads", "mlp_ratio"):
             if getattr(self, field) <= 0:
                 raise UserError(f"predictor: {field}={getattr(self, field)} must be above 0")
 
     def tiny(self) -> "PredictorConfig":
         """The same predictor at the size that tests run."""
-        return replace(self, width=16, depth=2, heads=2)
+        return replace(self, width=16, depth=2, num_heads=2)
 
 
 class Predictor(eqx.Module):
@@ -68,10 +68,10 @@ class Predictor(eqx.Module):
         self.stack = init_stack(
             config.width,
             config.depth,
-            config.heads,
+            config.num_heads,
             round(config.width * config.mlp_ratio),
             std=std,
-            scan_layers=config.scan,
+            scan_layers=config.scan_layers,
             remat=config.remat,
             fast=config.fast,
             key=key_stack,

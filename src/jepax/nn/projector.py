@@ -37,20 +37,22 @@ class BatchNorm(eqx.Module):
 class ProjectorConfig:
     """Widths of a projector."""
 
-    hidden: tuple[int, ...] = (2048, 2048)
+    hidden_dims: tuple[int, ...] = (2048, 2048)
     """Widths of the hidden layers, each a linear layer, a BatchNorm over the global batch and a ReLU."""
-    width: int = 512
+    out_dim: int = 512
     """Dimension of the projection."""
-    rectified: bool = False
+    final_relu: bool = False
     """End with a ReLU."""
 
     def __post_init__(self) -> None:
-        if min((self.width, *self.hidden)) < 1:
-            raise UserError(f"projector.width={self.width} and projector.hidden={self.hidden} must be above 0")
+        if min((self.out_dim, *self.hidden_dims)) < 1:
+            raise UserError(
+                f"projector.out_dim={self.out_dim} and projector.hidden_dims={self.hidden_dims} must be above 0"
+            )
 
     def tiny(self) -> "ProjectorConfig":
         """The same head at the size that tests run."""
-        return replace(self, hidden=(24,), width=8)
+        return replace(self, hidden_dims=(24,), out_dim=8)
 
 
 class Projector(eqx.Module):
@@ -61,15 +63,15 @@ class Projector(eqx.Module):
     final_relu: bool = eqx.field(static=True)
 
     def __init__(self, config: ProjectorConfig, inputs: int, *, key: PRNGKeyArray):
-        widths = (inputs, *config.hidden, config.width)
-        keys, last = jr.split(key, len(widths) - 1), len(config.hidden)
+        widths = (inputs, *config.hidden_dims, config.out_dim)
+        keys, last = jr.split(key, len(widths) - 1), len(config.hidden_dims)
         # BatchNorm subtracts any bias before it, so only the last layer has one.
         self.linears = tuple(
             Linear(a, b, std=None, bias=layer == last, key=k)
             for layer, (a, b, k) in enumerate(zip(widths[:-1], widths[1:], keys, strict=True))
         )
-        self.norms = tuple(BatchNorm(width) for width in config.hidden)
-        self.final_relu = config.rectified
+        self.norms = tuple(BatchNorm(width) for width in config.hidden_dims)
+        self.final_relu = config.final_relu
 
     def __call__(self, x: Float[Array, "batch inputs"]) -> Float[Array, "batch dim"]:
         # Hidden layers: (batch, inputs) -> (batch, hidden)

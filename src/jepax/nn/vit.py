@@ -12,12 +12,12 @@ from jepax.nn.transformer import BlockStack, LayerNorm, Linear, Remat, init_stac
 from jepax.types import UserError
 
 VIT_SIZES: dict[str, dict[str, int | float]] = {
-    "tiny": {"width": 192, "depth": 12, "heads": 3},
-    "small": {"width": 384, "depth": 12, "heads": 6},
-    "base": {"width": 768, "depth": 12, "heads": 12},
-    "large": {"width": 1024, "depth": 24, "heads": 16},
-    "huge": {"width": 1280, "depth": 32, "heads": 16},
-    "giant": {"width": 1408, "depth": 40, "heads": 16, "mlp_ratio": 48 / 11},
+    "tiny": {"width": 192, "depth": 12, "num_heads": 3},
+    "small": {"width": 384, "depth": 12, "num_heads": 6},
+    "base": {"width": 768, "depth": 12, "num_heads": 12},
+    "large": {"width": 1024, "depth": 24, "num_heads": 16},
+    "huge": {"width": 1280, "depth": 32, "num_heads": 16},
+    "giant": {"width": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},
 }
 """Width, depth and heads by name (Assran et al. 2023; Zhai et al. 2022 for giant)."""
 
@@ -28,19 +28,19 @@ class ViTConfig:
 
     patch_size: int = 16
     """Side of a square patch, in pixels."""
-    channels: int = 3
+    in_channels: int = 3
     """Color channels of the image: 1 or 3."""
     width: int = 768
     """Dimension of a token."""
     depth: int = 12
     """Number of blocks."""
-    heads: int = 12
+    num_heads: int = 12
     """Attention heads; must divide the width."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over the width."""
     init_std: float | None = 0.02
     """Standard deviation of the initial weights (0.02 as published); None means 1 / sqrt(fan in), for small widths."""
-    scan: bool = False
+    scan_layers: bool = False
     """Run the blocks by a scan: compiles in seconds at any depth, costs 15 to 30% per step on a CPU."""
     remat: Remat = "none"
     """What the backward pass computes again: none, all but products with weights and attention's
@@ -49,18 +49,18 @@ class ViTConfig:
     """Use the fast kernels (nn/kernels.py). Set fast=False to change the model in nn/transformer.py."""
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
+        if self.width % self.num_heads:
             near = _nearest_divisor(self)
-            raise UserError(f"heads={self.heads} does not divide width={self.width}; try heads={near}")
-        if self.channels not in (1, 3):
-            raise UserError(f"channels={self.channels} is neither 1 (grey) nor 3 (colour)")
-        for field in ("patch_size", "width", "depth", "heads", "mlp_ratio"):
+            raise UserError(f"num_heads={self.num_heads} does not divide width={self.width}; try num_heads={near}")
+        if self.in_channels not in (1, 3):
+            raise UserError(f"in_channels={self.in_channels} is neither 1 (gray) nor 3 (color)")
+        for field in ("patch_size", "width", "depth", "num_heads", "mlp_ratio"):
             if getattr(self, field) <= 0:
                 raise UserError(f"{field}={getattr(self, field)} must be above 0")
 
     def tiny(self) -> "ViTConfig":
         """The same encoder at the size that tests run: 6 x 6 patches of a 24 x 24 view."""
-        return replace(self, patch_size=4, width=32, depth=2, heads=2)
+        return replace(self, patch_size=4, width=32, depth=2, num_heads=2)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of patches of an image of `size` (height, width)."""
@@ -74,7 +74,9 @@ class ViTConfig:
 
 
 def _nearest_divisor(config: ViTConfig) -> int:
-    return min((h for h in range(1, config.width + 1) if config.width % h == 0), key=lambda h: abs(h - config.heads))
+    return min(
+        (h for h in range(1, config.width + 1) if config.width % h == 0), key=lambda h: abs(h - config.num_heads)
+    )
 
 
 def _patch_sizes(side: int, patch_size: int) -> str:
@@ -106,15 +108,15 @@ class ViT(eqx.Module):
 
     def __init__(self, config: ViTConfig, *, key: PRNGKeyArray):
         key_embed, key_stack = jr.split(key)
-        pixels = config.patch_size**2 * config.channels
+        pixels = config.patch_size**2 * config.in_channels
         self.embed = Linear(pixels, config.width, std=config.init_std, key=key_embed)
         self.stack = init_stack(
             config.width,
             config.depth,
-            config.heads,
+            config.num_heads,
             round(config.width * config.mlp_ratio),
             std=config.init_std,
-            scan_layers=config.scan,
+            scan_layers=config.scan_layers,
             remat=config.remat,
             fast=config.fast,
             key=key_stack,

@@ -1,4 +1,4 @@
-"""RDMReg: the embeddings are to be rectified generalised Gaussians (Kuang et al. 2026, arXiv:2602.01456).
+"""RDMReg: the embeddings are to be rectified generalized Gaussians (Kuang et al. 2026, arXiv:2602.01456).
 
 The target is y = max(0, mu + sigma g), with g of density p^(1 - 1/p) / (2 Gamma(1/p)) exp(-|g|^p / p).
 """

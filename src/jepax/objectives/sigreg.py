@@ -18,7 +18,7 @@ def epps_pulley(
     batch. The integrand is even: the trapezoid rule has its `knots` on [0, limit], each inner weight doubled.
 
     Scale: N times a mean, so a sample of the normal scores about the same at any N, and what is far from normal scores
-    in proportion to N: its weight in a loss belongs to a batch size. Nothing is standardised before.
+    in proportion to N: its weight in a loss belongs to a batch size. Nothing is standardized before.
     Source: Epps & Pulley 1983; Balestriero & LeCun 2025 (arXiv:2511.08544), section 4.
     """
     points = jnp.linspace(0.0, limit, knots)

@@ -1,4 +1,4 @@
-"""VICReg's two regularisers (Bardes et al. 2022, arXiv:2105.04906): keep every dimension alive, and different."""
+"""VICReg's two regularizers (Bardes et al. 2022, arXiv:2105.04906): keep every dimension alive, and different."""
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,6 @@ def covariance(embeddings: Float[Array, "batch dim"]) -> Float[Array, ""]:
     the batch, but for the noise of C. Source: Bardes et al. 2022, equations 3 and 4. Not a number at one.
     """
     count, dim = embeddings.shape
-    centred = embeddings - jnp.mean(embeddings, axis=0)
-    squares = jnp.square(jnp.matmul(centred.T, centred, precision=lax.Precision.HIGHEST) / (count - 1))
+    centered = embeddings - jnp.mean(embeddings, axis=0)
+    squares = jnp.square(jnp.matmul(centered.T, centered, precision=lax.Precision.HIGHEST) / (count - 1))
     return (jnp.sum(squares) - jnp.sum(jnp.diagonal(squares))) / dim

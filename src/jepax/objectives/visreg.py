@@ -1,4 +1,4 @@
-"""VISReg's regulariser: scale, centre and shape of the embeddings apart (Wu et al. 2026, arXiv:2606.02572)."""
+"""VISReg's regularizer: scale, center and shape of the embeddings apart (Wu et al. 2026, arXiv:2606.02572)."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -33,15 +33,15 @@ def shape_term(
     directions: Float[Array, "dim directions"],
     chunk: int | None = DIRECTIONS_PER_CHUNK,
 ) -> Float[Array, ""]:
-    """Sliced 2-Wasserstein distance, squared, of the standardised embeddings to the standard normal.
+    """Sliced 2-Wasserstein distance, squared, of the standardized embeddings to the standard normal.
 
     Along each unit direction: the mean squared difference between the sorted projections and the normal's quantiles at
-    i / (N + 1), i = 1..N of the global batch. The deviations that standardise carry no gradient, so that the scale is
+    i / (N + 1), i = 1..N of the global batch. The deviations that standardize carry no gradient, so that the scale is
     left to `scale`. Scale: near 0 where every projection is normal, of order 1 where none is; not with N or width.
     Source: Wu et al. 2026, the shape term and public code.
     """
-    centred = embeddings - jnp.mean(embeddings, axis=0)
-    normal = centred * lax.stop_gradient(lax.rsqrt(jnp.var(embeddings, axis=0) + VARIANCE_EPS))
+    centered = embeddings - jnp.mean(embeddings, axis=0)
+    normal = centered * lax.stop_gradient(lax.rsqrt(jnp.var(embeddings, axis=0) + VARIANCE_EPS))
     count = embeddings.shape[0]
     quantiles = ndtri((jnp.arange(count) + 1) / (count + 1))[:, None]
 

@@ -1,7 +1,7 @@
 """BYOL (Grill et al. 2020, arXiv:2006.07733): on Fashion-MNIST for two CPU cores, and on ImageNet-100.
 
 On ImageNet-100: projector and predictor 4096-256, momentum 0.996 -> 1 on a cosine (paper, section 3.2); encoder, views
-and optimiser are those of `vicreg_vits16_in100`, as what is ours in them; the paper trains a ResNet-50 with LARS at
+and optimizer are those of `vicreg_vits16_in100`, as what is ours in them; the paper trains a ResNet-50 with LARS at
 batch 4096.
 """
 
@@ -25,7 +25,7 @@ def byol_fashion_mnist() -> Config:
         projector=base.method.projector,
         predictor=base.method.projector,
         views=base.method.views,
-        momentum=EMAConfig(start=0.99, shape="cosine"),
+        ema=EMAConfig(start=0.99, schedule="cosine"),
     )
     return replace(base, recipe="byol_fashion_mnist", method=method)
 
@@ -36,7 +36,7 @@ def byol_vits16_in100() -> Config:
     base = vicreg_vits16_in100()
     method = BYOLConfig(
         encoder=base.method.encoder,
-        projector=ProjectorConfig(hidden=(4096,), width=256),
+        projector=ProjectorConfig(hidden_dims=(4096,), out_dim=256),
         views=base.method.views,
     )
     return replace(base, recipe="byol_vits16_in100", method=method)

@@ -5,6 +5,6 @@ from jepax.evals.online import OnlineConfig
 from jepax.evals.protocols import EvalConfig
 
 FASHION_MNIST_EVAL = EvalConfig(
-    attentive=AttentiveConfig(views="centre"),  # crops and flips cost these small pictures two points
-    online=OnlineConfig(every=200),
+    attentive=AttentiveConfig(train_views="center"),  # crops and flips cost these small pictures two points
+    online=OnlineConfig(every_steps=200),
 )

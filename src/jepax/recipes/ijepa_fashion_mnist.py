@@ -34,27 +34,36 @@ def ijepa_fashion_mnist() -> Config:
     return Config(
         recipe="ijepa_fashion_mnist",
         method=IJEPAConfig(
-            encoder=ViTConfig(patch_size=7, channels=1, width=192, depth=3, heads=3, init_std=None),
-            predictor=PredictorConfig(width=96, depth=2, heads=3, init_std=None),
-            masks=MultiBlockConfig(blocks=2, target_scale=(0.25, 0.5), context_scale=(1.0, 1.0), context=4, margin=0),
-            crop=CropConfig(
-                size=(28, 28), scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3), mean=(0.2860,), std=(0.3530,), centre_resize=1.0
+            encoder=ViTConfig(patch_size=7, in_channels=1, width=192, depth=3, num_heads=3, init_std=None),
+            predictor=PredictorConfig(width=96, depth=2, num_heads=3, init_std=None),
+            masks=MultiBlockConfig(
+                num_targets=2, target_scale=(0.25, 0.5), context_scale=(1.0, 1.0), num_context_patches=4, grid_margin=0
             ),
-            regulariser=RegularizerConfig(kind="vicreg", weight=2e-3),
-            momentum=EMAConfig(start=0.99),
+            crop=CropConfig(
+                size=(28, 28),
+                scale=(0.4, 1.0),
+                ratio=(3 / 4, 4 / 3),
+                mean=(0.2860,),
+                std=(0.3530,),
+                eval_resize_ratio=1.0,
+            ),
+            regularizer=RegularizerConfig(name="vicreg", weight=2e-3),
+            ema=EMAConfig(start=0.99),
         ),
-        data=DataConfig(source="fashion_mnist"),
+        data=DataConfig(dataset="fashion_mnist"),
         optim=OptimConfig(
-            matrices="muon",
+            name="muon",
             peak_lr=4e-3,
             start_lr=1e-4,
             final_lr=1e-5,
             warmup_epochs=0.4,
             weight_decay=0.05,
-            decay_shape="constant",
+            weight_decay_schedule="constant",
             beta2=0.95,
         ),
-        train=TrainConfig(batch_size=128, epochs=4.0, log_every=20, save=CheckpointConfig(every=1000)),
+        train=TrainConfig(
+            batch_size=128, epochs=4.0, log_every_steps=20, checkpoint=CheckpointConfig(every_steps=1000)
+        ),
         eval=FASHION_MNIST_EVAL,
     )
 
@@ -66,10 +75,10 @@ def ijepa_fashion_mnist_long() -> Config:
     return replace(
         config,
         recipe="ijepa_fashion_mnist_long",
-        method=replace(config.method, encoder=replace(config.method.encoder, depth=4), momentum=EMAConfig(start=0.996)),
+        method=replace(config.method, encoder=replace(config.method.encoder, depth=4), ema=EMAConfig(start=0.996)),
         optim=replace(config.optim, peak_lr=3e-3, warmup_epochs=1.0),
-        train=replace(config.train, epochs=25.0, log_every=50, save=CheckpointConfig(every=2000)),
-        eval=replace(config.eval, online=replace(config.eval.online, every=1000)),
+        train=replace(config.train, epochs=25.0, log_every_steps=50, checkpoint=CheckpointConfig(every_steps=2000)),
+        eval=replace(config.eval, online=replace(config.eval.online, every_steps=1000)),
     )
 
 
@@ -80,7 +89,7 @@ def ijepa_fashion_mnist_multilayer() -> Config:
     Test top-1, one seed: linear 86.5, kNN 83.7 (the demo 86.6, 83.1; untrained 82.5, 74.7; raw pixels 84.6, 85.3).
     """
     config = ijepa_fashion_mnist()
-    dense = {"layers": (1, 2, 3), "layer_weights": (0.5, 0.5, 1.0), "context_weight": 0.1}
+    dense = {"target_layers": (1, 2, 3), "target_layer_weights": (0.5, 0.5, 1.0), "context_loss_weight": 0.1}
     method = IJEPADenseConfig(**vars(config.method), **dense)
     return replace(config, recipe="ijepa_fashion_mnist_multilayer", method=method)
 
@@ -92,7 +101,7 @@ def ijepa_fashion_mnist_no_teacher() -> Config:
     Test top-1, one seed: linear 85.5, kNN 80.2 (floors as above); more is in docs/results.md.
     """
     config = ijepa_fashion_mnist()
-    shared = {name: value for name, value in vars(config.method).items() if name != "momentum"}
-    rdmreg = RegularizerConfig(kind="rdmreg", weight=0.05, directions=256)
-    method = IJEPANoTeacherConfig(**shared | {"regulariser": rdmreg})
+    shared = {name: value for name, value in vars(config.method).items() if name != "ema"}
+    rdmreg = RegularizerConfig(name="rdmreg", weight=0.05, num_slices=256)
+    method = IJEPANoTeacherConfig(**shared | {"regularizer": rdmreg})
     return replace(config, recipe="ijepa_fashion_mnist_no_teacher", method=method)

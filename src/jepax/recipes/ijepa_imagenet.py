@@ -5,7 +5,7 @@ Where each number comes from: [paper] is its section 4 and appendix A; [config] 
 - Batch 2048 in all; AdamW; learning rate 2e-4 -> 1e-3 in 40 epochs of warm-up, then cosine to 1e-6; weight decay cosine
   0.04 -> 0.4, none on biases and norms; EMA 0.996 -> 1.0, linear. [paper, config]
 - Four targets of scale 0.15-0.2 and aspect 0.75-1.5; context block of scale 0.85-1.0. [paper, config]
-- Crops of scale 0.3-1.0, no flip, no colour change; ImageNet's mean and standard deviation. [config]
+- Crops of scale 0.3-1.0, no flip, no color change; ImageNet's mean and standard deviation. [config]
 - Predictor: width 384; depth 6 (B/16), 12 (L/16, H/14, H/16 at 448) or 16 (g/16); the encoder's number of heads.
   [paper, config]
 - Epochs: B/16 and L/16 600, H/14 and H/16 at 448 px 300. [paper] g/16 on ImageNet-22k: 44, 3 of them warm-up. [config]
@@ -38,11 +38,11 @@ def ijepa_vitb16_in1k() -> Config:
         recipe="ijepa_vitb16_in1k",
         method=IJEPAConfig(
             encoder=ViTConfig(patch_size=16, **VIT_SIZES["base"]),
-            predictor=PredictorConfig(width=384, depth=6, heads=12),
-            masks=MultiBlockConfig(context=50),
+            predictor=PredictorConfig(width=384, depth=6, num_heads=12),
+            masks=MultiBlockConfig(num_context_patches=50),
             crop=CropConfig(size=(224, 224), scale=(0.3, 1.0)),
         ),
-        data=DataConfig(source="image_folder", canvas=512, validation=0.01, threads=16),
+        data=DataConfig(dataset="image_folder", canvas_size=512, val_fraction=0.01, num_threads=16),
         optim=OptimConfig(),
         train=TrainConfig(batch_size=2048, epochs=600.0),
     )
@@ -50,13 +50,13 @@ def ijepa_vitb16_in1k() -> Config:
 
 def _sized(config: Config, name: str, size: str, patch: int, side: int, context: int, epochs: float) -> Config:
     """The same experiment with another encoder; deep ones are scanned, with matrix products kept for the backward."""
-    encoder = ViTConfig(patch_size=patch, scan=True, remat="dots", **VIT_SIZES[size])
-    predictor = PredictorConfig(width=384, depth=12, heads=encoder.heads, scan=True, remat="dots")
+    encoder = ViTConfig(patch_size=patch, scan_layers=True, remat="dots", **VIT_SIZES[size])
+    predictor = PredictorConfig(width=384, depth=12, num_heads=encoder.num_heads, scan_layers=True, remat="dots")
     method = replace(
         config.method,
         encoder=encoder,
         predictor=predictor,
-        masks=replace(config.method.masks, context=context),
+        masks=replace(config.method.masks, num_context_patches=context),
         crop=replace(config.method.crop, size=(side, side)),
     )
     return replace(config, recipe=name, method=method, train=replace(config.train, epochs=epochs))

@@ -4,9 +4,9 @@ Where the published numbers come from: [paper] or [code], its public repository 
 
 - Loss: weight of SIGReg 0.05 [paper], 0.02 on Imagenette [code]; 17 knots on [0, 3]; 1024 directions [code].
 - Multi-crop: 2 global views of 224 px (0.3-1) and 6 local ones of 98 px (0.05-0.3); flip 0.5, jitter 0.8 (0.4, 0.4,
-  0.2, 0.1), grey 0.2, blur 0.5, solarise 0.2. [code]
+  0.2, 0.1), gray 0.2, blur 0.5, solarize 0.2. [code]
 - AdamW 5e-4, weight decay 5e-2, warm-up and then cosine to a thousandth. [paper, code]
-- Imagenette: 4 views of 128 px (0.08-1), jitter 0.8 (0.8, 0.8, 0.8, 0.2), grey 0.2, blur 0.5, solarise 0.2, flip
+- Imagenette: 4 views of 128 px (0.08-1), jitter 0.8 (0.8, 0.8, 0.8, 0.2), gray 0.2, blur 0.5, solarize 0.2, flip
   0.5; projector 2048-2048-16; 256 directions; batch 256; an epoch of warm-up from a hundredth of 2e-3, cosine to
   1e-3. [code] There the embedding is a class token through a linear map to 512, with stochastic depth 0.1, and the
   blur has 7 taps; here it is the mean over patches, without stochastic depth, and the blur reaches 3 deviations.
@@ -35,32 +35,34 @@ def lejepa_fashion_mnist() -> Config:
         size=(28, 28),
         scale=(0.4, 1.0),
         ratio=(3 / 4, 4 / 3),
-        flip=0.5,
+        hflip_prob=0.5,
         mean=(0.2860,),
         std=(0.3530,),
-        centre_resize=1.0,
+        eval_resize_ratio=1.0,
     )
     return Config(
         recipe="lejepa_fashion_mnist",
         method=LeJEPAConfig(
-            encoder=ViTConfig(patch_size=7, channels=1, width=192, depth=3, heads=3, init_std=None),
-            projector=ProjectorConfig(hidden=(512,), width=64),
-            views=MultiCropConfig(globals=2, global_crop=crop, photometric=ColorConfig(jitter=0.8)),
-            weight=0.05,
-            directions=256,
+            encoder=ViTConfig(patch_size=7, in_channels=1, width=192, depth=3, num_heads=3, init_std=None),
+            projector=ProjectorConfig(hidden_dims=(512,), out_dim=64),
+            views=MultiCropConfig(num_global=2, global_crop=crop, color=ColorConfig(jitter_prob=0.8)),
+            sigreg_weight=0.05,
+            num_slices=256,
         ),
-        data=DataConfig(source="fashion_mnist"),
+        data=DataConfig(dataset="fashion_mnist"),
         optim=OptimConfig(
-            matrices="muon",
+            name="muon",
             peak_lr=3e-3,
             start_lr=1e-4,
             final_lr=1e-5,
             warmup_epochs=0.2,
             weight_decay=0.05,
-            decay_shape="constant",
+            weight_decay_schedule="constant",
             beta2=0.95,
         ),
-        train=TrainConfig(batch_size=128, epochs=2.0, log_every=20, save=CheckpointConfig(every=1000)),
+        train=TrainConfig(
+            batch_size=128, epochs=2.0, log_every_steps=20, checkpoint=CheckpointConfig(every_steps=1000)
+        ),
         eval=FASHION_MNIST_EVAL,
     )
 
@@ -72,20 +74,22 @@ def lejepa_vits8_imagenette() -> Config:
     `jepax train lejepa_vits8_imagenette --data.root PATH`, where PATH holds train/CLASS/*.JPEG and val/CLASS/*.JPEG.
     """
     views = MultiCropConfig(
-        globals=4,
-        global_crop=CropConfig(size=(128, 128), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, centre_resize=1.0),
-        photometric=replace(ColorConfig(**LEJEPA_COLOR), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
+        num_global=4,
+        global_crop=CropConfig(
+            size=(128, 128), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip_prob=0.5, eval_resize_ratio=1.0
+        ),
+        color=replace(ColorConfig(**LEJEPA_COLOR), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
     )
     return Config(
         recipe="lejepa_vits8_imagenette",
         method=LeJEPAConfig(
             encoder=ViTConfig(patch_size=8, **VIT_SIZES["small"]),
-            projector=ProjectorConfig(hidden=(2048, 2048), width=16),
+            projector=ProjectorConfig(hidden_dims=(2048, 2048), out_dim=16),
             views=views,
-            weight=0.02,
-            directions=256,
+            sigreg_weight=0.02,
+            num_slices=256,
         ),
-        data=DataConfig(source="image_folder", canvas=256, validation=0.1, threads=16),
+        data=DataConfig(dataset="image_folder", canvas_size=256, val_fraction=0.1, num_threads=16),
         optim=_adamw(peak=2e-3, final=1e-3, warmup=1.0),
         train=TrainConfig(batch_size=256, epochs=800.0),
     )
@@ -100,23 +104,23 @@ def lejepa_vitl14_in1k() -> Config:
     norms.
     """
     base = lejepa_vits8_imagenette()
-    crop = CropConfig(size=(224, 224), scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5)
+    crop = CropConfig(size=(224, 224), scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3), hflip_prob=0.5)
     views = MultiCropConfig(
-        globals=2,
+        num_global=2,
         global_crop=crop,
-        locals=6,
+        num_local=6,
         local_crop=replace(crop, size=(98, 98), scale=(0.05, 0.3)),
-        photometric=ColorConfig(**LEJEPA_COLOR),
+        color=ColorConfig(**LEJEPA_COLOR),
     )
     return replace(
         base,
         recipe="lejepa_vitl14_in1k",
         method=LeJEPAConfig(
-            encoder=ViTConfig(patch_size=14, scan=True, remat="dots", **VIT_SIZES["large"]),
-            projector=ProjectorConfig(hidden=(2048, 2048), width=512),
+            encoder=ViTConfig(patch_size=14, scan_layers=True, remat="dots", **VIT_SIZES["large"]),
+            projector=ProjectorConfig(hidden_dims=(2048, 2048), out_dim=512),
             views=views,
         ),
-        data=replace(base.data, canvas=512, validation=0.01),
+        data=replace(base.data, canvas_size=512, val_fraction=0.01),
         optim=_adamw(peak=5e-4, final=5e-7, warmup=10.0),
         train=TrainConfig(batch_size=512, epochs=100.0),
     )
@@ -130,5 +134,5 @@ def _adamw(*, peak: float, final: float, warmup: float) -> OptimConfig:
         final_lr=final,
         warmup_epochs=warmup,
         weight_decay=5e-2,
-        decay_shape="constant",
+        weight_decay_schedule="constant",
     )

@@ -1,6 +1,6 @@
 """Rectified LpJEPA (Kuang et al. 2026, arXiv:2602.01456): on Fashion-MNIST for two CPU cores, and as published.
 
-The ImageNet-100 settings are those of its public config with a ViT, which shares views, projector widths and optimiser
+The ImageNet-100 settings are those of its public config with a ViT, which shares views, projector widths and optimizer
 with `vicreg_vits16_in100`, as what is ours in them; p 1, mu 0, weights 25 and 125, 8192 directions.
 """
 
@@ -31,8 +31,8 @@ def rectified_lpjepa_vits16_in100() -> Config:
 def _rectified(base: Config, name: str, *, directions: int) -> Config:
     method = RectifiedLpJEPAConfig(
         encoder=base.method.encoder,
-        projector=replace(base.method.projector, rectified=True),
+        projector=replace(base.method.projector, final_relu=True),
         views=base.method.views,
-        directions=directions,
+        num_slices=directions,
     )
     return replace(base, recipe=name, method=method)

@@ -1,8 +1,8 @@
 """VISReg (Wu et al. 2026, arXiv:2606.02572): on Fashion-MNIST for two CPU cores, and as published.
 
 The ImageNet settings are those of the public code's default config: ViT-B/16; 4 global views of 224 px (0.3-1) and 6
-local ones of 96 px (0.05-0.3), bicubic; flip 0.5, jitter 0.8 (0.4, 0.4, 0.2, 0.1), grey 0.2, blur 0.5, solarise 0.2;
-projector 2048-2048-256; share of the regulariser 0.9, its terms 1 each, 4096 directions; AdamW 9e-4, weight decay 5e-2,
+local ones of 96 px (0.05-0.3), bicubic; flip 0.5, jitter 0.8 (0.4, 0.4, 0.2, 0.1), gray 0.2, blur 0.5, solarize 0.2;
+projector 2048-2048-256; share of the regularizer 0.9, its terms 1 each, 4096 directions; AdamW 9e-4, weight decay 5e-2,
 5 epochs of warm-up from a thousandth, cosine to a thousandth; gradients clipped at 1; 100 epochs. Ours: the batch of
 128, ReLU instead of GELU in the projector, the mean over patches as the embedding, no stochastic depth (there 0.1),
 fixed positions that a local view counts from its own corner (there learned and resampled), a blur of three deviations
@@ -24,7 +24,7 @@ def visreg_fashion_mnist() -> Config:
     """VISReg on Fashion-MNIST, as `lejepa_fashion_mnist` but for the loss. Linear 85.3, kNN 81.9 (floors there)."""
     base = lejepa_fashion_mnist()
     shared = {"encoder": base.method.encoder, "projector": base.method.projector, "views": base.method.views}
-    return replace(base, recipe="visreg_fashion_mnist", method=VISRegConfig(**shared, directions=256))
+    return replace(base, recipe="visreg_fashion_mnist", method=VISRegConfig(**shared, num_slices=256))
 
 
 @recipe
@@ -37,16 +37,16 @@ def visreg_vitb16_in1k() -> Config:
     given = base.method.views
     views = replace(
         given,
-        globals=4,
-        global_crop=replace(given.global_crop, filter="bicubic"),
-        local_crop=replace(given.local_crop, size=(96, 96), filter="bicubic"),
+        num_global=4,
+        global_crop=replace(given.global_crop, interpolation="bicubic"),
+        local_crop=replace(given.local_crop, size=(96, 96), interpolation="bicubic"),
     )
     return replace(
         base,
         recipe="visreg_vitb16_in1k",
         method=VISRegConfig(
             encoder=ViTConfig(patch_size=16, **VIT_SIZES["base"]),
-            projector=ProjectorConfig(hidden=(2048, 2048), width=256),
+            projector=ProjectorConfig(hidden_dims=(2048, 2048), out_dim=256),
             views=views,
         ),
         optim=OptimConfig(
@@ -55,8 +55,8 @@ def visreg_vitb16_in1k() -> Config:
             final_lr=9e-7,
             warmup_epochs=5.0,
             weight_decay=5e-2,
-            decay_shape="constant",
-            clip=1.0,
+            weight_decay_schedule="constant",
+            grad_clip_norm=1.0,
         ),
         train=TrainConfig(batch_size=128, epochs=100.0),
     )

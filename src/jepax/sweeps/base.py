@@ -21,7 +21,7 @@ class Variant:
     recipe: str
     """Recipe, or path of a config file."""
     overrides: tuple[str, ...] = ()
-    """What the row varies, as on the command line: ("--optim.clip", "1.0")."""
+    """What the row varies, as on the command line: ("--optim.grad-clip-norm", "1.0")."""
 
     def __post_init__(self) -> None:
         check_name("row", self.name)

@@ -18,7 +18,7 @@ def dense(name: str, *overrides: str) -> Variant:
 
 def no_teacher(name: str, regularizer: str, weight: str, *overrides: str) -> Variant:
     """The same, the encoder embedding its own targets, gradient stopped; a regularizer of the context's embedding."""
-    chosen = ("--method.regulariser.kind", regularizer, "--method.regulariser.weight", weight)
+    chosen = ("--method.regularizer.name", regularizer, "--method.regularizer.weight", weight)
     return Variant(name, "ijepa_fashion_mnist_no_teacher", (*chosen, *overrides))
 
 
@@ -38,15 +38,15 @@ GRADIENT_TO_TARGETS = (
 def family_fashion_mnist() -> Sweep:
     """{masked prediction, two views} x {EMA teacher, SIGReg, RDMReg, VICReg, VISReg}, and three more of I-JEPA.
 
-    The weights of the regularisers in I-JEPA were chosen on validation, the other methods' are those of their papers or
+    The weights of the regularizers in I-JEPA were chosen on validation, the other methods' are those of their papers or
     public code. Both teachers' momentum goes from 0.99 to 1 in a line.
     """
     return Sweep(
         name="family_fashion_mnist",
-        about="two passes over 54,000 pictures; encoder, optimiser, learning rate, batch and probes are the same",
+        about="two passes over 54,000 pictures; encoder, optimizer, learning rate, batch and probes are the same",
         shared=SHARED_OVERRIDES,
         rows=(
-            ijepa_variant("masked+ema", "--method.regulariser.kind", "none"),
+            ijepa_variant("masked+ema", "--method.regularizer.name", "none"),
             no_teacher("masked+sigreg", "sigreg", "5e-4"),
             no_teacher("masked+rdmreg", "rdmreg", "0.05"),
             no_teacher("masked+vicreg", "vicreg", "2e-4"),
@@ -54,7 +54,7 @@ def family_fashion_mnist() -> Sweep:
             no_teacher("masked+neither", "none", "0"),
             no_teacher("masked+sigreg+gradient", "sigreg", "0.02", *GRADIENT_TO_TARGETS),
             ijepa_variant("masked+ema+vicreg"),
-            multiview_variant("views+ema", "byol_fashion_mnist", "--method.momentum.shape", "linear"),
+            multiview_variant("views+ema", "byol_fashion_mnist", "--method.ema.schedule", "linear"),
             multiview_variant("views+sigreg", "lejepa_fashion_mnist"),
             multiview_variant("views+rdmreg", "rectified_lpjepa_fashion_mnist"),
             multiview_variant("views+vicreg", "vicreg_fashion_mnist"),
@@ -72,21 +72,21 @@ def ablations_fashion_mnist() -> Sweep:
         shared=SHARED_OVERRIDES,
         rows=(
             ijepa_variant("as_it_is"),
-            ijepa_variant("momentum_0.99_constant", "--method.momentum.shape", "constant"),
-            ijepa_variant("momentum_0.99_cosine", "--method.momentum.shape", "cosine"),
-            ijepa_variant("momentum_0.996", "--method.momentum.start", "0.996"),
+            ijepa_variant("momentum_0.99_constant", "--method.ema.schedule", "constant"),
+            ijepa_variant("momentum_0.99_cosine", "--method.ema.schedule", "cosine"),
+            ijepa_variant("momentum_0.996", "--method.ema.start", "0.996"),
             ijepa_variant(
-                "momentum_0.999_constant", "--method.momentum.start", "0.999", "--method.momentum.shape", "constant"
+                "momentum_0.999_constant", "--method.ema.start", "0.999", "--method.ema.schedule", "constant"
             ),
             ijepa_variant("l2", "--method.loss", "l2"),
             ijepa_variant("target_norm_none", "--method.target-norm", "none"),
-            ijepa_variant("prediction_norm_trainable", "--method.prediction-norm", "trainable"),
-            ijepa_variant("prediction_norm_plain", "--method.prediction-norm", "plain"),
-            ijepa_variant("clip_1", "--optim.clip", "1.0"),
-            ijepa_variant("clip_0.1", "--optim.clip", "0.1"),
-            dense("all_layers", "--method.layer-weights", "1", "1", "1", "--method.context-weight", "0"),
-            dense("context_loss", "--method.layers", "3", "--method.layer-weights", "1"),
-            ijepa_variant("adamw", "--optim.matrices", "adamw"),
-            ijepa_variant("no_regulariser", "--method.regulariser.kind", "none"),
+            ijepa_variant("prediction_norm_affine", "--method.prediction-norm", "affine"),
+            ijepa_variant("prediction_norm_no_affine", "--method.prediction-norm", "no_affine"),
+            ijepa_variant("clip_1", "--optim.grad-clip-norm", "1.0"),
+            ijepa_variant("clip_0.1", "--optim.grad-clip-norm", "0.1"),
+            dense("all_layers", "--method.target-layer-weights", "1", "1", "1", "--method.context-loss-weight", "0"),
+            dense("train/context_loss", "--method.target-layers", "3", "--method.target-layer-weights", "1"),
+            ijepa_variant("adamw", "--optim.name", "adamw"),
+            ijepa_variant("no_regularizer", "--method.regularizer.name", "none"),
         ),
     )

@@ -98,7 +98,7 @@ def load_result(row: Variant, seed: int, run: Path) -> Result:
     return Result(
         row.name,
         seed,
-        rows["trained"]["linear"]["chosen"]["validation_top1"],
+        rows["trained"]["linear"]["best"]["validation_top1"],
         *both("trained"),
         *both("untrained"),
         *both("pixels"),
@@ -115,7 +115,7 @@ def load_result(row: Variant, seed: int, run: Path) -> Result:
 def sum_seconds(lines: list[dict]) -> float:
     """Of all steps: each line holds the mean over those since the line before."""
     before = [-1, *(line["step"] for line in lines)]
-    return sum((line["step"] - last) * line["seconds_per_step"] for line, last in zip(lines, before, strict=False))
+    return sum((line["step"] - last) * line["perf/step_time"] for line, last in zip(lines, before, strict=False))
 
 
 def to_markdown(grid: Sweep, folder: Path, found: list[Result]) -> str:

@@ -36,24 +36,24 @@ class TrainConfig:
     """Passes over the training split; parts of a pass are allowed."""
     steps: int | None = None
     """Steps of the run; None takes them from the epochs."""
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     """Pieces that a step's batch goes through the networks in, one after the other, where memory is short: the same
     losses and gradients as at once, also of methods that read statistics of the batch, for one more forward pass."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of matrix products; parameters, teacher, norms and losses stay in float32. auto: bfloat16 but on a CPU."""
-    log_every: int = 50
+    log_every_steps: int = 50
     """Steps between lines of metrics.jsonl."""
-    save: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
-    guard: GradGuardConfig = field(default_factory=GradGuardConfig)
+    grad_guard: GradGuardConfig = field(default_factory=GradGuardConfig)
     """Steps that would harm the run."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     """What lies whole on every device, and what is split over all of them."""
-    trackers: tuple[TrackerName, ...] = ()
+    loggers: tuple[TrackerName, ...] = ()
     """Views of the log elsewhere, each behind an extra of its name; metrics.jsonl holds everything without them."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "log_every", "accumulate"):
+        for name in ("batch_size", "epochs", "log_every_steps", "grad_accum_steps"):
             if getattr(self, name) <= 0:
                 raise UserError(f"train.{name}={getattr(self, name)} must be above 0")
         if self.steps is not None and self.steps < 1:
@@ -73,7 +73,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     """Pictures."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimiser and its schedules."""
+    """Optimizer and its schedules."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, batches, precision."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -95,7 +95,7 @@ def make_optimizer(config: Config, examples: int) -> Optimizer:
     """The optimizer of the whole run; epochs of warm-up become steps. Raises `UserError`."""
     steps = compute_total_steps(config, examples)
     warmup = round(config.optim.warmup_epochs * examples / config.train.batch_size)
-    if warmup >= steps * config.optim.horizon:
+    if warmup >= steps * config.optim.schedule_stretch:
         raise UserError(
             f"optim.warmup_epochs={config.optim.warmup_epochs} is {warmup} steps, but the run has {steps};"
             " shorten the warm-up or lengthen the run"
@@ -105,14 +105,14 @@ def make_optimizer(config: Config, examples: int) -> Optimizer:
 
 def resolve_compute_dtype(config: Config) -> DTypeLike:
     """Type of matrix products. bfloat16 is slower than float32 on the CPUs that were measured."""
-    if config.train.precision == "auto":
+    if config.train.compute_dtype == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return jnp.dtype(config.train.precision)
+    return jnp.dtype(config.train.compute_dtype)
 
 
 RESUMABLE_FIELDS = (
-    *("data.root", "data.threads", "data.workers", "data.broken_share"),
-    *("eval", "train.log_every", "train.save", "train.trackers", "train.sharding", "train.accumulate"),
+    *("data.root", "data.num_threads", "data.num_workers", "data.max_corrupt_fraction"),
+    *("eval", "train.log_every_steps", "train.checkpoint", "train.loggers", "train.sharding", "train.grad_accum_steps"),
 )
 """Settings that a run may go on with in another value: what is trained does not depend on them."""
 CONFIG_FILE, DATA_FILE = "config.yaml", "data.json"
@@ -223,9 +223,10 @@ def validate(config: Config, source: Source) -> None:
     """Raise `UserError` if method, batch and data do not fit each other, before anything is built."""
     if config.train.batch_size < 2:
         raise UserError("train.batch_size=1 has no batch statistics, which losses and diagnostics need; try 2")
-    if config.train.save.best is not None and not can_evaluate_online(config, source):
+    if config.train.checkpoint.best_metric is not None and not can_evaluate_online(config, source):
         raise UserError(
-            f"train.save.best={config.train.save.best} needs eval.online.every above 0, which measures it; try 500"
+            f"train.checkpoint.best_metric={config.train.checkpoint.best_metric} needs eval.online.every_steps above"
+            f" 0, which measures it; try 500"
             " (on labeled images: nothing else is evaluated)"
         )
     config.method.check_data(source)
@@ -234,7 +235,7 @@ def validate(config: Config, source: Source) -> None:
 def can_evaluate_online(config: Config, source: Source) -> bool:
     """True if the encoder is scored during training: that is asked for, and the run is on labeled images."""
     on_images = isinstance(config.method, ImageMethodConfig) and isinstance(source, ImageSource)
-    return on_images and config.eval.online.every > 0
+    return on_images and config.eval.online.every_steps > 0
 
 
 def check_same_config_on_hosts(config: Config) -> None:

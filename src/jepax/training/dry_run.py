@@ -53,7 +53,7 @@ def dry_run(config: Config, print: LogFn = print, *, source: Source | None = Non
 
 def make_dry_setup(config: Config, print: LogFn, source: Source | None = None) -> Setup:
     """The run's setup, on generated images if the folder of images is not given."""
-    if source is None and config.data.source == "image_folder" and config.data.root is None:
+    if source is None and config.data.dataset == "image_folder" and config.data.root is None:
         print(
             f"data.root is not given: generated images replace it, {FAKE_IMAGENET_SIZE:,} as in ImageNet-1k; the number"
             " of steps is for that many\n"
@@ -137,11 +137,11 @@ def print_memory(setup: Setup, print: LogFn) -> None:
     rows = fixed | {"batch and activations": per_example * (batch // devices), "total": total}
     if devices > 1:
         other = dataclasses.replace(plan, shard_params=not plan.shard_params, shard_teacher=not plan.shard_params)
-        name = f"total with train.sharding.parameters={'sharded' if other.shard_params else 'replicated'}"
+        name = f"total with train.sharding.params={'fsdp' if other.shard_params else 'ddp'}"
         rows[name] = total + sum(fixed_bytes(setup, other).values()) - sum(fixed.values())
     for name, count in rows.items():
         print(f"  {name:<50}{count / 1e9:>8.3f}")
-    ahead = (config.data.threads + 1) * max(config.data.workers, 1)
+    ahead = (config.data.num_threads + 1) * max(config.data.num_workers, 1)
     read = ahead * tree_bytes(setup.abstract_batch(batch)) / 1e9
     print(f"batches read ahead: up to {ahead}, {read:.3f} GB on the host")
 
@@ -224,7 +224,7 @@ def run_one_step(setup: Setup, print: LogFn) -> None:
     setup = dataclasses.replace(setup, config=dataclasses.replace(setup.config, train=train))
     batch = sharding.shard_batch(next(setup.batches(steps=1)), setup.plan.mesh)
     _, metrics = run_train_step(setup.init_state(), batch, setup.base_key, setup.context)
-    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    loss, norm = float(metrics["train/loss"]), float(metrics["optim/grad_norm"])
     if not (jnp.isfinite(loss) and jnp.isfinite(norm)):
         raise UserError(f"the first step's loss is {loss} and its gradient norm {norm}; check optim and method")
     print(f"loss {loss:.4f}, gradient norm {norm:.4f}, {time.perf_counter() - start:.0f} s with compilation")

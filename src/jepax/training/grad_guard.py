@@ -38,18 +38,22 @@ SPIKE_ACTIONS = {"off": Action.APPLIED, "clip": Action.CLIPPED, "skip": Action.S
 class GradGuardConfig:
     """Handling of steps that would harm the run."""
 
-    patience: int = 10
+    max_consecutive_nonfinite: int = 10
     """Consecutive steps with a non-finite loss or gradient (each changes nothing) before the run stops with a dump."""
-    spike: Literal["off", "clip", "skip"] = "clip"
+    on_spike: Literal["off", "clip", "skip"] = "clip"
     """Handling of a gradient spike: none, clip the gradient to the limit, or skip the step."""
-    factor: float = 10.0
+    spike_threshold: float = 10.0
     """A spike is a gradient norm above this factor times the median of the last 128 steps' norms."""
 
     def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise UserError(f"train.guard.patience={self.patience} must be at least 1")
-        if self.factor <= 1:
-            raise UserError(f"train.guard.factor={self.factor} must be above 1, the usual norm; try 10")
+        if self.max_consecutive_nonfinite < 1:
+            raise UserError(
+                f"train.grad_guard.max_consecutive_nonfinite={self.max_consecutive_nonfinite} must be at least 1"
+            )
+        if self.spike_threshold <= 1:
+            raise UserError(
+                f"train.grad_guard.spike_threshold={self.spike_threshold} must be above 1, the usual norm; try 10"
+            )
 
 
 class GradGuardState(eqx.Module):
@@ -69,15 +73,17 @@ class GradGuardState(eqx.Module):
     def limit(self, config: GradGuardConfig) -> Float[Array, ""]:
         """Largest gradient norm that is no spike; infinite while too few norms are known, or if spikes are allowed."""
         known = jnp.sum(jnp.isfinite(self.norms))
-        limit = config.factor * jnp.nanmedian(self.norms)
-        return jnp.where((known >= MIN_KNOWN_NORMS) & (config.spike != "off"), limit, jnp.inf)
+        limit = config.spike_threshold * jnp.nanmedian(self.norms)
+        return jnp.where((known >= MIN_KNOWN_NORMS) & (config.on_spike != "off"), limit, jnp.inf)
 
     def classify(self, config: GradGuardConfig, loss: Float[Array, ""], norm: Float[Array, ""]) -> Int[Array, ""]:
         """Decide the `Action` for a step with this loss and gradient norm."""
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        action = jnp.where(norm > self.limit(config), SPIKE_ACTIONS[config.spike], Action.APPLIED)
+        action = jnp.where(norm > self.limit(config), SPIKE_ACTIONS[config.on_spike], Action.APPLIED)
         action = jnp.where(finite, action, Action.NONFINITE)
-        return jnp.where(self.consecutive_nonfinite >= config.patience, Action.OFF, action).astype(jnp.int32)
+        return jnp.where(self.consecutive_nonfinite >= config.max_consecutive_nonfinite, Action.OFF, action).astype(
+            jnp.int32
+        )
 
     def scale(self, config: GradGuardConfig, action: Int[Array, ""], norm: Float[Array, ""]) -> Float[Array, ""]:
         """Factor for the gradient: 1, or limit / norm if it is clipped."""
@@ -115,11 +121,11 @@ def guarded(update: Callable[..., T]) -> Callable[..., tuple[T, GradGuardState, 
             state,
             new_guard,
             {
-                "grad_norm": grad_norm,
-                "verdict": action,
-                "grad_norm_limit": guard.limit(config),
-                "in_a_row": new_guard.consecutive_nonfinite,
-                "unused_steps": new_guard.num_skipped,
+                "optim/grad_norm": grad_norm,
+                "guard/action": action,
+                "guard/grad_norm_limit": guard.limit(config),
+                "guard/consecutive_nonfinite": new_guard.consecutive_nonfinite,
+                "guard/skipped_steps": new_guard.num_skipped,
             },
         )
 

@@ -71,7 +71,7 @@ def print_data(run: Path, config: Config, print: Print) -> tuple[Source | None, 
         print(f"data          {' '.join(str(error).split())}")
         return None, False
     begun = "as when the run began" if (run / train_config.DATA_FILE).exists() else "no record of them in the run"
-    print(f"data          {config.data.source}, {len(source)} training images, {begun}")
+    print(f"data          {config.data.dataset}, {len(source)} training images, {begun}")
     return source, True
 
 

@@ -74,13 +74,13 @@ def fit(
     """for batch: step -> inspect -> log -> evaluate -> save, up to the last step or a request to stop."""
     config, total_steps, mesh = setup.config, setup.total_steps, setup.plan.mesh
     context, base_key = setup.context, setup.base_key
-    save_config, best_metric = config.train.save, config.train.save.best
+    save_config, best_metric = config.train.checkpoint, config.train.checkpoint.best_metric
 
     # What the run writes and reads; each is closed even if training fails.
     with (
         Log(run_dir / logger.METRICS_FILE, steps=total_steps, start=start) as log,
         CheckpointManager(run_dir / "checkpoints", save_config, log.print, log_files(run_dir)) as checkpoints,
-        Trackers(main_only(config.train.trackers), run_dir, config_yaml.to_dict(config), log.print) as trackers,
+        Trackers(main_only(config.train.loggers), run_dir, config_yaml.to_dict(config), log.print) as trackers,
         closing(train_batches(setup, run_dir, start, log.print)) as batches,
     ):
         # What the run remembers from before it was interrupted: peaks since the last record, alarms, the best score.
@@ -93,12 +93,15 @@ def fit(
         any_process = multihost.CollectiveFlag(mesh)
         try:
             for step, batch in enumerate(batches, start):
-                is_last, should_log = step + 1 == total_steps, is_log_step(step, config.train.log_every, total_steps)
+                is_last, should_log = (
+                    step + 1 == total_steps,
+                    is_log_step(step, config.train.log_every_steps, total_steps),
+                )
 
                 # Step. The device starts; the host goes on.
                 measure = track_update_norms(state.method, step) if should_log else None
                 state, metrics = run_train_step(state, sharding.shard_batch(batch, mesh), base_key, context)
-                metrics |= measure(state.method, metrics["verdict"]) if measure else {}
+                metrics |= measure(state.method, metrics["guard/action"]) if measure else {}
                 stop, timer_expired = any_process(
                     preemption.stop_requested(), multihost.is_main_process() and checkpoints.timer_expired()
                 )
@@ -106,7 +109,7 @@ def fit(
                 # Inspect the step before this one.
                 inspector.push(step, metrics, batch)
                 if step == start:
-                    log.report_compile_time(metrics["loss"])
+                    log.report_compile_time(metrics["train/loss"])
                     trim_heap()  # the compiler's memory
 
                 # Log, and evaluate if it is time.
@@ -144,7 +147,8 @@ def fit(
             dump = nan_dump.write_dump(run_dir, state, error, config, setup.optimizer)
             stopped = DivergedError(
                 error.step,
-                f"{config.train.guard.patience} consecutive steps, up to step {error.step}, were not finite: training"
+                f"{config.train.grad_guard.max_consecutive_nonfinite} consecutive steps, up to step {error.step},"
+                f" were not finite: training"
                 f" stopped;\njepax replay {dump} repeats that step; {ADVICE}",
             )
             record_stop(run_dir, watchdog, inspector, stopped)
@@ -201,11 +205,11 @@ def record_start(setup: Setup, run_dir: Path, start: int) -> Events:
     log.truncate_from(start)
 
     # A run may go on in another precision, but not silently.
-    if start and (before := log.last("precision", dtype)) != dtype:
+    if start and (before := log.last("compute_dtype", dtype)) != dtype:
         print_warning(f"{run_dir} computed in {before} before and computes in {dtype} here: losses will differ")
 
     name = "resumed" if start else "started"
-    log.add(name, start, devices=jax.device_count(), precision=dtype, changed=changed)
+    log.add(name, start, devices=jax.device_count(), compute_dtype=dtype, changed=changed)
     return log
 
 
@@ -231,7 +235,7 @@ def train_batches(setup: Setup, run_dir: Path, start: int, print: Callable[[str]
     if not multihost.is_main_process():  # its log prints nothing
         print = lambda text: print_warning(text.removeprefix("warning: "))  # noqa: E731
     path = run_dir / corrupt_file(jax.process_index())
-    corrupt = CorruptLog(setup.source, path, setup.config.data.broken_share, print)
+    corrupt = CorruptLog(setup.source, path, setup.config.data.max_corrupt_fraction, print)
     return setup.batches(start, on_corrupt=corrupt)
 
 

@@ -24,10 +24,10 @@ from jepax.training.grad_guard import Action, was_applied
 from jepax.trees import global_norm, trainable
 from jepax.types import Metrics, UserError
 
-NOT_LOGGED = {"verdict", "in_a_row", "grad_norm_limit"}
-PER_IMAGE_METRICS = {"embeddings": "embedding", "projections": "projection"}
+NOT_LOGGED = {"guard/action", "guard/consecutive_nonfinite", "guard/grad_norm_limit"}
+PER_IMAGE_METRICS = {"embeddings": "health/embedding", "projections": "health/projection"}
 """Metrics with one row per example, and the prefix of the collapse metrics computed from them at logged steps."""
-ADVICE = "try a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.clip=1.0"
+ADVICE = "try a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.grad_clip_norm=1.0"
 
 
 class DivergedError(UserError):
@@ -53,7 +53,7 @@ class StepInspector:
     """
 
     def __init__(self, config: Config, events: Events, print: Callable[[str], None], peaks: dict[str, float]):
-        self.guard, self.events, self.print, self.peaks = config.train.guard, events, print, dict(peaks)
+        self.guard, self.events, self.print, self.peaks = config.train.grad_guard, events, print, dict(peaks)
         self._pending: tuple[int, Metrics, object] | None = None
 
     def push(self, step: int, metrics: Metrics, batch: object) -> None:
@@ -66,11 +66,11 @@ class StepInspector:
         if self._pending is None:
             return
         (step, metrics, batch), self._pending = self._pending, None
-        action = Action(int(metrics["verdict"]))
+        action = Action(int(metrics["guard/action"]))
         if action != Action.APPLIED:
             self._report(step, action, metrics, batch)
-        if action in (Action.APPLIED, Action.CLIPPED) and not np.isfinite(metrics.get("update_norm", 0.0)):
-            raise diverged(step, f"the update's norm of step {step} is {float(metrics['update_norm'])}")
+        if action in (Action.APPLIED, Action.CLIPPED) and not np.isfinite(metrics.get("optim/update_norm", 0.0)):
+            raise diverged(step, f"the update's norm of step {step} is {float(metrics['optim/update_norm'])}")
         self._track_peaks(metrics)
 
     def take_peaks(self) -> MetricValues:
@@ -79,35 +79,39 @@ class StepInspector:
         return peaks
 
     def _track_peaks(self, metrics: Metrics) -> None:
-        for name in ("loss", "grad_norm"):
+        for name in ("train/loss", "optim/grad_norm"):
             value = float(metrics[name])
             if math.isfinite(value):
                 self.peaks[f"{name}_max"] = max(value, self.peaks.get(f"{name}_max", value))
 
     def _report(self, step: int, action: Action, metrics: Metrics, batch: object) -> None:
         """Record and print what the guard did. Raises `NonFiniteError` if its patience is exhausted."""
-        numbers = {name: to_json_value(metrics[name]) for name in ("loss", "grad_norm", "grad_norm_limit")}
+        numbers = {
+            name: to_json_value(metrics[name]) for name in ("train/loss", "optim/grad_norm", "guard/grad_norm_limit")
+        }
         numbers = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
         if action == Action.OFF:  # a resumed run may have less patience than before
             raise NonFiniteError(step, batch, numbers)
         examples = {} if action == Action.CLIPPED else {"examples": np.asarray(batch.index).tolist()}
-        self.events.add(EVENT_NAMES[action], step, retaken=True, **numbers, **examples)
+        self.events.add(EVENT_NAMES[action], step, step_bound=True, **numbers, **examples)
         if action == Action.NONFINITE:
-            count, limit = int(metrics["in_a_row"]), self.guard.patience
+            count, limit = int(metrics["guard/consecutive_nonfinite"]), self.guard.max_consecutive_nonfinite
             self.print(
-                f"warning: step {step} is not finite (loss {numbers['loss']}, gradient norm {numbers['grad_norm']}):"
+                f"warning: step {step} is not finite (loss {numbers['train/loss']}, gradient norm"
+                f" {numbers['optim/grad_norm']}):"
                 f" skipped; {count} consecutive, {limit} stop the run"
             )
             if count >= limit:
                 raise NonFiniteError(step, batch, numbers)
             return
         self.print(
-            f"warning: gradient spike at step {step}: norm {numbers['grad_norm']:.3g} is above"
-            f" {numbers['grad_norm_limit']:.3g}, {self.guard.factor:g} times the usual one: {EVENT_NAMES[action]}"
+            f"warning: gradient spike at step {step}: norm {numbers['optim/grad_norm']:.3g} is above"
+            f" {numbers['guard/grad_norm_limit']:.3g}, {self.guard.spike_threshold:g} times the usual one:"
+            f" {EVENT_NAMES[action]}"
         )
 
 
-EVENT_NAMES = {Action.CLIPPED: "clipped", Action.SKIPPED: "skipped", Action.NONFINITE: "not finite"}
+EVENT_NAMES = {Action.CLIPPED: "clipped", Action.SKIPPED: "skipped", Action.NONFINITE: "nonfinite"}
 
 
 def diverged(step: int, what: str) -> DivergedError:
@@ -122,7 +126,7 @@ def log_values(metrics: Metrics, seconds_per_step: float, batch_size: int) -> Me
         rows = sharding.to_host(metrics[name]) if name in metrics else None
         if rows is not None and np.isfinite(rows).all():
             values |= collapse_metrics(rows, prefix)
-    return values | {"seconds_per_step": seconds_per_step, "images_per_second": batch_size / seconds_per_step}
+    return values | {"perf/step_time": seconds_per_step, "perf/images_per_sec": batch_size / seconds_per_step}
 
 
 MeasureFn = Callable[[Method, Int[Array, ""]], Metrics]
@@ -131,9 +135,9 @@ MeasureFn = Callable[[Method, Int[Array, ""]], Metrics]
 def track_update_norms(method: Method, step: int) -> MeasureFn:
     """Measure how far a step moves parameters and teacher. Call it before the step; call the result after it.
 
-    Logs `update_norm`, |parameters after - before|, and the metrics of `after_update`; NaN if the guard skipped the
-    step. A program of its own for logged steps alone: each norm reads as much memory as the update itself (a tenth of
-    the step, ViT-B/16, four images, two CPU cores).
+    Logs `optim/update_norm`, |parameters after - before|, and the metrics of `after_update`; NaN if the guard skipped
+    the step. A program of its own for logged steps alone: each norm reads as much memory as the update itself (a tenth
+    of the step, ViT-B/16, four images, two CPU cores).
     """
     before = _copy_arrays(method)
     return lambda after, action: _update_norms(before, after, jnp.int32(step), action)
@@ -150,15 +154,15 @@ def _update_norms(before: Method, after: Method, step: Int[Array, ""], action: I
     new = eqx.filter(after, trainable(after))
     # The teacher moves once more from where it was, to measure its step.
     _, metrics = eqx.combine(new, frozen).after_update(step)
-    metrics |= {"update_norm": global_norm(jax.tree.map(jnp.subtract, new, old))}
+    metrics |= {"optim/update_norm": global_norm(jax.tree.map(jnp.subtract, new, old))}
     return {name: jnp.where(was_applied(action), value, jnp.nan) for name, value in metrics.items()}
 
 
 class OnlineScores:
-    """Scores of the encoder on held-out examples every `eval.online.every` steps, at the next log step."""
+    """Scores of the encoder on held-out examples every `eval.online.every_steps` steps, at the next log step."""
 
     def __init__(self, config: Config, evaluate: Callable[[FeatureExtractor], MetricValues] | None, last_logged: int):
-        self.config, self.evaluate, self.every = config, evaluate, config.eval.online.every
+        self.config, self.evaluate, self.every = config, evaluate, config.eval.online.every_steps
         self.done = (last_logged + 1) // max(self.every, 1)
 
     def is_due(self, step: int) -> bool:
@@ -175,7 +179,7 @@ class OnlineScores:
             scores = self.evaluate(make_feature_extractor(self.config, method))
         except NonFiniteFeaturesError as error:
             raise DivergedError(step, f"after step {step} {error}") from error
-        return scores | {"online_seconds": time.perf_counter() - start}
+        return scores | {"val/seconds": time.perf_counter() - start}
 
 
 def make_online_eval(config: Config, train: Source, steps: int) -> OnlineEval | None:
@@ -183,9 +187,9 @@ def make_online_eval(config: Config, train: Source, steps: int) -> OnlineEval | 
 
     It does not open the test split.
     """
-    if not can_evaluate_online(config, train) or config.eval.online.every > steps:
+    if not can_evaluate_online(config, train) or config.eval.online.every_steps > steps:
         return None
-    reading = {"threads": config.data.threads, "workers": config.data.workers}
+    reading = {"num_threads": config.data.num_threads, "num_workers": config.data.num_workers}
     validation = open_source(config.data, "validation")
     return OnlineEval(config.eval.online, train, validation, config.eval.batch_size, **reading)
 

@@ -48,7 +48,7 @@ def write_dump(run: Path, state: TrainState, end: NonFiniteError, config: Config
         folder.mkdir(parents=True)
 
     # The state before the step: its number, and a guard that the step itself has not used up yet.
-    consecutive = jnp.minimum(state.guard.consecutive_nonfinite, config.train.guard.patience - 1)
+    consecutive = jnp.minimum(state.guard.consecutive_nonfinite, config.train.grad_guard.max_consecutive_nonfinite - 1)
     before = eqx.tree_at(
         lambda s: (s.step, s.guard.consecutive_nonfinite), state, (jnp.full_like(state.step, step), consecutive)
     )
@@ -61,7 +61,7 @@ def write_dump(run: Path, state: TrainState, end: NonFiniteError, config: Config
         where = device_and_versions(jax.device_count())
         metadata = DumpMetadata(step, optimizer.total_steps, optimizer.warmup_steps, where, end.numbers)
         (folder / METADATA_FILE).write_text(json.dumps(dataclasses.asdict(metadata), indent=1) + "\n")
-        train = dataclasses.replace(config.train, precision=jnp.dtype(resolve_compute_dtype(config)).name)
+        train = dataclasses.replace(config.train, compute_dtype=jnp.dtype(resolve_compute_dtype(config)).name)
         configs.save(dataclasses.replace(config, train=train), folder / CONFIG_FILE)
     return folder
 

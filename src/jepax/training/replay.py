@@ -31,7 +31,7 @@ def replay(folder: Path, print: Callable[[str], None] = print, *, source: Source
     `source`: the data of a run that `train` got as its `source`. Raises `UserError` if the folder has no dump, or a
     file of it is corrupt.
     """
-    like = next(batches(source, batch_size=1, steps=1, seed=0, threads=0)) if source is not None else None
+    like = next(batches(source, batch_size=1, steps=1, seed=0, num_threads=0)) if source is not None else None
     metadata, batch = nan_dump.read_metadata(folder), nan_dump.read_batch(folder, like)
     config = configs.load(Config, folder / nan_dump.CONFIG_FILE)
     print(
@@ -50,12 +50,12 @@ def replay(folder: Path, print: Callable[[str], None] = print, *, source: Source
     # Forward and backward alone: which terms and gradients are not finite?
     key = jr.fold_in(base_key, state.step)
     loss, terms, grads = eqx.filter_jit(loss_and_grads)(state.method, batch, key, setup.context)
-    print(f"terms and embeddings of the loss: {describe_non_finite(terms | {'loss': loss})}")
+    print(f"terms and embeddings of the loss: {describe_non_finite(terms | {'train/loss': loss})}")
     print(f"gradients: {describe_non_finite(grads)}")
 
     # The step itself, as the run took it; it donates the state, so it comes last.
     _, metrics = run_train_step(state, batch, base_key, setup.context)
-    for name in ("loss", "grad_norm"):
+    for name in ("train/loss", "optim/grad_norm"):
         print(f"{name}: {float(metrics[name])} now, {metadata.seen[name]} when the run took it")
     if is_bit_identical(metrics, metadata):
         print("bit-identical")
@@ -66,7 +66,7 @@ def replay(folder: Path, print: Callable[[str], None] = print, *, source: Source
 
 def is_bit_identical(metrics: Metrics, metadata: nan_dump.DumpMetadata) -> bool:
     """True if loss and gradient norm are what the run saw; NaN equals NaN."""
-    names = ("loss", "grad_norm")
+    names = ("train/loss", "optim/grad_norm")
     now, seen = ([float(values[name]) for name in names] for values in (metrics, metadata.seen))
     return np.array_equal(now, seen, equal_nan=True)
 

@@ -47,7 +47,7 @@ class Setup:
         """The static arguments of the training step."""
         train = self.config.train
         dtype = resolve_compute_dtype(self.config)
-        return TrainContext(self.optimizer, dtype, train.guard, self.plan, train.log_every)
+        return TrainContext(self.optimizer, dtype, train.grad_guard, self.plan, train.log_every_steps)
 
     @property
     def base_key(self) -> PRNGKeyArray:
@@ -76,8 +76,8 @@ class Setup:
             steps=self.total_steps if steps is None else steps,
             start=start,
             seed=self.config.seed,
-            threads=data.threads,
-            workers=data.workers,
+            num_threads=data.num_threads,
+            num_workers=data.num_workers,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             on_corrupt=on_corrupt,
@@ -85,7 +85,7 @@ class Setup:
 
     def abstract_batch(self, batch_size: int) -> PyTree:
         """A global batch as abstract shapes, from one example of the data."""
-        (example,) = batches(self.source, batch_size=1, steps=1, seed=0, threads=0)
+        (example,) = batches(self.source, batch_size=1, steps=1, seed=0, num_threads=0)
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((batch_size, *np.shape(x)[1:]), np.asarray(x).dtype), example
         )
@@ -100,7 +100,7 @@ def make_setup(config: Config, source: Source | None = None) -> Setup:
     with multihost.collective_errors():
         check_same_config_on_hosts(config)
     with multihost.collective_errors():
-        sharding.check_batch(config.train.batch_size, config.train.accumulate)
+        sharding.check_batch(config.train.batch_size, config.train.grad_accum_steps)
         source = open_source(config.data, "train") if source is None else source
         validate(config, source)
         optimizer = make_optimizer(config, len(source))
@@ -115,7 +115,7 @@ def make_plan(config: Config, optimizer: Optimizer, devices: int | None = None) 
     """The sharding of the run's state over all devices, or over the first ones."""
     size = tree_bytes(abstract_state(config.method, optimizer))
     mesh = sharding.make_mesh(devices)
-    return sharding.choose_plan(config.train.sharding, mesh, size, config.train.accumulate)
+    return sharding.choose_plan(config.train.sharding, mesh, size, config.train.grad_accum_steps)
 
 
 def base_key(seed: int) -> PRNGKeyArray:
@@ -147,5 +147,5 @@ def _init_state(
 
 def with_synthetic_data(config: Config, size: int) -> Config:
     """The config with generated images in place of a folder that is not there."""
-    data = replace(config.data, source="synthetic", synthetic_images=size)
+    data = replace(config.data, dataset="synthetic", synthetic_size=size)
     return replace(config, data=data)

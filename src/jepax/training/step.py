@@ -39,7 +39,7 @@ class TrainContext(NamedTuple):
     guard: GradGuardConfig = GradGuardConfig()
     plan: ShardingPlan | None = None
     """None: one device, one micro-batch."""
-    log_every: int = 1
+    log_every_steps: int = 1
 
 
 def train_step(
@@ -60,12 +60,12 @@ def train_step(
     )
 
     # Metrics. Norms by module cost time on a CPU: they are NaN there at steps that are not logged.
-    should_log = is_log_step(state.step, context.log_every, context.optimizer.total_steps)
+    should_log = is_log_step(state.step, context.log_every_steps, context.optimizer.total_steps)
     metrics |= compute_if(should_log, grad_norms, grads) | guard_metrics
     metrics |= {
-        "loss": loss,
-        "learning_rate": context.optimizer.learning_rate(state.step),
-        "weight_decay": context.optimizer.weight_decay(state.step),
+        "train/loss": loss,
+        "optim/lr": context.optimizer.learning_rate(state.step),
+        "optim/weight_decay": context.optimizer.weight_decay(state.step),
     }
     return TrainState(method, opt_state, state.step + 1, guard), metrics
 
@@ -163,7 +163,7 @@ def grad_norms(grads: Method) -> Metrics:
     # The blocks of a transformer are stacked on their first axis.
     nodes = jax.tree_util.tree_leaves_with_path(grads, is_leaf=lambda node: isinstance(node, BlockStack))
     stacks = {path: node for path, node in nodes if isinstance(node, BlockStack) and jax.tree.leaves(node)}
-    return norms | {f"grad_norm_{_owner(path)}_by_block": per_layer_norms(x.blocks) for path, x in stacks.items()}
+    return norms | {f"grad_norm/{_owner(path)}_blocks": per_layer_norms(x.blocks) for path, x in stacks.items()}
 
 
 def _owner(path: tuple) -> str:

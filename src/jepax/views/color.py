@@ -1,4 +1,4 @@
-"""Changes of colour, focus and tone, on the device: views with values in [0, 1], one key each, to such views.
+"""Changes of color, focus and tone, on the device: views with values in [0, 1], one key each, to such views.
 
 Source: the augmentations of SimCLR (Chen et al. 2020, appendix A) and BYOL (Grill et al. 2020, appendix B), with the
 operations as torchvision and Pillow define them.
@@ -21,51 +21,59 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow's conversion to L
 class ColorConfig:
     """Chances and strengths. The defaults change nothing; `PhotometricConfig(**LEJEPA)` is the public recipe's."""
 
-    jitter: float = 0.0
+    jitter_prob: float = 0.0
     """Chance that brightness, contrast, saturation and hue are jittered."""
     brightness: float = 0.4
     """The values are multiplied by a factor drawn from 1 - brightness to 1 + brightness."""
     contrast: float = 0.4
-    """As brightness, for the distance from the view's mean grey."""
+    """As brightness, for the distance from the view's mean gray."""
     saturation: float = 0.2
-    """As brightness, for the distance from the pixel's own grey."""
+    """As brightness, for the distance from the pixel's own gray."""
     hue: float = 0.1
     """The hue turns by up to this share of the whole circle, at most 0.5."""
-    grey: float = 0.0
-    """Chance that the view loses its colour."""
-    blur: float = 0.0
+    grayscale_prob: float = 0.0
+    """Chance that the view loses its color."""
+    blur_prob: float = 0.0
     """Chance of a Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Least and greatest standard deviation of the blur, in pixels of the view."""
-    solarise: float = 0.0
+    solarize_prob: float = 0.0
     """Chance that values of at least a half are inverted."""
 
     def __post_init__(self) -> None:
-        for name in ("jitter", "grey", "blur", "solarise", "brightness", "contrast", "saturation"):
+        for name in (
+            "jitter_prob",
+            "grayscale_prob",
+            "blur_prob",
+            "solarize_prob",
+            "brightness",
+            "contrast",
+            "saturation",
+        ):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"photometric.{name}={getattr(self, name)} is not in [0, 1]")
+                raise UserError(f"color.{name}={getattr(self, name)} is not in [0, 1]")
         if not 0 <= self.hue <= 0.5:
-            raise UserError(f"photometric.hue={self.hue} is not in [0, 0.5]")
+            raise UserError(f"color.hue={self.hue} is not in [0, 0.5]")
         if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
-            raise UserError(f"photometric.blur_sigma={self.blur_sigma} is not a range above 0; try (0.1, 2.0)")
+            raise UserError(f"color.blur_sigma={self.blur_sigma} is not a range above 0; try (0.1, 2.0)")
 
 
-LEJEPA_COLOR = {"jitter": 0.8, "grey": 0.2, "blur": 0.5, "solarise": 0.2}
+LEJEPA_COLOR = {"jitter_prob": 0.8, "grayscale_prob": 0.2, "blur_prob": 0.5, "solarize_prob": 0.2}
 """Chances of LeJEPA's views (Balestriero & LeCun 2025, public recipe); the strengths are the defaults."""
 
 
 def distort_color(views: ViewBatch, keys: Key[Array, "batch"], config: ColorConfig) -> ViewBatch:
-    """Jitter, grey, blur, solarise, in this order, each by its own chance; colour is left alone on one channel.
+    """Jitter, gray, blur, solarize, in this order, each by its own chance; color is left alone on one channel.
 
     What has chance 0 is not computed. Differs from torchvision: the jitter's four parts have a fixed order.
     """
-    names = ("jitter", "grey", "blur", "solarise")
+    names = ("jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob")
     draws = jnp.moveaxis(jax.vmap(lambda key: jr.split(key, (len(names), 2)))(keys), 0, 2)
     operations = {
-        "jitter": _random_jitter,
-        "grey": _random_grayscale,
-        "blur": _random_blur,
-        "solarise": _random_solarize,
+        "jitter_prob": _random_jitter,
+        "grayscale_prob": _random_grayscale,
+        "blur_prob": _random_blur,
+        "solarize_prob": _random_solarize,
     }
     for name, (key_chance, key_strength) in zip(names, draws, strict=True):
         if chance := getattr(config, name):

@@ -2,7 +2,7 @@
 
 An antialiased resize of one picture is two matrix products, view = R X C^T, where row i of R holds the weights that the
 picture's rows carry in the view's row i, and C the same for columns. The weights are Pillow's: a kernel k around the
-output pixel's centre, widened by the reduction s = max(1, box / output), zero outside the limits, and of sum one:
+output pixel's center, widened by the reduction s = max(1, box / output), zero outside the limits, and of sum one:
 
     R[i, y] ~ k((y + 1/2 - top - (i + 1/2) height / output) / s)
 
@@ -34,28 +34,28 @@ class CropConfig:
     """Smallest and largest share of the picture's area that a random crop takes."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width over height of a random crop, drawn log-uniformly."""
-    filter: Interpolation = "bilinear"
+    interpolation: Interpolation = "bilinear"
     """Kernel of the antialiased resize, as Pillow defines it."""
-    flip: float = 0.0
+    hflip_prob: float = 0.0
     """Chance of a horizontal flip."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Mean of the pixel values in [0, 1], one per channel; ImageNet's by default."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     """Standard deviation of the pixel values in [0, 1], one per channel; ImageNet's by default."""
-    centre_resize: float = 256 / 224
-    """Evaluation: the picture is resized to cover size * centre_resize, then its centre is cut to size."""
+    eval_resize_ratio: float = 256 / 224
+    """Evaluation: the picture is resized to cover size * eval_resize_ratio, then its center is cut to size."""
 
     def __post_init__(self) -> None:
         """Raise `UserError` at the first field whose value cannot work."""
         self._require("size", len(self.size) == 2 and min(self.size) >= 1, "two positive sides; try (224, 224)")
         self._require("scale", _is_range(self.scale) and self.scale[1] <= 1, "0 < low <= high <= 1; try (0.3, 1.0)")
         self._require("ratio", _is_range(self.ratio), "0 < low <= high; try (0.75, 1.3333)")
-        self._require("filter", self.filter in ("bilinear", "bicubic"), "bilinear or bicubic")
-        self._require("flip", 0 <= self.flip <= 1, "a chance between 0 and 1; try 0.5")
+        self._require("interpolation", self.interpolation in ("bilinear", "bicubic"), "bilinear or bicubic")
+        self._require("hflip_prob", 0 <= self.hflip_prob <= 1, "a chance between 0 and 1; try 0.5")
         self._require("mean", len(self.mean) >= 1 and all(map(math.isfinite, self.mean)), "one number per channel")
         self._require("std", all(0 < s < math.inf for s in self.std), "positive numbers, one per channel")
         self._require("std", len(self.std) == len(self.mean), f"as many numbers as crop.mean={self.mean}")
-        self._require("centre_resize", 1 <= self.centre_resize < math.inf, "at least 1; 1 cuts nothing off")
+        self._require("eval_resize_ratio", 1 <= self.eval_resize_ratio < math.inf, "at least 1; 1 cuts nothing off")
 
     def tiny(self) -> "CropConfig":
         """The same crop to 24 x 24 pixels, as tests run it."""
@@ -69,7 +69,7 @@ class CropConfig:
 def random_resized_crop(
     images: ImageBatch, keys: Key[Array, "batch"], config: CropConfig
 ) -> Float[Array, "batch height width channels"]:
-    """A random box of each picture, resized, perhaps flipped, and normalised; a function of picture and key alone.
+    """A random box of each picture, resized, perhaps flipped, and normalized; a function of picture and key alone.
 
     Raises `UserError` if the pictures' channels are not as many as the config's mean and std.
     """
@@ -79,24 +79,24 @@ def random_resized_crop(
 def random_crop_unnormalized(
     images: ImageBatch, keys: Key[Array, "batch"], config: CropConfig
 ) -> Float[Array, "batch height width channels"]:
-    """`random_resized_crop` before its normalisation: values in [0, 1]."""
+    """`random_resized_crop` before its normalization: values in [0, 1]."""
     key_box, key_flip = jnp.moveaxis(jax.vmap(jr.split)(keys), 1, 0)
     box = sample_boxes(key_box, images.size, config)
-    flip = jax.vmap(lambda key: jr.bernoulli(key, config.flip))(key_flip)
-    return resize_crop(images.canvas, box, config.size, config.filter, flip=flip)
+    flip = jax.vmap(lambda key: jr.bernoulli(key, config.hflip_prob))(key_flip)
+    return resize_crop(images.canvas, box, config.size, config.interpolation, flip=flip)
 
 
 def center_crop(images: ImageBatch, config: CropConfig) -> Float[Array, "batch height width channels"]:
-    """The view for evaluation: resized to just cover size * centre_resize, the centre cut to size, normalised.
+    """The view for evaluation: resized to just cover size * eval_resize_ratio, the center cut to size, normalized.
 
-    With a square size the shorter side becomes size * centre_resize, as torchvision's Resize and CenterCrop do. One
+    With a square size the shorter side becomes size * eval_resize_ratio, as torchvision's Resize and CenterCrop do. One
     resample does both steps: its weights may reach past the crop, to the picture's edges, as in resize-then-crop.
     Raises `UserError` if the pictures' channels are not as many as the config's mean and std.
     """
     picture = jnp.asarray(images.size, jnp.int32)
     box = _center_boxes(picture, config)
     limits = jnp.concatenate([jnp.zeros_like(picture), picture], axis=1)
-    return normalize(resize_crop(images.canvas, box, config.size, config.filter, limits=limits), config)
+    return normalize(resize_crop(images.canvas, box, config.size, config.interpolation, limits=limits), config)
 
 
 def sample_boxes(
@@ -149,7 +149,7 @@ def normalize(
 def denormalize(
     view: Float[Array, "*batch height width channels"], config: CropConfig
 ) -> Float[Array, "*batch height width channels"]:
-    """A normalised view's pixel values, clipped to [0, 1], for figures. Raises `UserError` as `normalise` does."""
+    """A normalized view's pixel values, clipped to [0, 1], for figures. Raises `UserError` as `normalize` does."""
     mean, std = _mean_and_std(view, config)
     return jnp.clip(view * std + mean, 0, 1)
 
@@ -193,8 +193,8 @@ def _central_crop_size(picture: Int[Array, "2"], config: CropConfig) -> Int[Arra
 
 
 def _center_boxes(picture: Int[Array, "batch 2"], config: CropConfig) -> Float[Array, "batch 4"]:
-    """The centre crop's box in the picture's own pixels."""
-    cover = jnp.asarray([round(side * config.centre_resize) for side in config.size], picture.dtype)
+    """The center crop's box in the picture's own pixels."""
+    cover = jnp.asarray([round(side * config.eval_resize_ratio) for side in config.size], picture.dtype)
     # The side that binds is resized to cover exactly, the other in proportion, rounded down as torchvision's Resize.
     shorter = picture[:, 0] * cover[1] <= picture[:, 1] * cover[0]
     shorter = jnp.stack([shorter, ~shorter], axis=1)
@@ -212,8 +212,8 @@ def _resize_weights(
     first, reach = (side[:, None, None].astype(jnp.float32) for side in limits.T)
     step = length / out
     pixel = jnp.arange(pixels, dtype=jnp.float32)
-    centre = start + (jnp.arange(out, dtype=jnp.float32)[:, None] + 0.5) * step
-    distance = jnp.abs(pixel + 0.5 - centre) / jnp.maximum(step, 1)
+    center = start + (jnp.arange(out, dtype=jnp.float32)[:, None] + 0.5) * step
+    distance = jnp.abs(pixel + 0.5 - center) / jnp.maximum(step, 1)
     touched = (pixel + 1 > first) & (pixel < first + reach)
     weights = jnp.where(touched, _triangle_kernel(distance) if filter == "bilinear" else _cubic_kernel(distance), 0)
     return weights / jnp.sum(weights, axis=2, keepdims=True)

@@ -19,29 +19,31 @@ ViewGroup = Float[Array, "batch _views _height _width channels"]
 class MultiCropConfig:
     """Counts, crops and color changes of the views; global and local ones may differ in size."""
 
-    globals: int = 2
+    num_global: int = 2
     """Global views of each image."""
     global_crop: CropConfig = field(default_factory=CropConfig)
-    """Crop of a global view, and of the centre view that probes read."""
-    locals: int = 0
+    """Crop of a global view, and of the center view that probes read."""
+    num_local: int = 0
     """Local views of each image."""
     local_crop: CropConfig = field(default_factory=lambda: CropConfig(size=(96, 96), scale=(0.05, 0.3)))
     """Crop of a local view; its mean and std are to be the global one's."""
-    photometric: ColorConfig = field(default_factory=ColorConfig)
-    """Changes of colour, focus and tone, drawn for every view by itself."""
+    color: ColorConfig = field(default_factory=ColorConfig)
+    """Changes of color, focus and tone, drawn for every view by itself."""
 
     def __post_init__(self) -> None:
-        if self.globals < 1 or self.locals < 0:
-            raise UserError(f"views.globals={self.globals} must be above 0, views.locals={self.locals} not below it")
+        if self.num_global < 1 or self.num_local < 0:
+            raise UserError(
+                f"views.num_global={self.num_global} must be above 0, views.num_local={self.num_local} not below it"
+            )
         large, small = ((crop.mean, crop.std) for crop in (self.global_crop, self.local_crop))
-        if self.locals and large != small:
+        if self.num_local and large != small:
             raise UserError(
                 f"views.local_crop has mean and std {small}, where views.global_crop has {large}; give both the same"
             )
 
     def tiny(self) -> "MultiCropConfig":
         """At most two views of each kind, of 24 x 24 and 12 x 12 pixels, as tests run them."""
-        counts = {"globals": min(self.globals, 2), "locals": min(self.locals, 2)}
+        counts = {"num_global": min(self.num_global, 2), "num_local": min(self.num_local, 2)}
         local_crop = replace(self.local_crop, size=(12, 12))
         return replace(self, **counts, global_crop=self.global_crop.tiny(), local_crop=local_crop)
 
@@ -66,14 +68,12 @@ def multicrop(images: ImageBatch, keys: Key[Array, "batch"], config: MultiCropCo
     def view(number: Int[Array, ""], crop: CropConfig) -> Float[Array, "batch height width channels"]:
         own = jax.vmap(lambda key: jr.split(jr.fold_in(key, number)))(keys)
         key_crop, key_color = own[:, 0], own[:, 1]
-        return normalize(
-            distort_color(random_crop_unnormalized(images, key_crop, crop), key_color, config.photometric), crop
-        )
+        return normalize(distort_color(random_crop_unnormalized(images, key_crop, crop), key_color, config.color), crop)
 
     def group(first: int, count: int, crop: CropConfig) -> ViewGroup:
         numbers = first + jnp.arange(count)
         return jax.vmap(lambda number: view(number, crop), out_axes=1)(numbers)  # one program for all of them
 
-    global_views = group(0, config.globals, config.global_crop)
-    local_views = group(config.globals, config.locals, config.local_crop) if config.locals else None
+    global_views = group(0, config.num_global, config.global_crop)
+    local_views = group(config.num_global, config.num_local, config.local_crop) if config.num_local else None
     return MultiCropViews(global_views, local_views)

@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarForm
 
 from jepax.health.alerts import Alert
 
-INK, ORANGE, BLUE, RED = "#222222", "#E69F00", "#0072B2", "#D55E00"  # told apart by colour-blind people (Okabe, Ito)
+INK, ORANGE, BLUE, RED = "#222222", "#E69F00", "#0072B2", "#D55E00"  # told apart by color-blind people (Okabe, Ito)
 NUM_COLUMNS = 3
 LOG_SCALE_MIN_RATIO = 10.0
 """Greatest over least value from which on a panel takes a logarithmic scale."""
@@ -26,8 +26,8 @@ class Panel:
 
     title: str
     metrics: dict[str, tuple[str | tuple[str, ...], str]]
-    """Metric: its name in the legend, and its colour. A metric with several values, one per block or one per name,
-    ignores the colour."""
+    """Metric: its name in the legend, and its color. A metric with several values, one per block or one per name,
+    ignores the color."""
     from_zero: bool = False
     """Whether a linear axis begins at 0."""
     may_log: bool = True
@@ -40,83 +40,87 @@ class Panel:
 QUANTILE_LABELS = (("least", "10%", "median", "90%", "greatest"), "")
 """Names of the lines of the features' deviations, in the order in which they are logged."""
 PANELS = (
-    Panel("loss", {"loss_max": ("highest of a step", ORANGE), "loss": ("loss", INK)}),
+    Panel("loss", {"train/loss_max": ("highest of a step", ORANGE), "train/loss": ("loss", INK)}),
     Panel(
         "validation top-1 during training (%)",
-        {"probe_top1": ("linear probe", BLUE), "knn_top1": ("kNN", ORANGE)},
+        {"val/probe_top1": ("linear probe", BLUE), "val/knn_top1": ("kNN", ORANGE)},
         may_log=False,
         points=True,
     ),
-    Panel("share of loss explained", {"loss_explained": ("explained", INK)}, may_log=False, cut=-1.0),
+    Panel("share of loss explained", {"train/explained_variance": ("explained", INK)}, may_log=False, cut=-1.0),
     Panel(
         "gradient norm (L2)",
         {
-            "grad_norm_encoder_by_block": ("encoder block", ""),
-            "grad_norm_max": ("highest of a step", ORANGE),
-            "grad_norm": ("all parameters", INK),
+            "grad_norm/encoder_blocks": ("encoder block", ""),
+            "optim/grad_norm_max": ("highest of a step", ORANGE),
+            "optim/grad_norm": ("all parameters", INK),
         },
     ),
     Panel(
         "gradient norm, predictor (L2)",
-        {"grad_norm_predictor_by_block": ("block", ""), "grad_norm_predictor": ("predictor", INK)},
+        {"grad_norm/predictor_blocks": ("block", ""), "grad_norm/predictor": ("predictor", INK)},
     ),
     Panel(
         "effective rank (dimensions)",
-        {"projection_rank": ("projections", ORANGE), "embedding_rank": ("embeddings", INK)},
+        {"health/projection/rankme": ("projections", ORANGE), "health/embedding/rankme": ("embeddings", INK)},
         True,
         False,
     ),
     Panel(
-        "slope of the spectrum", {"projection_alpha": ("projections", ORANGE), "embedding_alpha": ("embeddings", INK)}
+        "slope of the spectrum",
+        {"health/projection/alpha_req": ("projections", ORANGE), "health/embedding/alpha_req": ("embeddings", INK)},
     ),
     Panel(
         "cosine between images",
-        {"projection_cosine": ("projections", ORANGE), "embedding_cosine": ("embeddings", INK)},
+        {"health/projection/mean_cosine": ("projections", ORANGE), "health/embedding/mean_cosine": ("embeddings", INK)},
         False,
         False,
     ),
     Panel(
         "deviation of embeddings' features",
-        {"embedding_std_quantiles": QUANTILE_LABELS, "embedding_std": ("mean", INK)},
+        {"health/embedding/std_quantiles": QUANTILE_LABELS, "health/embedding/std": ("mean", INK)},
     ),
     Panel(
         "deviation of projections' features",
-        {"projection_std_quantiles": QUANTILE_LABELS, "projection_std": ("mean", INK)},
+        {"health/projection/std_quantiles": QUANTILE_LABELS, "health/projection/std": ("mean", INK)},
     ),
     Panel(
         "share of dead features",
-        {"projection_dead": ("projections", ORANGE), "embedding_dead": ("embeddings", INK)},
+        {
+            "health/projection/dead_fraction": ("projections", ORANGE),
+            "health/embedding/dead_fraction": ("embeddings", INK),
+        },
         True,
         False,
     ),
     Panel(
         "norm of a token or projection (L2)",
-        {"target_norm": ("target", BLUE), "prediction_norm": ("prediction", ORANGE)},
+        {"health/target_norm": ("target", BLUE), "health/prediction_norm": ("prediction", ORANGE)},
         True,
         False,
     ),
-    Panel("distance to the teacher (share)", {"teacher_distance": ("distance", INK)}, True, False),
+    Panel("distance to the teacher (share)", {"ema/relative_distance": ("distance", INK)}, True, False),
     Panel(
         "change per step (L2 norm)",
         {
-            "update_norm": ("trained parameters", INK),
-            "ema_step_expected": ("teacher, expected", ORANGE),
-            "ema_step_norm": ("teacher", BLUE),
+            "optim/update_norm": ("trained parameters", INK),
+            "ema/expected_update_norm": ("teacher, expected", ORANGE),
+            "ema/update_norm": ("teacher", BLUE),
         },
     ),
-    Panel("images per second", {"images_per_second": ("speed", INK)}, True, False),
-    Panel("learning rate", {"learning_rate": ("learning rate", INK)}, True, False),
-    Panel("momentum", {"momentum": ("momentum", INK)}, False, False),
-    Panel("weight decay", {"weight_decay": ("weight decay", INK)}, True, False),
+    Panel("images per second", {"perf/images_per_sec": ("speed", INK)}, True, False),
+    Panel("learning rate", {"optim/lr": ("learning rate", INK)}, True, False),
+    Panel("momentum", {"ema/momentum": ("momentum", INK)}, False, False),
+    Panel("weight decay", {"optim/weight_decay": ("weight decay", INK)}, True, False),
     Panel(
         "share of non-zeros",
-        {"share_of_nonzeros": ("measured", INK), "expected_share_of_nonzeros": ("of the target", ORANGE)},
+        {"health/nonzero_fraction": ("measured", INK), "health/nonzero_fraction_expected": ("of the target", ORANGE)},
         True,
         False,
     ),
 )
 """In reading order. A panel none of whose metrics was logged is left out, and so is a line."""
-NOT_DRAWN = {"step", "seconds_per_step", "online_seconds"}
+NOT_DRAWN = {"step", "perf/step_time", "val/seconds"}
 
 
 def choose_panels(lines: list[dict]) -> tuple[Panel, ...]:
@@ -180,7 +184,7 @@ def plot_curves(lines: list[dict], title: str, alarms: Sequence[Alert] = ()) -> 
         _draw_panel(cell, panel, kept, reach)
         _style_axes(cell, panel, np.concatenate([series.values.reshape(-1) for series in kept.values()]))
         cell.set_xlim(lines[0]["step"], max(lines[-1]["step"], lines[0]["step"] + 1))
-        _mark_alerts(cell, alarms, named="loss" in kept)
+        _mark_alerts(cell, alarms, named="train/loss" in kept)
     for cell in axes[len(panels) :]:
         cell.set_axis_off()
     smoothed = f"; light: as logged, dark: running median over {2 * reach + 1} lines" if reach else ""
@@ -197,11 +201,11 @@ def _select_series(panel: Panel, lines: list[dict]) -> dict[str, Series]:
 
 def _draw_panel(axes: Axes, panel: Panel, kept: dict[str, Series], reach: int) -> None:
     for name, series in kept.items():
-        label, colour = panel.metrics[name]
+        label, color = panel.metrics[name]
         if series.by_layer:
             _draw_layers(axes, series, label, reach)
         else:
-            _draw_series(axes, series, label, colour, reach, panel.points)
+            _draw_series(axes, series, label, color, reach, panel.points)
     lost = sorted({int(step) for series in kept.values() for step in series.steps[series.lost]})
     if lost:
         axes.plot(
@@ -237,24 +241,24 @@ def _mark_alerts(axes: Axes, alarms: Sequence[Alert], named: bool) -> None:
             )
 
 
-def _draw_series(axes: Axes, series: Series, label: str, colour: str, reach: int, points: bool) -> None:
+def _draw_series(axes: Axes, series: Series, label: str, color: str, reach: int, points: bool) -> None:
     values = series.values[:, 0]
     if points:
-        axes.plot(series.steps, values, color=colour, linewidth=1.6, marker="o", markersize=3, label=label)
+        axes.plot(series.steps, values, color=color, linewidth=1.6, marker="o", markersize=3, label=label)
         return
     if reach:
-        axes.plot(series.steps, values, color=colour, alpha=0.3, linewidth=0.8)
-    axes.plot(series.steps, running_median(values, reach), color=colour, linewidth=1.6, label=label)
+        axes.plot(series.steps, values, color=color, alpha=0.3, linewidth=0.8)
+    axes.plot(series.steps, running_median(values, reach), color=color, linewidth=1.6, label=label)
 
 
 def _draw_layers(axes: Axes, series: Series, label: str | tuple[str, ...], reach: int) -> None:
     """Thin smoothed lines from dark (the first block) to light; the legend names the first and the last."""
     layers = series.values.shape[1]
     for layer, values in enumerate(series.values.T):
-        colour = colormaps["viridis"](0.9 * layer / max(layers - 1, 1))
+        color = colormaps["viridis"](0.9 * layer / max(layers - 1, 1))
         name = f"{label} {layer + 1}" if isinstance(label, str) else label[layer]
         name = name if layer in (0, layers - 1) else None
-        axes.plot(series.steps, running_median(values, reach), color=colour, linewidth=0.8, label=name)
+        axes.plot(series.steps, running_median(values, reach), color=color, linewidth=0.8, label=name)
 
 
 def _style_axes(axes: Axes, panel: Panel, values: Float[np.ndarray, "values"]) -> None:

@@ -51,7 +51,7 @@ def draw_figures(config: Config, run: Path) -> list[Path]:
 def load_first_images(config: Config) -> ImageBatch:
     """The first images of the run's order."""
     source = open_source(config.data, "train")
-    return next(batches(source, batch_size=NUM_IMAGES, steps=1, seed=config.seed, threads=0))
+    return next(batches(source, batch_size=NUM_IMAGES, steps=1, seed=config.seed, num_threads=0))
 
 
 def first_views(config: Config, images: ImageBatch) -> PyTree:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 DPI = 120
 LINEAR_COLOR, KNN_COLOR = "#0072B2", "#E69F00"
-"""Safe for the colour-blind (Okabe, Ito)."""
+"""Safe for the color-blind (Okabe, Ito)."""
 PROTOCOL_LABELS = {"linear": "linear", "knn": "kNN"}
 BASELINE_LABELS = {"untrained": "untrained", "pixels": "raw pixels"}
 
@@ -46,19 +46,19 @@ def plot_sweep(title: str, runs: Sequence[Scored]) -> Figure:
 
 
 def _draw_scores(axes: Axes, names: list[str], runs: Sequence[Scored]) -> None:
-    for field, colour, label, shift in (("linear", LINEAR_COLOR, "linear", -0.12), ("knn", KNN_COLOR, "kNN", 0.12)):
+    for field, color, label, shift in (("linear", LINEAR_COLOR, "linear", -0.12), ("knn", KNN_COLOR, "kNN", 0.12)):
         for place, name in enumerate(names):
             scores = [getattr(run, field) for run in runs if run.row == name]
             first = label if place == 0 else None
             heights = [place + shift] * len(scores)
-            axes.plot(scores, heights, "o", color=colour, markersize=4, alpha=0.7, label=first)
-            axes.vlines(_mean(scores), place + shift - 0.16, place + shift + 0.16, color=colour, linewidth=2)
-    for kind, shift, colour in (("linear", -0.12, LINEAR_COLOR), ("knn", 0.12, KNN_COLOR)):
+            axes.plot(scores, heights, "o", color=color, markersize=4, alpha=0.7, label=first)
+            axes.vlines(_mean(scores), place + shift - 0.16, place + shift + 0.16, color=color, linewidth=2)
+    for kind, shift, color in (("linear", -0.12, LINEAR_COLOR), ("knn", 0.12, KNN_COLOR)):
         for floor, mark in (("untrained", "|"), ("pixels", "x")):
             means = [_mean([getattr(run, f"{floor}_{kind}") for run in runs if run.row == name]) for name in names]
             label = f"{BASELINE_LABELS[floor]}, {PROTOCOL_LABELS[kind]}"
             heights = [place + shift for place in range(len(names))]
-            axes.plot(means, heights, mark, color=colour, markersize=6, alpha=0.5, label=label)
+            axes.plot(means, heights, mark, color=color, markersize=6, alpha=0.5, label=label)
     axes.set_xlabel("test top-1, %")
     axes.grid(axis="x", alpha=0.3)
 

@@ -15,7 +15,7 @@ CELL_INCHES, DPI = 1.3, 120
 def plot_views(views: MultiCropViews, images: ImageBatch, crop: CropConfig) -> Figure:
     """One row per image: the center view that probes read, then every view that was drawn of it."""
     center = jax.jit(lambda images: center_crop(images, crop))(images)
-    columns = [("centre", center)]
+    columns = [("center", center)]
     for name, group in zip(("global", "local"), views.groups, strict=False):
         columns += [(name, group[:, view]) for view in range(group.shape[1])]
     rows = len(center)

@@ -145,7 +145,7 @@ def test_when_nothing_helps_the_error_says_what_was_tried(monkeypatch):
     with pytest.raises(UserError, match=r"one: no route; two: no route") as caught:
         open_source(DataConfig(), "train")
     text = str(caught.value)
-    assert text.startswith("data.source=fashion_mnist") and "data.root" in text and len(text.splitlines()) <= 5
+    assert text.startswith("data.dataset=fashion_mnist") and "data.root" in text and len(text.splitlines()) <= 5
 
 
 def test_a_system_without_apt_is_one_more_thing_that_was_tried(tmp_path, monkeypatch):

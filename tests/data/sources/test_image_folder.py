@@ -8,9 +8,9 @@ from jepax.data import DataConfig, batches, open_source
 from jepax.types import UserError
 
 
-def picture(path, grey, size=(5, 3)):
+def picture(path, gray, size=(5, 3)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", size, grey).save(path)
+    Image.new("L", size, gray).save(path)
 
 
 @pytest.fixture
@@ -26,10 +26,10 @@ def root(tmp_path):
 
 
 def open_(root, split, **settings):
-    return open_source(DataConfig(source="image_folder", root=str(root), canvas=16, **settings), split)
+    return open_source(DataConfig(dataset="image_folder", root=str(root), canvas_size=16, **settings), split)
 
 
-def greys(source):
+def grays(source):
     return source.load_batch(np.arange(len(source)))[0].canvas[:, 0, 0, 0].tolist()
 
 
@@ -37,7 +37,7 @@ def test_splits(root):
     train, validation, test = (open_(root, split) for split in ("train", "validation", "test"))
     assert (len(train), len(validation), len(test)) == (18, 2, 1)
     assert train.class_names == test.class_names == ("Dog", "cat") and train.canvas_shape == (16, 16, 3)
-    assert sorted(greys(train) + greys(validation)) == list(range(20))
+    assert sorted(grays(train) + grays(validation)) == list(range(20))
     assert validation.labels.tolist() == [0, 1] and test.labels.tolist() == [1]
     images, _ = test.load_batch(np.array([0]))
     assert images.size.tolist() == [[8, 16]] and images.label.tolist() == [1]
@@ -45,14 +45,14 @@ def test_splits(root):
 
 
 def test_listing_is_sorted(root):
-    assert greys(open_(root, "train", validation=0.0, channels=1)) == [*range(10, 20), *range(10)]
+    assert grays(open_(root, "train", validation=0.0, channels=1)) == [*range(10, 20), *range(10)]
 
 
 def test_batches_are_shuffled_over_the_classes(root):
     source = open_(root, "train", validation=0.0)
     stream = batches(source, batch_size=4, steps=5, seed=0)
-    seen = [grey for images in stream for grey in images.canvas[:, 0, 0, 0].tolist()]
-    assert sorted(seen) == list(range(20)) and seen != greys(source)
+    seen = [gray for images in stream for gray in images.canvas[:, 0, 0, 0].tolist()]
+    assert sorted(seen) == list(range(20)) and seen != grays(source)
 
 
 def test_a_broken_file_is_named(root):
@@ -63,7 +63,7 @@ def test_a_broken_file_is_named(root):
 
 def test_a_broken_file_is_named_from_a_worker_too(root):
     (root / "val/cat/x.bmp").write_bytes(b"BM")
-    stream = batches(open_(root, "test"), batch_size=1, steps=1, seed=0, threads=1, workers=1)
+    stream = batches(open_(root, "test"), batch_size=1, steps=1, seed=0, num_threads=1, num_workers=1)
     with pytest.raises(UserError, match=r"val/cat/x\.bmp cannot be read"):
         next(stream)
 

@@ -26,7 +26,7 @@ def test_order_of_loading_does_not_matter():
 
 
 def test_splits_share_no_picture():
-    config = DataConfig(source="synthetic", canvas=8, synthetic_images=80, channels=1)
+    config = DataConfig(dataset="synthetic", canvas_size=8, synthetic_size=80, channels=1)
     seen = []
     for split in ("train", "validation", "test"):
         source = open_source(config, split)

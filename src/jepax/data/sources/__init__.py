@@ -230,7 +230,7 @@ def split_rows(split: SplitName, labels: Int32[np.ndarray, " examples"], share: 
     rows = np.flatnonzero(mask if split == "validation" else ~mask)
     if not len(rows):
         raise UserError(
-            f"data.validation={share} leaves no image for the {split} split out of {len(labels)}.\n"
+            f"data.val_fraction={share} leaves no image for the {split} split out of {len(labels)}.\n"
             "It is a fraction of each class of the training images; try 0.1, or add images."
         )
     return rows

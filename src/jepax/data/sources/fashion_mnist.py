@@ -130,7 +130,7 @@ def _download(cache: Path) -> None:
                 (Path(temporary) / f"{name}.gz").replace(cache / f"{name}.gz")
             return _print(f"downloaded from {origin} into {cache}.")
     raise UserError(
-        f"data.source=fashion_mnist: its files are not in {SYSTEM_DIR} nor in {cache}, and downloading them failed:\n"
+        f"data.dataset=fashion_mnist: its files are not in {SYSTEM_DIR} nor in {cache}, and downloading them failed:\n"
         + "; ".join(tried)
         + f".\nInstall the Debian package {DEBIAN_PACKAGE}, or put {', '.join(f'{name}.gz' for name in FILE_SHA256)} "
         "in a folder and set data.root to it."

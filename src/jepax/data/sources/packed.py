@@ -78,8 +78,8 @@ def open_split(root: str, split: SplitName, validation: float, canvas: int, chan
     pack = read_pack_info(folder)
     if canvas > pack["canvas"]:
         raise UserError(
-            f"data.root={root} was packed for data.canvas={pack['canvas']}, and {canvas} asks for more;\n"
-            "lower data.canvas, or pack the folder again with --canvas"
+            f"data.root={root} was packed for data.canvas_size={pack['canvas']}, and {canvas} asks for more;\n"
+            "lower data.canvas_size, or pack the folder again with --canvas-size"
         )
     part = "val" if split == "test" else "train"
     names, files = tuple(pack["classes"]), read_names(folder, part)
