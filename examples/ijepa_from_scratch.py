@@ -75,7 +75,7 @@ def train(source: ImageSource, steps: int, seed: int = 0) -> IJEPA:
     """Train for `steps` steps."""
     method = METHOD.build(total_steps=steps, key=jr.key(seed))
 
-    # Muon for the blocks' matrices, which are stacked as (layers, in, out), and AdamW for the rest. In so few steps AdamW
+    # Muon for the blocks' matrices, stacked as (layers, in, out), and AdamW for the rest. In so few steps AdamW
     # alone, without a regularizer, scored below the untrained encoder: docs/log.md.
     def matrices(params):
         return jax.tree.map(lambda is_matrix: MuonDimensionNumbers(1, 2) if is_matrix else None, matrix_mask(params))
