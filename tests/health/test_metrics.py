@@ -129,6 +129,6 @@ def test_mean_cosine():
 
 def test_everything_that_is_logged_of_a_batch():
     logged = collapse_metrics(spread_out(20, 6), "health/projection")
-    names = ("std", "std_quantiles", "dead", "cosine", "rank", "alpha")
-    assert list(logged) == [f"projection_{name}" for name in names]
+    names = ("std", "std_quantiles", "dead_fraction", "mean_cosine", "rankme", "alpha_req")
+    assert list(logged) == [f"health/projection/{name}" for name in names]
     assert logged["health/projection/rankme"] == rankme(spread_out(20, 6))

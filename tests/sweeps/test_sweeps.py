@@ -128,8 +128,8 @@ def test_runs_of_another_config_are_not_put_into_one_table(tmp_path, monkeypatch
     monkeypatch.setattr(run.training, "train", lambda *given: pytest.fail("trained"))
     words = ["family_fashion_mnist", *TINY, "--run-dir", str(tmp_path)]
     before = plan(*words, "--seeds", "0", "--eval.knn.k", "3").jobs[0]
-    run.settings.record(before.folder, before.config)
-    with pytest.raises(UserError, match=r"(?s)row masked\+ema: .*different config.*neighbors"):
+    run.train_config.write_run_config(before.folder, before.config)
+    with pytest.raises(UserError, match=r"(?s)row masked\+ema: .*different config.*knn\.k"):
         run.run_sweep(plan(*words, "--seeds", "1"), say=lambda line: None)
 
 

@@ -113,4 +113,4 @@ def _with_path(message: str, paths: Sequence[str]) -> str:
     """The message, with the full path of the field if it begins with the last part of one."""
     first = re.match(r"(\w+)=", message)
     named = [path for path in paths if first and path.rsplit(".", 1)[-1] == first[1]]
-    return f"--{named[0]}: {message}" if named else message
+    return f"--{named[0].replace('_', '-')}: {message}" if named else message

@@ -81,7 +81,7 @@ def knn(data: ProtocolData, config: KnnConfig) -> list[FittedProbe]:
         for (k, t), hits in zip(pairs, correct, strict=True)
     ]
     best = best_trial(tried)
-    k, temperature = best["neighbors"], best["temperature"]
+    k, temperature = best["k"], best["temperature"]
 
     def predict(dataset: EvalDataset) -> TopKPredictions:
         parts = search(index, dataset.features.last, largest, config.query_chunk)
