@@ -19,7 +19,7 @@ def shrunk(name: str, **method: object) -> Config:
     """A recipe on 24x24 images cut into 6x6 patches. Precision is float32, as on every CPU."""
     config = RECIPES[name]()
     tiny = replace(config.method.tiny(), **method)
-    channels = tiny.encoder.channels
+    channels = tiny.encoder.in_channels
     return replace(
         config,
         method=tiny,

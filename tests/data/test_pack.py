@@ -64,8 +64,8 @@ def open_(source: str, root: Path, split: str = "train", **settings):
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_it_holds_the_folders_pictures(photos, tmp_path, split):
-    folder = open_("image_folder", photos, split, validation=0.3)
-    ours = open_("packed", packed(photos, tmp_path / "pack"), split, validation=0.3)
+    folder = open_("image_folder", photos, split, val_fraction=0.3)
+    ours = open_("packed", packed(photos, tmp_path / "pack"), split, val_fraction=0.3)
     rows = np.arange(len(folder))
     found, expected = ours.load_batch(rows)[0], folder.load_batch(rows)[0]
     assert ours.files == folder.files and ours.class_names == folder.class_names
@@ -100,7 +100,7 @@ def test_threads_do_not_matter_and_nothing_else_stays(photos, tmp_path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from jepax import pack
+from jepax.data import pack
 plain = pack.encode_record
 def slow(path, config):
     time.sleep(0.1)
@@ -141,7 +141,7 @@ def test_a_full_disk_is_told_in_a_line_and_packing_goes_on(photos, tmp_path):
 
 
 def test_the_same_batches_from_threads_and_workers(photos, tmp_path):
-    source = open_("packed", packed(photos, tmp_path / "pack"), validation=0.0)
+    source = open_("packed", packed(photos, tmp_path / "pack"), val_fraction=0.0)
 
     def canvases(**how):
         return [images.canvas.copy() for images in batches(source, batch_size=6, steps=3, seed=0, **how)]
@@ -160,7 +160,7 @@ def test_a_broken_picture_is_named_and_replaced_as_in_the_folder(photos, tmp_pat
     pack.pack(photos, folder, pack.PackConfig(canvas_size=CANVAS, images_per_shard=4), said.append)
     (warned,) = (line for line in said if "warning" in line)
     assert warned.startswith("warning: train/cat/large_1.jpg cannot be read (its content is none of")
-    ours, theirs = open_("packed", folder, validation=0.0), open_("image_folder", photos, validation=0.0)
+    ours, theirs = open_("packed", folder, val_fraction=0.0), open_("image_folder", photos, val_fraction=0.0)
     marked, expected = (source.load_batch(np.arange(len(ours)))[1] for source in (ours, theirs))
     assert marked.tolist() == expected.tolist() and marked.sum() == 1
     with pytest.raises(CorruptExampleError, match=r"train/cat/large_1\.jpg cannot be read as an image: it is empty"):
@@ -252,14 +252,14 @@ def test_flipped_bits_are_noticed(photos, tmp_path):
         byte = file.read(1)[0]
         file.seek(at)
         file.write(bytes([byte ^ 1]))
-    source = open_("packed", shard.parent, validation=0.0)
+    source = open_("packed", shard.parent, val_fraction=0.0)
     assert source.load_batch(np.arange(len(source)))[1].sum() == 1
 
 
 def test_a_larger_canvas_than_the_packs_is_refused(photos, tmp_path):
     folder = packed(photos, tmp_path / "pack")
     with pytest.raises(UserError, match=r"was packed for data\.canvas_size=48, and 64 asks for more"):
-        open_("packed", folder, canvas=64)
+        open_("packed", folder, canvas_size=64)
     assert open_("packed", folder, canvas=32).load_batch(np.array([0]))[0].canvas.shape == (1, 32, 32, 3)
 
 

@@ -139,9 +139,9 @@ def test_only_augmented_views_draw_random_numbers(views):
 
 def test_it_learns_and_validation_chooses(fitted):
     answer, before = fitted
-    tops = [tried["validation_top1"] for tried in answer.tried]
+    tops = [tried["validation_top1"] for tried in answer.trials]
     assert len(tops) == 4 and answer.settings["validation_top1"] == max(tops)
-    assert answer.settings is answer.tried[int(np.argmax(tops))]
+    assert answer.settings is answer.trials[int(np.argmax(tops))]
     assert answer.settings["learning_rate"] == 3e-3 and "lr 0.003" in answer.variant
     test = split(row(), 70, 2)
     assert top1_accuracy(answer.predict(test), test.labels) > majority(test.labels) + 30

@@ -123,10 +123,10 @@ def test_the_loss_is_cross_entropy_to_smoothed_labels_of_crops():
 
 def test_it_learns_and_validation_chooses(fitted):
     answer, before = fitted
-    tops = [tried["validation_top1"] for tried in answer.tried]
-    assert [tried["learning_rate"] for tried in answer.tried] == [1e-6, 3e-3, 1e-7]
+    tops = [tried["validation_top1"] for tried in answer.trials]
+    assert [tried["learning_rate"] for tried in answer.trials] == [1e-6, 3e-3, 1e-7]
     assert (
-        answer.settings is answer.tried[1]
+        answer.settings is answer.trials[1]
         and tops[1] == max(tops) > max(tops[0], tops[2])
         and answer.variant == "lr 0.003"
     )
@@ -140,8 +140,8 @@ def test_it_learns_and_validation_chooses(fitted):
 
 def test_of_equals_the_first_is_chosen():
     (answer,) = run(finetune, *splits(row()), CLASSES, SHORT, key=jr.key(0))
-    assert answer.tried[0]["validation_top1"] == answer.tried[1]["validation_top1"]
-    assert answer.settings is answer.tried[0]
+    assert answer.trials[0]["validation_top1"] == answer.trials[1]["validation_top1"]
+    assert answer.settings is answer.trials[0]
 
 
 def test_labels_of_the_test_split_are_not_read(fitted):

@@ -44,9 +44,9 @@ def test_validation_chooses_the_first_of_the_best():
     queries = validation.features.last.astype(np.float64)
     pairs = list(itertools.product((1, 5, 50), (0.03, 0.2)))
     expected = [100 * peer(train, *pair).score(queries, validation.labels) for pair in pairs]
-    assert [(one["k"], one["temperature"]) for one in fitted.tried] == pairs
-    np.testing.assert_allclose([one["validation_top1"] for one in fitted.tried], expected)
-    assert len(set(expected)) > 2 and fitted.settings == fitted.tried[int(np.argmax(expected))]
+    assert [(one["k"], one["temperature"]) for one in fitted.trials] == pairs
+    np.testing.assert_allclose([one["validation_top1"] for one in fitted.trials], expected)
+    assert len(set(expected)) > 2 and fitted.settings == fitted.trials[int(np.argmax(expected))]
     chosen = fitted.settings["k"], fitted.settings["temperature"]
     assert fitted.variant == f"k {chosen[0]}, temperature {chosen[1]:g}"
     reached = peer(train, *chosen).predict(test.features.last.astype(np.float64))
@@ -56,7 +56,7 @@ def test_validation_chooses_the_first_of_the_best():
 def test_among_equals_the_first_is_chosen():
     train, validation, _ = clusters(noise=0.01)
     (fitted,) = run(knn, train, validation, 7, KnnConfig((5, 1), (0.2, 0.03)), key=KEY)
-    assert {one["validation_top1"] for one in fitted.tried} == {100.0}
+    assert {one["validation_top1"] for one in fitted.trials} == {100.0}
     assert (fitted.settings["k"], fitted.settings["temperature"]) == (5, 0.2)
 
 

@@ -132,12 +132,12 @@ def test_every_input_is_answered_and_controls_are_never_chosen(answers):
     names = ["last", "last four", "last four, projected", "last, expanded", "last, expanded and rectified"]
     assert [answer.name for answer in answers] == ["best", *names]
     chosen, *alone = answers
-    assert len(chosen.tried) == 2 * 2 * 2 * 2 and {setting["layers"] for setting in chosen.tried} == set(names[:2])
-    assert all({setting["layers"] for setting in answer.tried} == {answer.name} for answer in alone)
+    assert len(chosen.trials) == 2 * 2 * 2 * 2 and {setting["layers"] for setting in chosen.trials} == set(names[:2])
+    assert all({setting["layers"] for setting in answer.trials} == {answer.name} for answer in alone)
     for answer in answers:
-        best = max(setting["validation_top1"] for setting in answer.tried)
+        best = max(setting["validation_top1"] for setting in answer.trials)
         assert answer.settings["validation_top1"] == best
-        assert answer.settings == next(setting for setting in answer.tried if setting["validation_top1"] == best)
+        assert answer.settings == next(setting for setting in answer.trials if setting["validation_top1"] == best)
 
 
 def test_the_reported_head_is_the_chosen_one(answers):
@@ -161,7 +161,7 @@ def test_a_random_projection_of_four_layers_cannot_beat_them_and_expansion_adds_
 def test_a_single_layer_has_one_answer():
     one = made(500, layers=1)
     (answer,) = run(linear, one, one, CLASSES, dataclasses.replace(CONFIG, width_controls=True), key=jr.key(0))
-    assert answer.name == "best" and {setting["layers"] for setting in answer.tried} == {"last"}
+    assert answer.name == "best" and {setting["layers"] for setting in answer.trials} == {"last"}
 
 
 @pytest.mark.parametrize("value", [3.0, 0.1, -0.8102])

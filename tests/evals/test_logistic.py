@@ -177,10 +177,10 @@ def test_validation_chooses_strength_and_layers():
     config = LogisticConfig((1e-4, 1.0, 1e-2))
     (fitted,) = run(logistic, train, validation, 7, config, key=KEY)
     places = [(name, strength) for name in config.layers for strength in (1.0, 1e-2, 1e-4)]
-    assert [(one["layers"], one["strength"]) for one in fitted.tried] == places
-    assert all(one["converged"] and one["iterations"] > 0 for one in fitted.tried)
-    reached = [one["validation_top1"] for one in fitted.tried]
-    assert len(set(reached)) > 3 and fitted.settings == fitted.tried[int(np.argmax(reached))]
+    assert [(one["layers"], one["strength"]) for one in fitted.trials] == places
+    assert all(one["converged"] and one["iterations"] > 0 for one in fitted.trials)
+    reached = [one["validation_top1"] for one in fitted.trials]
+    assert len(set(reached)) > 3 and fitted.settings == fitted.trials[int(np.argmax(reached))]
     for name, strength, top1 in zip(*zip(*places, strict=True), reached, strict=True):
         part = slice(-1, None) if name == "last" else slice(None)
         z = standardized(train.features.layers[part], validation.features.layers[part])
@@ -195,7 +195,7 @@ def test_validation_chooses_strength_and_layers():
 def test_of_equals_the_strongest_penalty_on_the_last_layer_is_chosen():
     train, validation, _ = clusters(layers=2, noise=0.01)
     (fitted,) = run(logistic, train, validation, 7, LogisticConfig((1e-3, 1e-1)), key=KEY)
-    assert {one["validation_top1"] for one in fitted.tried} == {100.0}
+    assert {one["validation_top1"] for one in fitted.trials} == {100.0}
     assert (fitted.settings["layers"], fitted.settings["strength"]) == ("last", 1e-1)
     assert fitted.variant == "last, strength 0.1"
 
@@ -204,7 +204,7 @@ def test_of_equals_the_strongest_penalty_on_the_last_layer_is_chosen():
 def test_one_layer_is_fitted_once(layers):
     train, validation, _ = clusters(sizes=(100, 30, 5))
     (fitted,) = run(logistic, train, validation, 7, LogisticConfig((1e-1,), layers), key=KEY)
-    assert [one["layers"] for one in fitted.tried] == ["last"]
+    assert [one["layers"] for one in fitted.trials] == ["last"]
 
 
 @pytest.mark.parametrize(

@@ -61,11 +61,11 @@ def test_the_answer_is_the_fit_to_the_drawn_examples_chosen_on_the_drawn_validat
         )
         guesses = [topk(model(select_layers(validation, "last")[:, held]))[:, 0] for _, model in fits]
         reached = [100 * np.mean(guess == validation.labels[held]) for guess in guesses]
-        assert [tried["validation_top1"] for tried in answer.tried] == pytest.approx(reached)
+        assert [tried["validation_top1"] for tried in answer.trials] == pytest.approx(reached)
         strength, model = fits[int(np.argmax(reached))]
         assert answer.settings["strength"] == strength
         np.testing.assert_array_equal(answer.predict(test.unlabeled()), topk(model(select_layers(test, "last"))))
-    assert len({tuple(tried["validation_top1"] for tried in answer.tried) for answer in answers}) > 1
+    assert len({tuple(tried["validation_top1"] for tried in answer.trials) for answer in answers}) > 1
 
 
 def test_the_budget_of_labels_holds(monkeypatch):

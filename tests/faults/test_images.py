@@ -145,7 +145,7 @@ STRANGER = """
 import os, sys
 import numpy as np
 from jepax.data import CorruptLog, DataConfig, open_source
-source = open_source(DataConfig(source="image_folder", root="data", canvas=8, validation=0.0), "train")
+source = open_source(DataConfig(dataset="image_folder", root="data", canvas_size=8, val_fraction=0.0), "train")
 source.load(0)  # all that reading loads is loaded
 if os.geteuid() == 0:  # whom no permission stops
     os.seteuid(65534)
@@ -197,7 +197,7 @@ READER = """
 import resource, sys
 import numpy as np
 from jepax.data import DataConfig, open_source
-source = open_source(DataConfig(source="image_folder", root=sys.argv[1], canvas=8, validation=0.0), "train")
+source = open_source(DataConfig(dataset="image_folder", root=sys.argv[1], canvas_size=8, val_fraction=0.0), "train")
 good = source.load(0)  # all that reading loads is loaded
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 images, replaced = source.load_batch(np.array([0, 13]))
@@ -225,10 +225,10 @@ def test_a_bomb_is_listed_with_its_size(root, tmp_path):
 @pytest.mark.fault(18, "a file added to the data or removed from it")
 @pytest.mark.parametrize("number", range(20, 26))  # into whichever split it falls
 def test_an_added_file_changes_what_the_data_is(root, number):
-    before = opened(root, validation=0.3).fingerprint
+    before = opened(root, val_fraction=0.3).fingerprint
     photo(1).save(root / f"train/dog/{number}.png")
     for split in ("train", "validation"):
-        (line,) = configs.diff(before, opened(root, split, validation=0.3).fingerprint)
+        (line,) = configs.diff(before, opened(root, split, val_fraction=0.3).fingerprint)
         assert line.startswith("class dog: 10 files, ") and " -> 11 files, " in line
 
 
@@ -263,7 +263,7 @@ def test_a_copy_in_another_order_is_the_same_data(root, tmp_path):
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
     assert opened(tmp_path / "copy").fingerprint == opened(root).fingerprint
-    assert opened(root, "validation", validation=0.3).fingerprint == opened(root).fingerprint
+    assert opened(root, "validation", val_fraction=0.3).fingerprint == opened(root).fingerprint
 
 
 @pytest.mark.fault(18, "other generated pictures")

@@ -11,7 +11,7 @@ from jepax.types import UserError
 
 HOLD = """
 import sys, time, pathlib
-from jepax import lock
+from jepax.io import lock
 with lock.run_lock(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -9,11 +9,12 @@ import pytest
 
 from jepax import cli
 from jepax.commands import evaluation
-from jepax.commands.sweep import Sweep, load_sweep
+from jepax.commands.sweep import Sweep as SweepCommand
+from jepax.commands.sweep import load_sweep
 from jepax.evals import report
 from jepax.evals.knn import KnnConfig
 from jepax.io import config_yaml as configs
-from jepax.sweeps import SWEEPS, Variant, run, table
+from jepax.sweeps import SWEEPS, Sweep, Variant, run, table
 from jepax.types import UserError
 
 TINY = """
@@ -21,6 +22,10 @@ TINY = """
     --method.encoder.width 24 --method.encoder.depth 1 --train.batch-size 16 --train.steps 3 --optim.warmup-epochs 0.2
     --eval.batch-size 40 --eval.linear.epochs 2 --eval.linear.learning-rates 1e-2 --eval.linear.weight_decays 0.0
 """.split()
+
+
+def plan(*words):
+    return SweepCommand.read("sweep", list(words)).plan()
 
 
 @pytest.mark.parametrize("name", SWEEPS)

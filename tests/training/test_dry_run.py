@@ -197,12 +197,12 @@ def test_the_step_shrinks_to_the_memory(monkeypatch, steps):
 
 def test_generated_images_replace_a_folder_that_is_not_given():
     lines = []
-    config = small(source="image_folder", canvas=28)
+    config = small(dataset="image_folder", canvas_size=28)
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_epochs=0.0))
     setup = dry_run.make_dry_setup(config, lines.append)
     assert "generated images replace it" in lines[0] and len(setup.source) > 1_000_000
     with pytest.raises(UserError, match=r"data\.root=/nowhere"):
-        dry_run.make_dry_setup(small(source="image_folder", root="/nowhere"), lines.append)
+        dry_run.make_dry_setup(small(dataset="image_folder", root="/nowhere"), lines.append)
 
 
 def test_memory_of_the_state_is_exact():

@@ -45,11 +45,11 @@ def test_splits(root):
 
 
 def test_listing_is_sorted(root):
-    assert grays(open_(root, "train", validation=0.0, channels=1)) == [*range(10, 20), *range(10)]
+    assert grays(open_(root, "train", val_fraction=0.0, channels=1)) == [*range(10, 20), *range(10)]
 
 
 def test_batches_are_shuffled_over_the_classes(root):
-    source = open_(root, "train", validation=0.0)
+    source = open_(root, "train", val_fraction=0.0)
     stream = batches(source, batch_size=4, steps=5, seed=0)
     seen = [gray for images in stream for gray in images.canvas[:, 0, 0, 0].tolist()]
     assert sorted(seen) == list(range(20)) and seen != grays(source)
