@@ -7,9 +7,8 @@
     Method          the contract of a method, and MethodConfig that of its settings;
                     ImageMethod and ImageMethodConfig: those whose encoder can be evaluated, drawn and exported
     ImageBatch      a batch of images, as methods read it
-    IJEPAConfig, IJEPADenseConfig, IJEPANoTeacherConfig, LeJEPAConfig, KerJEPAConfig, RectifiedLpJEPAConfig,
-    VICRegConfig, VISRegConfig, BYOLConfig
-                    the methods, by their settings: `IJEPAConfig().build(total_steps=1000, key=key)`
+    IJEPAConfig, LeJEPAConfig, ...
+                    the methods of `jepax.methods`, by their settings: `IJEPAConfig().build(total_steps=1000, key=key)`
 
 `import jepax` loads nothing else: each name is imported when it is first used. To read the code, start at
 `training/step.py` and `methods/ijepa.py`.
@@ -21,21 +20,12 @@ from typing import Any
 __version__ = "0.2.0"
 
 _MODULES = {
-    "BYOLConfig": "methods.byol",
     "Config": "training.config",
-    "IJEPAConfig": "methods.ijepa",
-    "IJEPADenseConfig": "methods.ijepa_dense",
-    "IJEPANoTeacherConfig": "methods.ijepa_no_teacher",
     "ImageBatch": "types",
     "ImageMethod": "methods",
     "ImageMethodConfig": "methods",
-    "KerJEPAConfig": "methods.kerjepa",
-    "LeJEPAConfig": "methods.lejepa",
     "Method": "methods",
     "MethodConfig": "methods",
-    "RectifiedLpJEPAConfig": "methods.rectified_lpjepa",
-    "VICRegConfig": "methods.vicreg",
-    "VISRegConfig": "methods.visreg",
     "load_encoder": "export.weights",
     "recipes": "recipes",
     "train": "training.loop",
@@ -46,10 +36,15 @@ __all__ = list(_MODULES)
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used (PEP 562)."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
-    return getattr(module, name, module)  # `recipes` is a module itself
+    if name in _MODULES:
+        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+        return getattr(module, name, module)  # `recipes` is a module itself
+    if name.endswith("Config"):  # a method's, which its file registers: a new method needs no change here
+        registry = importlib.import_module(f"{__name__}.methods").MethodConfig.registry
+        for config in registry.values():
+            if config.__name__ == name:
+                return config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

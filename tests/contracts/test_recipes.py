@@ -30,7 +30,7 @@ DISTINCT = distinct()
 
 def group(config):
     """A method, or all that scan their layers."""
-    return "scanned" if configs.flatten(config.method).get("encoder.scan") else config.method.name
+    return "scanned" if configs.flatten(config.method).get("encoder.scan_layers") else config.method.name
 
 
 FIRST = {group(config): name for name, config in reversed(DISTINCT.items())}
@@ -74,10 +74,10 @@ def test_every_recipe_is_a_program_at_its_full_size(name):
 
 def still(method):
     """The same method with views that are always the original image, and a teacher that does not move."""
-    no_crop = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": 0.0}
+    no_crop = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip_prob": 0.0}
     method = replace_all(method, CropConfig, lambda crop: replace(crop, **no_crop))
     method = replace_all(method, ColorConfig, lambda _: ColorConfig())
-    return replace_all(method, EMAConfig, lambda momentum: replace(momentum, start=1.0, final=1.0))
+    return replace_all(method, EMAConfig, lambda ema: replace(ema, start=1.0, end=1.0))
 
 
 @pytest.fixture(scope="module")

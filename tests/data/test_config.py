@@ -56,4 +56,4 @@ def test_an_empty_validation_split_is_refused():
     config = DataConfig(dataset="synthetic", canvas_size=8, val_fraction=0.0, synthetic_size=16)
     assert len(open_source(config, "train")) == 16
     with pytest.raises(UserError, match=r"data\.val_fraction=0\.0 leaves no image for the validation split"):
-        open_source(config, "val_fraction")
+        open_source(config, "validation")

@@ -106,7 +106,7 @@ def slow(path, config):
     time.sleep(0.1)
     return plain(path, config)
 pack.encode_record = slow
-pack.pack(Path(sys.argv[1]), Path(sys.argv[2]), pack.PackConfig(canvas_size=48, images_per_shard=4, threads=2))
+pack.pack(Path(sys.argv[1]), Path(sys.argv[2]), pack.PackConfig(canvas_size=48, images_per_shard=4, num_threads=2))
 """
 
 
@@ -260,7 +260,7 @@ def test_a_larger_canvas_than_the_packs_is_refused(photos, tmp_path):
     folder = packed(photos, tmp_path / "pack")
     with pytest.raises(UserError, match=r"was packed for data\.canvas_size=48, and 64 asks for more"):
         open_("packed", folder, canvas_size=64)
-    assert open_("packed", folder, canvas=32).load_batch(np.array([0]))[0].canvas.shape == (1, 32, 32, 3)
+    assert open_("packed", folder, canvas_size=32).load_batch(np.array([0]))[0].canvas.shape == (1, 32, 32, 3)
 
 
 def test_its_contents_are_the_folders_and_the_shards(photos, tmp_path):

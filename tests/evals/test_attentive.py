@@ -130,11 +130,11 @@ def test_heads_begin_alike_and_every_array_of_theirs_is_trained(stepped):
 
 
 @pytest.mark.parametrize("train_views", ["center", "augmented"])
-def test_only_augmented_views_draw_random_numbers(views):
+def test_only_augmented_views_draw_random_numbers(train_views):
     program = jax.make_jaxpr(train_step.__wrapped__)(
-        *inputs_of_a_step([(1e-3, 0.0)], replace(CONFIG, train_views=views))
+        *inputs_of_a_step([(1e-3, 0.0)], replace(CONFIG, train_views=train_views))
     )
-    assert ("random_bits" in str(program)) == (views == "augmented")
+    assert ("random_bits" in str(program)) == (train_views == "augmented")
 
 
 def test_it_learns_and_validation_chooses(fitted):

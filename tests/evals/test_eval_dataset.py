@@ -33,7 +33,7 @@ def test_an_unlabeled_source_has_the_pictures_and_no_label(row):
     open_, shut = source(), without_labels(source())
     split = EvalDataset(row, shut, 16)
     np.testing.assert_array_equal(split.features.layers, EvalDataset(row, open_, 16).features.layers)
-    for labels in (split.labels, split.features.labels, shut.labels, shut.load(np.arange(4))[2]):
+    for labels in (split.labels, split.features.labels, shut.labels, shut.load_batch(np.arange(4))[0].label):
         assert (labels == NO_LABEL).all()
     for images, _ in split.images():
         assert (images.label == NO_LABEL).all()
@@ -46,7 +46,7 @@ def test_an_unlabeled_source_has_the_pictures_and_no_label(row):
 def test_features_are_those_of_the_encoder_and_embedded_once(row):
     split = EvalDataset(row, source(), 16)
     images, _ = next(iter_once(split.source, 37))
-    tokens = row.encoder.layers(center_crop(images, CROP), 4)
+    tokens = row.encoder.intermediate_layers(center_crop(images, CROP), 4)
     np.testing.assert_allclose(split.features.layers, tokens.mean(2), atol=1e-5)
     assert split.features is split.features
     summed = EvalDataset(ViTFeatures(row.encoder, CROP, "sum"), source(), 16)
@@ -79,7 +79,7 @@ def test_a_digest_tells_large_pictures_and_sizes_apart():
     images, _ = next(iter_once(source(), 37))
     large = np.random.default_rng(0).integers(0, 256, (3, 200, 200, 3)).astype(np.uint8)
     size = np.full((3, 2), 200, np.int32)
-    made = dataclasses.replace(images, canvas_size=large, size=size, index=images.index[:3], label=None)
+    made = dataclasses.replace(images, canvas=large, size=size, index=images.index[:3], label=None)
     assert len(set(digest(images))) == 37 and len(set(digest(made))) == 3
     cut = dataclasses.replace(made, size=size - 1)
     assert not np.isin(digest(cut), digest(made)).any()

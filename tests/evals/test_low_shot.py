@@ -41,8 +41,8 @@ def test_every_shot_and_seed_has_its_answer():
     assert [one.settings["seed"] for one in answers] == [0, 1] * 3
     for one in answers:
         assert one.predict(test.unlabeled()).shape == (301, 5)
-        assert one.settings["validation_top1"] == max(tried["validation_top1"] for tried in one.tried)
-        assert [tried["strength"] for tried in one.tried] == [1.0, 1e-2]
+        assert one.settings["validation_top1"] == max(tried["validation_top1"] for tried in one.trials)
+        assert [tried["strength"] for tried in one.trials] == [1.0, 1e-2]
         assert one.variant == f"strength {one.settings['strength']:g}"
     assert [one.settings["labels"] for one in answers[2:]] == [7, 7, 21, 21]
 
@@ -90,7 +90,7 @@ def test_other_labels_change_nothing(monkeypatch):
         rest = np.setdiff1d(np.arange(layers.shape[1]), used)
         layers[:, rest] = layers[:, rest[::-1]]  # other pictures, and with them other labels
     again = run(low_shot, Made(features[0], train.labels), Made(features[1], validation.labels), 7, config, key=KEY)
-    assert again[0].tried[0]["validation_top1"] == answers[0].tried[0]["validation_top1"]
+    assert again[0].trials[0]["validation_top1"] == answers[0].trials[0]["validation_top1"]
     assert np.mean(again[0].predict(test) == answers[0].predict(test)) > 0.99
 
 
@@ -181,7 +181,7 @@ def test_only_the_last_layer_is_read():
         ({"label_fractions": (0.0,)}, r"label_fractions=\(0.0,\)"),
         ({"label_fractions": (1.5,)}, r"label_fractions=\(1.5,\)"),
         ({"shots": (5, 0)}, r"shots=\(5, 0\)"),
-        ({"label_fractions": (), "shots": ()}, "unless shares has one"),
+        ({"label_fractions": (), "shots": ()}, "unless label_fractions has one"),
         ({"num_draws": 0}, "num_draws=0"),
         ({"l2_penalties": (-1.0,)}, r"l2_penalties=\(-1.0,\)"),
     ],

@@ -47,7 +47,7 @@ def test_some_pictures_are_drawn_over_the_whole_source():
     assert len(few) == 50 and np.array_equal(few.rows, np.unique(few.rows)) and few.rows.max() > 200
     images, _ = few.load_batch(np.array([3, 0]))
     canvas, labels = images.canvas, images.label
-    np.testing.assert_array_equal(canvas, whole.pictures[few.rows[[3, 0]]])
+    np.testing.assert_array_equal(canvas, whole.images[few.rows[[3, 0]]])
     np.testing.assert_array_equal(labels, whole.labels[few.rows[[3, 0]]])
     np.testing.assert_array_equal(random_subset(whole, 50).rows, few.rows)
     assert len(random_subset(whole, 1000)) == 300

@@ -68,7 +68,7 @@ def change(folder, values):
 )
 def test_what_is_written_is_read_back_bit_by_bit(tmp_path, changes):
     encoder = encoder_of(replace(CONFIG, **({"width": 44} if "mlp_ratio" in changes else {}) | changes))
-    crop = replace(CROP, mean=CROP.mean[: encoder.config.channels], std=CROP.std[: encoder.config.channels])
+    crop = replace(CROP, mean=CROP.mean[: encoder.config.in_channels], std=CROP.std[: encoder.config.in_channels])
     read, its_crop = weights.load_encoder(exported(tmp_path / "encoder", encoder, crop))
     assert_equal(read, encoder)
     assert (read.config, its_crop) == (encoder.config, crop)

@@ -59,7 +59,7 @@ def root(tmp_path):
 
 
 def opened(root, split="train", **settings):
-    settings = {"validation": 0.0, "canvas": 8, "channels": 1} | settings
+    settings = {"val_fraction": 0.0, "canvas_size": 8, "channels": 1} | settings
     return open_source(DataConfig(dataset="image_folder", root=str(root), **settings), split)
 
 
@@ -268,7 +268,7 @@ def test_a_copy_in_another_order_is_the_same_data(root, tmp_path):
 
 @pytest.mark.fault(18, "other generated pictures")
 def test_what_generated_pictures_are_made_from_tells_them_apart():
-    settings = [{}, {"synthetic_size": 90}, {"synthetic_seed": 1}, {"synthetic_variable_size": True}, {"canvas": 9}]
+    settings = [{}, {"synthetic_size": 90}, {"synthetic_seed": 1}, {"synthetic_variable_size": True}, {"canvas_size": 9}]
     made = [
         open_source(DataConfig(**({"dataset": "synthetic", "canvas_size": 8, "synthetic_size": 80} | each)), "train")
         for each in settings

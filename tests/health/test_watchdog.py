@@ -31,7 +31,7 @@ def tiny(name: str, seed: int, steps: int, optim: dict, **settings: object) -> C
         warnings.simplefilter("ignore")  # of settings that these tests choose because they fail
         config = shrunk(name)
         method, crop = config.method, CropConfig(size=(SIDE, SIDE), hflip_prob=0.5)
-        depth = 2 if getattr(method, "layers", None) else 1
+        depth = 2 if getattr(method, "target_layers", None) else 1
         changes = {"encoder": replace(method.encoder, depth=depth)}
         if hasattr(method, "views"):
             changes["views"] = MultiCropConfig(num_global=2, global_crop=crop, num_local=0)
@@ -43,7 +43,7 @@ def tiny(name: str, seed: int, steps: int, optim: dict, **settings: object) -> C
             )
             changes["predictor"] = replace(method.predictor, depth=1)
         method = replace(method, **changes | settings)
-    rates = {"matrices": "adamw", "peak_lr": 3e-3, "start_lr": 1e-4, "warmup_epochs": 1.5} | optim
+    rates = {"name": "adamw", "peak_lr": 3e-3, "start_lr": 1e-4, "warmup_epochs": 1.5} | optim
     return replace(
         config,
         seed=seed,
@@ -74,7 +74,7 @@ LPJEPA, LAYERS = "rectified_lpjepa_fashion_mnist", "ijepa_fashion_mnist_multilay
 NO_TEACHER = "ijepa_fashion_mnist_no_teacher"
 FAILING = [
     ("collapse", NO_TEACHER, 60, {}, {"stop_gradient": False, "regularizer": NONE}, [200]),
-    ("collapse", VICREG, 100, {}, {"variance": 0.0, "covariance": 0.0}, [201]),
+    ("collapse", VICREG, 100, {}, {"std_coeff": 0.0, "cov_coeff": 0.0}, [201]),
     ("teacher_stalled", BYOL, 30, {}, {"ema": EMAConfig(0.999, dtype="bfloat16")}, [202]),
     ("teacher_stalled", BYOL, 40, {}, {"ema": EMAConfig(1.0)}, [203]),
     ("spike", IJEPA, 20, HUGE, {}, [204]),
@@ -83,12 +83,12 @@ FAILING = [
 ]
 """The kind that is to be named first, recipe, steps, settings of the optimizer and of the method, seeds."""
 HEALTHY = [
-    (IJEPA, {"matrices": "muon"}, [300, 301]),
+    (IJEPA, {"name": "muon"}, [300, 301]),
     (LAYERS, {}, [302]),
     (NO_TEACHER, {}, [303]),
     (BYOL, {}, [304, 305]),
     ("lejepa_fashion_mnist", {}, [306]),
-    (VICREG, {"matrices": "muon"}, [307, 308]),
+    (VICREG, {"name": "muon"}, [307, 308]),
     ("visreg_fashion_mnist", {}, [309]),
     (LPJEPA, {}, [310, 311]),
 ]
@@ -137,6 +137,9 @@ def test_a_healthy_run_raises_no_alarm(recipe, optim, seed, tmp_path):
     lines, said = watched(tiny(recipe, seed, 80, optim), tmp_path / "run")
     assert said == [] and len(lines) == 9
     assert json.loads((tmp_path / "run" / "health.json").read_text()) == {"alarms": [], "ended": None}
+
+
+COSINE = "health/embedding/mean_cosine"
 
 
 def made(steps: int, every: int = 10, **metrics: object) -> list[dict]:
@@ -237,16 +240,17 @@ def test_each_rule_has_its_bounds_however_often_lines_are_written(kind, fault, s
 
 def test_an_embedding_that_begins_alike_is_no_collapse():
     """As that of an untrained ViT; it is one when it comes closer still."""
-    assert kinds(made(300, embedding_cosine=0.995)) == []
-    assert kinds(made(300, embedding_cosine=after(200, 0.9995, 0.995))) == [("collapse", 219)]
+    assert kinds(made(300, **{COSINE: 0.995})) == []
+    assert kinds(made(300, **{COSINE: after(200, 0.9995, 0.995)})) == [("collapse", 219)]
 
 
 def test_a_loss_that_is_as_good_as_none_neither_leaps_nor_drifts():
     fallen = {
         "train/loss": lambda step: 1.0 if step < 50 else 1e-3 if step < 200 else 0.04,
+        "train/loss_max": lambda step: 1.1 if step < 50 else 1e-3 if step < 200 else 0.045,
         "train/explained_variance": None,
     }
-    assert kinds(made(400, **fallen, loss_max=lambda step: 1.1 if step < 50 else 1e-3 if step < 200 else 0.045)) == []
+    assert kinds(made(400, **fallen)) == []
 
 
 def test_the_end_of_a_long_schedule_is_no_stalled_teacher():
@@ -263,11 +267,11 @@ def test_a_kind_is_said_once_an_episode():
     def cosine(step):
         return 0.99 if 100 <= step < 200 or 215 <= step < 250 or 400 <= step else 0.5
 
-    assert kinds(made(500, embedding_cosine=cosine)) == [("collapse", 119), ("collapse", 419)]
+    assert kinds(made(500, **{COSINE: cosine})) == [("collapse", 119), ("collapse", 419)]
 
 
 def test_one_line_is_a_whim_but_for_a_spike():
-    assert kinds(made(300, embedding_cosine=lambda step: 0.999 if step == 199 else 0.5)) == []
+    assert kinds(made(300, **{COSINE: lambda step: 0.999 if step == 199 else 0.5})) == []
 
 
 @pytest.mark.parametrize("lost", sorted(made(1)[0].keys() - {"step"}))
@@ -283,7 +287,8 @@ def test_what_is_missing_raises_nothing_and_stops_nothing(lost, how):
 
 
 def test_a_resumed_run_raises_the_same_alarms_at_the_same_steps():
-    lines = made(400, embedding_cosine=after(200, 0.99, 0.5), loss_max=lambda step: 5.0 if step == 299 else 1.1)
+    faults = {COSINE: after(200, 0.99, 0.5), "train/loss_max": lambda step: 5.0 if step == 299 else 1.1}
+    lines = made(400, **faults)
     whole = Watchdog(lines)
     for cut in range(len(lines)):
         again = Watchdog(lines[:cut])
@@ -295,7 +300,7 @@ def test_a_resumed_run_raises_the_same_alarms_at_the_same_steps():
 
 def test_a_runs_file_and_its_line(tmp_path):
     assert alerts.summarize_alerts(tmp_path) == "health: no alarm"
-    said = Watchdog(made(300, embedding_cosine=after(200, 0.9991, 0.5))).alarms
+    said = Watchdog(made(300, **{COSINE: after(200, 0.9991, 0.5)})).alarms
     alerts.write_alerts(tmp_path, said, ended="the loss of step 301 is nan")
     assert alerts.load_alerts(tmp_path) == said
     assert alerts.summarize_alerts(tmp_path) == (

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jepax.methods.byol import BYOLConfig, cosine_distance, cosine_distance_of_mean
+from jepax.methods.ema import EMAConfig
 from jepax.methods.multiview import embed, project
 from jepax.nn import ProjectorConfig
 from jepax.types import UserError
@@ -66,7 +67,7 @@ def test_projections_of_zero_have_a_loss_and_a_gradient(groups):
 
 
 def test_byols_teacher_gets_no_gradient_and_follows(images):
-    config = replace(CONFIG, ema=EMAConfig(start=0.5, final=0.5))
+    config = replace(CONFIG, ema=EMAConfig(start=0.5, end=0.5))
     method = config.build(total_steps=10, key=jr.key(0))
     grads = eqx.filter_jit(eqx.filter_grad(lambda m: m.loss(images, key=jr.key(1))[0]))(method)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads.target))
@@ -101,9 +102,9 @@ def test_the_loss_reads_every_view_and_no_label(images):
 
 
 def test_settings_that_make_no_sense_are_refused():
-    with pytest.raises(UserError, match=r"method\.predictor.width=256"):
+    with pytest.raises(UserError, match=r"method\.predictor\.out_dim=256"):
         BYOLConfig(**SHARED)
-    with pytest.raises(UserError, match=r"projector\.rectified=True"):
+    with pytest.raises(UserError, match=r"projector\.final_relu=True"):
         replace(CONFIG, predictor=replace(CONFIG.predictor, final_relu=True))
     assert BYOLConfig().projector.out_dim == 256  # the defaults fit each other
     with pytest.raises(UserError, match=r"method\.views.num_global=1"):

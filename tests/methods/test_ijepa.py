@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+from jepax.methods.ema import EMAConfig
 from jepax.methods.ijepa import IJEPAConfig
 from jepax.methods.regularizer import RegularizerConfig
 from jepax.objectives import covariance, variance
@@ -25,7 +26,7 @@ def smooth_l1(error):
     "settings",
     [
         {"loss": "l2"},
-        {"beta": 0.3},
+        {"smooth_l1_beta": 0.3},
         {"target_norm": "none"},
         {"prediction_norm": "affine"},
         {"prediction_norm": "no_affine"},
@@ -133,7 +134,7 @@ def test_new_keys_give_new_views(images):
 
 
 def test_the_teacher_moves_after_the_update():
-    method = masked_method(ema=EMAConfig(start=0.5, final=0.5))
+    method = masked_method(ema=EMAConfig(start=0.5, end=0.5))
     method = eqx.tree_at(lambda m: m.encoder.norm.bias, method, method.encoder.norm.bias + 1.0)
     moved, metrics = method.after_update(jnp.int32(0))
     np.testing.assert_allclose(moved.target_encoder.average.norm.bias, 0.5)
@@ -156,6 +157,6 @@ def test_bad_settings_are_refused():
         RegularizerConfig("sigreg", num_slices=0)
     with pytest.raises(UserError, match=r"method.ema.start=1.5"):
         EMAConfig(start=1.5)
-    with pytest.raises(UserError, match=r"masks\.context=40 cannot be met"):
+    with pytest.raises(UserError, match=r"masks\.num_context_patches=40 cannot be met"):
         config = shrunk("ijepa_vitb16_in1k").method
-        replace(config, masks=replace(config.masks, num_context_patches=40)).masked_method(total_steps=1, key=jr.key(0))
+        replace(config, masks=replace(config.masks, num_context_patches=40)).build(total_steps=1, key=jr.key(0))

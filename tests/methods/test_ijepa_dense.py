@@ -45,14 +45,14 @@ def test_by_default_it_is_ijepa(images):
 
 def test_layers_are_those_blocks_outputs_and_their_losses_are_weighed(images):
     views = drawn(images, 0)
-    single = {layers: targets_of(dense(layers=layers), views) for layers in ((1,), (2,), (1, 2), (2, 1))}
+    single = {layers: targets_of(dense(target_layers=layers), views) for layers in ((1,), (2,), (1, 2), (2, 1))}
     np.testing.assert_allclose(single[1, 2], jnp.concatenate([single[1,], single[2,]]), atol=1e-5)
     np.testing.assert_allclose(single[2, 1], jnp.concatenate([single[2,], single[1,]]), atol=1e-5)
     np.testing.assert_allclose(single[2,], targets_of(dense(), views), atol=1e-5)  # None: the last alone
     assert jnp.abs(single[1,] - single[2,]).max() > 0.01
 
     def loss_with(weights):
-        return float(loss_of_views(dense(layers=(1, 2), target_layer_weights=weights), views, jr.key(0))[0])
+        return float(loss_of_views(dense(target_layers=(1, 2), target_layer_weights=weights), views, jr.key(0))[0])
 
     first, second, mixed = loss_with((2.0, 0.0)), loss_with((0.0, 1.0)), loss_with((3.0, 1.0))
     np.testing.assert_allclose(mixed, (3 * first + second) / 4, rtol=1e-5)
@@ -61,13 +61,13 @@ def test_layers_are_those_blocks_outputs_and_their_losses_are_weighed(images):
 
 def test_what_is_read_for_collapse_is_the_deepest_layer_whatever_the_order(images):
     views = drawn(images, 0)
-    ranks = [loss_of_views(dense(layers=layers), views, jr.key(0))[1]["embeddings"] for layers in ((1, 2), (2, 1))]
+    ranks = [loss_of_views(dense(target_layers=layers), views, jr.key(0))[1]["embeddings"] for layers in ((1, 2), (2, 1))]
     np.testing.assert_allclose(*ranks, atol=1e-5)
 
 
 def test_norms_of_tokens_and_the_fraction_explained_are_those_of_their_equations(images):
     """Token by token in float64; the mean of the batch is taken per position, and the norms at the deepest layer."""
-    method = dense(layers=(2, 1), target_layer_weights=(3.0, 1.0))
+    method = dense(target_layers=(2, 1), target_layer_weights=(3.0, 1.0))
     views = drawn(images, 0)
     metrics = loss_of_views(method, views, jr.key(0))[1]
     outputs, masks = outputs_of(method, views), views.masks
@@ -111,7 +111,7 @@ def test_the_context_loss_is_that_of_its_equation(images):
     [
         ({"context_loss_weight": -1.0}, r"method.context_loss_weight=-1"),
         ({"target_layers": (0,)}, r"method.target_layers=\(0,\) must name blocks from 1 to encoder.depth=12"),
-        ({"layers": ()}, r"method.target_layers=\(\)"),
+        ({"target_layers": ()}, r"method.target_layers=\(\)"),
         ({"target_layers": (2, 2)}, "twice"),
         (
             {"target_layer_weights": (1.0, 2.0)},

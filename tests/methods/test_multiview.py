@@ -148,7 +148,7 @@ def test_devices_share_the_images_of_every_view(images):
     assert max(sizes, default=0) < 8 * 24 * 24 * 3, gathers
 
 
-@pytest.mark.parametrize("sigma", ["before", "after"])
+@pytest.mark.parametrize("sigma", ["before_relu", "after_relu"])
 def test_rectified_lpjepa_tells_the_share_of_nonzeros(groups, sigma):
     config = replace(CONFIGS["rectified_lpjepa"], mu=-0.5, unit_variance=sigma)
     groups = tuple(jnp.maximum(group, 0) for group in groups)
@@ -157,7 +157,7 @@ def test_rectified_lpjepa_tells_the_share_of_nonzeros(groups, sigma):
         loss, 25 * metrics["train/invariance_loss"] + 125 * metrics["train/rdmreg_loss"], rtol=1e-6
     )
     np.testing.assert_allclose(metrics["health/nonzero_fraction"], 0.5, atol=0.05)
-    scale = rdmreg.sigma_before_relu(1.0) if sigma == "before" else rdmreg.sigma_after_relu(1.0, -0.5)
+    scale = rdmreg.sigma_before_relu(1.0) if sigma == "before_relu" else rdmreg.sigma_after_relu(1.0, -0.5)
     expected = 0.5 * np.exp(-0.5 / scale)
     np.testing.assert_allclose(metrics["health/nonzero_fraction_expected"], expected, rtol=1e-5)
 
@@ -165,11 +165,11 @@ def test_rectified_lpjepa_tells_the_share_of_nonzeros(groups, sigma):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: replace(CONFIGS["lejepa"], sigreg_weight=1.5), "method.XX_weight=1.5"),
+        (lambda: replace(CONFIGS["lejepa"], sigreg_weight=1.5), "method.sigreg_weight=1.5"),
         (lambda: replace(CONFIGS["lejepa"], num_slices=0), "method.num_slices=0"),
-        (lambda: replace(CONFIGS["vicreg"], cov_coeff=-1.0), "method.covariance=-1.0"),
-        (lambda: replace(CONFIGS["visreg"], shape_weight=-1.0), "method.shape=-1.0"),
-        (lambda: replace(CONFIGS["visreg"], visreg_weight=1.5), "method.XX_weight=1.5"),
+        (lambda: replace(CONFIGS["vicreg"], cov_coeff=-1.0), "method.cov_coeff=-1.0"),
+        (lambda: replace(CONFIGS["visreg"], shape_weight=-1.0), "method.shape_weight=-1.0"),
+        (lambda: replace(CONFIGS["visreg"], visreg_weight=1.5), "method.visreg_weight=1.5"),
         (lambda: replace(CONFIGS["visreg"], num_slices=0), "method.num_slices=0"),
         (lambda: replace(CONFIGS["rectified_lpjepa"], num_slices=0), "method.num_slices=0"),
         (lambda: replace(CONFIGS["vicreg"], views=MultiCropConfig(num_global=1)), "method.views.num_global=1"),

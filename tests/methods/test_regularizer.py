@@ -59,5 +59,5 @@ def test_what_has_collapsed_is_pushed_apart(kind):
 
 
 def test_a_field_of_another_kind_is_warned_of():
-    with pytest.warns(UserWarning, match=r"regularizer\.variance=3\.0 is not read by regularizer\.kind=sigreg"):
+    with pytest.warns(UserWarning, match=r"regularizer\.variance_weight=3\.0 is not read by regularizer\.name=sigreg"):
         RegularizerConfig("sigreg", variance_weight=3.0)

@@ -44,5 +44,5 @@ def test_only_the_last_linear_map_has_a_bias():
 
 
 def test_widths_are_checked():
-    with pytest.raises(UserError, match=r"projector\.width=0"):
+    with pytest.raises(UserError, match=r"projector\.out_dim=0"):
         ProjectorConfig(out_dim=0)

@@ -9,7 +9,7 @@ import pytest
 
 from jepax.methods.ijepa import take_patches
 from jepax.optim import OptimConfig, Optimizer
-from jepax.training.step import init_state, train_step
+from jepax.training.step import TrainContext, init_train_state, train_step
 from jepax.trees import trainable
 from jepax.types import ImageBatch
 from tests.parity.reference import GOLDEN, group, method_of, named_parameters, views_of, with_parameters
@@ -110,7 +110,7 @@ def test_schedules(golden, method):
             for name, ours in (
                 ("learning_rate", optimizer.learning_rate(step)),
                 ("weight_decay", optimizer.weight_decay(step)),
-                ("ema_momentum", method.config.momentum.at(step, method.total_steps)),
+                ("ema_momentum", method.config.ema.at(step, method.total_steps)),
             ):
                 np.testing.assert_allclose(ours, golden[name][step], rtol=1e-12, err_msg=f"{name} of step {step}")
 
@@ -118,7 +118,7 @@ def test_schedules(golden, method):
 def test_losses_and_final_parameters(golden, method):
     """`train_step` itself, with the recorded views and masks in place of random ones."""
     optimizer, patch = optimizer_of(golden), int(golden["config.patch_size"])
-    state, losses = init_state(method, optimizer), []
+    state, losses = init_train_state(method, optimizer), []
     batch = golden["step0.images"].shape[0]
     images = ImageBatch(np.zeros((batch, 1, 1, 3), np.uint8), np.ones((batch, 2), np.int32), np.arange(batch))
 
@@ -126,7 +126,7 @@ def test_losses_and_final_parameters(golden, method):
     def recorded_step(state, views):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(method), "draw", lambda self, batch, keys: views)
-            return train_step(optimizer, state, images, jr.key(0))
+            return train_step(state, images, jr.key(0), TrainContext(optimizer))
 
     for step in range(len(golden["loss"])):
         state, metrics = recorded_step(state, views_of(golden, step))

@@ -59,7 +59,7 @@ def test_the_recorded_encoder_as_a_folder_gives_the_recorded_tokens(tmp_path):
     config |= {"num_channels": 3, "intermediate_size": len(tensors["encoder.layer.0.intermediate.dense.bias"])}
     config |= {"model_type": "ijepa", "hidden_act": "gelu", "qkv_bias": True, "layer_norm_eps": 1e-6}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    tokens = load_encoder(tmp_path)[0](views_of(golden, 0))
+    tokens = load_encoder(tmp_path)[0](views_of(golden, 0).image)
     np.testing.assert_allclose(tokens, golden["step0.target_encoder_output"], rtol=0, atol=2e-5)
 
 

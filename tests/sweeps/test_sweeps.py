@@ -147,7 +147,7 @@ def finished(tmp_path_factory):
     words = ["sweep", str(folder / "mine.yaml"), *TINY, "--run-dir", str(folder / "out")]
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.figures, "draw", lambda config, folder: drawn.append(folder))
+        patch.setattr(run.figures, "draw_figures", lambda config, folder: drawn.append(folder))
         patch.setattr(run, "clear_jit_caches", lambda: None)
         for part in ("1/2", "2/2"):
             cli.main([*words, "--shard", part])

@@ -62,7 +62,7 @@ def test_saved_bytes_leave_out_what_was_given():
 
 def small(**data):
     config = RECIPES["ijepa_fashion_mnist"]()
-    data = {"dataset": "synthetic", "canvas": 28, "channels": 1, "synthetic_size": 64, **data}
+    data = {"dataset": "synthetic", "canvas_size": 28, "channels": 1, "synthetic_size": 64, **data}
     train = dataclasses.replace(config.train, batch_size=16, steps=4)
     encoder = dataclasses.replace(config.method.encoder, width=24, depth=1)
     predictor = dataclasses.replace(config.method.predictor, width=12, depth=1)
@@ -225,7 +225,7 @@ def test_the_memory_of_the_other_plan_is_printed():
         rows = [line.split() for line in lines if line.startswith("  ")]
         return {" ".join(name): float(number) for *name, number in rows}
 
-    replicated, sharded = printed("replicated"), printed("sharded")
+    replicated, sharded = printed("ddp"), printed("fsdp")
     assert replicated["total with train.sharding.params=fsdp"] == sharded["total"]
     assert sharded["total with train.sharding.params=ddp"] == replicated["total"]
     assert sharded["total"] < replicated["total"]

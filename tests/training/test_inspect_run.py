@@ -217,7 +217,7 @@ def test_another_data_set(run):
 
 def test_data_that_is_missing(run):
     text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace("source: synthetic", "source: image_folder\n  root: /nowhere", 1))
+    (run / "config.yaml").write_text(text.replace("dataset: synthetic", "dataset: image_folder\n  root: /nowhere", 1))
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("  root: null\n", "", 1))
     said, sound = examined(run)
     assert not sound and "data.root=/nowhere has no folder train/" in line(said, "data")

@@ -81,7 +81,7 @@ def test_it_trains_and_logs(finished):
     assert int(state.step) == STEPS and checkpoint.list_steps(run / "checkpoints") == [4, 6]
     assert [line["step"] for line in lines] == [0, 1, 3, 5] and lines[-1]["train/loss"] < lines[0]["train/loss"]
     for name in (
-        "momentum",
+        "ema/momentum",
         "ema/update_norm",
         "health/embedding/rankme",
         "train/explained_variance",
@@ -143,7 +143,7 @@ def test_a_sharded_run_saves_and_logs_as_a_replicated_one(finished, tmp_path):
     state = train(config, tmp_path, source=SOURCE)
     assert not state.method.encoder.weight.is_fully_replicated
     for ours, theirs in zip(records(tmp_path), records(finished[0]), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
 
 
 def test_a_step_that_is_not_finite_is_dumped_and_replayed(tmp_path):

@@ -71,7 +71,7 @@ def test_the_same_picture_at_other_places_of_the_order_gets_other_views(images):
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(UserError, match=r"views\.globals=0"):
+    with pytest.raises(UserError, match=r"views\.num_global=0"):
         MultiCropConfig(num_global=0)
     with pytest.raises(UserError, match=r"views\.local_crop"):
         MultiCropConfig(num_local=1, local_crop=CropConfig(size=(96, 96), **TONE))

@@ -119,7 +119,7 @@ def test_values_that_were_not_finite_are_marked_at_their_steps():
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_a_run_that_has_just_begun_can_be_drawn(steps):
-    lines = log(steps, loss=None, learning_rate=0.0)
+    lines = log(steps, **{"train/loss": None, "optim/lr": 0.0})
     figure = plot_curves(lines, "mine")
     figure.canvas.draw()
     assert len(panels(figure)) == len(PANELS)

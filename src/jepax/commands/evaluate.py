@@ -77,7 +77,7 @@ class Evaluate(ConfigCommand):
             raise UserError(f"--step is for runs, and {folder} contains exported weights")
         if self.run_dir is None:
             return target
-        return replace(target, folder=self.run_dir, name=f"{target.told['folder']}-{target.name}")
+        return replace(target, folder=self.run_dir, name=f"{target.metadata['folder']}-{target.name}")
 
     def run(self) -> None:
         print(evaluate_and_print(self.target()))

@@ -32,7 +32,7 @@ class LowShotConfig:
             "label_fractions", all(0 < share <= 1 for share in self.label_fractions), "fractions in (0, 1]; 1% is 0.01"
         )
         check("shots", all(count >= 1 for count in self.shots), "no number below 1")
-        check("shots", bool(self.label_fractions or self.shots), "at least one number, unless shares has one")
+        check("shots", bool(self.label_fractions or self.shots), "at least one number, unless label_fractions has one")
         check("num_draws", self.num_draws >= 1, "at least 1 draw")
         check("l2_penalties", len(strengths) > 0 and min(strengths) > 0, "at least one number, all above 0")
 

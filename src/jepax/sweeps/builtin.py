@@ -85,7 +85,7 @@ def ablations_fashion_mnist() -> Sweep:
             ijepa_variant("clip_1", "--optim.grad-clip-norm", "1.0"),
             ijepa_variant("clip_0.1", "--optim.grad-clip-norm", "0.1"),
             dense("all_layers", "--method.target-layer-weights", "1", "1", "1", "--method.context-loss-weight", "0"),
-            dense("train/context_loss", "--method.target-layers", "3", "--method.target-layer-weights", "1"),
+            dense("context_loss", "--method.target-layers", "3", "--method.target-layer-weights", "1"),
             ijepa_variant("adamw", "--optim.name", "adamw"),
             ijepa_variant("no_regularizer", "--method.regularizer.name", "none"),
         ),

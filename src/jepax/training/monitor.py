@@ -174,6 +174,7 @@ class OnlineScores:
 
     def __call__(self, step: int, method: Method) -> MetricValues:
         """Scores in percent, and the seconds they took. Raises `DivergedError` if features are not finite."""
+        assert self.evaluate is not None  # `is_due` was true
         start = time.perf_counter()
         try:
             scores = self.evaluate(make_feature_extractor(self.config, method))

@@ -158,7 +158,7 @@ def grad_norms(grads: Method) -> Metrics:
     by_field = defaultdict(list)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         by_field[path[0].name].append(grad)
-    norms = {f"grad_norm_{name}": global_norm(arrays) for name, arrays in by_field.items()}
+    norms = {f"grad_norm/{name}": global_norm(arrays) for name, arrays in by_field.items()}
 
     # The blocks of a transformer are stacked on their first axis.
     nodes = jax.tree_util.tree_leaves_with_path(grads, is_leaf=lambda node: isinstance(node, BlockStack))
