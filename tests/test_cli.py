@@ -97,7 +97,7 @@ def test_an_error_of_the_user_is_a_few_lines(argv, words, capsys, tmp_path, monk
         ("--optim.warmup-epochs 100", ["optim.warmup_epochs=100.0", "3"]),
         ("--method.encoder.num-heads 5", ["--method.encoder.num-heads: num_heads=5", "width"]),
         ("--seed -1", ["seed=-1"]),
-        ("--eval.linear.epochs 0 --seed 3", ["--eval.linear.epochs: epochs=0", "at least 1"]),
+        ("--eval.linear.epochs 0 --seed 3", ["--eval.linear.epochs: linear.epochs=0", "at least 1"]),
         ("--data.val-fraction 0", ["data.val_fraction=0.0", "validation split"]),
     ],
 )
@@ -185,7 +185,7 @@ def test_a_run_trains_evaluates_continues_and_is_trained_again(capsys, tmp_path,
 
     cli.main(["train", "ijepa_fashion_mnist", *TINY, "--run-dir", str(again), "--dry-run"])
     told = capsys.readouterr().out
-    assert "one step of 16 images ..." in told and f"loss {metrics[0]['train/loss']:.4f}" in told
+    assert "one step of 16 examples ..." in told and f"loss {metrics[0]['train/loss']:.4f}" in told
     assert not again.exists()
 
     error = fails(capsys, "train", "ijepa_fashion_mnist", *TINY, "--seed", "1", "--run-dir", str(run))

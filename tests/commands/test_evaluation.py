@@ -22,7 +22,7 @@ from jepax.io import config_yaml as configs
 from jepax.io.checkpointer import CheckpointConfig
 from jepax.training import config as train_config
 from jepax.training import loop as training
-from jepax.training import monitor
+from jepax.training import monitor, setup
 from jepax.training.setup import init_method
 from jepax.types import UserError
 from tests.contracts.shrink import shrunk
@@ -50,7 +50,7 @@ def test_the_runs_own_evaluation(finished, capsys):
     found, out = told(capsys, run)
     assert out.strip().endswith("evals/step_00000006.json")
     assert set(found["rows"]) == {"trained", "untrained", "pixels", "majority"}
-    assert found["step"] == 6 and found["data"]["source"] == "synthetic"
+    assert found["step"] == 6 and found["data"]["dataset"] == "synthetic"
     for word in ("trained encoder", "linear: last, expanded", "95% interval"):
         assert word in out
 
@@ -167,12 +167,12 @@ def test_a_run_may_end_without_an_evaluation(finished, capsys, tmp_path):
     [
         ("--protocols", ["--protocols linear knn"]),
         ("--step 5", ["no finished checkpoint of step 5", "4, 6"]),
-        ("--step x", ["--step x is not a checkpoint's number"]),
-        ("--run-dir", ["--run-dir takes one value"]),
-        ("--step 4 --step 6", ["--step takes one value, once"]),
+        ("--step x", ["--step: x is invalid: expected int"]),
+        ("--run-dir", ["--run-dir: a value is missing"]),
+        ("--step 4 --step 6", ["duplicate option --step", "once"]),
         ("--encoder teacher", ["eval.encoder", "default, target, context"]),
         ("--protocols knn psychic", ["--eval.protocols", "psychic"]),
-        ("--optim.peak-lr 1", ["--optim.peak_lr cannot be changed in an evaluation"]),
+        ("--optim.peak-lr 1", ["an evaluation cannot change --optim.peak-lr", "--eval.FIELD.PATH"]),
         ("--data.dataset fashion_mnist --data.channels 3 --data.root /nowhere", ["data.root=/nowhere"]),
         ("--data.channels 3", ["reads 1 channels", "have 3", "--data.channels 1"]),
     ],
@@ -193,7 +193,7 @@ def test_training_never_opens_the_test_split(finished, tmp_path, monkeypatch):
         opened.append(split)
         return real(data, split)
 
-    for module in (train_config, monitor):
+    for module in (train_config, setup, monitor):
         monkeypatch.setattr(module, "open_source", noted)
     online = replace(config.eval.online, every_steps=2, train_images=20, validation_images=10)
     training.train(replace(config, eval=replace(config.eval, online=online)), tmp_path)

@@ -20,6 +20,8 @@ NAMES = {
 }
 ALLOWED = {
     ("tests/faults/test_strangers.py", "pickle"): "makes the files whose code must not run, and shows that it would",
+    ("tests/test_docs.py", "exec"): "runs the Python that docs/add_a_method.md shows, to test that it works",
+    ("tests/test_examples.py", "exec"): "runs the Python that README.md shows, to test that it works",
 }
 """What is found in a file all the same, and why."""
 

@@ -83,14 +83,14 @@ MOMENTS = {
 @pytest.mark.fault(7, "the disk is full when another file is written")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_full_disk_spoils_no_other_file(moment, disk, whole, digests, tmp_path, capsys, monkeypatch):
-    run, wanted = disk.path / "run", limits.written(tiny(save=SAVES), tmp_path)
+    run, wanted = disk.path / "run", limits.written(tiny(checkpoint=SAVES), tmp_path)
     fills(disk, monkeypatch, *MOMENTS[moment])
     said = refused(capsys, "train", wanted, "--run-dir", run)
     assert f"No space left on device: {run / moment}" in said
     assert sound(run) == ([2] if moment == "metrics.jsonl" else []) and parts(run) == []
     (disk.path / "filling").unlink()
     monkeypatch.undo()
-    assert checkpoint.state_digest(train(tiny(save=SAVES), run)) == whole.digest
+    assert checkpoint.state_digest(train(tiny(checkpoint=SAVES), run)) == whole.digest
     assert [line["step"] for line in logger.read_metrics(run / "metrics.jsonl")] == [0, 1, 2, 3]
     for name in ("metrics.jsonl", "events.jsonl"):
         assert all(map(json.loads, (run / name).read_text().splitlines())), name

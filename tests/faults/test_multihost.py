@@ -181,9 +181,9 @@ def test_processes_that_share_the_state_take_the_steps_of_one(processes, tmp_pat
     train, run = {"steps": 8, "log_every_steps": 1}, str(tmp_path / "run")
     whole, split = (
         json.dumps(
-            {"encoder": {"width": 96, "num_heads": 4}, "train": train | {"sharding": {"parameters": parameters}}}
+            {"encoder": {"width": 96, "num_heads": 4}, "train": train | {"sharding": {"params": params}}}
         )
-        for parameters in ("replicated", "sharded")
+        for params in ("ddp", "fsdp")
     )
     alone = processes.start("driver", str(tmp_path / "one"), whole)
     assert alone.wait(150) == 0, processes.said(alone)
@@ -276,7 +276,7 @@ def test_no_process_ends_before_the_checkpoint_counts(processes, tmp_path):
     assert (tmp_path / "checkpoints/00000004").is_dir(), processes.said(first)
     assert first.wait(20) == preemption.EXIT_RETRY
     for process in (first, second):
-        assert processes.said(process).splitlines()[-1].startswith("jepax: asked to end: step 4 of 100 is saved")
+        assert processes.said(process).splitlines()[-1].startswith("jepax: stopped on request after step 4 of 100")
 
 
 @pytest.mark.slow_fault
@@ -286,7 +286,7 @@ def test_no_process_ends_before_the_dump_is_written(processes, tmp_path):
     assert {path.name for path in (tmp_path / "dumps/step_00000000").iterdir()} == {
         *("batch_0.npz", "batch_1.npz", "config.yaml", "dump.json", "state")
     }
-    assert said[0] == said[1] and said[0].startswith("10 steps in a row, up to step 0, were not finite")
+    assert said[0] == said[1] and said[0].startswith("10 consecutive steps, up to step 0, were not finite")
 
 
 @pytest.mark.slow_fault
@@ -305,7 +305,7 @@ def test_hosts_with_other_pictures_are_refused(processes, tmp_path):
 @pytest.mark.fault(12, "the hosts do not share the folder of the run")
 def test_a_folder_that_the_hosts_do_not_share_is_refused(processes, tmp_path):
     first, second = ended(processes, tmp_path, "own_folder", [2, 2], {"steps": 100})
-    assert f"{tmp_path / 'of 1'} on " in second and "take a --run-dir on a file system that all hosts share" in second
+    assert f"{tmp_path / 'of 1'} on " in second and "choose a --run-dir on a file system that all hosts share" in second
     assert first == f"process 1: {second}"
     assert [path.name for path in tmp_path.glob("of */*")] == ["lock"]
 

@@ -62,7 +62,7 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         auto = (jax.sharding.AxisType.Auto,) * 2
         mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=auto, devices=jax.devices()[:1])
-        patch.setattr(sharding, "make_mesh", lambda: mesh)
+        patch.setattr(sharding, "make_mesh", lambda devices=None: mesh)
         yield
 
 

@@ -110,7 +110,7 @@ def _user_error(error: BaseException | None) -> UserError | None:
 
 
 def _with_path(message: str, paths: Sequence[str]) -> str:
-    """The message, with the full path of the field if it begins with the last part of one."""
-    first = re.match(r"(\w+)=", message)
-    named = [path for path in paths if first and path.rsplit(".", 1)[-1] == first[1]]
+    """The message, with the full path of the field if it begins with the end of one."""
+    first = re.match(r"([\w.]+)=", message)
+    named = [path for path in paths if first and f".{path}".endswith(f".{first[1]}")]
     return f"--{named[0].replace('_', '-')}: {message}" if named else message
