@@ -1,1 +1,1 @@
-"""`jepax bench` and `jepax bench-data`: how fast a recipe's step and its input are on this machine."""
+"""`jepax bench` and `jepax bench-data`: the speed of a recipe's step and of its input on this machine."""

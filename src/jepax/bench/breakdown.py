@@ -1,7 +1,7 @@
-"""Time of a step by verb. Each part is a program of its own, so what XLA fuses across parts is not seen.
+"""Times the verbs of a step. Each part is a separate program, so XLA's fusion across parts is not measured.
 
-`draw`, `forward` and `objective` are timed alone; `backward` is what they leave of the gradient, and `optimizer and
-teacher` what the gradient leaves of the step (with the guard and the norms). So the parts add up to the step.
+`draw`, `forward` and `objective` are timed separately; `backward` is the gradient's time minus theirs, and `optimizer
+and teacher` (with the guard and the norms) the step's time minus the gradient's. So the parts add up to the step.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Describes what a benchmark's numbers depend on: commit, versions, machine."""
+"""Describes the commit, versions and machine that a benchmark's numbers depend on."""
 
 import os
 import platform

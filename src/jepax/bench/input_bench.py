@@ -21,13 +21,13 @@ from jepax.training.config import Config
 from jepax.training.dry_run import make_dry_setup
 
 NUM_PHOTOS, PHOTO_SIZE, JPEG_QUALITY = 256, (375, 500), 90
-"""Number of generated photos, their height and width (ImageNet's usual ones), and JPEG's quality."""
+"""Number of generated photos, their height and width (typical of ImageNet), and JPEG quality."""
 VIEW_SIZE = 224
-"""Side of the view that Pillow's path ends in."""
+"""Side in pixels of the view that Pillow's path produces."""
 
 
 def measure_input(config: Config, rounds: int, print: Callable[[str], None]) -> dict[str, Any]:
-    """Measure images per second, on the recipe's own folder, or on generated photos without one."""
+    """Measure images per second on the recipe's folder, or on generated photos if it has none."""
     machine = describe_machine()
     with tempfile.TemporaryDirectory() as folder:
         photos = sample_photos(config, Path(folder) / "photos")
@@ -58,12 +58,12 @@ def measure_input(config: Config, rounds: int, print: Callable[[str], None]) -> 
 
 
 def has_image_folder(config: Config) -> bool:
-    """True if the recipe reads a folder that is given."""
+    """True if the recipe reads a folder of photos and `data.root` is set."""
     return config.data.dataset == "image_folder" and config.data.root is not None
 
 
 def describe_photos(config: Config) -> str:
-    """Name what is read."""
+    """Describe the photos that are read."""
     return "its photos" if has_image_folder(config) else f"generated photos of {PHOTO_SIZE[0]} x {PHOTO_SIZE[1]}"
 
 
@@ -82,7 +82,7 @@ def sample_photos(config: Config, folder: Path) -> Path:
 
 
 def generate_photos(folder: Path) -> Path:
-    """Make a folder of JPEGs with as much detail as photos have: smooth shapes and some noise."""
+    """Make a folder of JPEGs with the detail of photos: smooth shapes and some noise."""
     random = np.random.default_rng(0)
     for split, count in (("train", NUM_PHOTOS), ("val", 2)):
         (folder / split / "photo").mkdir(parents=True)
@@ -95,7 +95,7 @@ def generate_photos(folder: Path) -> Path:
 
 
 def time_one_core(files: list[Path], canvas: int, rounds: int) -> dict[str, float]:
-    """Images per second of one thread: decoded onto the canvas by us; decoded, cropped and resized by Pillow."""
+    """Images per second of one thread: ours decodes onto the canvas; Pillow decodes, crops and resizes."""
     random = np.random.default_rng(0)
 
     def ours() -> None:
@@ -113,7 +113,7 @@ def time_one_core(files: list[Path], canvas: int, rounds: int) -> dict[str, floa
 
 
 def pillow_transform(image: Image.Image, random: np.random.Generator) -> np.ndarray:
-    """A random resized crop as an array of floats, as loaders of photos make it on the host."""
+    """Random resized crop as a float array, as image loaders compute it on the host."""
     scale, ratio = random.uniform(0.3, 1.0), np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
     area = scale * image.width * image.height
     width, height = min(round((area * ratio) ** 0.5), image.width), min(round((area / ratio) ** 0.5), image.height)
@@ -123,7 +123,7 @@ def pillow_transform(image: Image.Image, random: np.random.Generator) -> np.ndar
 
 
 def loader_throughput(source: Any, num_threads: int, num_workers: int, batch: int = 32, steps: int = 40) -> float:
-    """Images per second of the loader once it runs."""
+    """Images per second of the loader, after its start."""
     warm = 4
     reading = batches(
         source, batch_size=batch, steps=steps + warm, seed=0, num_threads=num_threads, num_workers=num_workers

@@ -1,4 +1,4 @@
-"""Peak memory: of a device that counts it, else of this process."""
+"""Measures peak memory: of a device that counts it, else of this process."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ PROC_STATUS, PROC_CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear
 
 
 def reset_peak() -> None:
-    """Make `peak_bytes` count from here on; on a CPU and Linux only."""
+    """Restart the count of `peak_bytes`; on a CPU and Linux only."""
     if jax.default_backend() == "cpu" and PROC_CLEAR_REFS.exists():
         PROC_CLEAR_REFS.write_text("5")
 

@@ -1,6 +1,6 @@
-"""Measures the peak that utilization is relative to: the machine's fastest matrix product.
+"""Measures the peak for utilization: the machine's fastest matrix product.
 
-Of random numbers: with equal ones a GPU draws less power, and reaches a speed that no training could.
+The matrices are random: with constant ones a GPU draws less power and exceeds the speed of any training.
 """
 
 import jax
@@ -12,13 +12,13 @@ from jepax.bench.timing import WARMUP_CALLS, time_call
 
 MATRIX_SIZES = {"cpu": (768, 1536, 3072)}
 DEFAULT_MATRIX_SIZES = (4096, 8192, 16384)
-"""Sides of the square matrices, by platform; the default for others."""
+"""Sides of the square matrices on platforms that `MATRIX_SIZES` does not list."""
 CHAIN_LENGTH = 8
-"""Products in one program, each of the last one's result, so that the launch does not count."""
+"""Chained products in one program, so that the launch time is negligible."""
 
 
 def measure_peak_flops(compute: DTypeLike, rounds: int = 5) -> float:
-    """FLOP/s of one device: the best of a few sizes, products of the compute type with sums in float32."""
+    """FLOP/s of one device, the best of a few sizes; products in the compute dtype, sums in float32."""
     best = 0.0
     for side in MATRIX_SIZES.get(jax.default_backend(), DEFAULT_MATRIX_SIZES):
         a = (jr.normal(jr.key(0), (side, side)) / side**0.5).astype(compute)

@@ -9,7 +9,7 @@ from rich.table import Table
 from jepax.io import atomic
 
 MAX_IDLE_LOAD = 0.5
-"""Load average per core above which a machine is not idle."""
+"""Largest load average per core of an idle machine."""
 MAX_NEGATIVE_FRACTION = 0.05
 """Fraction of a step by which a part may be below zero without a warning."""
 
@@ -55,7 +55,7 @@ def table_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def sanity_warnings(found: dict[str, Any]) -> list[str]:
-    """Signs that another program used the machine, so that the numbers are not those of the step."""
+    """Warnings that another program probably used the machine and distorted the numbers."""
     (load, *_), cores = found["machine"]["load_average"], found["machine"]["cores"]
     warnings = []
     if load > MAX_IDLE_LOAD * cores:

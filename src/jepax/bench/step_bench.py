@@ -20,7 +20,7 @@ from jepax.training.step import jit_train_step, run_train_step
 from jepax.types import Metrics
 
 MAX_IN_FLIGHT = 2
-"""Steps that run or wait on the device at once, as in training."""
+"""Most steps that run or wait on the device at the same time, as in training."""
 
 
 class StepBenchmark:
@@ -96,7 +96,7 @@ class StepBenchmark:
         return {"images_per_s": images_per_s, "input_wait_fraction": waited / seconds}
 
     def parts(self, rounds: int) -> dict[str, float]:
-        """Seconds of a step by part; they add up to the step's. See `breakdown.py`."""
+        """Seconds of each part of a step; they add up to the step's. See `breakdown.py`."""
         return time_by_verb(self, rounds)
 
     def utilization(self, step_s: float, peak: float) -> dict[str, float]:

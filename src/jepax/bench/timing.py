@@ -1,4 +1,4 @@
-"""Times calls in turn, so that a disturbance of the machine affects all of them."""
+"""Times interleaved calls, so that a disturbance of the machine affects all of them."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 WARMUP_CALLS = 2
-"""First calls of each, which are not counted."""
+"""Number of first calls that are not counted."""
 
 
 def time_call(call: Callable[[], object]) -> float:

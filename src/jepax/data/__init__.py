@@ -1,4 +1,4 @@
-"""The host only reads: any source becomes batches of fixed shapes, ordered by seed and step."""
+"""Reads images on the host: any source becomes batches of fixed shapes, ordered by seed and step."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -13,7 +13,7 @@ DatasetName = Literal["fashion_mnist", "image_folder", "packed", "synthetic"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the images come from and how they are read."""
+    """Source of the images, and how they are read."""
 
     dataset: DatasetName = "fashion_mnist"
     """Kind of data: Fashion-MNIST, a folder of photos (train/CLASS/*.jpg, val/CLASS/*.jpg), a pack of one
@@ -23,7 +23,7 @@ class DataConfig:
     canvas_size: int = 512
     """Side of the canvas in pixels; larger photos are scaled down onto it. fashion_mnist always has 28."""
     channels: Literal[1, 3] | None = None
-    """1: gray, 3: RGB. None: the source's own, 1 for fashion_mnist and 3 for the others."""
+    """1: gray, 3: RGB. None: the source's default, 1 for fashion_mnist and 3 for the others."""
     val_fraction: float = 0.1
     """Fraction of each class's training images held out as the validation split; in [0, 1)."""
     max_corrupt_fraction: float = 0.01
@@ -61,7 +61,7 @@ def _raise_invalid(config: DataConfig, name: str, why: str):
 def open_source(config: DataConfig, split: SplitName) -> ImageSource:
     """Opens one split. `validation` is held out of the training images; `test` is the data's own test set.
 
-    Raises `UserError` where the data is missing, corrupt or laid out in another way.
+    Raises `UserError` if the data is missing, corrupt or in another layout.
     """
     if config.dataset == "fashion_mnist":
         return fashion_mnist.open_split(config.root, split, config.val_fraction, config.channels or 1)

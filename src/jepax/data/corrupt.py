@@ -1,4 +1,4 @@
-"""Reports corrupt examples: each file once, with an end to the run where there are too many."""
+"""Reports each corrupt file once, and stops the run if there are too many."""
 
 import json
 import warnings
@@ -13,18 +13,18 @@ from jepax.io import atomic, events
 from jepax.types import UserError
 
 MAX_PRINTED = 10
-"""Files that are each printed; after them, every hundredth is."""
+"""Number of first files that are printed; after them, every hundredth is."""
 MAX_SHOWN = 3
-"""Files that an error shows."""
+"""Number of files that an error shows."""
 
 
 class CorruptLog:
     """Lists a run's corrupt files: the `on_corrupt` of `jepax.data.batches`.
 
-    - `path`: the list (`corrupt_file`), one line {"file": ..., "why": ...} for each file. What an earlier part of the
-      run, or another process, has listed counts and is not listed again. None: no list on disk.
+    - `path`: the list (`corrupt_file`), one line {"file": ..., "why": ...} for each file. Files that an earlier part of
+      the run, or another process, listed count and are not listed again. None: no list on disk.
     - `share`: fraction of the source's examples that may be corrupt.
-    - `print`: called with a line for each of the first files, and then for every hundredth.
+    - `print`: called for each of the first files, and then for every hundredth.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class CorruptLog:
             self.why = read_lists(path.parent) | _repair(path)
 
     def __call__(self, rows: Int[np.ndarray, " replaced"]) -> None:
-        """Lists the files of these rows. Raises `UserError` where all together exceed the fraction."""
+        """Lists the files of these rows. Raises `UserError` if all listed files exceed the fraction."""
         for row in map(int, rows):
             if (file := self.source.display_name(row)) not in self.why:
                 self._add(file, _reason(self.source, row))
@@ -68,7 +68,7 @@ class CorruptLog:
 
 
 def default_on_corrupt(source: Source) -> Callable[[Int[np.ndarray, " replaced"]], None]:
-    """Warns of the first corrupt example."""
+    """Returns a function that warns of the first corrupt example."""
     warned = False
 
     def warn(rows: Int[np.ndarray, " replaced"]) -> None:
@@ -82,7 +82,7 @@ def default_on_corrupt(source: Source) -> Callable[[Int[np.ndarray, " replaced"]
 
 
 def _reason(source: Source, row: int) -> str:
-    """Reads the example again, and returns what that fails with, on one line."""
+    """Reads the example again, and returns the error on one line."""
     try:
         source.load(row)
     except CorruptExampleError as error:
@@ -102,7 +102,7 @@ def find_lists(run: Path) -> list[Path]:
 
 
 def describe_lists(run: Path) -> str:
-    """Returns where the lists are: one file, or a pattern."""
+    """Returns the path of the lists: one file, or a pattern."""
     found = find_lists(run)
     return str(found[0] if len(found) == 1 else run / "corrupt*.jsonl")
 

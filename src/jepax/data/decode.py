@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
 
-# Importing a plugin registers it: left to itself Pillow does that at the first odd file, in several threads at once.
+# Importing a plugin registers it. Otherwise Pillow does so at the first unusual file, in several threads at a time.
 from PIL import (
     BmpImagePlugin,  # noqa: F401
     GifImagePlugin,  # noqa: F401
@@ -29,15 +29,15 @@ from jepax.data.sources import CorruptExampleError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-"""No others are opened, whatever a file's name: some of Pillow's other formats start external programs."""
+"""Formats that are opened, whatever a file's name: some of Pillow's other formats start external programs."""
 EXIF_ORIENTATION = 0x0112
 MIN_SIDE = 2
-"""Pixels. An image with a shorter side shows nothing: a page's spacer, or the rest of an empty download."""
+"""Least side in pixels. A shorter one means a page's spacer, or a failed download."""
 MAX_FILE_BYTES = 2**30
-"""Twice an uncompressed 16-bit RGB image of as many pixels as Pillow allows; a larger file is not read at all."""
+"""Largest file that is read: twice an uncompressed 16-bit RGB image of as many pixels as Pillow allows."""
 
-# Some of ImageNet's photos have damaged EXIF, which is then as good as none. The warning names no file, and silencing
-# it around each call is not safe with threads.
+# Some of ImageNet's photos have corrupt EXIF, which is then ignored. The warning names no file, and silencing it around
+# each call is not safe with threads.
 warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning, r"PIL\.")
 
 Pixels = UInt8[np.ndarray, "height width channels"]
@@ -51,8 +51,8 @@ def read_image(path: Path, canvas_shape: tuple[int, int, int]) -> Pixels:
 
 @contextmanager
 def wrap_decode_errors(name: str) -> Iterator[None]:
-    """Turns every error into a `CorruptExampleError` that names the image: decoders raise all sorts, from OSError to
-    SyntaxError and struct.error."""
+    """Converts every error to a `CorruptExampleError` that names the image: decoders raise many types, among them
+    OSError, SyntaxError and struct.error."""
     try:
         yield
     except Exception as error:
@@ -64,7 +64,7 @@ def wrap_decode_errors(name: str) -> Iterator[None]:
 def read_file(path: Path) -> bytes:
     """Returns the content. Raises OSError; ValueError for a pipe or device, and for a file over `MAX_FILE_BYTES`."""
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would block forever
         raise ValueError("it is no regular file")
     if status.st_size > MAX_FILE_BYTES:
         raise ValueError(f"its {status.st_size} bytes are over the limit of {MAX_FILE_BYTES}")
@@ -74,20 +74,20 @@ def read_file(path: Path) -> bytes:
 def decode_to_fit(data: bytes, rows: int, columns: int, channels: int) -> Pixels:
     """Decodes an image to at most rows x columns pixels, aspect kept; a smaller one keeps its size.
 
-    A larger JPEG is decoded to as many eighths of its size as fit, which costs less than to decode all of it; to scale
-    pixels afterwards costs several times as much. Anything else, and what is more than eight times too large, is
+    A larger JPEG is decoded to as many eighths of its size as fit, which costs less than decoding all of it; scaling
+    pixels afterwards costs several times as much. Other formats, and images more than eight times too large, are
     scaled by `downscale`. Raises as `decode` does.
     """
     return downscale(decode(data, channels, (rows, columns)), rows, columns)
 
 
 def decode(data: bytes, channels: int, fit: tuple[int, int] | None = None) -> Pixels:
-    """Decodes an image, upright as its EXIF orientation says, to gray (`channels=1`) or RGB (3).
+    """Decodes an image, upright by its EXIF orientation, to gray (`channels=1`) or RGB (3).
 
-    `fit`: rows and columns to which a JPEG may be scaled down on the way, by eighths; None: it keeps its size.
+    `fit`: rows and columns to which a JPEG may be scaled down while decoding, by eighths; None: it keeps its size.
 
     Transparent images are blended on white, as pages and browsers show them. 16-bit gray keeps its high byte, as Pillow
-    does for 16-bit color. Of an animation the first frame counts. Gray is Pillow's 0.299 R + 0.587 G + 0.114 B.
+    does for 16-bit color. Only an animation's first frame is decoded. Gray is Pillow's 0.299 R + 0.587 G + 0.114 B.
 
     Raises whatever the decoder raises for corrupt data; ValueError for no data, for a side below `MIN_SIDE` and for
     pixels without a known range (32-bit, float); and, before anything is decoded, Pillow's DecompressionBombWarning or
@@ -123,7 +123,7 @@ def longer_side(data: bytes) -> int:
 
 
 def is_gray(data: bytes) -> bool:
-    """True if the image has no colors, by its header. Raises as `decode` does."""
+    """True if the image is gray, by its header. Raises as `decode` does."""
     image = _open_header(data)
     return image.mode in ("1", "L") or image.mode.startswith("I")
 
@@ -134,7 +134,7 @@ def _open_header(data: bytes) -> Image.Image:
         raise ValueError("it is empty")
     try:
         image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
-    except UnidentifiedImageError as error:  # whose own message names an object in memory
+    except UnidentifiedImageError as error:  # its own message names an object in memory
         raise ValueError(f"its content is none of {', '.join(PILLOW_FORMATS)}") from error
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:  # Pillow itself raises only at twice the limit
@@ -145,7 +145,7 @@ def _open_header(data: bytes) -> Image.Image:
 
 
 def _decode_jpeg_turbo(image: Image.Image, data: bytes, fit: tuple[int, int] | None) -> Pixels | None:
-    """Decodes by libjpeg-turbo without Pillow's copies, bit-equal to it; None for all that Pillow must decode."""
+    """Decodes by libjpeg-turbo without Pillow's copies, bit-equal to it; returns None if Pillow must decode."""
     if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
         return None
     if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
@@ -167,7 +167,7 @@ def _dct_size(size: tuple[int, int], fit: tuple[int, int]) -> tuple[int, int]:
 
 
 def _to_rgb8(image: Image.Image) -> Image.Image:
-    """Makes it upright, opaque, and of eight bits a channel, in a mode that `convert` maps to L and RGB faithfully."""
+    """Makes the image upright, opaque and 8-bit, in a mode that `convert` maps to L and RGB exactly."""
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
     if not sixteen and image.mode in ("I", "F"):
         raise ValueError(f"its pixels (mode {image.mode}) have no known range; save it with 8 or 16 bits")

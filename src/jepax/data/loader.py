@@ -1,4 +1,4 @@
-"""Batches by step: the step's number, and no iterator's state, determines which examples a batch holds."""
+"""Batches by step: the step's number, not an iterator's state, determines a batch's examples."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ from jepax.data.sources import Batch, Source
 from jepax.types import UserError
 
 OnCorrupt = Callable[[Int[np.ndarray, " replaced"]], None]
-"""Called with the rows of the source that were corrupt and replaced in the batch that comes next."""
+"""Called with the source's rows that were corrupt and replaced in the next batch."""
 Read = tuple[Batch, list[int]]
 """A batch, and its rows that were corrupt and replaced."""
 
@@ -41,16 +41,16 @@ def batches(
 ) -> Generator[Batch, None, None]:
     """Yields this process's slices of the batches of steps `start` .. `steps - 1`, as numpy arrays.
 
-    The order is a new permutation of the source each epoch, laid end to end; step s has its positions
-    s * batch_size onwards (`batch_size` counts all processes), so two epochs may meet within a batch. Process p gets
-    the p-th contiguous slice. Nothing else enters: any start, threads, workers and processes give the same batches.
+    The order concatenates a new permutation of the source per epoch; step s has the positions from s * batch_size on
+    (`batch_size` counts all processes), so a batch may span two epochs. Process p gets the p-th contiguous slice. The
+    batches do not depend on the start or on the number of threads, workers and processes.
     A batch's `index` is the position modulo 2^31.
 
     A corrupt example is replaced (`Source.load_batch`), and `on_corrupt` is called with such rows before their batch
-    comes: in the caller's thread, in the order of steps, every time. Without it a warning names the first one.
+    is yielded: in the caller's thread, in the order of steps, every time. Without it a warning names the first one.
 
     `workers` > 0 reads in that many processes, each with `threads` threads. Close the iterator (or exhaust it) to end
-    them. Raises `UserError` for sizes that do not fit together, and what the source and `on_corrupt` raise.
+    them. Raises `UserError` for inconsistent sizes, and what the source and `on_corrupt` raise.
     """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch_size={batch_size} is not a positive multiple of the {process_count} processes.")
@@ -66,7 +66,7 @@ def iter_once(
 ) -> Iterator[tuple[Batch, int]]:
     """Yields every example once, in the source's order, with the number of valid rows in each batch.
 
-    The last batch is filled up with copies of its last row, so that shapes never change. A batch's `index` is the row.
+    The last batch is padded with copies of its last row, so that shapes never change. A batch's `index` is the row.
     Corrupt examples are treated as by `batches`.
     """
     if batch_size < 1:
@@ -81,7 +81,7 @@ def _read_step(source: Source, seed: int, batch_size: int, offset: int, local: i
     """Reads one process's slice of a training step."""
     positions = step * batch_size + offset + np.arange(local)
 
-    # Each epoch has its own permutation, and a batch may reach into the next one.
+    # Each epoch has its own permutation, and a batch may span two of them.
     epochs, places = np.divmod(positions, len(source))
     rows = np.empty(local, np.int32)
     for epoch in np.unique(epochs):
@@ -120,14 +120,14 @@ def _to_batches(reads: Generator[Read, None, None], on_corrupt: OnCorrupt) -> Ge
         for batch, replaced in reads:
             if replaced:
                 on_corrupt(np.array(replaced))
-            # asarray: workers send a subclass; the view keeps its shared memory for as long as it is needed.
+            # asarray: workers send a subclass, and the view keeps its shared memory alive.
             yield jax.tree.map(np.asarray, batch)
 
 
 def _prefetch(
     read: Callable[[int], Read], start: int, stop: int, num_threads: int, num_workers: int
 ) -> Generator[Read, None, None]:
-    """Yields read(start) .. read(stop - 1), computed ahead of their use. At most `threads` + 1 wait per process."""
+    """Yields read(start) .. read(stop - 1), computed ahead of use; at most `threads` + 1 are queued per process."""
     if start >= stop:
         return
     data = grain.MapDataset.range(start, stop).map(read)
@@ -149,7 +149,7 @@ def _prefetch(
 
 
 def _dead_worker(error: RuntimeError, num_workers: int) -> UserError | None:
-    """Explains that one of Grain's processes is dead, which Grain notices within two seconds."""
+    """Returns an error if one of Grain's processes died, which Grain notices within two seconds."""
     found = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
     if found is None:
         return None
@@ -162,7 +162,7 @@ def _dead_worker(error: RuntimeError, num_workers: int) -> UserError | None:
 
 
 def _exit_with_parent(worker: int, workers: int) -> None:
-    """Ends this worker process when its parent is gone; else workers of a killed run would wait for ever."""
+    """Ends this worker process when its parent is gone; otherwise workers of a killed run would wait forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -1,8 +1,8 @@
 """`jepax pack PHOTOS PACK`: writes a folder of photos as a few large files of images that fit the canvas.
 
-A file that fits the canvas is kept byte for byte; a larger one is scaled down, as reading it would, and kept as a JPEG
-without chroma subsampling. Everything follows from the files and the settings alone, whatever the number of threads,
-and every machine reads a pack to the same pixels. Rerunning the command continues an interrupted pack.
+A file that fits the canvas is copied byte for byte; a larger one is scaled down, as reading it would, and stored as a
+JPEG without chroma subsampling. A pack depends on the files and the settings alone, not on the number of threads, and
+every machine reads the same pixels from it. Rerunning the command continues an interrupted pack.
 """
 
 import hashlib
@@ -28,16 +28,16 @@ from jepax.io import atomic, lock
 from jepax.types import UserError
 
 STATE_FILE = "packing.json"
-"""Describes what is being packed, until it is done."""
+"""File that describes an unfinished pack."""
 WRITER_OPTIONS = "group_size:1,uncompressed"
-"""Records are read one at a time, and JPEGs do not compress."""
+"""Options of the writer: records are read one at a time, and JPEGs do not compress."""
 MAX_SHOWN = 2
-"""Corrupt images that an error shows."""
+"""Number of corrupt images that an error shows."""
 
 
 @dataclass(frozen=True)
 class PackConfig:
-    """How images are packed."""
+    """Settings of a pack."""
 
     canvas_size: int = 512
     """Longest side in pixels; larger images are scaled down."""
@@ -53,8 +53,8 @@ def pack(photos: Path, folder: Path, config: PackConfig, print: Callable[[str], 
     """Packs train/ and val/ of `photos` into `folder`, or continues there. See the module's docstring.
 
     Corrupt images are printed and get an empty record, so that they are replaced as in the folder. Raises `UserError`
-    where there are more of them than `data.max_corrupt_fraction` allows by default, where `folder` has other content,
-    where a file cannot be opened, and as `image_folder` does.
+    if there are more of them than `data.max_corrupt_fraction` allows by default, if `folder` has other content, if a
+    file cannot be opened, and as `image_folder` does.
     """
     sources = {
         part: image_folder.open_split(str(photos), split, 0.0, config.canvas_size, 3)
@@ -79,7 +79,7 @@ def pack(photos: Path, folder: Path, config: PackConfig, print: Callable[[str], 
         count = sum(map(len, sources.values()))
         check_corrupt_fraction(folder, shards, count)
 
-        # The description makes it a pack; what an interrupted command would need goes after it.
+        # The description makes it a pack; files for resuming are removed after it is written.
         atomic.atomic_write(folder / PACK_FILE, json.dumps(settings | {"shards": shards}, indent=1) + "\n")
         for path in (folder / STATE_FILE, *folder.glob("*.note")):
             path.unlink()
@@ -88,7 +88,7 @@ def pack(photos: Path, folder: Path, config: PackConfig, print: Callable[[str], 
 
 
 def start(folder: Path, settings: dict[str, Any], sources: dict[str, Any]) -> None:
-    """Writes what is to be packed into the folder. Raises `UserError` where that has other content."""
+    """Writes a description of the pack into the folder. Raises `UserError` if the folder has other content."""
     state = folder / STATE_FILE
     if found := json.loads(state.read_text()) if state.exists() else None:
         if not _is_same(settings, found, sources, folder):
@@ -96,7 +96,7 @@ def start(folder: Path, settings: dict[str, Any], sources: dict[str, Any]) -> No
         return
     if found is None and (others := sorted(path.name for path in folder.iterdir() if path.name != lock.LOCK_FILE)):
         raise UserError(f"{folder} is not empty, it holds {others[0]}; choose another folder")
-    atomic.atomic_write(state, "{}")  # until the names are there
+    atomic.atomic_write(state, "{}")  # until the names are written
     for part, source in sources.items():
         atomic.atomic_write(folder / f"{part}.json", json.dumps(source.files))
     atomic.atomic_write(state, json.dumps(settings))
@@ -145,7 +145,7 @@ def write_shard(
             corrupt = _write_records(source, rows, part, config, stop)
             atomic.fsync(part)
         part.replace(path)
-    except RuntimeError as error:  # how the writer reports a full disk
+    except RuntimeError as error:  # the writer's error for a full disk
         raise UserError(f"{path} cannot be written: {error};\nfix the cause and rerun") from error
     finally:
         part.unlink(missing_ok=True)
@@ -168,7 +168,7 @@ def _write_records(
             writer.write(encode_record(source.folder / source.files[row], config))
         except CorruptExampleError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
-                raise  # the disk's fault, or a missing permission: not the image's
+                raise  # an error of the disk or of permissions, not of the image
             corrupt.append([source.display_name(row), str(error.__cause__)])
             writer.write(b"")
     writer.close()
@@ -188,7 +188,7 @@ def encode_record(path: Path, config: PackConfig) -> bytes:
 
 
 def check_corrupt_fraction(folder: Path, shards: dict[str, list[Any]], count: int) -> None:
-    """Raises `UserError` where more images are corrupt than a run allows."""
+    """Raises `UserError` if more images are corrupt than a run allows."""
     corrupt = [f"{name}: {why}" for part in shards.values() for shard in part for name, why in shard["broken"]]
     if len(corrupt) > DataConfig.max_corrupt_fraction * count:
         shown = "\n".join(corrupt[:MAX_SHOWN])

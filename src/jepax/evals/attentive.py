@@ -48,7 +48,7 @@ class AttentiveConfig:
     train_views: TrainViews = "augmented"
     """Training views: random resized crops, or the center views that the heads are scored on."""
     crop_scale: tuple[float, float] = (0.3, 1.0)
-    """train_views=augmented: smallest and largest fraction of the image's area that a crop takes."""
+    """train_views=augmented: smallest and largest fraction of the image's area in a crop."""
     hflip_prob: float = 0.5
     """train_views=augmented: probability of a horizontal flip."""
 
@@ -125,7 +125,7 @@ class AttentiveTask(HeadTask):
     classes: int = eqx.field(static=True)
     views: TrainViews = eqx.field(static=True)
     crop: CropConfig = eqx.field(static=True)
-    """The extractor's, with the augmentation of the training views."""
+    """The extractor's crop, with the augmentation of the training views."""
 
     def init(self, key: PRNGKeyArray) -> AttentiveHead:
         """Heads that all start equal."""

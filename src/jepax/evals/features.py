@@ -14,7 +14,7 @@ from jepax.evals.feature_extractor import LayerFeatures
 from jepax.types import Array, Float, ImageBatch, Int, UserError
 
 CHUNK = 2048
-"""Examples of cached features that are processed at a time. It bounds memory and does not change results."""
+"""Examples of cached features that are processed at a time. It limits memory and does not change results."""
 
 
 class NonFiniteFeaturesError(UserError):
@@ -25,7 +25,7 @@ class NonFiniteFeaturesError(UserError):
 class Features:
     """Features of one split, float32 on the host.
 
-    **Raises** `FeaturesNotFinite` if a value is not finite: any accuracy on such features is meaningless.
+    **Raises** `NonFiniteFeaturesError` if a value is not finite: any accuracy on such features is meaningless.
     """
 
     layers: Float[np.ndarray, "layers n dim"]
@@ -58,7 +58,7 @@ def extract_features(
     labels: Int[np.ndarray, "n"],
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Features:
-    """Embeds every example of a pass into one array. Memory holds that array and the batches in flight.
+    """Embeds every example of a pass into one array. Memory use is that array and the batches in flight.
 
     - `embed`: compiled once, since batches share one shape. Pass an Equinox module or `eqx.Partial`: the arrays of a
       plain closure would be compiled in as constants. It does not see the labels.

@@ -31,7 +31,7 @@ HEAD_INIT_STD = 2e-5
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """One training for each learning rate; validation chooses."""
+    """Settings of fine-tuning, one training per learning rate; validation chooses."""
 
     epochs: int = 20
     """Passes over the training split, in each training."""
@@ -48,7 +48,7 @@ class FinetuneConfig:
     label_smoothing: float = 0.1
     """Fraction of the target probability that is distributed evenly over all classes."""
     crop_scale: tuple[float, float] = (0.3, 1.0)
-    """Smallest and largest fraction of the image's area that a random crop takes."""
+    """Smallest and largest fraction of the image's area in a random crop."""
     hflip_prob: float = 0.5
     """Probability of a horizontal flip."""
 
@@ -84,7 +84,7 @@ class FinetuneTask(HeadTask):
     config: FinetuneConfig = eqx.field(static=True)
 
     def init(self, key: PRNGKeyArray) -> Classifier:
-        """Copies the encoder: an update takes over the arrays of its parameters, and must not take the extractor's."""
+        """Copies the encoder: an update donates its parameters' arrays, and the extractor still needs its own."""
         encoder = cast(jax.tree.map(jnp.copy, self.extractor.encoder), jnp.float32)
         head = Linear(encoder.config.width, self.classes, std=HEAD_INIT_STD, key=key)
         return Classifier(encoder, head, self.extractor.crop)

@@ -41,7 +41,7 @@ class KnnIndex:
     features: Float[Array, "keys dim"]
     norms: Float[Array, "keys"]
     labels: Int[np.ndarray, "keys"]
-    """On the host, where votes are counted."""
+    """Labels, on the host, where votes are counted."""
 
     @classmethod
     def build(cls, features: Float[AnyArray, "keys dim"], labels: Int[np.ndarray, "keys"]) -> "KnnIndex":
@@ -60,7 +60,7 @@ class Neighbors:
 def knn(data: ProtocolData, config: KnnConfig) -> list[FittedProbe]:
     """Classifies by the nearest training examples in the last layer's features.
 
-    One search per query, with the largest k, serves every k and temperature. The first of equally good ones is chosen.
+    One search per query, with the largest k, serves every k and temperature. The first of several equal ones is chosen.
 
     **Raises** `UserError` if every k is above the number of training examples.
     """
@@ -93,7 +93,7 @@ def knn(data: ProtocolData, config: KnnConfig) -> list[FittedProbe]:
 def count_votes(nearest: Neighbors, classes: int, k: int, temperature: float) -> Float[np.ndarray, "queries classes"]:
     """Sums the votes exp(s / T) of the k nearest by class; -inf for a class without a vote, which is not predicted.
 
-    The nearest one's similarity is subtracted from all of a query's: it changes no ratio and prevents overflow.
+    The largest similarity of a query is subtracted from all of them: ratios do not change, and exp cannot overflow.
 
     Source: Wu et al. 2018, arXiv:1805.01978, section 3.4.
     """

@@ -43,9 +43,9 @@ def low_shot(data: ProtocolData, config: LowShotConfig) -> list[FittedProbe]:
     The budget counts labels: the penalty is chosen on validation examples drawn by the same seed, for every class at
     most as many as are labeled for training. A larger validation split would use more labels than the task allows
     (Oliver et al. 2018, arXiv:1804.09170, section 4.6). Features are standardized over all training examples, which
-    needs no label. Only the last layer is used: so few validation labels cannot also choose layers.
+    needs no label. Only the last layer is used: validation labels are too few to choose layers too.
 
-    The draw follows from the seed alone, so every encoder gets the same examples, and the examples of a smaller shot
+    The draw depends on the seed alone, so every encoder gets the same examples, and the examples of a smaller shot
     are among those of a larger one. A shot with more examples than some class has is left out with a message.
 
     **Raises** `UserError` if no shot is left.

@@ -35,22 +35,22 @@ ROW_TITLES = {
     "pixels": "raw pixels",
     "majority": "majority class",
 }
-"""Keys of the results and their titles, in the table's order."""
+"""Row titles by key, in the table's order."""
 SPLIT_NAMES = ("train", "validation", "test")
 BASELINES = ("untrained", "pixels")
 MAX_HEALTH_EXAMPLES = 4096
-"""At most so many validation examples, evenly spaced, are checked for signs of collapse."""
+"""Most validation examples, evenly spaced, that collapse metrics are computed on."""
 HEALTH_KEY = 1
-"""Folded into the evaluation's key for the crops that LiDAR reads."""
+"""Constant folded into the evaluation's key for LiDAR's crops."""
 LIDAR_IMAGES, LIDAR_CROPS = 512, 8
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the rows of one evaluation share."""
+    """Data and settings common to the rows of one evaluation."""
 
     sources: dict[str, Source]
-    """By split; no two of them may have an image in common."""
+    """Sources by split; no two of them may have an image in common."""
     config: EvalConfig
     key: PRNGKeyArray
     loading: dict[str, int] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Evaluation:
         return self.sources["train"].classes
 
     def row(self, name: str, extractor: FeatureExtractor) -> dict[str, Any]:
-        """Every protocol on one extractor. Protocols get the test split without labels; only this class reads them."""
+        """Runs every protocol on one extractor. Only this class reads the test split's labels."""
         data = {
             split: EvalDataset(
                 extractor,
@@ -83,7 +83,7 @@ class Evaluation:
             fitted = PROTOCOLS[protocol](inputs, getattr(self.config, protocol))
             row[protocol] = self._score(fitted, data["test"])
         row |= health_metrics(data["validation"], jr.fold_in(self.key, HEALTH_KEY))
-        # Duplicates are the same for every row: one of them counts.
+        # Duplicates are the same for every row, so they are counted once.
         return row if name in BASELINES else row | {"shared_pictures": self._count_duplicates(data)}
 
     def _count_duplicates(self, data: dict[str, EvalDataset]) -> dict[str, int]:
@@ -106,7 +106,7 @@ class Evaluation:
 
 
 def health_metrics(dataset: EvalDataset, key: PRNGKeyArray) -> dict[str, Any]:
-    """Signs of collapse in the last layer's features, which need no label. LiDAR is computed for encoders only.
+    """Collapse metrics of the last layer's features, without labels. LiDAR is computed for encoders only.
 
     LiDAR uses 512 images with 8 random crops each; its paper uses more of both.
     """
@@ -118,9 +118,9 @@ def health_metrics(dataset: EvalDataset, key: PRNGKeyArray) -> dict[str, Any]:
 
 
 def aggregate_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """A single run unchanged; several as their means, with the standard deviation of top-1 over them.
+    """Returns a single run unchanged, several as their means with the standard deviation of top-1.
 
-    The interval is the mean of the runs' intervals: it is for one run on other test examples.
+    The interval is the mean of the runs' intervals, so it is that of one run on other test examples.
     """
     if len(runs) == 1:
         return runs[0]
@@ -147,7 +147,7 @@ def evaluate(
     - `rows`: by the names of `ROW_TITLES`; "trained" is the encoder of `step`.
     - `loading`: threads and worker processes that read images.
     - `baseline_cache`: folder for the rows of `BASELINES`, which are read from it if an evaluation with the same
-      protocols, key, data and features has stored them. None evaluates them.
+      protocols, key, data and features stored them. None: they are evaluated.
 
     **Raises** `UserError` for a split without examples or labels, and for features that are not finite.
     """
@@ -174,7 +174,7 @@ def evaluate(
 
 
 def _cached(name: str, extractor: FeatureExtractor, evaluation: Evaluation, folder: Path) -> dict[str, Any]:
-    """A baseline's row, from the folder if it is stored there.
+    """Returns a baseline's row, from the folder if it is stored there.
 
     The file name is a hash of everything that determines the row: protocols, versions, key, every label, and the
     features of each split's first batch, which represent the others.
@@ -255,7 +255,7 @@ def _row_cells(row: dict[str, Any], protocols: list[str]) -> list[str]:
 
 
 def result_name(score: dict[str, Any]) -> str:
-    """The name of an aggregated result, of which a protocol has several."""
+    """Name of an aggregated result; a protocol may have several."""
     return f", {score['name']}" if "std" in score else ""
 
 
@@ -268,7 +268,7 @@ def format_top1(score: dict[str, Any]) -> str:
 
 
 def controls_table(results: dict[str, Any]) -> Table | None:
-    """The protocols' other results: the linear probe's width controls, the other shots. None if there are none."""
+    """Other results of the protocols: the linear probe's width controls, the other shots. None without any."""
     rows = {name: row for name, row in results["rows"].items() if name in ROW_TITLES and "top1" not in row}
     controls = [
         (protocol, name)

@@ -1,4 +1,4 @@
-"""What protocols get and return, predictions, and their accuracy with its 95% interval."""
+"""Inputs and results of protocols, predictions, and accuracy with its 95% interval."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ TopKPredictions = Int[np.ndarray, "*heads n k"]
 
 @dataclass(frozen=True)
 class ProtocolData:
-    """What a protocol gets. **Raises** `UserError` if a split is empty or has a label outside [0, classes)."""
+    """Input of a protocol. **Raises** `UserError` if a split is empty or has a label outside [0, classes)."""
 
     train: EvalDataset
     validation: EvalDataset

@@ -44,7 +44,7 @@ PILLOW_RESAMPLE_IDS = {"bilinear": 2, "bicubic": 3}
 
 @dataclass(frozen=True)
 class Provenance:
-    """The part "jepax" of our config.json: the encoder's origin, and what transformers has no keys for."""
+    """The part "jepax" of our config.json: the encoder's origin, and settings without keys in transformers."""
 
     recipe: str
     step: int
@@ -59,7 +59,7 @@ class Provenance:
 
 
 def write_hf_config(folder: Path, encoder: ViTConfig, crop: CropConfig, *, recipe: str, step: int, name: str) -> None:
-    """Writes both files for an encoder called `name` by its method. Raises `UserError` where the view is not square."""
+    """Writes both files for an encoder called `name` by its method. Raises `UserError` if the view is not square."""
     if crop.size[0] != crop.size[1]:
         raise UserError(f"crop.size={crop.size} is not square, as a Hugging Face I-JEPA folder requires")
     hidden = round(encoder.width * encoder.mlp_ratio)
@@ -88,9 +88,9 @@ def _preprocessor_config(crop: CropConfig) -> dict[str, Any]:
 
 
 def load_hf_config(folder: Path) -> tuple[ViTConfig, CropConfig]:
-    """Reads the encoder's config and its views' crop, from the part "jepax" if there is one, else by `_crop`.
+    """Reads the encoder's config and its views' crop, from the part "jepax" or by `_read_crop_config`.
 
-    Raises `UserError` naming file, key and value of what is missing, and of what is not our `ViT`.
+    Raises `UserError` naming file, key and value of a missing entry, and of one that our `ViT` does not support.
     """
     path = folder / CONFIG_FILE
     values = read_json(path)
@@ -130,8 +130,8 @@ def _with_path_in_error(path: Path) -> Iterator[None]:
 def _read_crop_config(path: Path, side: int) -> CropConfig:
     """Returns `CropConfig`'s defaults at this size, with mean, std and filter of a preprocessor_config.json.
 
-    The public folders' file is not what their encoders were trained with: it has 0.5 throughout, transformers'
-    default, where I-JEPA's src/transforms.py has ImageNet's. It is used as it is, with a warning.
+    The public folders' file differs from their encoders' training: it has 0.5 throughout, transformers' default, but
+    I-JEPA's src/transforms.py has ImageNet's. It is used unchanged, with a warning.
     """
     crop = CropConfig(size=(side, side))
     if not path.exists():

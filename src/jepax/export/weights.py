@@ -37,7 +37,7 @@ BLOCK_MODULES = {
     "mlp.fc1": ["intermediate.dense"],
     "mlp.fc2": ["output.dense"],
 }
-"""Our modules, and theirs, whose outputs ours concatenate."""
+"""Modules of transformers by ours, which concatenate their outputs."""
 UNSUPPORTED_SUFFIXES = (
     ".bin",
     ".pt",
@@ -53,7 +53,7 @@ UNSUPPORTED_SUFFIXES = (
 )
 """Formats of weights that are never opened: reading some of them runs code in them."""
 MAX_HEADER_BYTES = 10_000_000
-"""Bytes of a safetensors file's list of tensors; the largest ViT's has a hundredth."""
+"""Most bytes of a safetensors file's list of tensors; the largest ViT's has a hundredth."""
 POS_EMBED_TOLERANCE = 1e-4
 """Largest difference of a file's positions from our table, plus the rounding of their type."""
 
@@ -61,7 +61,7 @@ POS_EMBED_TOLERANCE = 1e-4
 def export(folder: Path, encoder: ViT, crop: CropConfig, *, recipe: str, step: int, name: str) -> None:
     """Writes the encoder, called `name` by its method, as a new folder, atomically.
 
-    Raises `UserError` where the folder exists and is not empty, or where the view is not square.
+    Raises `UserError` if the folder exists and is not empty, or if the view is not square.
     """
     target = folder.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -87,9 +87,9 @@ def load_encoder(folder: Path) -> tuple[ViT, CropConfig]:
     """Reads an encoder that `export` or others wrote, in float32, and the crop that makes its views.
 
     Our config.json has the crop. Other folders have its size, and its mean, std and filter if they have a
-    preprocessor_config.json; the rest is `CropConfig`'s default. Raises `UserError` where tensors are missing, surplus,
-    of another shape or not finite, and where the model is not our `ViT`, with its fixed sine-cosine positions. Memory
-    is allocated for tensors that the file has, and never for sizes that only config.json claims.
+    preprocessor_config.json; the rest is `CropConfig`'s default. Raises `UserError` if tensors are missing, surplus,
+    of another shape or not finite, and if the model is not our `ViT`, with its fixed sine-cosine positions. Memory is
+    allocated for tensors in the file, never for sizes that only config.json has.
     """
     check_format(folder)
     config, crop = huggingface.load_hf_config(folder)
@@ -151,7 +151,7 @@ def check_format(path: Path) -> None:
 
 @contextlib.contextmanager
 def _open_safetensors(path: Path) -> Iterator[tuple[Any, frozenset[str]]]:
-    """Opens the safetensors file, with its tensors' names. Raises `UserError` where it is missing or incomplete."""
+    """Opens the safetensors file, with its tensors' names. Raises `UserError` if it is missing or incomplete."""
     try:
         with path.open("rb") as file:
             if (length := int.from_bytes(file.read(8), "little")) > MAX_HEADER_BYTES:
@@ -165,9 +165,9 @@ def _open_safetensors(path: Path) -> Iterator[tuple[Any, frozenset[str]]]:
 
 
 def _check_sizes(path: Path, config: ViTConfig, size: tuple[int, int]) -> None:
-    """Raises `UserError` where a size in config.json is not that of the tensors, before anything of that size is built.
+    """Raises `UserError` if a size in config.json is not that of the tensors, before anything of that size is built.
 
-    The file must have every byte of every tensor that it lists, so what passes uses no more memory than the file.
+    The file must have every byte of every tensor that it lists, so a valid one needs no more memory than the file.
     """
     rows, columns = config.grid(size)
     fc1 = f"encoder.layer.{config.depth - 1}.{BLOCK_MODULES['mlp.fc1'][0]}.weight"

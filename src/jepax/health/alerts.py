@@ -1,4 +1,4 @@
-"""What the watchdog says, and the file of a run that holds it."""
+"""The watchdog's alarms, and health.json, which stores them."""
 
 import json
 from collections.abc import Iterable
@@ -10,12 +10,12 @@ from jepax.io import atomic
 from jepax.types import UserError
 
 AlertValues = dict
-"""What was measured, by name."""
+"""Measured numbers by name."""
 
 
 @dataclass(frozen=True)
 class Alert:
-    """What was seen, when, by which numbers, and what to try."""
+    """One alarm: its kind, step, numbers and advice."""
 
     kind: str
     step: int
@@ -31,7 +31,7 @@ HEALTH_FILE = "health.json"
 
 
 def write_alerts(run: Path, alarms: Iterable[Alert], ended: str | None = None) -> None:
-    """Writes `run`/health.json whole or not at all. `ended` says why training stopped, where it did not finish."""
+    """Writes `run`/health.json atomically. `ended`: the reason why training stopped before its end."""
     if not multihost.is_main_process():
         return
     run.mkdir(parents=True, exist_ok=True)
@@ -40,12 +40,12 @@ def write_alerts(run: Path, alarms: Iterable[Alert], ended: str | None = None) -
 
 
 def load_alerts(run: Path) -> list[Alert]:
-    """The alarms of a run; none where it has no health.json. Raises `UserError` where that is damaged."""
+    """Returns the alarms of a run, none without a health.json. Raises `UserError` if the file is corrupt."""
     return [Alert(**alarm) for alarm in _load(run).get("alarms", [])]
 
 
 def load_stop_reason(run: Path) -> str | None:
-    """Why training stopped, where it did not finish. Raises `UserError` where health.json is damaged."""
+    """Returns the reason why training stopped before its end, or None. Raises `UserError` if the file is corrupt."""
     return _load(run).get("ended")
 
 
@@ -61,5 +61,5 @@ def _load(run: Path) -> dict:
 
 
 def summarize_alerts(run: Path) -> str:
-    """A run's health in a line: `health: no alarm`, or every alarm with its step and numbers."""
+    """Returns a run's health as text: `health: no alarm`, or every alarm with its step and numbers."""
     return f"health: {'; '.join(map(str, load_alerts(run))) or 'no alarm'}"

@@ -1,4 +1,4 @@
-"""Atomic writes, fsync, and errors of the system that name their file."""
+"""Atomic writes, fsync, and OS errors that name their file."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def with_path_in_error(path: Path) -> Iterator[None]:
-    """Adds the path to an error of the system that names no file, such as that of a full disk."""
+    """Adds the path to an OS error that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -18,7 +18,7 @@ def with_path_in_error(path: Path) -> Iterator[None]:
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Replaces the file by this text. Where that fails, the old file stays and nothing else is left."""
+    """Replaces the file by this text. If that fails, the old file stays and nothing else is left."""
     part = path.with_name(f"{path.name}.part")
     try:
         with with_path_in_error(path), part.open("w") as file:

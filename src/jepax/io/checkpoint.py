@@ -1,7 +1,7 @@
 """Checkpoints: Orbax writes the arrays; a manifest of sha256 sums, written last, proves that they are complete.
 
-A checkpoint is written to STEP.part and renamed to STEP when its manifest is on the disk. So STEP.part was never
-finished, and a STEP that differs from its manifest was corrupted later.
+A checkpoint is written to STEP.part and renamed to STEP when its manifest is on the disk. So a STEP.part is
+unfinished, and a STEP that differs from its manifest was corrupted later.
 """
 
 import hashlib
@@ -43,11 +43,11 @@ def save_async(
     before_commit: Callable[[], None] = lambda: None,
     after_commit: Callable[[], None] = lambda: None,
 ) -> Future[Path]:
-    """Starts to write `folder`/STEP on a thread. The tree may be donated, or changed, once this returns.
+    """Starts to write `folder`/STEP on a thread. The tree may be donated or changed once this returns.
 
     Every process of a run calls it; the main process commits, and calls `before_commit` and `after_commit`, on the
-    thread. `metadata`: JSON, saved with the arrays. Raises, here or as the future's exception, `UserError` where the
-    checkpoint could not be written (nothing of it remains), `PeerLostError` where another process is gone.
+    thread. `metadata`: JSON, saved with the arrays. Raises, here or as the future's exception, `UserError` if the
+    checkpoint could not be written (nothing of it remains), `PeerLostError` if another process is gone.
     """
     path = step_dir(folder, step).absolute()
     part, forms, future = path.with_name(path.name + PARTIAL_SUFFIX), _array_signatures(tree), Future()
@@ -59,7 +59,7 @@ def save_async(
             part.mkdir(parents=True)
         multihost.all_gather_str("")  # the folder exists from here on
         context = ocp.Context()
-        context.array.saving.use_compression = False  # weights shrink by a tenth only
+        context.array.saving.use_compression = False  # weights compress by a tenth only
         with context:
             response = ocp.save_async(part / ARRAYS_DIR, named_arrays(tree))
 
@@ -114,7 +114,7 @@ def _cleaned_up_on_error(path: Path, part: Path) -> Iterator[None]:
 
 
 def _remove_partial(folder: Path) -> None:
-    """Removes a failed save. Threads of it that still run may create it again: it has to be gone three times."""
+    """Removes a failed save. Its running threads may create it again, so it must be absent three times."""
     gone = 0
     for _ in range(30):
         shutil.rmtree(folder, ignore_errors=True)
@@ -127,9 +127,9 @@ def _remove_partial(folder: Path) -> None:
 def restore(folder: Path, step: int, like: T, *, check: bool = True, only: tuple[str, ...] = ALL_ARRAYS) -> T:
     """Returns `like`, which may be `to_shape_structs`, with the arrays of `step`, on the devices of `like`'s.
 
-    `only`: prefixes of the names of the arrays that are read; the others are None. A large tree is best given as
-    shapes, or its arrays and the checkpoint's are in memory together. Raises `UserError` where a file differs from the
-    manifest, or where the names or shapes of arrays, read or not, are not `like`'s.
+    `only`: prefixes of the names of the arrays that are read; the others are None. Give a large tree as shapes, or its
+    arrays and the checkpoint's are in memory together. Raises `UserError` if a file differs from the manifest, or if
+    the names or shapes of arrays, read or not, are not `like`'s.
     """
     path = step_dir(folder, step).absolute()
     if check and (problems := verify(folder, step)):
@@ -168,12 +168,12 @@ def list_steps(folder: Path) -> list[int]:
 
 
 def partial_checkpoints(folder: Path) -> list[Path]:
-    """Returns the folders of checkpoints that were never finished."""
+    """Returns the folders of unfinished checkpoints."""
     return sorted(Path(entry.path) for entry in _list_dir(folder) if entry.name.endswith(PARTIAL_SUFFIX))
 
 
 def _list_dir(folder: Path) -> list[os.DirEntry]:
-    """Lists the folder. One that cannot be read is an error, or training would start from scratch."""
+    """Lists the folder. Raises if it cannot be read, since training would start from scratch."""
     try:
         return list(os.scandir(folder))
     except FileNotFoundError:
@@ -181,19 +181,19 @@ def _list_dir(folder: Path) -> list[os.DirEntry]:
 
 
 def verify(folder: Path, step: int) -> list[str]:
-    """Lists what is wrong with a checkpoint; an empty list if it is what was written."""
+    """Lists the errors of a checkpoint; empty if it is as written."""
     return checksums.verify(step_dir(folder, step))
 
 
 def metadata(folder: Path, step: int) -> dict[str, Any]:
-    """Returns what was saved with the arrays."""
+    """Returns the metadata saved with the arrays."""
     return json.loads((step_dir(folder, step) / METADATA_FILE).read_text())
 
 
 def latest_valid(folder: Path) -> tuple[int | None, dict[int, list[str]]]:
-    """Returns the newest valid checkpoint's step, and what is wrong with newer ones. Changes nothing.
+    """Returns the newest valid checkpoint's step, and the errors of newer ones. Changes nothing.
 
-    Raises `UserError` where there are checkpoints and none is valid.
+    Raises `UserError` if there are checkpoints and none is valid.
     """
     corrupt: dict[int, list[str]] = {}
     for step in reversed(list_steps(folder)):

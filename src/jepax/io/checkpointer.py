@@ -1,4 +1,4 @@
-"""Decides when a run saves and which checkpoints it keeps; one at a time is written while training goes on.
+"""Decides when a run saves and which checkpoints it keeps, and writes one at a time while training continues.
 
 Orbax's own manager is not used for this: it renames a checkpoint to its final name before our manifest can be written,
 so a kill in between would leave a checkpoint that counts as corrupt, and its `save` may skip a step silently.
@@ -18,9 +18,9 @@ from jepax.io import atomic, checkpoint
 from jepax.types import UserError
 
 METRICS_KEY = "score"
-"""Key of a checkpoint's metadata: the metric, by its name, that the best checkpoint is kept by."""
+"""Key of a checkpoint's metadata for the metric, by name, that determines the best checkpoint."""
 SLOW_SAVE_WARNING_S = 1.0
-"""Seconds that a save waits for the one before it until it prints a warning."""
+"""Seconds that a save waits for the one before it without a warning."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class CheckpointConfig:
     every_minutes: float | None = 15.0
     """Minutes after which one is written whatever the step; None: by steps only."""
     max_to_keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints that are kept."""
     keep_period: int | None = None
-    """Checkpoints of steps that are multiples of this are kept for ever."""
+    """Checkpoints of steps that are multiples of this are kept forever."""
     best_metric: Literal["val/probe_top1", "val/knn_top1"] | None = None
     """Score of the online evaluation: the checkpoint with the highest is written, and kept."""
 
@@ -46,7 +46,7 @@ class CheckpointConfig:
 
 
 class CheckpointManager:
-    """Writes a run's checkpoints while training goes on. None is skipped, and none fails silently."""
+    """Writes a run's checkpoints while training continues. None is skipped, and none fails silently."""
 
     def __init__(self, folder: Path, config: CheckpointConfig, print: Callable[[str], None], logs: Sequence[Path] = ()):
         """`logs`: files that must be on the disk up to a step before a checkpoint of that step is."""
@@ -69,7 +69,7 @@ class CheckpointManager:
     def should_save(self, step: int) -> bool:
         """True if the state after `step` steps is to be saved, by the step's number.
 
-        Raises `UserError` where a checkpoint could not be written.
+        Raises `UserError` if a checkpoint could not be written.
         """
         if self._pending is not None and self._pending.done():
             self.wait()
@@ -77,7 +77,7 @@ class CheckpointManager:
         return step % self.config.every_steps == 0 or (period is not None and step % period == 0)
 
     def timer_expired(self) -> bool:
-        """True if it is time to save by the clock, which then starts again."""
+        """True if `every_minutes` have passed; the clock then restarts."""
         now, minutes = time.monotonic(), self.config.every_minutes
         if minutes is None or now - self._last_save <= 60 * minutes:
             return False
@@ -87,7 +87,7 @@ class CheckpointManager:
     def save(self, step: int, state: object, metadata: dict[str, Any]) -> None:
         """Starts to write the state after `step` steps, once the checkpoint before it is on the disk.
 
-        Raises `UserError` where one could not be written.
+        Raises `UserError` if one could not be written.
         """
         if step == self._saved_step:
             return
@@ -101,7 +101,7 @@ class CheckpointManager:
         self._last_save, self._saved_step = time.monotonic(), step
 
     def wait(self, warning: str = "") -> None:
-        """Waits for the pending checkpoint. Raises `UserError` where it could not be written."""
+        """Waits for the pending checkpoint. Raises `UserError` if it could not be written."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -111,24 +111,24 @@ class CheckpointManager:
         pending.result()
 
     def fsync_logs(self) -> None:
-        """Flushes the logs to the disk: a saved step is not taken again, nor is it logged again."""
+        """Flushes the logs to the disk, since a saved step is not repeated and so not logged again."""
         for path in self.logs:
             atomic.fsync(path)
 
     def garbage_collect(self) -> None:
-        """Removes the checkpoints that the policy does not keep, and those that were never finished."""
-        # Each is renamed to STEP.part first: a removal that a crash cuts off leaves no corrupt checkpoint.
+        """Removes unfinished checkpoints, and those that the policy does not keep."""
+        # Each is renamed to STEP.part first, so that a crash during removal leaves no corrupt checkpoint.
         steps = checkpoint.list_steps(self.folder)
         for step in set(steps) - steps_to_keep(self.folder, steps, self.config):
             path = checkpoint.step_dir(self.folder, step)
-            with suppress(OSError):  # one too many stays
+            with suppress(OSError):  # a leftover is harmless
                 path.rename(path.with_name(path.name + checkpoint.PARTIAL_SUFFIX))
         for path in checkpoint.partial_checkpoints(self.folder):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def steps_to_keep(folder: Path, steps: list[int], config: CheckpointConfig) -> set[int]:
-    """Returns those of `steps` that are the newest, the periodic ones, and the best."""
+    """Returns the newest of `steps`, the periodic ones, and the best."""
     newest = steps[-config.max_to_keep :]
     periodic = [step for step in steps if config.keep_period and step % config.keep_period == 0]
     scores = {

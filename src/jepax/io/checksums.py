@@ -1,4 +1,4 @@
-"""A manifest holds the sha256 of each file of its folder and is written last; a folder that differs is corrupt."""
+"""Manifests with the sha256 of each file of a folder, written last; a folder that differs is corrupt."""
 
 import hashlib
 import json
@@ -11,22 +11,22 @@ MANIFEST_FILE = "manifest.json"
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Flushes the folder's files to the disk, then writes the manifest, which holds `content` too."""
+    """Flushes the folder's files to the disk, then writes the manifest, with `content`."""
     for path in [*folder.rglob("*"), folder]:
         atomic.fsync(path)
     content = content | {"sha256": compute_checksums(folder)}
-    manifest = {"content": content, "sha256": _content_digest(content)}  # the manifest checks itself, too
+    manifest = {"content": content, "sha256": _content_digest(content)}  # the manifest's own checksum
     atomic.atomic_write(folder / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
     atomic.fsync(folder)
 
 
 def read_content(folder: Path) -> dict[str, Any]:
-    """Reads what was written, with the sum of each file by its path in the folder under "sha256". Checks nothing."""
+    """Reads the content, with the checksums by path in the folder under "sha256". Checks nothing."""
     return json.loads((folder / MANIFEST_FILE).read_text())["content"]
 
 
 def verify(folder: Path) -> list[str]:
-    """Lists what is wrong with the folder; an empty list if it is what was written."""
+    """Lists the errors of the folder; empty if it is as written."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
         expected = manifest["content"]["sha256"]

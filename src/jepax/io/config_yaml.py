@@ -1,4 +1,4 @@
-"""Frozen dataclasses to plain dicts and YAML files, and back, strictly: no key and no type is guessed."""
+"""Converts frozen dataclasses to plain dicts and YAML files, and back, without guessing keys or types."""
 
 import dataclasses
 import difflib
@@ -20,7 +20,7 @@ SIMILAR = 0.7
 
 
 def load(cls: type[T], path: Path) -> T:
-    """Read a YAML file strictly. Raises `UserError` if it is missing, not plain YAML, or no `cls`."""
+    """Read a YAML file strictly. Raises `UserError` if it is missing, not plain YAML, or not a `cls`."""
     return from_dict(cls, read_yaml(path), str(path))
 
 
@@ -44,7 +44,7 @@ _InlineListDumper.add_representer(
 
 
 def to_dict(config: object) -> dict[str, Any]:
-    """Plain values only. A class that is kept in a `registry`, such as a method's config, writes its `name` first."""
+    """Convert to plain values. A class in a `registry`, such as a method's config, writes its `name` first."""
     named = {"name": type(config).name} if _registry(type(config)) is not None else {}
     return named | {field.name: _to_plain_value(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
@@ -56,7 +56,7 @@ def _to_plain_value(value: object) -> Any:
 
 
 def from_dict(cls: type[T], values: object, where: str) -> T:
-    """A `cls` with these values; fields that have a default may be left out. `where`: the values' origin, for errors.
+    """Build a `cls` from these values; fields with a default may be absent. `where`: the values' origin, for errors.
 
     Raises `UserError` at the first unknown key, missing field or wrong type, and what the classes themselves raise.
     """
@@ -68,7 +68,7 @@ def _build(cls: type[T], values: object, path: str, where: str) -> T:
         raise _invalid(path or "the content", values, cls, where)
     cls, values = _subclass(cls, dict(values), path, where)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    # Every key is a field, and every field without a default is there.
+    # Every key is a field, and every field without a default is present.
     for key in values:
         if key not in fields:
             raise UserError(f"{where}: unknown field {_join_path(path, key)}; {suggest(str(key), fields, path)}")
@@ -85,7 +85,7 @@ def _build(cls: type[T], values: object, path: str, where: str) -> T:
 
 
 def _subclass(cls: type, values: dict, path: str, where: str) -> tuple[type, dict]:
-    """The registered class that the dict's `name` names, and the other values."""
+    """The class registered under the dict's `name`, and the other values."""
     registry = _registry(cls)
     if registry is None:
         return cls, values
@@ -104,7 +104,7 @@ def _registry(cls: type) -> dict[str, type] | None:
 
 
 def convert(kind: Any, value: object, path: str, where: str) -> Any:
-    """`value` as a field of type `kind` stores it. Raises `UserError` naming path, value and the type expected."""
+    """Convert `value` to the type `kind` of a field. Raises `UserError` naming path, value and the type expected."""
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, path, where)
     origin, arguments = get_origin(kind), get_args(kind)
@@ -154,7 +154,7 @@ def _match_scalar(kind: Any, value: object) -> list:
         except (ValueError, OverflowError):
             return []
         return [number] if math.isfinite(number) else []
-    if kind is int and type(value) is int and abs(value) >= 2**63:  # no setting is that large, and floats overflow
+    if kind is int and type(value) is int and abs(value) >= 2**63:  # no field needs it, and floats overflow
         return []
     return [value] if kind is Any or type(value) is kind else []
 

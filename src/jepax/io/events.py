@@ -1,4 +1,4 @@
-"""Files of JSON lines, and events.jsonl: what happens to a run besides its metrics."""
+"""Reads and writes JSON Lines files, and events.jsonl, the log of a run's events."""
 
 import json
 import time
@@ -12,19 +12,19 @@ EVENTS_FILE = "events.jsonl"
 
 
 class Events:
-    """A run's events.jsonl: starts, stops, steps that were skipped. The main process writes it."""
+    """A run's events.jsonl: starts, stops, skipped steps. The main process writes it."""
 
     def __init__(self, run: Path):
         self.path, self.writes = run / EVENTS_FILE, multihost.is_main_process()
 
     def add(self, event: str, step: int, *, step_bound: bool = False, **details: object) -> None:
-        """`step_bound`: the event belongs to the step, and comes again when a resumed run takes the step again."""
+        """Appends an event. `step_bound`: it belongs to the step, and recurs if a resumed run repeats the step."""
         if self.writes:
             record = {"event": event, "step": step, "time": round(time.time(), 3)}
             append_jsonl(self.path, record | ({"step_bound": True} if step_bound else {}) | details)
 
     def truncate_from(self, start: int, *, keep: str = "") -> None:
-        """Drops the events of steps from `start` on, which are taken again, but for those of the name `keep`."""
+        """Drops the events of steps from `start` on, which are repeated, except those named `keep`."""
         if self.writes and self.path.exists():
             records = read_jsonl(self.path)
             retaken = [e.get("step_bound") and e["step"] >= start and e.get("event") != keep for e in records]
@@ -36,7 +36,7 @@ class Events:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Returns the records of a file of JSON lines, without those that a crash corrupted; none if it is missing."""
+    """Returns the records of a JSON Lines file, without those that a crash corrupted; none if it is missing."""
     return [record for record in _parse(path) if record is not None]
 
 
@@ -46,7 +46,7 @@ def count_corrupt_lines(path: Path) -> int:
 
 
 def append_jsonl(path: Path, record: dict) -> None:
-    """Appends one line of JSON to the file, which is created if it is missing."""
+    """Appends a record to the file, which is created if it is missing."""
     atomic.append_text(path, json.dumps(record) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""One process per run folder: a lock that the system releases when its owner ends, however it ends."""
+"""One process per run folder: a lock that the OS releases when its owner ends, however it ends."""
 
 import fcntl
 import os
@@ -14,7 +14,7 @@ from jepax.types import UserError
 
 LOCK_FILE = "lock"
 SHARED_FS_TIMEOUT_S = 60
-"""Time after which a network's file system shows every host what another one wrote."""
+"""Seconds until a network file system shows a write to every host."""
 _owned: set[Path] = set()
 
 
@@ -22,8 +22,8 @@ _owned: set[Path] = set()
 def run_lock(run: Path) -> Iterator[None]:
     """Reserves the run folder, created if it is missing, for this process; reentrant.
 
-    The file stays behind: only the system's lock on it counts. Raises `UserError`, naming the owner, where another
-    process is in the folder, and where a file is in its place.
+    The file remains: only the OS lock on it counts. Raises `UserError`, naming the owner, if another process has
+    reserved the folder, and if a file is in its place.
     """
     path = run.absolute()
     if path in _owned:
@@ -44,7 +44,7 @@ def run_lock(run: Path) -> Iterator[None]:
 
 
 def _acquire(file: int, run: Path) -> None:
-    """Locks the file and writes the owner's name into it, for every host to see."""
+    """Locks the file and writes the owner's name into it, visible to every host."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -69,7 +69,7 @@ def owner(run: Path) -> str:
 
 
 def check_shared_filesystem(run: Path) -> None:
-    """Raises `UserError` where this process does not see the folder that process 0 has locked. All have to call it."""
+    """Raises `UserError` if this process does not see the folder that process 0 locked. Every process calls it."""
     expected, end = multihost.all_gather_str(owner(run))[0], time.monotonic() + SHARED_FS_TIMEOUT_S
     while owner(run) != expected:
         if time.monotonic() > end:
@@ -81,7 +81,7 @@ def check_shared_filesystem(run: Path) -> None:
 
 
 def is_locked(run: Path) -> bool:
-    """True if some process owns the lock now."""
+    """True if a process owns the lock now."""
     with suppress(OSError), (run / LOCK_FILE).open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released when the file is closed

@@ -19,11 +19,11 @@ from jepax.io import atomic, events
 
 MetricValues = dict[str, float | list[float]]
 METRICS_FILE = "metrics.jsonl"
-PRINT_EVERY_S = 15.0  # between two lines, where the output is no terminal and so has no progress bar
+PRINT_EVERY_S = 15.0  # between progress messages, if the output is not a terminal and has no progress bar
 
 
 class MetricsFile:
-    """Appends records to metrics.jsonl. A resumed run drops corrupt lines, and the steps that it takes again."""
+    """Appends records to metrics.jsonl. A resumed run drops corrupt lines, and the steps that it repeats."""
 
     def __init__(self, path: Path, *, start: int):
         self.path, self.num_corrupt_lines = path, events.count_corrupt_lines(path)
@@ -75,7 +75,7 @@ class Log:
         self.progress.stop()
         try:
             self.metrics.close()
-        except OSError:  # of a record that was not written: `write` has raised it
+        except OSError:  # `write` has raised it already
             if kind is None:
                 raise
 
@@ -91,15 +91,15 @@ class Log:
         return record
 
     def print(self, text: str) -> None:
-        """Prints a line above the progress bar."""
+        """Prints text above the progress bar."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def set_progress(self, step: int) -> None:
-        """Moves the bar: `step` is done."""
+        """Advances the progress bar to `step`."""
         self.progress.update(self._task, completed=step + 1)
 
     def print_header(self, run: Path, batch_size: int, layout: str) -> None:
-        """Prints what starts now, and starts the timer."""
+        """Prints the run's header, and starts the timer."""
         where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         sharded = f", {layout}" if jax.device_count() > 1 else ""
         resumed = f", continuing after step {self.start}" if self.start else ""
@@ -109,7 +109,7 @@ class Log:
         self._time, self._timed_step = time.perf_counter(), self.start
 
     def report_compile_time(self, loss: jax.Array) -> None:
-        """Waits for the first step, prints how long it took, and restarts the timer."""
+        """Waits for the first step, prints its time, and restarts the timer."""
         loss.block_until_ready()
         self._first_step_s = time.perf_counter() - self._time
         self.print(f"compiled and ran the first step in {self._first_step_s:.1f} s")
@@ -124,19 +124,19 @@ class Log:
 
     @contextmanager
     def pause_timer(self) -> Iterator[None]:
-        """Excludes what is done within from the time per step."""
+        """Excludes the time spent within from the time per step."""
         start = time.perf_counter()
         yield
         self._time += time.perf_counter() - start
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Returns the records of a metrics.jsonl, without corrupt lines and those that have no step."""
+    """Returns the records of a metrics.jsonl, without corrupt ones and those without a step."""
     return [record for record in events.read_jsonl(path) if isinstance(record.get("step"), int)]
 
 
 def print_warning(text: str) -> None:
-    """Prints a warning to stderr, where there is no `Log`."""
+    """Prints a warning to stderr, for use without a `Log`."""
     print(f"jepax: warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -147,7 +147,7 @@ def format_duration(seconds: float | int) -> str:
 
 
 def to_json_value(value: object) -> float | list[float]:
-    """Converts a metric to what JSON has: a number, or a list with one number per layer."""
+    """Converts a metric to JSON: a number, or a list with one number per layer."""
     array = np.asarray(value, np.float64)
     return float(array) if array.ndim == 0 else [float(x) for x in array]
 

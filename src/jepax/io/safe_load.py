@@ -1,4 +1,4 @@
-"""Text files from anywhere: read with limits on size and depth, as plain values only, without running code."""
+"""Reads untrusted text files, with limits on size and depth, as plain values, without running code."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,13 @@ import yaml
 from jepax.errors import UserError
 
 MAX_YAML_BYTES = 1_000_000
-"""Bytes of a file; our own hold a few thousand."""
+"""Most bytes of a file; our own have a few thousand."""
 MAX_DEPTH = 32
-"""Levels of mappings and lists in a YAML file."""
+"""Most levels of mappings and lists in a YAML file."""
 MAX_NODES = 20_000
-"""Keys, values and lists of a YAML file: each takes about a kilobyte while it is read."""
+"""Most keys, values and lists of a YAML file: each needs about a kilobyte while it is read."""
 MAX_SCALAR_CHARS = 2_000
-"""Characters of one YAML value: far fewer than the digits at which Python refuses to parse and print integers."""
+"""Most characters of one YAML value: far fewer than the digits at which Python refuses to parse integers."""
 
 
 class _UnsafeYaml(yaml.YAMLError):
@@ -23,7 +23,7 @@ class _UnsafeYaml(yaml.YAMLError):
 
 
 class _StrictYamlLoader(yaml.SafeLoader):
-    """Builds plain values, and stops at the first node that is tagged, shared, too deep, too long, or one too many."""
+    """Builds plain values, and stops at the first node that is tagged, shared, too deep, too long or over the limit."""
 
     depth = values = 0
 
@@ -37,7 +37,7 @@ class _StrictYamlLoader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """YAML itself would silently use the last value of a key that is there twice."""
+        """Refuses duplicate keys, of which YAML itself silently uses the last value."""
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -59,20 +59,20 @@ class _StrictYamlLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """Plain values of a YAML file.
+    """Returns the plain values of a YAML file.
 
-    Raises `UserError` naming the file if it is missing, too large, not YAML, has a key twice, or is more than plain
-    values: tags, anchors and aliases, which a few lines expand to gigabytes, or a nesting that is too deep.
+    Raises `UserError` naming the file if it is missing, too large, not YAML, has duplicate keys, is nested too deep, or
+    has tags, anchors or aliases, with which a few lines expand to gigabytes.
     """
     content = read_text(path)
     try:
         return _StrictYamlLoader(content).get_single_data()
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an invalid date or number
         raise UserError(f"{path} is not plain YAML: {' '.join(str(error).split())[:300]}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's keys. Raises `UserError` where it is missing, too large, too deep, no JSON, or has no keys."""
+    """Returns a JSON object. Raises `UserError` if it is missing, too large, too deep, not JSON, or not an object."""
     try:
         values = json.loads(read_text(path))
     except UserError:
@@ -87,12 +87,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """The file's text. Raises `UserError` where it cannot be read, is no text, or is larger than `LARGEST`."""
+    """Returns the text. Raises `UserError` if it cannot be read, is not text, or is larger than `MAX_YAML_BYTES`."""
     try:
         with path.open("rb") as file:
-            content = file.read(
-                MAX_YAML_BYTES + 1
-            )  # and not the size that the system tells: devices and pipes have none
+            content = file.read(MAX_YAML_BYTES + 1)  # not the size from `stat`: devices and pipes have none
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if len(content) > MAX_YAML_BYTES:
@@ -104,6 +102,6 @@ def read_text(path: Path) -> str:
 
 
 def printable(value: object, longest: int = 60) -> str:
-    """A file's value as an error may print it: on one line, short, without a terminal's control characters."""
+    """Formats a file's value for an error: on one line, short, without a terminal's control characters."""
     text = value if isinstance(value, str) and value.isprintable() else ascii(value)
     return text if len(text) < longest else text[: longest - 3] + "..."

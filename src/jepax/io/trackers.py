@@ -1,4 +1,4 @@
-"""Copies of the log in Weights & Biases, Trackio and TensorBoard. None of them can slow or end a run.
+"""Copies the log to Weights & Biases, Trackio and TensorBoard. None of them can slow or stop a run.
 
 Each tracker runs in a daemon thread behind a bounded queue, from its import to its last call, so that one that fails or
 hangs affects neither training nor the others. `metrics.jsonl` is written first and is complete in any case.
@@ -24,7 +24,7 @@ TrackerName = Literal["wandb", "trackio", "tensorboard"]
 TRACKER_PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboardX"}
 """Package of each tracker; the extra of jepax that installs it has the tracker's name."""
 CLOSE_TIMEOUT_S = 20.0
-"""Seconds for which the end of a run waits for all trackers together."""
+"""Seconds that the end of a run waits for all trackers together."""
 QUEUE_SIZE = 1000
 """Steps queued for a tracker that is slower than the run; further ones are dropped."""
 
@@ -53,7 +53,7 @@ class Trackers:
         return self
 
     def send(self, step: int, values: dict) -> None:
-        """Queues one step's metrics. Lists become NAME/0, NAME/1, ...; values that are not numbers are left out."""
+        """Queues one step's metrics. Lists become NAME/0, NAME/1, ...; other non-numeric values are dropped."""
         numbers = dict(_flatten_numbers({name: value for name, value in values.items() if name != "step"}))
         for worker in self._workers:
             worker.put(step, numbers)
@@ -68,7 +68,7 @@ class Trackers:
 
 
 class _Worker(threading.Thread):
-    """Thread and queue of one tracker. A daemon, so that a tracker that hangs does not keep the process alive."""
+    """Thread and queue of one tracker. A daemon, so that a hanging tracker does not keep the process alive."""
 
     def __init__(self, tracker: str, folder: Path, config: dict, print: Callable[[str], None]):
         super().__init__(name=f"tracker {tracker}", daemon=True)
@@ -90,7 +90,7 @@ class _Worker(threading.Thread):
             self.report(f"{reason}; nothing more is sent there, training goes on")
 
     def put(self, step: int, numbers: dict[str, float]) -> None:
-        """Never blocks."""
+        """Queues metrics without blocking."""
         self.sent += 1
         if self.queue.qsize() < QUEUE_SIZE:
             self.queue.put((step, numbers))
@@ -98,7 +98,7 @@ class _Worker(threading.Thread):
             self.dropped += 1
 
     def close(self, deadline: float) -> None:
-        """Waits until a time of the monotonic clock, and reports the steps that did not arrive."""
+        """Waits until `deadline` on the monotonic clock, and reports the steps that were not sent."""
         self.join(max(deadline - time.monotonic(), 0))
         if self.is_alive():
             missing = self.dropped + max(self.queue.qsize() - 1, 0)  # the last entry ends the thread
@@ -118,7 +118,7 @@ class _Worker(threading.Thread):
 
 
 def _open_wandb(module: ModuleType, run: Path, id: str, config: dict) -> tuple[Callable, Callable]:
-    """wandb would otherwise prompt for a login, wait without limit for its upload, and wrap the terminal."""
+    """Prevents wandb from prompting for a login, waiting indefinitely for its upload, and wrapping the terminal."""
     offline = module.setup().settings.mode in ("offline", "dryrun", "disabled")
     if not offline and not module.login(prompt=False, verify=False):
         raise PermissionError("nobody is logged in; run wandb login before, or set WANDB_MODE=offline")
@@ -129,7 +129,7 @@ def _open_wandb(module: ModuleType, run: Path, id: str, config: dict) -> tuple[C
 
 
 def _open_trackio(module: ModuleType, run: Path, id: str, config: dict) -> tuple[Callable, Callable]:
-    """Its runs are identified by their name alone."""
+    """Adds the id to the name, which alone identifies a run of trackio."""
     module.init(project="jepax", name=f"{run.resolve().name}-{id}", resume="allow", config=config)
     return lambda numbers, step: module.log(numbers, step=step), module.finish
 

@@ -1,4 +1,4 @@
-"""Grids: lists of runs that are compared, row by row, in one table and one figure."""
+"""Sweeps: sets of runs that are compared, row by row, in one table and one figure."""
 
 from jepax.sweeps.base import SWEEPS, Sweep, Variant, sweep
 from jepax.sweeps.builtin import ablations_fashion_mnist, family_fashion_mnist

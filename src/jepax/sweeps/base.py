@@ -1,4 +1,4 @@
-"""What a grid is: recipes with overrides, each run with every seed."""
+"""Defines a sweep: recipes with overrides, each run with every seed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,21 +7,21 @@ from jepax.types import UserError
 
 
 def check_name(kind: str, name: str) -> None:
-    """Raises `UserError` where the name is no plain name of a folder."""
+    """Raises `UserError` if the name is not a plain folder name."""
     if not name.strip(".") or not all(c.isalnum() or c in "_-+." for c in name):
         raise UserError(f"{kind} name={name!r} is not a plain folder name: letters, digits, _ - + and . only")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of the table."""
+    """One row of the table."""
 
     name: str
-    """Names the row's folders too: letters, digits, `_`, `-`, `+` and `.`."""
+    """Name of the row and of its folders: letters, digits, `_`, `-`, `+` and `.`."""
     recipe: str
-    """Recipe, or path of a config file."""
+    """Recipe name, or path of a config file."""
     overrides: tuple[str, ...] = ()
-    """What the row varies, as on the command line: ("--optim.grad-clip-norm", "1.0")."""
+    """Fields that the row varies, as on the command line: ("--optim.grad-clip-norm", "1.0")."""
 
     def __post_init__(self) -> None:
         check_name("row", self.name)
@@ -29,18 +29,18 @@ class Variant:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Rows that differ in what is compared and in nothing else."""
+    """Rows that differ only in what is compared."""
 
     name: str
-    """Names the grid's folder."""
+    """Name of the sweep and of its folder."""
     about: str
-    """One line above the table: what is compared, and what is held equal."""
+    """Text above the table: what is compared, and what is equal in all rows."""
     rows: tuple[Variant, ...]
-    """In the table's order."""
+    """Rows in the table's order."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Every row is run with each."""
+    """Seeds of every row."""
     shared: tuple[str, ...] = ()
-    """Overrides of every row; those of the command line come after them. None may be one that a row varies."""
+    """Overrides of every row, before those of the command line. They must not set a field that a row varies."""
 
     def __post_init__(self) -> None:
         check_name("grid", self.name)
@@ -57,6 +57,6 @@ SWEEPS: dict[str, Callable[[], Sweep]] = {}
 
 
 def sweep(function: Callable[[], Sweep]) -> Callable[[], Sweep]:
-    """Enrols a function that returns a `Grid` whose `name` is the function's."""
+    """Registers a function that returns a `Sweep` of the function's name."""
     SWEEPS[function.__name__] = function
     return function

@@ -1,4 +1,4 @@
-"""The grids that come with the library, on Fashion-MNIST for CPUs."""
+"""The built-in sweeps, on Fashion-MNIST for CPUs."""
 
 from jepax.sweeps.base import Sweep, Variant, sweep
 
@@ -12,18 +12,18 @@ def ijepa_variant(name: str, *overrides: str) -> Variant:
 
 
 def dense(name: str, *overrides: str) -> Variant:
-    """The same, predicting several layers or the context too."""
+    """`ijepa_variant` that predicts several layers or the context too."""
     return Variant(name, "ijepa_fashion_mnist_multilayer", overrides)
 
 
 def no_teacher(name: str, regularizer: str, weight: str, *overrides: str) -> Variant:
-    """The same, the encoder embedding its own targets, gradient stopped; a regularizer of the context's embedding."""
+    """`ijepa_variant` without a teacher: stop-gradient targets, and a regularizer on the context's embedding."""
     chosen = ("--method.regularizer.name", regularizer, "--method.regularizer.weight", weight)
     return Variant(name, "ijepa_fashion_mnist_no_teacher", (*chosen, *overrides))
 
 
 def multiview_variant(name: str, recipe: str, *overrides: str) -> Variant:
-    """Two views of each image, the same encoder, projector 512-64."""
+    """Two views of each image, the demo's encoder, and a projector 512-64."""
     return Variant(name, recipe, overrides)
 
 
@@ -31,15 +31,15 @@ GRADIENT_TO_TARGETS = (
     *("--method.stop-gradient", "False", "--method.regularize-on", "targets"),
     *("--method.target-norm", "none", "--method.loss", "l2"),
 )
-"""The gradient flows into the targets too, so that only the regularizer prevents collapse."""
+"""The gradient reaches the targets too, so only the regularizer prevents collapse."""
 
 
 @sweep
 def family_fashion_mnist() -> Sweep:
     """{masked prediction, two views} x {EMA teacher, SIGReg, RDMReg, VICReg, VISReg}, and three more of I-JEPA.
 
-    The weights of the regularizers in I-JEPA were chosen on validation, the other methods' are those of their papers or
-    public code. Both teachers' momentum goes from 0.99 to 1 in a line.
+    The regularizer weights in I-JEPA were chosen on validation; the other methods use those of their papers or public
+    code. Both teachers' momentum rises linearly from 0.99 to 1.
     """
     return Sweep(
         name="family_fashion_mnist",
@@ -65,7 +65,7 @@ def family_fashion_mnist() -> Sweep:
 
 @sweep
 def ablations_fashion_mnist() -> Sweep:
-    """Open questions about I-JEPA: EMA schedules, losses, placement of norms, clipping, layers."""
+    """Ablations of I-JEPA: EMA schedules, losses, placement of norms, clipping, layers."""
     return Sweep(
         name="ablations_fashion_mnist",
         about="two passes over 54,000 pictures; the other rows each change the first in what their names say",

@@ -1,4 +1,4 @@
-"""A grid's results, read off its runs' folders: one line per run, and the table of rows."""
+"""Loads a sweep's results from its runs' folders, and formats them as a table of rows and a CSV of runs."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ from jepax.sweeps.base import Sweep, Variant
 from jepax.training.config import Config, compute_total_steps
 
 DIVERGED_FILE = "diverged.txt"
-"""In the folder of a run whose loss stopped being finite: why."""
+"""File with the reason why a run diverged, in its folder."""
 TABLE_COLUMNS = (
     "row",
     "linear on validation",
@@ -30,12 +30,12 @@ TABLE_COLUMNS = (
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run: accuracies are top-1 in percent, on the test split but for `validation`."""
+    """One finished run. Accuracies are top-1 in percent, on the test split except `validation`."""
 
     row: str
     seed: int
     validation: float
-    """Of the linear probe: what to choose by."""
+    """Validation accuracy of the linear probe, for choosing among rows."""
     linear: float
     knn: float
     untrained_linear: float
@@ -44,9 +44,9 @@ class Result:
     pixels_knn: float
     majority: float
     minutes: float
-    """Of training, compilation included, without the evaluation."""
+    """Minutes of training, with compilation and without the evaluation."""
     effective_rank: float
-    """Of the last layer's pooled features, on validation; collapse brings it near 1."""
+    """Effective rank of the last layer's pooled features, on validation; near 1 at collapse."""
     untrained_rank: float
     steps: int
     batch_size: int
@@ -54,25 +54,25 @@ class Result:
 
 
 def job_folder(grid: Path, row: Variant, seed: int) -> Path:
-    """The run of one row and seed."""
+    """Folder of the run of one row and seed."""
     return grid / f"{row.name}-seed{seed}"
 
 
 def list_seeds(grid: Sweep, folder: Path) -> list[int]:
-    """The grid's seeds, and those of any other run of it in the folder."""
+    """Seeds of the sweep and of all its runs in the folder, ascending."""
     rows = {row.name for row in grid.rows}
     parts = [path.name.rpartition("-seed") for path in folder.glob("*-seed*")]
     return sorted({*grid.seeds, *(int(seed) for row, _, seed in parts if row in rows and seed.isdecimal())})
 
 
 def load_results(grid: Sweep, folder: Path) -> list[Result]:
-    """The grid's finished runs, by rows and seeds; what is not finished is left out."""
+    """Loads the sweep's finished runs, in the order of rows and seeds."""
     runs = [(row, seed, job_folder(folder, row, seed)) for row in grid.rows for seed in list_seeds(grid, folder)]
     return [load_result(row, seed, run) for row, seed, run in runs if find_evaluation(run)]
 
 
 def find_evaluation(run: Path) -> Path | None:
-    """The evaluation of the run's last step, if there is one: `jepax evaluate` may have left one of an earlier step."""
+    """Path of the evaluation at the run's last step, or None. Those of earlier steps do not count."""
     if not (run / "config.yaml").exists():
         return None
     config = configs.load(Config, run / "config.yaml")
@@ -82,12 +82,12 @@ def find_evaluation(run: Path) -> Path | None:
 
 @lru_cache
 def count_train_images(data: DataConfig) -> int:
-    """Training pictures."""
+    """Number of training images."""
     return len(open_source(data, "train"))
 
 
 def load_result(row: Variant, seed: int, run: Path) -> Result:
-    """The evaluation of a finished run, and what its log says of time."""
+    """Loads the evaluation of a finished run, and its training time from its log."""
     found = json.loads(find_evaluation(run).read_text())
     rows = found["rows"]
 
@@ -113,15 +113,15 @@ def load_result(row: Variant, seed: int, run: Path) -> Result:
 
 
 def sum_seconds(lines: list[dict]) -> float:
-    """Of all steps: each line holds the mean over those since the line before."""
+    """Seconds of all steps; a record has the mean over the steps since the record before it."""
     before = [-1, *(line["step"] for line in lines)]
     return sum((line["step"] - last) * line["perf/step_time"] for line, last in zip(lines, before, strict=False))
 
 
 def to_markdown(grid: Sweep, folder: Path, found: list[Result]) -> str:
-    """The table of rows: means over seeds, the scores of each seed behind them, in the seeds' order.
+    """Formats the table of rows: means over seeds, then each seed's score in parentheses, in the seeds' order.
 
-    Above it what is compared; below it the runs that diverged, and how many of the grid's are missing.
+    The text above it is `Sweep.about`; below it are the runs that diverged and the number of missing runs.
     """
     lines = [grid.about, ""] if grid.about else []
     lines += [f"| {' | '.join(TABLE_COLUMNS)} |", "|---" * len(TABLE_COLUMNS) + "|"]
@@ -135,7 +135,7 @@ def to_markdown(grid: Sweep, folder: Path, found: list[Result]) -> str:
     lost = [f"{row}, seed {seed}: {note.read_text().strip()}" for (row, seed), note in notes.items() if note.exists()]
     missing = sum(seed in grid.seeds and not note.exists() for (_, seed), note in notes.items())
     said = [f"{missing} of {len(grid.rows) * len(grid.seeds)} runs are missing"] if missing else []
-    apart = [""] if lost or said else []  # else they would be rows
+    apart = [""] if lost or said else []  # without an empty line Markdown would add them to the table
     return "\n".join([*lines, *apart, *lost, *said]) + "\n"
 
 
@@ -160,7 +160,7 @@ def _row_cells(name: str, runs: list[Result]) -> list[str]:
 
 
 def to_csv(found: list[Result]) -> str:
-    """Every run on a line of its own, in full precision."""
+    """Formats one CSV row per run, in full precision."""
     out = io.StringIO()
     writer = csv.DictWriter(out, [field.name for field in fields(Result)], lineterminator="\n")
     writer.writeheader()

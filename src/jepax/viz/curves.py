@@ -1,4 +1,4 @@
-"""A run's metrics over its steps, as `metrics.jsonl` holds them: one panel per quantity."""
+"""Plots the metrics in a run's `metrics.jsonl` over its steps, one panel per quantity."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarForm
 
 from jepax.health.alerts import Alert
 
-INK, ORANGE, BLUE, RED = "#222222", "#E69F00", "#0072B2", "#D55E00"  # told apart by color-blind people (Okabe, Ito)
+INK, ORANGE, BLUE, RED = "#222222", "#E69F00", "#0072B2", "#D55E00"  # safe for the color-blind (Okabe, Ito)
 NUM_COLUMNS = 3
 LOG_SCALE_MIN_RATIO = 10.0
-"""Greatest over least value from which on a panel takes a logarithmic scale."""
+"""Smallest ratio of the greatest to the least value at which a panel has a logarithmic axis."""
 SMOOTHING_DIVISOR, MAX_SMOOTHING_REACH = 20, 100
-"""The running median covers the run's lines divided by SHARE, but reaches no further than LONGEST to each side."""
+"""The running median's window: the number of records divided by the first, at most the second on each side."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,18 @@ class Panel:
 
     title: str
     metrics: dict[str, tuple[str | tuple[str, ...], str]]
-    """Metric: its name in the legend, and its color. A metric with several values, one per block or one per name,
-    ignores the color."""
+    """Legend name and color by metric. A metric with several values, one per block or name, ignores the color."""
     from_zero: bool = False
-    """Whether a linear axis begins at 0."""
+    """True: a linear axis begins at 0."""
     may_log: bool = True
     points: bool = False
-    """Whether each value is shown as it is: there is one in many lines, and nothing to smooth."""
+    """True: values are shown as markers, without smoothing, since few records have one."""
     cut: float | None = None
-    """Where a linear axis ends below, if values reach further: one of them would hide the others."""
+    """Lower limit of a linear axis, so that one very low value does not hide the others."""
 
 
 QUANTILE_LABELS = (("least", "10%", "median", "90%", "greatest"), "")
-"""Names of the lines of the features' deviations, in the order in which they are logged."""
+"""Labels of the features' standard deviations, in the order of logging."""
 PANELS = (
     Panel("loss", {"train/loss_max": ("highest of a step", ORANGE), "train/loss": ("loss", INK)}),
     Panel(
@@ -119,12 +118,12 @@ PANELS = (
         False,
     ),
 )
-"""In reading order. A panel none of whose metrics was logged is left out, and so is a line."""
+"""Panels in reading order. Metrics that were not logged are left out, and so are panels without any."""
 NOT_DRAWN = {"step", "perf/step_time", "val/seconds"}
 
 
 def choose_panels(lines: list[dict]) -> tuple[Panel, ...]:
-    """`PANELS`, and one more for each metric that none of them holds, such as a term of a method's own loss."""
+    """Returns `PANELS`, and one more for each metric in none of them, such as a term of a method's own loss."""
     known = NOT_DRAWN.union(*(panel.metrics for panel in PANELS))
     others = dict.fromkeys(name for line in lines for name in line if name not in known)
     return (*PANELS, *(Panel(name.replace("_", " "), {name: (name, INK)}) for name in others))
@@ -136,41 +135,41 @@ class Series:
     def __init__(self, lines: list[dict], name: str):
         rows = [(line["step"], line[name]) for line in lines if name in line]
         self.steps: Int[np.ndarray, "lines"] = np.array([step for step, _ in rows], int)
-        values = np.array([value for _, value in rows], float)  # None, which stands for not finite, becomes nan
+        values = np.array([value for _, value in rows], float)  # None (not finite) becomes nan
         self.values: Float[np.ndarray, "lines layers"] = values.reshape(len(rows), -1 if rows else 1)
         self.by_layer = values.ndim == 2
 
     @property
     def lost(self) -> Bool[np.ndarray, "lines"]:
-        """Where a value was not finite."""
+        """Marks the records with a value that is not finite."""
         return ~np.isfinite(self.values).all(axis=1)
 
     @property
     def empty(self) -> bool:
-        """Nothing to draw: never logged, or always zero, as parts log that a method does not have."""
+        """True if the metric was never logged, or is always zero because the method does not have it."""
         return not np.any(np.nan_to_num(self.values, nan=1.0))
 
 
 def running_median(values: Float[np.ndarray, "lines"], reach: int) -> Float[np.ndarray, "lines"]:
-    """Median of the finite values up to `reach` lines before and after; nan stays nan.
+    """Median of the finite values up to `reach` records before and after; nan stays nan.
 
-    Near the first line the window shrinks on both sides alike, so that a steep start is not smoothed away.
+    Near the first record the window shrinks equally on both sides, so that a steep start is not smoothed away.
     """
     padded = np.pad(values, reach, constant_values=np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1)
     offsets = np.abs(np.arange(2 * reach + 1) - reach)
     inside = offsets <= np.arange(len(values))[:, None]
     medians = np.full(len(values), np.nan)
-    finite = np.isfinite(values)  # its own value is in each such window: no window is all nan
+    finite = np.isfinite(values)  # each such window includes its own value, so none is all nan
     if finite.any():
         medians[finite] = np.nanmedian(np.where(inside, windows, np.nan)[finite], axis=1)
     return medians
 
 
 def plot_curves(lines: list[dict], title: str, alarms: Sequence[Alert] = ()) -> Figure:
-    """The figure of a run's log, `lines` as `logs.read_metrics` gives them; at least one is needed.
+    """Plots a run's log. `lines`: at least one record, as `logger.read_metrics` returns them.
 
-    An alarm is a vertical line in every panel, named in that of the loss.
+    An alarm is a vertical line in every panel, labeled in the loss's panel.
     """
     panels = [(panel, kept) for panel in choose_panels(lines) if (kept := _select_series(panel, lines))]
     rows = -(-len(panels) // NUM_COLUMNS)
@@ -179,7 +178,7 @@ def plot_curves(lines: list[dict], title: str, alarms: Sequence[Alert] = ()) -> 
     axes = figure.subplots(rows, NUM_COLUMNS, squeeze=False).reshape(-1)
     reach = min(len(lines) // (2 * SMOOTHING_DIVISOR), MAX_SMOOTHING_REACH)
     for cell, (panel, kept) in zip(axes, panels, strict=False):
-        if len(lines) < 3:  # too few for a line
+        if len(lines) < 3:  # too few points for a curve
             cell.set_prop_cycle(marker=["o"])
         _draw_panel(cell, panel, kept, reach)
         _style_axes(cell, panel, np.concatenate([series.values.reshape(-1) for series in kept.values()]))
@@ -224,7 +223,7 @@ def _draw_panel(axes: Axes, panel: Panel, kept: dict[str, Series], reach: int) -
 
 
 def _mark_alerts(axes: Axes, alarms: Sequence[Alert], named: bool) -> None:
-    """Vertical lines at the alarms' steps; their names run along them, one below the other where steps are near."""
+    """Draws vertical lines at the alarms' steps, with their names one below the other."""
     for place, alarm in enumerate(alarms):
         axes.axvline(alarm.step, color=RED, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1.5)
         if named:
@@ -252,7 +251,7 @@ def _draw_series(axes: Axes, series: Series, label: str, color: str, reach: int,
 
 
 def _draw_layers(axes: Axes, series: Series, label: str | tuple[str, ...], reach: int) -> None:
-    """Thin smoothed lines from dark (the first block) to light; the legend names the first and the last."""
+    """Draws thin smoothed curves from dark (first block) to light; the legend names the first and the last."""
     layers = series.values.shape[1]
     for layer, values in enumerate(series.values.T):
         color = colormaps["viridis"](0.9 * layer / max(layers - 1, 1))
@@ -280,7 +279,7 @@ def _style_axes(axes: Axes, panel: Panel, values: Float[np.ndarray, "values"]) -
 
 
 def _dynamic_range(finite: Float[np.ndarray, "values"]) -> float:
-    """Greatest over least value; 1 where a tenth or more is not above 0. The teacher's last step may be exactly 0."""
+    """Greatest over least value; 1 if a tenth or more is not above 0. The teacher's last step may be exactly 0."""
     positive = finite[finite > 0]
     if not len(positive) or len(positive) < 0.9 * len(finite):
         return 1.0

@@ -1,4 +1,4 @@
-"""Draw a run's figures into its folder."""
+"""Draws a run's figures into its folder."""
 
 import os
 from pathlib import Path
@@ -22,11 +22,11 @@ from jepax.viz.masks import masked_examples, plot_masks
 from jepax.viz.views import plot_views
 
 NUM_IMAGES = 8
-"""Rows of a sheet."""
+"""Number of images on a sheet."""
 
 
 def draw_figures(config: Config, run: Path) -> list[Path]:
-    """Draw what the run has into `run`/figures and return the files, each written atomically.
+    """Draw the run's figures into `run`/figures, each atomically, and return their paths.
 
     - curves.png: every metric over the steps and the watchdog's alarms, if `metrics.jsonl` has an entry.
     - masks.png: the run's first images as its first step sees them, if the method draws masks.
@@ -49,14 +49,14 @@ def draw_figures(config: Config, run: Path) -> list[Path]:
 
 
 def load_first_images(config: Config) -> ImageBatch:
-    """The first images of the run's order."""
+    """Load the first images in the run's order."""
     source = open_source(config.data, "train")
     return next(batches(source, batch_size=NUM_IMAGES, steps=1, seed=config.seed, num_threads=0))
 
 
 def first_views(config: Config, images: ImageBatch) -> PyTree:
     """Draw the views of these images as the run's first step does; no network is built."""
-    # The key of step 0, as `train.train` and `train.train_step` derive it from the seed.
+    # The key of step 0, derived from the seed as in training.
     key = jr.fold_in(jr.fold_in(jr.key(config.seed), 1), 0)
     method = eqx.filter_eval_shape(lambda: config.method.build(total_steps=1, key=jr.key(0)))
     return jax.jit(lambda images, keys: method.draw(images, keys))(images, example_keys(key, images.index))

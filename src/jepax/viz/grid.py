@@ -1,4 +1,4 @@
-"""One figure of a grid: the score of every run beside the floors."""
+"""Plots the score of every run of a sweep, with the baselines."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -8,14 +8,14 @@ from matplotlib.figure import Figure
 
 DPI = 120
 LINEAR_COLOR, KNN_COLOR = "#0072B2", "#E69F00"
-"""Safe for the color-blind (Okabe, Ito)."""
+"""Colors of the protocols, safe for the color-blind (Okabe, Ito)."""
 PROTOCOL_LABELS = {"linear": "linear", "knn": "kNN"}
 BASELINE_LABELS = {"untrained": "untrained", "pixels": "raw pixels"}
 
 
 @runtime_checkable
 class Scored(Protocol):
-    """What is drawn of a run; accuracies in percent."""
+    """The numbers of a run that are drawn; accuracies in percent."""
 
     row: str
     linear: float
@@ -29,7 +29,7 @@ class Scored(Protocol):
 
 
 def plot_sweep(title: str, runs: Sequence[Scored]) -> Figure:
-    """Rows from top to bottom: a dot per seed and a bar at their mean, the floors as marks; rank and minutes beside."""
+    """Plots rows from top to bottom: a dot per seed, a bar at their mean, baselines as marks; then rank and minutes."""
     names = list(dict.fromkeys(run.row for run in runs))
     figure = Figure(figsize=(9.5, 1.1 + 0.34 * len(names)), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, 3, sharey=True, width_ratios=(4, 1.4, 1.4))

@@ -1,4 +1,4 @@
-"""A sheet of training images as the networks see them: the view, the context's patches, and each target block."""
+"""Plots training images as the networks see them: the view, the context's patches, and each target block."""
 
 from typing import NamedTuple
 
@@ -11,15 +11,15 @@ from matplotlib.figure import Figure
 from jepax.views import CropConfig, MaskedViews, denormalize
 
 HIDDEN_PATCH_COLOR = (0.78, 0.81, 0.86)
-"""Color of a patch that is not seen: a bluish gray, which no gray image contains."""
+"""Color of a hidden patch: a bluish gray, which no gray image contains."""
 COLORS = ("#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
-"""Outlines of target blocks, in their order, then from the first again; safe for the color-blind (Okabe, Ito)."""
+"""Outline colors of the target blocks, repeated if there are more; safe for the color-blind (Okabe, Ito)."""
 CELL_INCHES, DPI = 1.6, 120
 """Width of one image on the sheet in inches, and pixels per inch."""
 
 
 class MaskedExamples(NamedTuple):
-    """Images, and which of their patches each network sees."""
+    """Images, and the patches that each network sees."""
 
     pixels: Float[np.ndarray, "batch height width 3"]
     """Values in [0, 1]; gray is repeated."""
@@ -42,14 +42,14 @@ def masked_examples(views: MaskedViews, grid: tuple[int, int], crop: CropConfig)
 def blank_hidden_patches(
     pixels: Float[np.ndarray, "height width 3"], patches: Bool[np.ndarray, "rows columns"]
 ) -> Float[np.ndarray, "height width 3"]:
-    """The image with `BLANK` in place of every patch that is not marked."""
+    """Fill every patch that is not marked with `HIDDEN_PATCH_COLOR`."""
     patch = tuple(side // count for side, count in zip(pixels.shape, patches.shape, strict=False))
     shown = np.kron(patches, np.ones(patch, bool))
     return np.where(shown[:, :, None], pixels, np.float32(HIDDEN_PATCH_COLOR))
 
 
 def plot_masks(images: MaskedExamples) -> Figure:
-    """One row per image: its view with the targets outlined, its context, and each of its target blocks."""
+    """Plot one row per image: its view with the targets outlined, its context, and each target block."""
     rows, blocks = images.targets.shape[:2]
     height, width = images.pixels.shape[1:3]
     size = ((blocks + 2) * CELL_INCHES, rows * (CELL_INCHES * height / width + 0.22) + 0.3)
@@ -88,7 +88,7 @@ def _draw_cell(
 
 
 def _draw_outline(axes: Axes, patches: Bool[np.ndarray, "rows columns"], shape: tuple[int, ...], color: str) -> None:
-    """The border of the marked patches, whatever their form, over a white one that separates it from the image."""
+    """Draw the border of the marked patches, over a wider white one that separates it from the image."""
     scale = np.array([shape[1] / patches.shape[1], shape[0] / patches.shape[0]])
     for line_width, line_color in ((3.2, "white"), (1.8, color)):
         segments = LineCollection(
@@ -102,7 +102,7 @@ def _draw_outline(axes: Axes, patches: Bool[np.ndarray, "rows columns"], shape: 
 
 
 def _patch_borders(patches: Bool[np.ndarray, "rows columns"]) -> Float[np.ndarray, "segments 2 2"]:
-    """Ends (column, row) of the patch sides that have a marked patch on one side only."""
+    """Endpoints (column, row) of the patch edges with a marked patch on exactly one side."""
     padded = np.pad(patches, 1)
     row, column = np.nonzero(padded[1:, 1:-1] != padded[:-1, 1:-1])
     across = np.stack([column, row, column + 1, row], axis=1)

@@ -1,4 +1,4 @@
-"""A sheet of training images as a method that compares views sees them: every view, at its own size."""
+"""Plots training images as a multi-view method sees them: every view, at its own size."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ CELL_INCHES, DPI = 1.3, 120
 
 
 def plot_views(views: MultiCropViews, images: ImageBatch, crop: CropConfig) -> Figure:
-    """One row per image: the center view that probes read, then every view that was drawn of it."""
+    """Plot one row per image: the center view that probes use, then every view drawn from it."""
     center = jax.jit(lambda images: center_crop(images, crop))(images)
     columns = [("center", center)]
     for name, group in zip(("global", "local"), views.groups, strict=False):

@@ -12,17 +12,17 @@ SHAPE_NAMES = ("circle", "ring", "square", "frame", "triangle", "cross", "bar", 
 
 @dataclass(frozen=True, eq=False)
 class Synthetic(ImageSource):
-    """One shape per image; an image follows from (seed, pool, row of the pool) alone."""
+    """One shape per image; an image depends on (seed, pool, row of the pool) alone."""
 
     seed: int
     pool: int
     """0: the training images, held-out ones included; 1: the test images."""
     members: Int[np.ndarray, " examples"]
-    """Rows of the pool that this split has, in the order of `labels`."""
+    """Rows of the pool in this split, in the order of `labels`."""
     varied: bool
     """True: heights and widths are drawn from [half the canvas, all of it]."""
     images: int
-    """Images of the pool."""
+    """Number of images in the pool."""
 
     def load(self, row: int) -> ImageExample:
         generator = np.random.default_rng([self.seed, self.pool, int(self.members[row])])
@@ -51,7 +51,7 @@ def open_split(
     seed: int = 0,
     varied: bool = False,
 ) -> Synthetic:
-    """`images` counts the training pool; the test pool has a fifth of it. Classes are equally frequent."""
+    """Opens one split. `images`: size of the training pool; the test pool has a fifth. Classes are equally frequent."""
     pool = int(split == "test")
     labels = np.arange(max(1, images // 5) if pool else images, dtype=np.int32) % len(SHAPE_NAMES)
     rows = split_rows(split, labels, validation)
@@ -61,7 +61,7 @@ def open_split(
 def draw_shape(
     generator: np.random.Generator, label: int, height: int | np.integer, width: int | np.integer, channels: int
 ) -> UInt8[np.ndarray, "height width channels"]:
-    """Draws shape `NAMES[label]`; its color, place, size and angle and the noise come from `generator`."""
+    """Draws shape `SHAPE_NAMES[label]`; its color, place, size, angle and noise come from `generator`."""
     radius = generator.uniform(0.2, 0.4) * min(height, width)
     center = generator.uniform(0.35, 0.65, 2) * (height, width)
     y, x = np.ogrid[:height, :width]
@@ -77,7 +77,7 @@ def draw_shape(
 def _is_inside_shape(
     label: int, u: Float32[np.ndarray, "height width"], v: Float32[np.ndarray, "height width"]
 ) -> Bool[np.ndarray, "height width"]:
-    """Marks the points of the shape in its own coordinates, where its radius is one."""
+    """Marks the points of the shape, in coordinates in which its radius is 1."""
     far, round_ = np.maximum(abs(u), abs(v)), np.hypot(u, v)
     match SHAPE_NAMES[label]:
         case "circle":
