@@ -61,7 +61,9 @@ def test_layers_are_those_blocks_outputs_and_their_losses_are_weighed(images):
 
 def test_what_is_read_for_collapse_is_the_deepest_layer_whatever_the_order(images):
     views = drawn(images, 0)
-    ranks = [loss_of_views(dense(target_layers=layers), views, jr.key(0))[1]["embeddings"] for layers in ((1, 2), (2, 1))]
+    ranks = [
+        loss_of_views(dense(target_layers=layers), views, jr.key(0))[1]["embeddings"] for layers in ((1, 2), (2, 1))
+    ]
     np.testing.assert_allclose(*ranks, atol=1e-5)
 
 
