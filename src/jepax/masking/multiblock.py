@@ -178,7 +178,7 @@ class MultiBlock(eqx.Module):
         def draw(attempt: Int[Array, ""]) -> tuple[Int[Array, "blocks 4"], Bool[Array, "patches"]]:
             return self._draw(jr.fold_in(key, attempt))
 
-        if jax.default_backend() == "cpu":  # carried: a draw in the condition would run twice
+        if jax.default_backend() == "cpu":  # the draw is carried: in the condition it would run twice
             none = jnp.zeros((self.config.num_targets, 4), jnp.int32), jnp.zeros(self.grid[0] * self.grid[1], bool)
             _, targets, allowed = lax.while_loop(
                 lambda drawn: jnp.sum(drawn[2]) < self.config.num_context_patches,

@@ -3,7 +3,7 @@
     inv  = mean over pairs of views (v, w) and dimensions of (z_v - z_w)^2,  z = relu(projector(y))
     loss = lambda inv + nu mean over views of RDMReg(z_v, t),  t fresh samples of max(0, mu + sigma g), g ~ GN_p
 
-Differs from the released code: the views share t (there one per view) and a BatchNorm.
+Differs from the released code: the views share t and a BatchNorm (there one of each per view).
 """
 
 from dataclasses import dataclass, field, replace

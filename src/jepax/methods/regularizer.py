@@ -30,7 +30,7 @@ class RegularizerConfig:
     """
 
     name: Literal["none", "sigreg", "rdmreg", "vicreg", "visreg"] = "none"
-    """Regularizer; none has no regularizer."""
+    """Regularizer, or none."""
     weight: float = 1.0
     """Weight in the loss. sigreg grows with the global batch, so its weight depends on the batch size."""
     num_slices: int = 256

@@ -219,7 +219,7 @@ def _resize_weights(
     start, length = (side[:, None, None].astype(jnp.float32) for side in span.T)
     first, reach = (side[:, None, None].astype(jnp.float32) for side in limits.T)
 
-    # Distance from each input pixel to each output pixel's center, in widths of the kernel; see the module's formula.
+    # Distance from each input pixel to each output pixel's center, over the reduction s: the module's formula.
     step = length / out
     pixel = jnp.arange(pixels, dtype=jnp.float32)
     center = start + (jnp.arange(out, dtype=jnp.float32)[:, None] + 0.5) * step

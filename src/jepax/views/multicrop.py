@@ -65,7 +65,7 @@ class MultiCropViews(eqx.Module):
 def multicrop(images: ImageBatch, keys: Key[Array, "batch"], config: MultiCropConfig) -> MultiCropViews:
     """Normalized global and local views. View v of image i draws from `fold_in(keys[i], v)`, global views first."""
 
-    # One view of every image. Its number is folded into the image's key, so no view depends on how many others exist.
+    # One view of every image. Its number is folded into the image's key, so local views do not change the global ones.
     def view(number: Int[Array, ""], crop: CropConfig) -> Float[Array, "batch height width channels"]:
         own = jax.vmap(lambda key: jr.split(jr.fold_in(key, number)))(keys)
         key_crop, key_color = own[:, 0], own[:, 1]
