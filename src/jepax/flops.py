@@ -1,4 +1,4 @@
-"""What a function costs, read off its jaxpr: nothing is computed, so the shapes may be of any size."""
+"""FLOPs and residual memory of a function, from its jaxpr: nothing is computed, so shapes may be of any size."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -18,9 +18,9 @@ T = TypeVar("T")
 def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
     """Floating-point operations of the matrix products and convolutions in `function(*arguments)`.
 
-    A multiply and an add count as two; a scan counts its length times, a `cond` its dearest branch, a `while` once.
-    Networks among the arguments are counted in their `plain_form`; rematerialized work of other functions counts as
-    often as it is done. Arguments may be abstract shapes.
+    A multiply and an add count as two, a scan `length` times, a `cond` as its most expensive branch, a `while` once.
+    Networks among the arguments are counted in their `plain_form`; rematerialization elsewhere counts every time.
+    Arguments may be abstract shapes.
     """
     return _count_jaxpr(eqx.filter_make_jaxpr(function)(*plain_form(arguments))[0].jaxpr)
 
@@ -28,8 +28,8 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
 def plain_form(tree: T) -> T:
     """The tree with every stack of blocks in plain JAX and without rematerialization.
 
-    FLOPs are counted in this form: a fused kernel hides its products from the count, and utilization is about the work
-    that a step needs, without what is computed again to save memory.
+    FLOPs are counted in this form: fused kernels are opaque to the count, and MFU counts only model FLOPs, not
+    rematerialized ones.
     """
 
     def plain(node: Any) -> Any:
@@ -69,10 +69,10 @@ def _sub_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
 
 
 def residual_bytes(function: Callable[..., Any], params: PyTree, *rest: Any) -> int:
-    """Bytes that the forward pass of `function(params, *rest)` keeps for its gradient by `params`.
+    """Bytes that the forward pass of `function(params, *rest)` saves for the gradient with respect to `params`.
 
-    What the function was given is left out: it is there anyway. Rematerialization is taken into account; the
-    compiler's working space, and what it manages to save by fusing, are not.
+    Arguments are excluded: they are in memory anyway. Rematerialization is included; the compiler's workspace and
+    its savings by fusion are not.
     """
 
     def residuals(params: PyTree, *rest: Any) -> list[Any]:
@@ -85,7 +85,7 @@ def residual_bytes(function: Callable[..., Any], params: PyTree, *rest: Any) -> 
 
 
 def tree_bytes(tree: PyTree) -> int:
-    """Bytes of the tree's arrays, also of abstract ones."""
+    """Bytes of the tree's arrays; leaves may be abstract shapes."""
     return sum(_array_bytes(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
 
 

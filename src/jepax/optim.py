@@ -1,4 +1,4 @@
-"""AdamW, or Muon for the blocks' matrices, with warm-up, scheduled decay, and optional clipping."""
+"""AdamW, or Muon for the blocks' matrices, with warm-up, scheduled weight decay and optional gradient clipping."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,31 +19,31 @@ class OptimConfig:
     """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for matrices; the defaults are I-JEPA's."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """Rule for the blocks' weight matrices: AdamW as published, or Muon, at AdamW's own rates; the rest is AdamW's."""
+    """Rule for the blocks' weight matrices: AdamW as published, or Muon at AdamW's rates; AdamW updates the rest."""
     peak_lr: float = 1e-3
     """Learning rate at the end of the warm-up."""
     start_lr: float = 2e-4
-    """Learning rate that the warm-up starts from."""
+    """Learning rate at the start of the warm-up."""
     final_lr: float = 1e-6
-    """Learning rate that the cosine ends at."""
+    """Learning rate at the end of the cosine."""
     warmup_epochs: float = 40.0
     """Epochs of linear warm-up."""
     weight_decay: float = 0.04
-    """Weight decay at the first step; times the learning rate, on tensors of two or more dimensions only."""
+    """Weight decay at the first step, times the learning rate; only for tensors of two or more dimensions."""
     final_weight_decay: float = 0.4
     """Weight decay at the last step."""
     weight_decay_schedule: schedules.ScheduleShape = "cosine"
-    """Path of the weight decay from first to last; constant stays at the first."""
+    """Schedule from `weight_decay` to `final_weight_decay`; constant stays at `weight_decay`."""
     beta1: float = 0.9
-    """Decay of the mean of gradients (Muon's is 0.95)."""
+    """Decay of the running mean of gradients (Muon: 0.95)."""
     beta2: float = 0.999
-    """Decay of the mean of squared gradients."""
+    """Decay of the running mean of squared gradients."""
     eps: float = 1e-8
-    """Added to the root of the mean of squared gradients."""
+    """Added to the square root of the running mean of squared gradients."""
     grad_clip_norm: float | None = None
-    """Greatest global norm of the gradient; None (as published) does not clip."""
+    """Largest global gradient norm; None (as published) does not clip."""
     schedule_stretch: float = 1.0
-    """Steps that the schedules take, over the run's steps (the public code's ipe_scale)."""
+    """Length of the schedules over the length of the run (the public code's ipe_scale)."""
 
     def __post_init__(self) -> None:
         for name in ("peak_lr", "eps", "schedule_stretch"):
@@ -60,11 +60,11 @@ class OptimConfig:
 
 
 MUON_UPDATE_RMS = 0.2
-"""Root mean square of an update of Muon before the learning rate: about AdamW's (Liu et al. 2025, arXiv:2502.16982)."""
+"""RMS of a Muon update before the learning rate: about AdamW's (Liu et al. 2025, arXiv:2502.16982)."""
 
 
 class Optimizer(eqx.Module):
-    """The update rule and its schedules over one run. All of its arithmetic is in float32."""
+    """Update rule and schedules of one run. All arithmetic is in float32."""
 
     config: OptimConfig = eqx.field(static=True)
     total_steps: int = eqx.field(static=True)
@@ -75,14 +75,14 @@ class Optimizer(eqx.Module):
         return max(round(self.config.schedule_stretch * self.total_steps), 1)
 
     def learning_rate(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
-        """Learning rate of the update of `step`, counted from 0: the schedule's value at step + 1, as published."""
+        """Learning rate of update `step`, counted from 0: the schedule's value at step + 1, as published."""
         c = self.config
         return schedules.warmup_cosine(
             step + 1, start=c.start_lr, peak=c.peak_lr, final=c.final_lr, warmup=self.warmup_steps, total=self._horizon
         )
 
     def weight_decay(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
-        """Weight decay of the update of `step`, counted from 0: the schedule's value at step + 1, as published."""
+        """Weight decay of update `step`, counted from 0: the schedule's value at step + 1, as published."""
         c = self.config
         return schedules.ramp(
             c.weight_decay_schedule, step + 1, start=c.weight_decay, final=c.final_weight_decay, total=self._horizon
@@ -91,10 +91,12 @@ class Optimizer(eqx.Module):
     @property
     def _rule(self) -> optax.GradientTransformation:
         c = self.config
+        # The gradient is clipped first, over all parameters; weight decay and learning rate are applied in `update`.
         clip = optax.identity() if c.grad_clip_norm is None else optax.clip_by_global_norm(c.grad_clip_norm)
         adam = optax.scale_by_adam(b1=c.beta1, b2=c.beta2, eps=c.eps)
         if c.name == "adamw":
             return optax.chain(clip, adam)
+        # Muon needs matrices: each rule is masked to its parameters and passes the others through.
         return optax.chain(clip, optax.masked(adam, _non_matrix_mask), optax.masked(_scale_by_muon(), matrix_mask))
 
     def init(self, params: PyTree) -> optax.OptState:
@@ -103,10 +105,11 @@ class Optimizer(eqx.Module):
     def update(
         self, grads: PyTree, opt_state: optax.OptState, params: PyTree, step: Int[Array, ""]
     ) -> tuple[PyTree, optax.OptState]:
-        """The change to add to the parameters: -lr * (rule(grads) + decay * params, where they are decayed)."""
+        """Additive change of the parameters: -lr * (rule(grads) + decay * params), decay by `weight_decay_mask`."""
         directions, opt_state = self._rule.update(grads, opt_state, params)
         lr, decay = self.learning_rate(step), self.weight_decay(step)
 
+        # Decoupled weight decay: it is not part of the gradient's running means.
         def change(direction: Array, param: Array, decayed: bool) -> Array:
             return -lr * (direction + decay * param if decayed else direction)
 
@@ -114,9 +117,9 @@ class Optimizer(eqx.Module):
 
 
 def weight_decay_mask(params: PyTree) -> PyTree:
-    """True at weight matrices and the mask token; never at biases, norms or any other one-dimensional tensor.
+    """True for weight matrices and the mask token; false for biases, norms and other one-dimensional tensors.
 
-    By name, because the arrays of stacked layers carry one dimension more than one layer's own.
+    By name, because the arrays of stacked layers have one dimension more than those of one layer.
     """
 
     def is_decayed(path: tuple, _: Array) -> bool:
@@ -127,7 +130,7 @@ def weight_decay_mask(params: PyTree) -> PyTree:
 
 
 def matrix_mask(params: PyTree) -> PyTree:
-    """True at the weight matrices of the blocks, which stack them as (layers, in, out)."""
+    """True for the blocks' weight matrices, stacked as (layers, in, out)."""
 
     def is_matrix(path: tuple, array: Array) -> bool:
         names = [getattr(entry, "name", "") for entry in path]
@@ -141,14 +144,16 @@ def _non_matrix_mask(params: PyTree) -> PyTree:
 
 
 def _scale_by_muon() -> optax.GradientTransformation:
-    """The momentum of each layer's matrix made orthogonal, then scaled to a root mean square of `MUON_RMS`.
+    """Orthogonalize the momentum of each layer's matrix, then scale it to an RMS of `MUON_UPDATE_RMS`.
 
     Source: Jordan et al. 2024 (Muon); the scale sqrt(max(in, out)) is Liu et al. 2025's.
     """
 
+    # An orthogonal (in, out) matrix has RMS 1 / sqrt(max(in, out)).
     def scale(update: Array) -> Array:
         return MUON_UPDATE_RMS * jnp.sqrt(max(update.shape[1:])) * update
 
+    # Axis 0 is the layer: every layer's matrix is orthogonalized separately.
     def layers(params: PyTree) -> PyTree:
         return jax.tree.map(lambda _: MuonDimensionNumbers(reduction_axis=1, output_axis=2), params)
 

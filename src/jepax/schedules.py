@@ -1,4 +1,4 @@
-"""Schedules over the steps of a run, each a function of the step that works on numbers and, under `jit`, on arrays."""
+"""Schedules over the steps of a run: functions of the step, a number or, under `jit`, an array."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ ScheduleShape = Literal["constant", "linear", "cosine"]
 
 
 def ramp(shape: ScheduleShape, step: StepLike, *, start: float, final: float, total: int) -> Float[Array, ""]:
-    """From `start` at step 0 to `final` at step `total`, and `final` from then on; `constant` stays at `start`."""
+    """From `start` at step 0 to `final` at step `total` and after it; `constant` stays at `start`."""
     share = jnp.clip(jnp.asarray(step, float) / total, 0.0, 1.0)
     if shape == "constant":
         return jnp.asarray(start, share.dtype)

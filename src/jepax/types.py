@@ -1,4 +1,4 @@
-"""What the rooms of the house hand each other: a batch of images, masks, metrics, and the error a user can mend."""
+"""Types shared by all modules: image batches, masks, metrics, and `UserError`."""
 
 import equinox as eqx
 import jax
@@ -13,15 +13,15 @@ Metrics = dict[str, Array]
 
 
 class ImageBatch(eqx.Module):
-    """One batch as the host hands it over; each picture lies in its canvas's top left corner."""
+    """One batch from the host; each image is in its canvas's top left corner."""
 
     canvas: UInt8[AnyArray, "batch rows columns channels"]
     size: Int[AnyArray, "batch 2"]
-    """Height and width of the picture inside its canvas, in pixels."""
+    """Height and width of the image inside its canvas, in pixels."""
     index: Int[AnyArray, "batch"]
-    """Position in the run's order of examples, counted over all steps and hosts: seeds the example's key."""
+    """Position in the run's order of examples, over all steps and hosts; seeds the example's key."""
     label: Int[AnyArray, "batch"] | None = None
-    """Class, for probes only; no method's loss may read it."""
+    """Class, for probes only; no method's loss reads it."""
 
 
 class Masks(eqx.Module):
@@ -30,7 +30,7 @@ class Masks(eqx.Module):
     context: Int[Array, "batch context"]
     targets: Int[Array, "batch blocks target"]
     target_valid: Bool[Array, "batch blocks target"]
-    """Marks the real entries of target blocks that are shorter than the largest one; they come first."""
+    """True for the valid entries of each target block, which come first; blocks are padded to the largest."""
 
 
 __all__ = [

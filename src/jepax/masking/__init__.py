@@ -1,4 +1,4 @@
-"""Masks: keys to static-shaped patch indices, on the device."""
+"""Masks drawn on the device: patch indices of static shape, one key per image."""
 
 from jepax.masking.distance import distance_to_nearest
 from jepax.masking.multiblock import MultiBlock, MultiBlockConfig, block_sizes

@@ -1,4 +1,4 @@
-"""How far masks lie from each other on the grid of patches."""
+"""Distances between masks on the grid of patches."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -7,7 +7,7 @@ from jepax.types import Masks
 
 
 def distance_to_nearest(masks: Masks, grid: tuple[int, int]) -> Float[Array, "batch blocks context"]:
-    """From each context patch to the nearest patch of each target block, center to center, in patches: 1 at least."""
+    """From each context patch to the nearest patch of each target block, center to center, in patches (>= 1)."""
     columns = grid[1]
 
     def places(indices: Array) -> Float[Array, "*shape 2"]:

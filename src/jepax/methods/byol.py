@@ -1,12 +1,11 @@
 """BYOL (Grill et al. 2020, arXiv:2006.07733): predict a moving average's projection of another view.
 
     z_v  = projector(mean over patches of f(x_v))
-    z'_w = the same through the moving averages of f and projector, of global views alone; no gradient
-    loss = mean over pairs of a view v and another, global view w of 2 - 2 cos(q(z_v), z'_w)
+    z'_w = the same by the moving averages of f and projector, for global views only; no gradient
+    loss = mean over pairs of a view v and a global view w != v of 2 - 2 cos(q(z_v), z'_w)
 
 No regularizer: the predictor q and a slow teacher prevent collapse. A local view predicts global ones, as in DINO's
-multi-crop. Differs from the paper: a mean over the pairs, where that sums the two, and BatchNorm reads all views of a
-group together.
+multi-crop. Differs from the paper: a mean over the pairs (there a sum of two), and BatchNorm over all views of a group.
 """
 
 from dataclasses import dataclass, field, replace
@@ -45,7 +44,7 @@ class BYOLConfig(MultiViewConfig, name="byol"):
     projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(hidden_dims=(4096,), out_dim=256))
     """Head on the mean over patches."""
     predictor: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(hidden_dims=(4096,), out_dim=256))
-    """Head on the projection, as wide at its end as the projector's."""
+    """Head on the projection, with the projector's output width."""
     ema: EMAConfig = field(default_factory=lambda: EMAConfig(schedule="cosine"))
     """Schedule of the teacher's momentum."""
 
@@ -75,7 +74,7 @@ class BYOLOutputs(eqx.Module):
 
 
 class BYOL(MultiView):
-    """BYOL: the equations are at the top of this file. Online networks and averages start equal."""
+    """BYOL, with the equations at the top of this file. Online networks and averages are equal at step 0."""
 
     target: EMA[tuple[ViT, Projector]]
     predictor: Projector  # q
@@ -112,11 +111,11 @@ class BYOL(MultiView):
         return eqx.tree_at(lambda method: method.target, self, moved), metrics
 
     def encoders(self) -> dict[str, ViT]:
-        return super().encoders() | {"target": self.target.average[0]}  # the paper probes the first
+        return super().encoders() | {"target": self.target.average[0]}  # the paper probes the online encoder
 
 
 def cosine_distance(predictions: Projections, targets: Projections) -> Float[Array, ""]:
-    """mean over pairs v != w of 2 - 2 cos(predictions[v], targets[w]); view w of both is the same. From 0 to 4."""
+    """mean over pairs v != w of 2 - 2 cos(predictions[v], targets[w]); index w is one view in both. From 0 to 4."""
     predictions, targets = l2_normalize(predictions), l2_normalize(targets)
     cosines = jnp.mean(jnp.einsum("vbd,wbd->vwb", predictions, targets, precision=lax.Precision.HIGHEST), axis=2)
     other = ~jnp.eye(*cosines.shape, dtype=bool)
@@ -124,11 +123,11 @@ def cosine_distance(predictions: Projections, targets: Projections) -> Float[Arr
 
 
 def cosine_distance_of_mean(targets: Projections) -> Float[Array, ""]:
-    """`cosine_distance` of one prediction for all images: the direction of the mean over the batch of unit targets."""
+    """`cosine_distance` of predicting one direction for all images: that of the batch mean of unit targets."""
     units = l2_normalize(targets)
     return 2 - 2 * jnp.mean(jnp.sum(units * l2_normalize(jnp.mean(units, axis=(0, 1), keepdims=True)), axis=2))
 
 
 def l2_normalize(x: Projections) -> Projections:
-    """Each projection at length 1."""
+    """Scale each projection to length 1."""
     return x * lax.rsqrt(jnp.sum(x * x, axis=2, keepdims=True) + NORM_EPS)

@@ -1,4 +1,4 @@
-"""The schedule of a teacher's momentum, and its move."""
+"""Momentum schedule and update of an EMA teacher."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -17,18 +17,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EMAConfig:
-    """How slowly a teacher follows: average <- momentum * average + (1 - momentum) * online."""
+    """Momentum of a teacher: average <- momentum * average + (1 - momentum) * online."""
 
     start: float = 0.996
-    """Momentum of the first step."""
+    """Momentum at the first step."""
     end: float = 1.0
-    """Momentum that the last step reaches."""
+    """Momentum at the last step."""
     schedule: schedules.ScheduleShape = "linear"
-    """Path from start to final; constant stays at start."""
+    """Schedule from start to end; constant stays at start."""
     schedule_stretch: float = 1.0
-    """Steps that the path takes, over the run's steps."""
+    """Length of the schedule over the length of the run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type that the teacher is kept in. In bfloat16 it stalls, since its moves are below that type's epsilon."""
+    """Type of the teacher's parameters. In bfloat16 it stalls: its updates are below that type's epsilon."""
 
     def __post_init__(self) -> None:
         for name in ("start", "end"):
@@ -46,15 +46,15 @@ class EMAConfig:
 
 
 def init_ema(online: T, precision: str = "float32") -> EMA[T]:
-    """A teacher that starts equal; a copy, since buffers are donated to the step, and one cannot be donated twice."""
+    """A teacher equal to `online`. A copy, because the step donates its buffers and none can be donated twice."""
     return EMA(cast(jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, online), precision))
 
 
 def ema_update(teacher: EMA[T], online: T, momentum: Float[Array, ""]) -> tuple[EMA[T], Metrics]:
-    """The teacher moved towards the online module, and what is logged of the move.
+    """Move the teacher towards the online module; returns it and its metrics.
 
-    - ema/relative_distance: |online - teacher| / |online| over all parameters, before the move;
-    - ema/update_norm: |moved - teacher|, which should be ema/expected_update_norm = (1 - momentum) |online - teacher|.
+    - ema/relative_distance: |online - teacher| / |online| over all parameters, before the update;
+    - ema/update_norm: |moved - teacher|, expected: ema/expected_update_norm = (1 - momentum) |online - teacher|.
     """
     moved = teacher.towards(online, momentum)
     distance = global_norm(_subtract_float32(online, teacher.average))

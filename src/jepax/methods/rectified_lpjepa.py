@@ -1,9 +1,9 @@
-"""Rectified LpJEPA (Kuang et al. 2026, arXiv:2602.01456): views agree, and their projections are sparse by design.
+"""Rectified LpJEPA (Kuang et al. 2026, arXiv:2602.01456): views agree, and their projections are sparse.
 
     inv  = mean over pairs of views (v, w) and dimensions of (z_v - z_w)^2,  z = relu(projector(y))
     loss = lambda inv + nu mean over views of RDMReg(z_v, t),  t fresh samples of max(0, mu + sigma g), g ~ GN_p
 
-Differs from the released code: the views share t, which that draws for each, and a BatchNorm.
+Differs from the released code: the views share t and a BatchNorm (there one of each per view).
 """
 
 from dataclasses import dataclass, field, replace
@@ -41,13 +41,13 @@ class RectifiedLpJEPAConfig(MultiViewConfig, name="rectified_lpjepa"):
     rdmreg_weight: float = 125.0
     """Weight of RDMReg, mean over views."""
     num_slices: int = 512
-    """Directions of RDMReg, redrawn at each step (8192 as published, where 512 suffice)."""
+    """Directions of RDMReg, redrawn at each step (published: 8192; 512 suffice)."""
     p: float = 1.0
     """Exponent of the generalized Gaussian: 1 is Laplace's distribution, 2 the normal."""
     mu: float = 0.0
     """Mean of the generalized Gaussian before its rectification; lower is sparser."""
     unit_variance: Literal["before_relu", "after_relu"] = "before_relu"
-    """The variance is 1 before the rectification (as published) or after it."""
+    """Unit variance of the target before the rectification (as published) or after it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +66,7 @@ class RectifiedLpJEPAConfig(MultiViewConfig, name="rectified_lpjepa"):
 
 
 class RectifiedLpJEPA(MultiView):
-    """Rectified LpJEPA: the equations are at the top of this file."""
+    """Rectified LpJEPA, with the equations at the top of this file."""
 
     config: RectifiedLpJEPAConfig = eqx.field(static=True)
 
@@ -80,7 +80,7 @@ class RectifiedLpJEPA(MultiView):
         # Views of an image agree.
         inv = pairwise_mse(z)
 
-        # Each view's projections are distributed, along any direction, as the target is.
+        # Each view's projections match the target's distribution along any direction.
         key_directions, key_target = jr.split(key)
         directions = random_unit_directions(key_directions, z.shape[2], c.num_slices)
         target = rdmreg.sample_target(key_target, z.shape[1:], p=c.p, mu=c.mu, sigma=sigma)

@@ -1,4 +1,4 @@
-"""What keeps a method's embeddings apart: one of four regularizers by name, for methods that take any of them."""
+"""Regularizers against collapse: one of four by name, for methods that support any of them."""
 
 import warnings
 from dataclasses import dataclass, fields, replace
@@ -19,22 +19,22 @@ FIELDS_BY_NAME = {
     "vicreg": {"name", "weight", "variance_weight", "covariance_weight"},
     "visreg": {"name", "weight", "num_slices", "scale_weight", "center_weight", "shape_weight"},
 }
-"""The fields that each regularizer reads."""
+"""Fields that each regularizer reads."""
 
 
 @dataclass(frozen=True)
 class RegularizerConfig:
-    """One regularizer and its weights; a field that names another kind is not read, and says so where it was set.
+    """One regularizer and its weights. A field of another regularizer is not read; setting one raises a warning.
 
-    Only the weight may stay where name is none, so that a recipe's regularizer is switched off by its name alone.
+    With name=none a weight raises no warning, so that the name alone switches off a recipe's regularizer.
     """
 
     name: Literal["none", "sigreg", "rdmreg", "vicreg", "visreg"] = "none"
-    """None, or the regularizer's name."""
+    """Regularizer, or none."""
     weight: float = 1.0
-    """Its weight in the loss. That of sigreg, which grows with the global batch, belongs to a batch size."""
+    """Weight in the loss. sigreg grows with the global batch, so its weight depends on the batch size."""
     num_slices: int = 256
-    """sigreg, rdmreg, visreg: directions of projection, drawn anew at each step."""
+    """sigreg, rdmreg, visreg: projection directions, redrawn at each step."""
     variance_weight: float = 25.0
     """vicreg: weight of the variance term within the regularizer, as in the paper's equation."""
     covariance_weight: float = 1.0
@@ -65,17 +65,17 @@ class RegularizerConfig:
                 )
 
     def tiny(self) -> "RegularizerConfig":
-        """The same regularizer along few directions, as tests run it."""
+        """The same regularizer with few directions, for tests."""
         return replace(self, num_slices=16) if "num_slices" in FIELDS_BY_NAME[self.name] else self
 
 
 def regularize(
     config: RegularizerConfig, embeddings: Float[Array, "batch dim"], *, key: PRNGKeyArray
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The weighted regularizer of the global batch, and its unweighted terms. Scale: as each objective says.
+    """The weighted regularizer of the global batch, and its unweighted terms. Scale: see each objective.
 
-    RDMReg asks for features that are not negative, so it reads max(0, embeddings). Where a dimension is below 0 on the
-    whole batch its gradient is zero: RDMReg charges for such a dimension, but does not bring it back.
+    RDMReg requires non-negative features, so it reads max(0, embeddings). A dimension below 0 on the entire batch has
+    zero gradient: RDMReg penalizes it but cannot revive it.
     """
     match config.name:
         case "none":

@@ -1,4 +1,4 @@
-"""VICReg (Bardes et al. 2022, arXiv:2105.04906): views agree, every dimension varies, no two dimensions agree.
+"""VICReg (Bardes et al. 2022, arXiv:2105.04906): views agree, every dimension varies, no two correlate.
 
     inv  = mean over pairs of views (v, w) and dimensions of (z_v - z_w)^2
     var  = mean over views and dimensions j of max(0, 1 - std(z_vj))
@@ -6,8 +6,8 @@
     loss = lambda inv + mu var + 2 nu cov
 
 As in the released code (facebookresearch/vicreg, main_vicreg.py) the variance term is halved over two views and the
-invariance is a mean over dimensions, where the paper's equation 6 sums both. Of more than two views every pair counts
-equally. Differs from the code: BatchNorm reads all views together. Needs a global batch of two images at least.
+invariance is a mean over dimensions; the paper's equation 6 sums both. With more than two views, all pairs have equal
+weight. Differs from the code: BatchNorm reads all views together. Requires a global batch of at least two images.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from jepax.types import Metrics
 
 @dataclass(frozen=True)
 class VICRegConfig(MultiViewConfig, name="vicreg"):
-    """VICReg, with the weights of the paper, on terms as its released code takes them."""
+    """VICReg, with the weights of the paper and the terms of its released code."""
 
     sim_coeff: float = 25.0
     """Weight of the mean squared distance between two views of an image."""
@@ -42,7 +42,7 @@ class VICRegConfig(MultiViewConfig, name="vicreg"):
 
 
 class VICReg(MultiView):
-    """VICReg: the equations are at the top of this file."""
+    """VICReg, with the equations at the top of this file."""
 
     config: VICRegConfig = eqx.field(static=True)
 

@@ -1,4 +1,4 @@
-"""VISReg (Wu et al. 2026, arXiv:2606.02572): views agree, and scale, center and shape of their projections are kept.
+"""VISReg (Wu et al. 2026, arXiv:2606.02572): views agree; scale, center and shape of their projections are regularized.
 
     inv  = mean over views v of |z_v - mean over global views of z|^2 / dim
     loss = (1 - w) inv + w mean over views of [ a scale(z_v) + b center(z_v) + c shape(z_v) ]
@@ -33,7 +33,7 @@ class VISRegConfig(MultiViewConfig, name="visreg"):
     """VISReg, with the weights of the public ImageNet runs."""
 
     visreg_weight: float = 0.9
-    """Fraction w of the regularizer in the loss, the invariance having 1 - w."""
+    """Fraction w of the regularizer in the loss; the invariance has 1 - w."""
     scale_weight: float = 1.0
     """Weight of the scale term within the regularizer."""
     center_weight: float = 1.0
@@ -59,7 +59,7 @@ class VISRegConfig(MultiViewConfig, name="visreg"):
 
 
 class VISReg(MultiView):
-    """VISReg: the equation is at the top of this file."""
+    """VISReg, with the equations at the top of this file."""
 
     config: VISRegConfig = eqx.field(static=True)
 

@@ -21,7 +21,7 @@ def mmd_gaussian(z: Float[Array, "batch dim"], bandwidth: float) -> Float[Array,
 
     E k(x, y) = (h^2 / (h^2 + 1))^(d/2) exp(-|x|^2 / (2 (h^2 + 1))) and E k(y, y') = (h^2 / (h^2 + 2))^(d/2).
 
-    Scale: in [0, 2], a mean over all pairs of examples (each with itself too, so about (1 - E k) / batch at best).
+    Scale: in [0, 2], a mean over all pairs of examples (pairs (x, x) too, so about (1 - E k) / batch at best).
     """
     h2, dim = bandwidth**2, z.shape[1]
     within = jnp.mean(jnp.exp(-squared_distances(z) / (2 * h2)))
@@ -36,8 +36,8 @@ def ksd(z: Float[Array, "batch dim"], kernel: Kernel, bandwidth: float) -> Float
     u(x, y) = x.y f(r) + 2 r f'(r) - 4 r f''(r) - 2 d f'(r): Stein's kernel for the score -x.
     gaussian: f = exp(-r / (2 h^2)). imq (inverse multiquadric): f = (1 + r / h^2)^(-1/2).
 
-    Scale: of the order of d / h^2; an unbiased mean over pairs of different examples, so it may be below 0 at the
-    optimum. A pair of an example with itself would add |x|^2 + d / h^2 and pull the embeddings to 0.
+    Scale: of the order of d / h^2; an unbiased mean over pairs of different examples, so it may be negative at the
+    optimum. Pairs (x, x) would add |x|^2 + d / h^2 and pull the embeddings to 0.
     """
     h2, dim = bandwidth**2, z.shape[1]
     r = squared_distances(z)

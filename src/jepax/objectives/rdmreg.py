@@ -1,4 +1,4 @@
-"""RDMReg: the embeddings are to be rectified generalized Gaussians (Kuang et al. 2026, arXiv:2602.01456).
+"""RDMReg: match embeddings to a rectified generalized Gaussian (Kuang et al. 2026, arXiv:2602.01456).
 
 The target is y = max(0, mu + sigma g), with g of density p^(1 - 1/p) / (2 Gamma(1/p)) exp(-|g|^p / p).
 """
@@ -19,10 +19,10 @@ def rdmreg(
     directions: Float[Array, "dim directions"],
     chunk: int | None = DIRECTIONS_PER_CHUNK,
 ) -> Float[Array, ""]:
-    """The mean over unit `directions` of the squared 2-Wasserstein distance of the two batches along them.
+    """Mean over unit `directions` of the squared 2-Wasserstein distance between the two projected batches.
 
-    Of two batches of N numbers it is the mean squared difference of the sorted ones. Scale: that of squared features,
-    whatever the global batch and the width. Source: Kuang et al. 2026, section on RDMReg; Bonneel et al. 2015.
+    For two batches of N numbers it is the mean squared difference after sorting. Scale: that of squared features,
+    independent of global batch and width. Source: Kuang et al. 2026, section on RDMReg; Bonneel et al. 2015.
     """
 
     def distance(some: Float[Array, "dim chunk"]) -> Float[Array, "chunk"]:
@@ -36,9 +36,9 @@ def rdmreg(
 
 
 def sample_generalized_gaussian(key: PRNGKeyArray, p: float, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
-    """g = +-(p G)^(1/p), G of the Gamma distribution of shape 1/p: Laplace at p = 1, standard normal at p = 2.
+    """g = +-(p G)^(1/p) with G ~ Gamma(1/p): Laplace at p = 1, standard normal at p = 2.
 
-    By logarithms: at a great p most of G is below float32's least number, while its root is near 1.
+    Computed in logarithms: at large p most of G underflows float32, while its root is near 1.
     """
     key_size, key_sign = jr.split(key)
     size = jnp.exp((np.log(p) + jr.loggamma(key_size, 1 / p, shape)) / p)
@@ -48,19 +48,19 @@ def sample_generalized_gaussian(key: PRNGKeyArray, p: float, shape: tuple[int, .
 def sample_target(
     key: PRNGKeyArray, shape: tuple[int, ...], *, p: float = 1.0, mu: float = 0.0, sigma: float | None = None
 ) -> Float[Array, "*shape"]:
-    """Samples of max(0, mu + sigma g); sigma None takes `sigma_before(p)`, the paper's default."""
+    """Samples of max(0, mu + sigma g); sigma None means `sigma_before_relu(p)`, the paper's default."""
     return jnp.maximum(
         0.0, mu + (sigma_before_relu(p) if sigma is None else sigma) * sample_generalized_gaussian(key, p, shape)
     )
 
 
 def sigma_before_relu(p: float) -> float:
-    """The sigma of unit variance before the rectification: sqrt(Gamma(1/p) / Gamma(3/p)) / p^(1/p)."""
+    """Sigma of unit variance before the rectification: sqrt(Gamma(1/p) / Gamma(3/p)) / p^(1/p)."""
     return float(np.sqrt(gamma(1 / p) / gamma(3 / p)) / p ** (1 / p))
 
 
 def sigma_after_relu(p: float, mu: float) -> float:
-    """The sigma of unit variance after the rectification; found by bracketing, since it has no closed form."""
+    """Sigma of unit variance after the rectification, by root finding: it has no closed form."""
     high = 1.0
     while moments(p, mu, high)[1] < 1:
         high *= 2
@@ -70,7 +70,7 @@ def sigma_after_relu(p: float, mu: float) -> float:
 def moments(p: float, mu: float, sigma: float) -> tuple[float, float]:
     """Mean and variance of max(0, mu + sigma g), in float64.
 
-    E y^k = sum over j of binom(k, j) mu^(k - j) sigma^j T_j, with T_j = integral of g^j above -mu / sigma.
+    E y^k = sum over j of binom(k, j) mu^(k - j) sigma^j T_j, with T_j the integral of g^j above -mu / sigma.
     """
     tail = [_tail_moment(j, -mu / sigma, p) for j in range(3)]
     mean = mu * tail[0] + sigma * tail[1]
@@ -79,14 +79,14 @@ def moments(p: float, mu: float, sigma: float) -> tuple[float, float]:
 
 
 def nonzero_fraction(p: float, mu: float, sigma: float) -> float:
-    """Expected share of entries above zero: P(g > -mu / sigma)."""
+    """Expected fraction of entries above zero: P(g > -mu / sigma)."""
     return float(_tail_moment(0, -mu / sigma, p))
 
 
 def _tail_moment(power: int, start: float, p: float) -> float:
-    """integral from `start` to infinity of g^power times g's density.
+    """Integral from `start` to infinity of g^power times the density of g.
 
-    Where start >= 0 it is half of E|g|^power times the upper incomplete Gamma ratio; below, by symmetry of the density.
+    For start >= 0: half of E|g|^power times the upper incomplete Gamma ratio; below 0: by symmetry of the density.
     """
     whole = p ** (power / p) * gamma((power + 1) / p) / gamma(1 / p)
     upper = 0.5 * whole * gammaincc((power + 1) / p, abs(start) ** p / p)

@@ -8,10 +8,10 @@ from jaxtyping import Array, Bool, Float
 def smooth_l1(
     prediction: Float[Array, "*shape"], target: Float[Array, "*shape"], beta: float = 1.0
 ) -> Float[Array, "*shape"]:
-    """|d|^2 / (2 beta) where |d| < beta, else |d| - beta / 2, with d = prediction - target; elementwise.
+    """|d|^2 / (2 beta) if |d| < beta, else |d| - beta / 2, with d = prediction - target; elementwise.
 
-    Its gradient is clipped to [-1, 1]. Scale: per element, so that the mean does not depend on any width.
-    Source: Girshick 2015; the loss of the released I-JEPA code, with beta 1 (its paper says squared error).
+    Its gradient is clipped to [-1, 1]. Scale: per element, so the mean does not depend on the width.
+    Source: Girshick 2015; the loss of the released I-JEPA code, with beta 1 (the paper has squared error).
     """
     distance = jnp.abs(prediction - target)
     return jnp.where(distance < beta, 0.5 * jnp.square(distance) / beta, distance - 0.5 * beta)
@@ -23,15 +23,15 @@ def squared_error(prediction: Float[Array, "*shape"], target: Float[Array, "*sha
 
 
 def masked_mean(values: Float[Array, "*shape dim"], valid: Bool[Array, "*shape"]) -> Float[Array, ""]:
-    """Mean over every element of the valid tokens of the global batch."""
+    """Mean over all elements of the valid tokens of the global batch."""
     weights = valid[..., None].astype(values.dtype)
     return jnp.sum(values * weights) / (jnp.sum(weights) * values.shape[-1])
 
 
 def explained_fraction(loss: Float[Array, ""], of_the_mean: Float[Array, ""]) -> Float[Array, ""]:
-    """1 - loss / the loss of predicting the mean over the batch: 1 is perfect, 0 no better than that mean.
+    """1 - loss / (loss of predicting the batch mean): 1 is perfect, 0 is no better than the mean.
 
-    0 as well where nothing is left to explain, as at total collapse. For the log alone: no gradient.
+    Also 0 if the targets do not vary, as at total collapse. For logging only: no gradient.
     """
     share = 1 - loss / jnp.where(of_the_mean > 0, of_the_mean, 1)
     return lax.stop_gradient(jnp.where(of_the_mean > 0, share, 0))

@@ -1,4 +1,4 @@
-"""SIGReg: the embeddings, seen along any direction, are to be a standard normal (Balestriero & LeCun 2025)."""
+"""SIGReg: match the embeddings along any direction to a standard normal (Balestriero & LeCun 2025)."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -12,13 +12,13 @@ INTEGRATION_LIMIT = 3.0
 def epps_pulley(
     projections: Float[Array, "batch directions"], knots: int = NUM_KNOTS, limit: float = INTEGRATION_LIMIT
 ) -> Float[Array, "directions"]:
-    """N * integral from -limit to limit of |phi_N(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt, of each column.
+    """N * integral from -limit to limit of |phi_N(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt, per column.
 
     phi_N(t) = mean over examples of exp(i t x) is the empirical characteristic function of the N examples of the global
-    batch. The integrand is even: the trapezoid rule has its `knots` on [0, limit], each inner weight doubled.
+    batch. The integrand is even: the trapezoid rule uses `knots` points on [0, limit], each inner weight doubled.
 
-    Scale: N times a mean, so a sample of the normal scores about the same at any N, and what is far from normal scores
-    in proportion to N: its weight in a loss belongs to a batch size. Nothing is standardized before.
+    Scale: N times a mean, so a normal sample scores about the same at any N, and a sample far from normal scores in
+    proportion to N: tune the loss weight per batch size. The input is not standardized.
     Source: Epps & Pulley 1983; Balestriero & LeCun 2025 (arXiv:2511.08544), section 4.
     """
     points = jnp.linspace(0.0, limit, knots)
@@ -35,9 +35,9 @@ def sigreg(
     directions: Float[Array, "dim directions"],
     chunk: int | None = DIRECTIONS_PER_CHUNK,
 ) -> Float[Array, ""]:
-    """The mean over unit `directions` of the Epps-Pulley statistic of the embeddings along them, `chunk` at a time.
+    """Mean over unit `directions` of the Epps-Pulley statistic of the projected embeddings, `chunk` at a time.
 
-    Scale: as `epps_pulley`, proportional to the global batch N away from the optimum.
+    Scale: as `epps_pulley`: proportional to the global batch N away from the optimum.
     Source: Balestriero & LeCun 2025 (arXiv:2511.08544), SIGReg.
     """
     return sliced_mean(lambda some: epps_pulley(project_onto_directions(embeddings, some)), directions, chunk)

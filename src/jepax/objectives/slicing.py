@@ -1,4 +1,4 @@
-"""Random directions of projection, and sums over them in pieces, so that no piece outgrows the memory."""
+"""Random projection directions, and means over them in chunks of bounded memory."""
 
 from collections.abc import Callable
 
@@ -8,11 +8,11 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 DIRECTIONS_PER_CHUNK = 128
-"""Directions whose projections are held at once."""
+"""Directions projected together, in one chunk."""
 
 
 def random_unit_directions(key: PRNGKeyArray, dim: int, count: int) -> Float[Array, "dim directions"]:
-    """`count` directions, uniform on the unit sphere. The same key gives the same ones on every device."""
+    """`count` directions, uniform on the unit sphere. One key gives the same directions on every device."""
     drawn = jr.normal(key, (dim, count))
     return drawn / jnp.linalg.norm(drawn, axis=0)
 
@@ -20,7 +20,7 @@ def random_unit_directions(key: PRNGKeyArray, dim: int, count: int) -> Float[Arr
 def project_onto_directions(
     embeddings: Float[Array, "batch dim"], directions: Float[Array, "dim chunk"]
 ) -> Float[Array, "batch chunk"]:
-    """Projections in float32 on every device: an accelerator's quick products would keep ten bits of them."""
+    """Projections in float32 on every device: the default precision of accelerators has ten bits of mantissa."""
     return jnp.matmul(embeddings, directions, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -29,15 +29,15 @@ def sliced_mean(
     directions: Float[Array, "dim directions"],
     chunk: int | None = DIRECTIONS_PER_CHUNK,
 ) -> Float[Array, ""]:
-    """The mean of a statistic of each direction, `chunk` of them at a time, forwards and backwards.
+    """Mean of a statistic over the directions, `chunk` at a time, in the forward and the backward pass.
 
-    Memory is that of one chunk: the backward pass computes each chunk again. None takes all directions at once.
+    Memory is that of one chunk: the backward pass recomputes each chunk. None uses one chunk for all directions.
     """
     if chunk is None:
         return jnp.mean(statistic(directions))
     dim, count = directions.shape
     pieces = -(-count // chunk)
-    chunk = -(-count // pieces)  # alike in size, so that little is padded
+    chunk = -(-count // pieces)  # chunks of equal size, so the padding is small
     padded = jnp.pad(directions, ((0, 0), (0, pieces * chunk - count))).reshape(dim, pieces, chunk)
     real = (jnp.arange(pieces * chunk) < count).reshape(pieces, chunk)
 

@@ -1,4 +1,4 @@
-"""VISReg's regularizer: scale, center and shape of the embeddings apart (Wu et al. 2026, arXiv:2606.02572)."""
+"""VISReg's regularizer: separate terms for scale, center and shape (Wu et al. 2026, arXiv:2606.02572)."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -8,13 +8,13 @@ from jaxtyping import Array, Float
 from jepax.objectives.slicing import DIRECTIONS_PER_CHUNK, project_onto_directions, sliced_mean
 
 VARIANCE_EPS = 1e-12
-"""Added to the variance before its root, whose slope is infinite at 0."""
+"""Added to the variance before its root, because the root's slope is infinite at 0."""
 
 
 def scale_term(embeddings: Float[Array, "batch dim"]) -> Float[Array, ""]:
     """mean over dimensions j of (1 - sigma_j)^2, sigma_j the deviation of z_j over the global batch.
 
-    Scale: 1 at collapse, where its slope by sigma_j stays 2 / dim; whatever width and batch.
+    Scale: 1 at collapse, with slope 2 / dim in sigma_j; independent of width and batch.
     Source: Wu et al. 2026, the scale term.
     """
     return jnp.mean(jnp.square(1 - jnp.sqrt(jnp.var(embeddings, axis=0) + VARIANCE_EPS)))
@@ -23,7 +23,7 @@ def scale_term(embeddings: Float[Array, "batch dim"]) -> Float[Array, ""]:
 def center_term(embeddings: Float[Array, "batch dim"]) -> Float[Array, ""]:
     """mean over dimensions j of mu_j^2, mu_j the mean of z_j over the global batch.
 
-    Scale: that of squared embeddings, whatever width and batch. Source: Wu et al. 2026, public code.
+    Scale: that of squared embeddings, independent of width and batch. Source: Wu et al. 2026, public code.
     """
     return jnp.mean(jnp.square(jnp.mean(embeddings, axis=0)))
 
@@ -33,11 +33,11 @@ def shape_term(
     directions: Float[Array, "dim directions"],
     chunk: int | None = DIRECTIONS_PER_CHUNK,
 ) -> Float[Array, ""]:
-    """Sliced 2-Wasserstein distance, squared, of the standardized embeddings to the standard normal.
+    """Squared sliced 2-Wasserstein distance from the standardized embeddings to the standard normal.
 
     Along each unit direction: the mean squared difference between the sorted projections and the normal's quantiles at
-    i / (N + 1), i = 1..N of the global batch. The deviations that standardize carry no gradient, so that the scale is
-    left to `scale`. Scale: near 0 where every projection is normal, of order 1 where none is; not with N or width.
+    i / (N + 1), i = 1..N of the global batch. The standardizing deviations have no gradient, so only `scale_term` moves
+    the scale. Scale: near 0 if every projection is normal, of order 1 if none is; independent of N and width.
     Source: Wu et al. 2026, the shape term and public code.
     """
     centered = embeddings - jnp.mean(embeddings, axis=0)

@@ -1,6 +1,6 @@
-"""Named experiments. A recipe is a function that returns a `Config`; its docstring tells source, command and score.
+"""Named experiments. A recipe is a function that returns a `Config`; its docstring gives source, command and score.
 
-Importing this package enrols the recipes of every file here.
+Importing this package registers the recipes of every file in it.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """BYOL (Grill et al. 2020, arXiv:2006.07733): on Fashion-MNIST for two CPU cores, and on ImageNet-100.
 
 On ImageNet-100: projector and predictor 4096-256, momentum 0.996 -> 1 on a cosine (paper, section 3.2); encoder, views
-and optimizer are those of `vicreg_vits16_in100`, as what is ours in them; the paper trains a ResNet-50 with LARS at
-batch 4096.
+and optimizer are those of `vicreg_vits16_in100`, with its differences; the paper trains a ResNet-50 with LARS at batch
+4096.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ from jepax.training.config import Config
 
 @recipe
 def byol_fashion_mnist() -> Config:
-    """BYOL on Fashion-MNIST, as `lejepa_fashion_mnist` but for the loss."""
+    """BYOL on Fashion-MNIST, as `lejepa_fashion_mnist` except for the loss."""
     base = lejepa_fashion_mnist()
     method = BYOLConfig(
         encoder=base.method.encoder,

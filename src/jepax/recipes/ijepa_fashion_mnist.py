@@ -1,13 +1,13 @@
 """I-JEPA on Fashion-MNIST, for two CPU cores.
 
-What differs from the published recipe, and why (measured, see docs/log.md):
+Differs from the published recipe (measured, see docs/log.md):
 
-- Four rows and columns of large patches, a narrow and shallow encoder: minutes on two cores allow no more.
-- Initial weights of deviation 1/sqrt(fan in): at small widths 0.02 leaves the blocks without effect.
+- A 4 x 4 grid of large patches and a narrow, shallow encoder: for minutes on two cores.
+- Initial weights of deviation 1/sqrt(fan in): at small widths 0.02 makes the blocks ineffective.
 - Two targets of 0.25-0.5 of the grid and 4 context patches: the published sizes are one or two patches here.
 - Muon on the blocks' matrices: one to three points above AdamW at equal epochs.
-- A little of C-JEPA's variance and covariance terms: they double the effective rank of the targets. With AdamW they are
-  worth half a point; with Muon, after two passes, nothing that one seed can show.
+- C-JEPA's variance and covariance terms at a small weight: they double the effective rank of the targets. With AdamW
+  they add half a point; with Muon, after two epochs, nothing measurable with one seed.
 """
 
 from dataclasses import replace
@@ -70,7 +70,7 @@ def ijepa_fashion_mnist() -> Config:
 
 @recipe
 def ijepa_fashion_mnist_long() -> Config:
-    """A deeper encoder over 25 passes with the published momentum: an hour on one CPU core; linear top-1 89.5."""
+    """A deeper encoder for 25 epochs with the published momentum: an hour on one CPU core; linear top-1 89.5."""
     config = ijepa_fashion_mnist()
     return replace(
         config,
@@ -84,7 +84,7 @@ def ijepa_fashion_mnist_long() -> Config:
 
 @recipe
 def ijepa_fashion_mnist_multilayer() -> Config:
-    """Multi-layer I-JEPA: the demo, predicting every block of the target encoder, and a little of the context too.
+    """Multi-layer I-JEPA: the demo, predicting every block of the target encoder, plus a small context loss.
 
     Test top-1, one seed: linear 86.5, kNN 83.7 (the demo 86.6, 83.1; untrained 82.5, 74.7; raw pixels 84.6, 85.3).
     """
@@ -96,9 +96,9 @@ def ijepa_fashion_mnist_multilayer() -> Config:
 
 @recipe
 def ijepa_fashion_mnist_no_teacher() -> Config:
-    """I-JEPA without a moving average: the encoder embeds its own targets, and RDMReg keeps embeddings apart.
+    """I-JEPA without a moving average: the encoder computes its own targets, and RDMReg prevents collapse.
 
-    Test top-1, one seed: linear 85.5, kNN 80.2 (floors as above); more is in docs/results.md.
+    Test top-1, one seed: linear 85.5, kNN 80.2 (baselines as above); see docs/results.md.
     """
     config = ijepa_fashion_mnist()
     shared = {name: value for name, value in vars(config.method).items() if name != "ema"}

@@ -1,8 +1,8 @@
 """I-JEPA on ImageNet-1k as published (Assran et al. 2023, arXiv:2301.08243).
 
-Where each number comes from: [paper] is its section 4 and appendix A; [config] the public configs of the released code.
+Sources: [paper] is section 4 and appendix A; [config] is the public configs of the released code.
 
-- Batch 2048 in all; AdamW; learning rate 2e-4 -> 1e-3 in 40 epochs of warm-up, then cosine to 1e-6; weight decay cosine
+- Global batch 2048; AdamW; learning rate 2e-4 -> 1e-3 in 40 epochs of warm-up, then cosine to 1e-6; weight decay cosine
   0.04 -> 0.4, none on biases and norms; EMA 0.996 -> 1.0, linear. [paper, config]
 - Four targets of scale 0.15-0.2 and aspect 0.75-1.5; context block of scale 0.85-1.0. [paper, config]
 - Crops of scale 0.3-1.0, no flip, no color change; ImageNet's mean and standard deviation. [config]
@@ -10,10 +10,10 @@ Where each number comes from: [paper] is its section 4 and appendix A; [config] 
   [paper, config]
 - Epochs: B/16 and L/16 600, H/14 and H/16 at 448 px 300. [paper] g/16 on ImageNet-22k: 44, 3 of them warm-up. [config]
 
-What the publications do not fix, and what we take: the number of context patches. The released code cuts each batch's
-contexts to its shortest, so the number follows from the batch per GPU; we take the mean at 128 images per GPU: 50 on a
-14x14 grid, 69 on 16x16, 234 on 28x28 (simulated, 20,000 steps). Of 69 we make 70: fused attention on a GPU has a
-gradient for even numbers alone, and would have to pad every layer.
+Not published: the number of context patches. The released code truncates each batch's contexts to the shortest, so
+the number depends on the batch per GPU; we use the mean at 128 images per GPU: 50 on a 14x14 grid, 69 on 16x16, 234 on
+28x28 (simulated, 20,000 steps). We round 69 to 70: fused attention on a GPU has a gradient for even numbers only, and
+would otherwise pad every layer.
 """
 
 from dataclasses import replace
@@ -32,7 +32,7 @@ from jepax.views import CropConfig
 def ijepa_vitb16_in1k() -> Config:
     """I-JEPA ViT-B/16 at 224 px, 600 epochs. Reported linear top-1: 72.9 (paper, table 1).
 
-    `jepax train ijepa_vitb16_in1k --data.root PATH`, where PATH holds train/CLASS/*.JPEG and val/CLASS/*.JPEG.
+    `jepax train ijepa_vitb16_in1k --data.root PATH`, where PATH has train/CLASS/*.JPEG and val/CLASS/*.JPEG.
     """
     return Config(
         recipe="ijepa_vitb16_in1k",
@@ -49,7 +49,7 @@ def ijepa_vitb16_in1k() -> Config:
 
 
 def _sized(config: Config, name: str, size: str, patch: int, side: int, context: int, epochs: float) -> Config:
-    """The same experiment with another encoder; deep ones are scanned, with matrix products kept for the backward."""
+    """The same experiment with another encoder, scanned, with matrix products saved for the backward pass."""
     encoder = ViTConfig(patch_size=patch, scan_layers=True, remat="dots", **VIT_SIZES[size])
     predictor = PredictorConfig(width=384, depth=12, num_heads=encoder.num_heads, scan_layers=True, remat="dots")
     method = replace(
@@ -84,8 +84,8 @@ def ijepa_vith16_448_in1k() -> Config:
 def ijepa_vitg16_in22k() -> Config:
     """I-JEPA ViT-g/16 at 224 px on ImageNet-22k, 44 epochs, as in the public code. Reported: on transfer tasks only.
 
-    PATH/train/CLASS/* and PATH/val/CLASS/*, as for ImageNet-1k. Where the whole state is too much for a device, it is
-    split over all of them. It is not evaluated at its end, as the features of 14 million pictures fit no memory:
+    PATH/train/CLASS/* and PATH/val/CLASS/*, as for ImageNet-1k. A state too large for one device is sharded over all.
+    There is no evaluation at the end, because the features of 14 million images fit no memory:
     `jepax evaluate RUN --protocols linear --data.root IMAGENET_1K`.
     """
     config = _sized(ijepa_vitb16_in1k(), "ijepa_vitg16_in22k", "giant", 16, 224, context=50, epochs=44.0)

@@ -1,6 +1,6 @@
-"""KerJEPA (Zimmermann et al. 2025, arXiv:2512.19605) on Fashion-MNIST, next to LeJEPA.
+"""KerJEPA (Zimmermann et al. 2025, arXiv:2512.19605) on Fashion-MNIST, to compare with LeJEPA.
 
-The paper reports 91.9 linear top-1 on Imagenette with an inverse multiquadric kernel; here only the loss is new.
+The paper reports 91.9 linear top-1 on Imagenette with an inverse multiquadric kernel; here only the loss differs.
 """
 
 from dataclasses import fields, replace

@@ -1,15 +1,15 @@
 """LeJEPA (Balestriero & LeCun 2025, arXiv:2511.08544): on Fashion-MNIST for two CPU cores, and as published.
 
-Where the published numbers come from: [paper] or [code], its public repository and minimal example.
+Sources: [paper], or [code] for its public repository and minimal example.
 
 - Loss: weight of SIGReg 0.05 [paper], 0.02 on Imagenette [code]; 17 knots on [0, 3]; 1024 directions [code].
 - Multi-crop: 2 global views of 224 px (0.3-1) and 6 local ones of 98 px (0.05-0.3); flip 0.5, jitter 0.8 (0.4, 0.4,
   0.2, 0.1), gray 0.2, blur 0.5, solarize 0.2. [code]
-- AdamW 5e-4, weight decay 5e-2, warm-up and then cosine to a thousandth. [paper, code]
+- AdamW 5e-4, weight decay 5e-2, warm-up, then cosine to a thousandth. [paper, code]
 - Imagenette: 4 views of 128 px (0.08-1), jitter 0.8 (0.8, 0.8, 0.8, 0.2), gray 0.2, blur 0.5, solarize 0.2, flip
   0.5; projector 2048-2048-16; 256 directions; batch 256; an epoch of warm-up from a hundredth of 2e-3, cosine to
-  1e-3. [code] There the embedding is a class token through a linear map to 512, with stochastic depth 0.1, and the
-  blur has 7 taps; here it is the mean over patches, without stochastic depth, and the blur reaches 3 deviations.
+  1e-3. [code] Differs from [code], which has a class token through a linear map to 512, stochastic depth 0.1 and a blur
+  of 7 taps: the mean over patches, no stochastic depth, a blur of 3 deviations.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ from jepax.views import LEJEPA_COLOR, ColorConfig, CropConfig, MultiCropConfig
 
 @recipe
 def lejepa_fashion_mnist() -> Config:
-    """LeJEPA on Fashion-MNIST, seven minutes of training on one CPU core: the demo's encoder, two views.
+    """LeJEPA on Fashion-MNIST with the demo's encoder and two views; seven minutes of training on one CPU core.
 
     Test top-1: linear 86.8, kNN 81.9, means of three seeds (untrained 82.5, 75.4; raw pixels 84.6, 85.3).
     """
@@ -71,7 +71,7 @@ def lejepa_fashion_mnist() -> Config:
 def lejepa_vits8_imagenette() -> Config:
     """LeJEPA ViT-S/8 on Imagenette at 128 px, 800 epochs. Reported linear top-1: 90.7 (public minimal example).
 
-    `jepax train lejepa_vits8_imagenette --data.root PATH`, where PATH holds train/CLASS/*.JPEG and val/CLASS/*.JPEG.
+    `jepax train lejepa_vits8_imagenette --data.root PATH`, where PATH has train/CLASS/*.JPEG and val/CLASS/*.JPEG.
     """
     views = MultiCropConfig(
         num_global=4,
@@ -97,11 +97,10 @@ def lejepa_vits8_imagenette() -> Config:
 
 @recipe
 def lejepa_vitl14_in1k() -> Config:
-    """LeJEPA ViT-L/14 on ImageNet-1k, 100 epochs, 2 global and 6 local views; reported: only on transfer tasks.
+    """LeJEPA ViT-L/14 on ImageNet-1k, 100 epochs, 2 global and 6 local views. Reported: on transfer tasks only.
 
-    Ours: the batch (512; SIGReg's weight belongs to it), the projector's widths, the 10 epochs of warm-up from a
-    hundredth of the peak, fixed positions that a local view counts from its own corner, no weight decay on biases and
-    norms.
+    Ours: the batch (512; SIGReg's weight depends on it), the projector's widths, the 10 epochs of warm-up from a
+    hundredth of the peak, fixed positions counted from a local view's own corner, no weight decay on biases and norms.
     """
     base = lejepa_vits8_imagenette()
     crop = CropConfig(size=(224, 224), scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3), hflip_prob=0.5)
@@ -127,7 +126,7 @@ def lejepa_vitl14_in1k() -> Config:
 
 
 def _adamw(*, peak: float, final: float, warmup: float) -> OptimConfig:
-    """AdamW as LeJEPA takes it; the warm-up begins at a hundredth of its peak."""
+    """AdamW as in LeJEPA; the warm-up starts at a hundredth of the peak."""
     return OptimConfig(
         peak_lr=peak,
         start_lr=peak / 100,

@@ -1,7 +1,7 @@
 """Rectified LpJEPA (Kuang et al. 2026, arXiv:2602.01456): on Fashion-MNIST for two CPU cores, and as published.
 
 The ImageNet-100 settings are those of its public config with a ViT, which shares views, projector widths and optimizer
-with `vicreg_vits16_in100`, as what is ours in them; p 1, mu 0, weights 25 and 125, 8192 directions.
+with `vicreg_vits16_in100`, and its differences; p 1, mu 0, weights 25 and 125, 8192 directions.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from jepax.training.config import Config
 
 @recipe
 def rectified_lpjepa_fashion_mnist() -> Config:
-    """Rectified LpJEPA on Fashion-MNIST, as `lejepa_fashion_mnist` but for the loss. Linear 87.3, kNN 82.1."""
+    """Rectified LpJEPA on Fashion-MNIST, as `lejepa_fashion_mnist` except for the loss. Linear 87.3, kNN 82.1."""
     return _rectified(lejepa_fashion_mnist(), "rectified_lpjepa_fashion_mnist", directions=256)
 
 
@@ -23,7 +23,7 @@ def rectified_lpjepa_fashion_mnist() -> Config:
 def rectified_lpjepa_vits16_in100() -> Config:
     """Rectified LpJEPA ViT-S/16 on ImageNet-100, 1000 epochs.
 
-    The 85.08 that the paper reports belong to another encoder and to sparser features.
+    The paper's 85.08 is for another encoder and sparser features.
     """
     return _rectified(vicreg_vits16_in100(), "rectified_lpjepa_vits16_in100", directions=8192)
 

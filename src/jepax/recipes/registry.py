@@ -1,4 +1,4 @@
-"""Where recipes are enrolled by their function's name."""
+"""Registry of recipes, by function name."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,6 @@ RECIPES: dict[str, Callable[[], Config]] = {}
 
 
 def recipe(function: Callable[[], Config]) -> Callable[[], Config]:
-    """Enrols a function that returns a `Config` whose `recipe` is the function's name."""
+    """Register a function that returns a `Config` whose `recipe` is the function's name."""
     RECIPES[function.__name__] = function
     return function

@@ -2,7 +2,7 @@
 
 The ImageNet-100 settings are those of the baseline with a ViT in the public configs of Rectified LpJEPA (Kuang et al.
 2026): ViT-S/16, two views of 224 px (0.2-1, bicubic) with jitter 0.8, gray 0.2, blur 0.5, solarize 0.1, flip 0.5;
-projector 2048-2048-2048; weights 25, 25, 1, the variance term summed over the two views, which is 50 here; AdamW 5e-4,
+projector 2048-2048-2048; weights 25, 25, 1, with the variance term summed over the two views (50 here); AdamW 5e-4,
 weight decay 1e-4, batch 128, 1000 epochs. Its warm-up (10 epochs) is that code's default. Ours: the mean over patches
 as the embedding (there a class token), fixed positions (there learned), no weight decay on biases and norms, BatchNorm
 over both views together. VICReg's own paper trains a ResNet-50 with LARS, which this library does not have.
@@ -22,7 +22,7 @@ from jepax.views import ColorConfig, CropConfig, MultiCropConfig
 
 @recipe
 def vicreg_fashion_mnist() -> Config:
-    """VICReg on Fashion-MNIST, as `lejepa_fashion_mnist` but for the loss. Linear 87.5, kNN 82.5 (floors there)."""
+    """VICReg on Fashion-MNIST, as `lejepa_fashion_mnist` except for the loss. Linear 87.5, kNN 82.5."""
     base = lejepa_fashion_mnist()
     shared = {"encoder": base.method.encoder, "projector": base.method.projector, "views": base.method.views}
     return replace(base, recipe="vicreg_fashion_mnist", method=VICRegConfig(**shared))
@@ -32,7 +32,7 @@ def vicreg_fashion_mnist() -> Config:
 def vicreg_vits16_in100() -> Config:
     """VICReg ViT-S/16 on ImageNet-100, 1000 epochs.
 
-    `jepax train vicreg_vits16_in100 --data.root PATH`, where PATH holds train/CLASS/*.JPEG and val/CLASS/*.JPEG.
+    `jepax train vicreg_vits16_in100 --data.root PATH`, where PATH has train/CLASS/*.JPEG and val/CLASS/*.JPEG.
     """
     views = MultiCropConfig(
         num_global=2,

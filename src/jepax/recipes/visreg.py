@@ -2,11 +2,11 @@
 
 The ImageNet settings are those of the public code's default config: ViT-B/16; 4 global views of 224 px (0.3-1) and 6
 local ones of 96 px (0.05-0.3), bicubic; flip 0.5, jitter 0.8 (0.4, 0.4, 0.2, 0.1), gray 0.2, blur 0.5, solarize 0.2;
-projector 2048-2048-256; share of the regularizer 0.9, its terms 1 each, 4096 directions; AdamW 9e-4, weight decay 5e-2,
-5 epochs of warm-up from a thousandth, cosine to a thousandth; gradients clipped at 1; 100 epochs. Ours: the batch of
+projector 2048-2048-256; fraction of the regularizer 0.9, its terms 1 each, 4096 directions; AdamW 9e-4, weight decay
+5e-2, 5 epochs of warm-up from a thousandth, cosine to a thousandth; gradients clipped at 1; 100 epochs. Ours: batch
 128, ReLU instead of GELU in the projector, the mean over patches as the embedding, no stochastic depth (there 0.1),
-fixed positions that a local view counts from its own corner (there learned and resampled), a blur of three deviations
-(there 9 taps), no weight decay on biases and norms.
+fixed positions counted from a local view's own corner (there learned and resampled), a blur of three deviations (there
+9 taps), no weight decay on biases and norms.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ from jepax.training.config import Config, TrainConfig
 
 @recipe
 def visreg_fashion_mnist() -> Config:
-    """VISReg on Fashion-MNIST, as `lejepa_fashion_mnist` but for the loss. Linear 85.3, kNN 81.9 (floors there)."""
+    """VISReg on Fashion-MNIST, as `lejepa_fashion_mnist` except for the loss. Linear 85.3, kNN 81.9."""
     base = lejepa_fashion_mnist()
     shared = {"encoder": base.method.encoder, "projector": base.method.projector, "views": base.method.views}
     return replace(base, recipe="visreg_fashion_mnist", method=VISRegConfig(**shared, num_slices=256))
@@ -31,7 +31,7 @@ def visreg_fashion_mnist() -> Config:
 def visreg_vitb16_in1k() -> Config:
     """VISReg ViT-B/16 on ImageNet-1k, 100 epochs. Reported linear top-1 after 400 epochs: 75.7 (public code).
 
-    `jepax train visreg_vitb16_in1k --data.root PATH`, where PATH holds train/CLASS/*.JPEG and val/CLASS/*.JPEG.
+    `jepax train visreg_vitb16_in1k --data.root PATH`, where PATH has train/CLASS/*.JPEG and val/CLASS/*.JPEG.
     """
     base = lejepa_vitl14_in1k()
     given = base.method.views

@@ -1,4 +1,4 @@
-"""The config of a run, and the checks on it before the first step."""
+"""Config of a run, and its checks before the first step."""
 
 import hashlib
 import json
@@ -28,29 +28,29 @@ from jepax.types import UserError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, in which batches and precision, and what is written on the way."""
+    """Length, batch, precision, checkpoints and logs."""
 
     batch_size: int = 2048
     """Images per step, over all devices and hosts."""
     epochs: float = 300.0
-    """Passes over the training split; parts of a pass are allowed."""
+    """Passes over the training split; may be fractional."""
     steps: int | None = None
-    """Steps of the run; None takes them from the epochs."""
+    """Steps of the run; None computes them from the epochs."""
     grad_accum_steps: int = 1
-    """Pieces that a step's batch goes through the networks in, one after the other, where memory is short: the same
-    losses and gradients as at once, also of methods that read statistics of the batch, for one more forward pass."""
+    """Micro-batches per step, processed sequentially to save memory. Losses and gradients are those of the full batch,
+    also for methods with batch statistics, at the cost of one more forward pass."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of matrix products; parameters, teacher, norms and losses stay in float32. auto: bfloat16 but on a CPU."""
+    """Type of matrix products; parameters, teacher, norms and losses are float32. auto: bfloat16, float32 on a CPU."""
     log_every_steps: int = 50
-    """Steps between lines of metrics.jsonl."""
+    """Steps between records of metrics.jsonl."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     grad_guard: GradGuardConfig = field(default_factory=GradGuardConfig)
-    """Steps that would harm the run."""
+    """Guard against non-finite and spiking gradients."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
-    """What lies whole on every device, and what is split over all of them."""
+    """Parameters, optimizer state and teacher: replicated on every device or sharded over all."""
     loggers: tuple[TrackerName, ...] = ()
-    """Views of the log elsewhere, each behind an extra of its name; metrics.jsonl holds everything without them."""
+    """External loggers, each an optional extra of its name; metrics.jsonl is complete without them."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "log_every_steps", "grad_accum_steps"):
@@ -62,22 +62,22 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run depends on. Recipes are functions that return one."""
+    """All settings of a run. Recipes are functions that return one."""
 
     recipe: str = "custom"
-    """Name of the recipe that this config began as."""
+    """Name of the recipe that this config started from."""
     seed: int = 0
     """Seed of the initial parameters, the order of examples, and every random choice of a step."""
     method: MethodConfig = field(default_factory=IJEPAConfig)
     """Method, its networks, masks and views."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Pictures."""
+    """Dataset and loading."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and its schedules."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, batches, precision."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """Probes."""
+    """Evaluation protocols."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -85,14 +85,14 @@ class Config:
 
 
 def compute_total_steps(config: Config, examples: int) -> int:
-    """Steps of a run over `examples` training pictures."""
+    """Steps of a run over `examples` training images."""
     if config.train.steps is not None:
         return config.train.steps
     return max(round(config.train.epochs * examples / config.train.batch_size), 1)
 
 
 def make_optimizer(config: Config, examples: int) -> Optimizer:
-    """The optimizer of the whole run; epochs of warm-up become steps. Raises `UserError`."""
+    """Optimizer of the run, with warm-up in steps. Raises `UserError` if the warm-up fills the schedule."""
     steps = compute_total_steps(config, examples)
     warmup = round(config.optim.warmup_epochs * examples / config.train.batch_size)
     if warmup >= steps * config.optim.schedule_stretch:
@@ -104,7 +104,7 @@ def make_optimizer(config: Config, examples: int) -> Optimizer:
 
 
 def resolve_compute_dtype(config: Config) -> DTypeLike:
-    """Type of matrix products. bfloat16 is slower than float32 on the CPUs that were measured."""
+    """Type of matrix products. bfloat16 was slower than float32 on every CPU measured."""
     if config.train.compute_dtype == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return jnp.dtype(config.train.compute_dtype)
@@ -114,19 +114,19 @@ RESUMABLE_FIELDS = (
     *("data.root", "data.num_threads", "data.num_workers", "data.max_corrupt_fraction"),
     *("eval", "train.log_every_steps", "train.checkpoint", "train.loggers", "train.sharding", "train.grad_accum_steps"),
 )
-"""Settings that a run may go on with in another value: what is trained does not depend on them."""
+"""Fields that may change when a run resumes: training does not depend on them."""
 CONFIG_FILE, DATA_FILE = "config.yaml", "data.json"
 
 
 def matches_prefix(path: str, names: Sequence[str]) -> bool:
-    """Whether one of the names is the setting of this path, or a group that holds it."""
+    """True if one of the names is this field or a group that contains it."""
     return any(path == name or path.startswith(f"{name}.") for name in names)
 
 
 def check_run_dir(run: Path, config: Config, source: Source | None = None, allow: Sequence[str] = ()) -> None:
-    """Refuses a run folder of another config, or of other data than `source`, but for what `FREE` and `allow` name.
+    """Raise `UserError` if the run folder has another config or other data than `source`; the error lists them.
 
-    Raises `UserError` with the differences. Writes nothing: `record` does.
+    Fields in `RESUMABLE_FIELDS` and `allow` may differ. Writes nothing: `write_run_config` does.
     """
     if not (run / CONFIG_FILE).exists() and checkpoint.list_steps(run / "checkpoints"):
         raise UserError(
@@ -149,9 +149,9 @@ def check_run_dir(run: Path, config: Config, source: Source | None = None, allow
 
 
 def diff_from_run(run: Path, config: Config, free: Sequence[str] = ()) -> list[str]:
-    """Lines `field.path: there -> here` of the fields, outside those that are free, in which the run's config differs.
+    """Differences from the run's config, except `free` fields, each as `field.path: saved -> requested`.
 
-    Empty where the folder holds no run.
+    Empty if the folder has no run.
     """
     path = run / CONFIG_FILE
     found = configs.diff(configs.load(Config, path), config) if path.exists() else []
@@ -159,7 +159,7 @@ def diff_from_run(run: Path, config: Config, free: Sequence[str] = ()) -> list[s
 
 
 def check_same_data(run: Path, source: Source) -> None:
-    """Raises `UserError` where the pictures are not those that the run began with."""
+    """Raise `UserError` if the images are not those that the run started with."""
     if not (run / DATA_FILE).exists():
         return
     if changed := _diff_fingerprints(read_data_fingerprint(run), source.fingerprint):
@@ -184,7 +184,7 @@ def _count_parts(changed: list[str]) -> str:
 
 
 def check_same_data_on_hosts(source: Source) -> None:
-    """Raises `UserError` where the processes of a run do not see the same pictures. All have to call it."""
+    """Raise `UserError` if the processes of a run have different images. Every process must call it."""
     mine = json.dumps(source.fingerprint, sort_keys=True)
     if len(set(multihost.all_gather_str(hashlib.sha256(mine.encode()).hexdigest()))) == 1:
         return
@@ -199,7 +199,7 @@ def check_same_data_on_hosts(source: Source) -> None:
 
 
 def read_data_fingerprint(run: Path) -> dict[str, str]:
-    """What the run's data held when it began. Raises `UserError` where the file cannot be read."""
+    """Fingerprint of the data at the start of the run. Raises `UserError` if the file is unreadable."""
     try:
         return json.loads((run / DATA_FILE).read_text())
     except (OSError, ValueError) as error:
@@ -209,7 +209,7 @@ def read_data_fingerprint(run: Path) -> dict[str, str]:
 
 
 def write_run_config(run: Path, config: Config, source: Source | None = None) -> list[str]:
-    """Writes the config, and the data's contents, into the run folder, and returns what changed in the config."""
+    """Write config and data fingerprint to the run folder; returns the differences from the saved config."""
     path, changed = run / CONFIG_FILE, diff_from_run(run, config)
     if changed or not path.exists():
         run.mkdir(parents=True, exist_ok=True)
@@ -233,7 +233,7 @@ def validate(config: Config, source: Source) -> None:
 
 
 def can_evaluate_online(config: Config, source: Source) -> bool:
-    """True if the encoder is scored during training: that is asked for, and the run is on labeled images."""
+    """True if the encoder is evaluated during training: it is enabled and the run is on labeled images."""
     on_images = isinstance(config.method, ImageMethodConfig) and isinstance(source, ImageSource)
     return on_images and config.eval.online.every_steps > 0
 

@@ -1,4 +1,4 @@
-"""A key and a canvas become views: crops and photometric changes, on the device."""
+"""Views drawn on the device from a key and a canvas: crops and color distortion."""
 
 from jepax.views.color import LEJEPA_COLOR, ColorConfig, distort_color
 from jepax.views.crops import (

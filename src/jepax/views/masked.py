@@ -1,4 +1,4 @@
-"""Views of images and masks over their patches, as methods of masked prediction draw them."""
+"""Views and patch masks for methods of masked prediction."""
 
 import equinox as eqx
 from jaxtyping import Array, Float
@@ -7,7 +7,7 @@ from jepax.types import Masks
 
 
 class MaskedViews(eqx.Module):
-    """One view of each image, and which of its patches are context and targets."""
+    """One view of each image, and the indices of its context and target patches."""
 
     image: Float[Array, "batch height width channels"]
     masks: Masks

@@ -1,4 +1,4 @@
-"""Several random views of each image: a few global ones of a large share of it, and perhaps local ones, smaller."""
+"""Several random views of each image: global views of a large area and optional, smaller local views."""
 
 from dataclasses import dataclass, field, replace
 
@@ -17,18 +17,18 @@ ViewGroup = Float[Array, "batch _views _height _width channels"]
 
 @dataclass(frozen=True)
 class MultiCropConfig:
-    """Counts, crops and color changes of the views; global and local ones may differ in size."""
+    """Counts, crops and color distortion of the views; global and local views may differ in size."""
 
     num_global: int = 2
-    """Global views of each image."""
+    """Global views per image."""
     global_crop: CropConfig = field(default_factory=CropConfig)
-    """Crop of a global view, and of the center view that probes read."""
+    """Crop of a global view, and of the center view for probes."""
     num_local: int = 0
-    """Local views of each image."""
+    """Local views per image."""
     local_crop: CropConfig = field(default_factory=lambda: CropConfig(size=(96, 96), scale=(0.05, 0.3)))
-    """Crop of a local view; its mean and std are to be the global one's."""
+    """Crop of a local view; mean and std must equal those of `global_crop`."""
     color: ColorConfig = field(default_factory=ColorConfig)
-    """Changes of color, focus and tone, drawn for every view by itself."""
+    """Color distortion, drawn independently for each view."""
 
     def __post_init__(self) -> None:
         if self.num_global < 1 or self.num_local < 0:
@@ -42,38 +42,41 @@ class MultiCropConfig:
             )
 
     def tiny(self) -> "MultiCropConfig":
-        """At most two views of each kind, of 24 x 24 and 12 x 12 pixels, as tests run them."""
+        """At most two views of each kind, of 24 x 24 and 12 x 12 pixels, for tests."""
         counts = {"num_global": min(self.num_global, 2), "num_local": min(self.num_local, 2)}
         local_crop = replace(self.local_crop, size=(12, 12))
         return replace(self, **counts, global_crop=self.global_crop.tiny(), local_crop=local_crop)
 
 
 class MultiCropViews(eqx.Module):
-    """The views of each image by their kind; an image's own are neighbors on axis 1."""
+    """Views of each image, by kind; axis 1 indexes the views of one image."""
 
     global_views: ViewGroup
-    """Global views."""
+    """Global views, (batch, views, height, width, channels)."""
     local_views: ViewGroup | None = None
-    """Local views, where there are any."""
+    """Local views; None if `num_local` is 0."""
 
     @property
     def groups(self) -> tuple[ViewGroup, ...]:
-        """The kinds that there are, global views first."""
+        """The groups of views that exist, global views first."""
         return (self.global_views,) if self.local_views is None else (self.global_views, self.local_views)
 
 
 def multicrop(images: ImageBatch, keys: Key[Array, "batch"], config: MultiCropConfig) -> MultiCropViews:
-    """Global and local views, normalized. View v of image i draws from `fold_in(keys[i], v)`, global views first."""
+    """Normalized global and local views. View v of image i draws from `fold_in(keys[i], v)`, global views first."""
 
+    # One view of every image. Its number is folded into the image's key, so local views do not change the global ones.
     def view(number: Int[Array, ""], crop: CropConfig) -> Float[Array, "batch height width channels"]:
         own = jax.vmap(lambda key: jr.split(jr.fold_in(key, number)))(keys)
         key_crop, key_color = own[:, 0], own[:, 1]
         return normalize(distort_color(random_crop_unnormalized(images, key_crop, crop), key_color, config.color), crop)
 
+    # Views of one size are drawn by one `vmap` over their numbers: one program for all of them.
     def group(first: int, count: int, crop: CropConfig) -> ViewGroup:
         numbers = first + jnp.arange(count)
-        return jax.vmap(lambda number: view(number, crop), out_axes=1)(numbers)  # one program for all of them
+        return jax.vmap(lambda number: view(number, crop), out_axes=1)(numbers)
 
+    # Local views are numbered after the global ones, so no key is used twice.
     global_views = group(0, config.num_global, config.global_crop)
     local_views = group(config.num_global, config.num_local, config.local_crop) if config.num_local else None
     return MultiCropViews(global_views, local_views)
