@@ -268,7 +268,13 @@ def test_a_copy_in_another_order_is_the_same_data(root, tmp_path):
 
 @pytest.mark.fault(18, "other generated pictures")
 def test_what_generated_pictures_are_made_from_tells_them_apart():
-    settings = [{}, {"synthetic_size": 90}, {"synthetic_seed": 1}, {"synthetic_variable_size": True}, {"canvas_size": 9}]
+    settings = [
+        {},
+        {"synthetic_size": 90},
+        {"synthetic_seed": 1},
+        {"synthetic_variable_size": True},
+        {"canvas_size": 9},
+    ]
     made = [
         open_source(DataConfig(**({"dataset": "synthetic", "canvas_size": 8, "synthetic_size": 80} | each)), "train")
         for each in settings

@@ -180,9 +180,7 @@ def test_processes_that_share_the_state_take_the_steps_of_one(processes, tmp_pat
     """Split over two processes, which save it together; then over the devices of one; then over two again."""
     train, run = {"steps": 8, "log_every_steps": 1}, str(tmp_path / "run")
     whole, split = (
-        json.dumps(
-            {"encoder": {"width": 96, "num_heads": 4}, "train": train | {"sharding": {"params": params}}}
-        )
+        json.dumps({"encoder": {"width": 96, "num_heads": 4}, "train": train | {"sharding": {"params": params}}})
         for params in ("ddp", "fsdp")
     )
     alone = processes.start("driver", str(tmp_path / "one"), whole)
