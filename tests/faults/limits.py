@@ -25,6 +25,7 @@ from jepax.training import loop as training
 from jepax.training.config import Config
 from jepax.training.loop import train
 from tests.contracts.shrink import shrunk
+from tests.digest import state_digest
 
 STEPS = 4
 LINES = 5
@@ -102,7 +103,7 @@ def digests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def train(*given, **named):
         state = real(*given, **named)
-        found.append(checkpoint.state_digest(state))
+        found.append(state_digest(state))
         return state
 
     monkeypatch.setattr(training, "train", train)
@@ -198,7 +199,7 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(kept_programs: None, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     run = tmp_path_factory.mktemp("runs") / "whole"
-    return Whole(run, checkpoint.state_digest(train(tiny(), run)))
+    return Whole(run, state_digest(train(tiny(), run)))
 
 
 def part(wanted: str, run: str, until: str) -> None:

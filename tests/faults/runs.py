@@ -10,6 +10,7 @@ from jepax.io import config_yaml as configs
 from jepax.io.checkpointer import CheckpointConfig
 from jepax.training.config import Config
 from tests.contracts.shrink import shrunk
+from tests.digest import state_digest
 
 STEPS, EVERY = 300, 20
 SPEED = {"perf/step_time", "perf/images_per_sec", "val/seconds"}
@@ -33,7 +34,7 @@ def tiny(**changes: object) -> Config:
 def result(run: Path) -> tuple[int, str]:
     """The last checkpoint's step, and the digest of its state."""
     state = evaluation.load_state(configs.load(Config, run / "config.yaml"), run, only=checkpoint.ALL_ARRAYS)
-    return int(state.step), checkpoint.state_digest(state)
+    return int(state.step), state_digest(state)
 
 
 def log(run: Path) -> list[dict]:

@@ -14,10 +14,10 @@ import pytest
 from jepax.commands import evaluation
 from jepax.health import alerts
 from jepax.io import atomic, checkpoint, checkpointer, checksums, logger
-from jepax.io import events as happened
 from jepax.io.checkpointer import CheckpointConfig
 from jepax.io.logger import Log
 from jepax.training.loop import train
+from tests.digest import state_digest
 from tests.faults import limits
 from tests.faults.conftest import ROOT
 from tests.faults.limits import (
@@ -90,7 +90,7 @@ def test_a_full_disk_spoils_no_other_file(moment, disk, whole, digests, tmp_path
     assert sound(run) == ([2] if moment == "metrics.jsonl" else []) and parts(run) == []
     (disk.path / "filling").unlink()
     monkeypatch.undo()
-    assert checkpoint.state_digest(train(tiny(checkpoint=SAVES), run)) == whole.digest
+    assert state_digest(train(tiny(checkpoint=SAVES), run)) == whole.digest
     assert [line["step"] for line in logger.read_metrics(run / "metrics.jsonl")] == [0, 1, 2, 3]
     for name in ("metrics.jsonl", "events.jsonl"):
         assert all(map(json.loads, (run / name).read_text().splitlines())), name
@@ -109,7 +109,7 @@ def test_what_was_there_stays_where_its_new_self_does_not_fit(name, disk, whole,
     assert contents(run)[name] == before[name] and contents(run).keys() == before.keys()
     (disk.path / "filling").unlink()
     monkeypatch.undo()
-    assert checkpoint.state_digest(train(other, run)) == whole.digest
+    assert state_digest(train(other, run)) == whole.digest
 
 
 @pytest.mark.fault(7, "the disk is full within a line")
@@ -118,7 +118,7 @@ def test_a_line_that_did_not_fit_is_left_out_by_the_next_command(disk, whole, tm
     shutil.copytree(whole.run, run)
     path = run / "events.jsonl"
     room = 4096 - 20 - path.stat().st_size  # but for 20 bytes of the page that its end lies on
-    happened.append_jsonl(path, {"event": "filling", "step": 0, "x": "x" * (room - 42)})
+    atomic.append_text(path, json.dumps({"event": "filling", "step": 0, "x": "x" * (room - 42)}) + "\n")
     fills(disk, monkeypatch, atomic, "append_text", lambda path, text: True)
     assert f"No space left on device: {path}" in refused(
         capsys, "train", limits.written(tiny(), tmp_path), "--run-dir", run
@@ -126,7 +126,7 @@ def test_a_line_that_did_not_fit_is_left_out_by_the_next_command(disk, whole, tm
     assert 4076 <= len(path.read_text()) <= 4096 and not path.read_text().endswith("\n")
     (disk.path / "filling").unlink()
     monkeypatch.undo()
-    assert checkpoint.state_digest(train(tiny(), run)) == whole.digest
+    assert state_digest(train(tiny(), run)) == whole.digest
     assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["started", "filling", "resumed"]
 
 
@@ -140,7 +140,7 @@ def test_every_checkpoint_is_written_however_slow_the_disk(whole, tmp_path, monk
     assert sound(tmp_path) == list(range(1, STEPS + 1))
     for step in sound(tmp_path):
         saved = [checkpoint.restore(run / "checkpoints", step, last) for run in (tmp_path, whole.run)]
-        assert int(saved[0].step) == step and len({checkpoint.state_digest(state) for state in saved}) == 1
+        assert int(saved[0].step) == step and len({state_digest(state) for state in saved}) == 1
     assert "the disk is slower than train.checkpoint.every_steps" in capsys.readouterr().err
 
 
@@ -164,7 +164,7 @@ def test_the_command_says_so_in_a_few_lines(processes, disk, whole, tmp_path):
         evaluation.load_state(tiny(), run, only=checkpoint.ALL_ARRAYS)
         for run in (disk.path / "run", tmp_path / "whole")
     ]
-    assert len({checkpoint.state_digest(state) for state in ends}) == 1
+    assert len({state_digest(state) for state in ends}) == 1
 
 
 @pytest.mark.slow_fault

@@ -20,6 +20,7 @@ from jepax.training import config as train_config
 from jepax.training.config import Config
 from jepax.training.loop import train
 from tests.contracts.shrink import SIDE
+from tests.digest import state_digest
 from tests.faults import limits
 from tests.faults.limits import STEPS, command, contents, digests, kept_programs, refused, sound, tiny, whole
 
@@ -171,7 +172,7 @@ def test_a_run_goes_on_with_other_threads_and_workers(processes, tmp_path):
     for until, workers, threads in ((2, 0, 1), (4, 2, 8), (6, 3, 1), (8, 1, 8)):
         take(tmp_path / "parts", workers, threads, until)
     ends = [evaluation.load_state(longer, tmp_path / run, only=checkpoint.ALL_ARRAYS) for run in ("whole", "parts")]
-    assert len({checkpoint.state_digest(state) for state in ends}) == 1
+    assert len({state_digest(state) for state in ends}) == 1
 
 
 GRAYS = {"cat": 40, "dog": 200}

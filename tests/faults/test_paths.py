@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from jepax.io import checkpoint, checksums
+from jepax.io import checksums
 from jepax.io.checkpointer import CheckpointManager
 from jepax.training.loop import train
+from tests.digest import state_digest
 from tests.faults import limits
 from tests.faults.limits import STEPS, contents, digests, disk, kept_programs, refused, sound, tiny, whole
 
@@ -97,7 +98,7 @@ def test_a_disk_that_becomes_read_only_ends_the_run(disk, whole, wanted, capsys,
         monkeypatch.undo()
     assert f"checkpoint {run / 'checkpoints/00000003'} could not be written" in said and "Read-only" in said
     assert sound(run) == [1, 2]
-    assert checkpoint.state_digest(train(tiny(), run)) == whole.digest
+    assert state_digest(train(tiny(), run)) == whole.digest
 
 
 @pytest.mark.fault(21, "no right to write")
@@ -173,7 +174,7 @@ def test_checkpoints_removed_between_saves_do_not_harm_the_next(what, whole, tmp
         save(saver, step, state, note)
 
     monkeypatch.setattr(CheckpointManager, "save", lost)
-    assert checkpoint.state_digest(train(tiny(), run)) == whole.digest
+    assert state_digest(train(tiny(), run)) == whole.digest
     assert sound(run) == ([1, 3, 4] if what.endswith("2") else [3, 4])
 
 
@@ -191,4 +192,4 @@ def test_a_run_whose_folder_is_removed_loses_no_checkpoint_in_silence(whole, tmp
     said = refused(capsys, "train", wanted, "--run-dir", run)
     assert f"checkpoint {run / 'checkpoints/00000002'} could not be written" in said
     monkeypatch.undo()
-    assert checkpoint.state_digest(train(tiny(), run)) == whole.digest
+    assert state_digest(train(tiny(), run)) == whole.digest

@@ -31,8 +31,6 @@ def test_steps_that_are_taken_again_leave_one_line(tmp_path):
     happened.add("skipped", 5, step_bound=True)
     lines = [(line["event"], line["step"]) for line in events.read_jsonl(happened.path)]
     assert lines == [("started", 0), ("skipped", 3), ("saved", 6), ("skipped", 5)]
-    happened.truncate_from(0, keep="skipped")
-    assert [(line["event"], line["step"]) for line in events.read_jsonl(happened.path)] == lines
 
 
 def test_the_newest_value_is_found(tmp_path):

@@ -12,6 +12,7 @@ from jepax.io import events as happened
 from jepax.training.inspect_run import inspect_run
 from jepax.training.loop import train
 from jepax.types import UserError
+from tests.digest import state_digest
 from tests.faults import limits
 from tests.faults.conftest import compiled
 from tests.faults.limits import STEPS, contents, kept_programs, tiny, whole
@@ -93,7 +94,7 @@ def cut(run, *steps):
 
 def goes_on(run, whole, step):
     """Training resumes after this step, and ends as if nothing had happened."""
-    assert checkpoint.state_digest(train(tiny(), run)) == whole.digest
+    assert state_digest(train(tiny(), run)) == whole.digest
     last = happened.read_jsonl(run / "events.jsonl")[-1]
     assert (last["event"], last["step"]) == ("resumed" if step else "started", step)
 

@@ -28,6 +28,7 @@ from jepax.training.grad_guard import GradGuardConfig
 from jepax.training.loop import train
 from jepax.types import UserError
 from tests.contracts.shrink import BATCH, shrunk
+from tests.digest import state_digest
 
 STEPS = 6
 
@@ -117,7 +118,7 @@ def test_a_run_that_stopped_goes_on_where_it_was(config, finished, tmp_path, mon
     monkeypatch.setattr(checkpoint.ocp, "load", lambda *given: held.append(held_bytes()) or load(*given))
     resumed = train(config, tmp_path)
     assert len(held) == 1 and held[0] - held_before < 0.1 * tree_bytes(whole)  # the state goes where the first one was
-    assert checkpoint.state_digest(whole) == checkpoint.state_digest(resumed)
+    assert state_digest(whole) == state_digest(resumed)
     speed = {"perf/step_time", "perf/images_per_sec"}
     lines = [
         [{k: v for k, v in line.items() if k not in speed} for line in logger.read_metrics(r / "metrics.jsonl")]
@@ -210,7 +211,7 @@ def test_another_precision_than_before_is_told(config, finished, tmp_path, capsy
 def test_settings_that_do_not_change_what_is_trained_may_change(config, finished):
     run, state, _ = finished
     other = replace(config, data=replace(config.data, num_threads=1), train=replace(config.train, log_every_steps=3))
-    assert checkpoint.state_digest(train(other, run)) == checkpoint.state_digest(state)
+    assert state_digest(train(other, run)) == state_digest(state)
     assert configs.load(Config, run / "config.yaml") == other
     train(config, run)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def with_path_in_error(path: Path) -> Iterator[None]:
-    """Adds the path to an OS error that names no file, such as that of a full disk."""
+    """Add the path to an OS error that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -18,7 +18,7 @@ def with_path_in_error(path: Path) -> Iterator[None]:
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Replaces the file by this text. If that fails, the old file stays and nothing else is left."""
+    """Replace the file by this text. If that fails, the old file stays and nothing else is left."""
     part = path.with_name(f"{path.name}.part")
     try:
         with with_path_in_error(path), part.open("w") as file:
@@ -32,14 +32,14 @@ def atomic_write(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Appends the text to the file, which is created, with its folder, if it is missing."""
+    """Append the text to the file, which is created, with its folder, if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with with_path_in_error(path), path.open("a") as file:
         file.write(text)
 
 
 def fsync(path: Path) -> None:
-    """Flushes a file, or the entries of a folder, to the disk, if it exists."""
+    """Flush a file, or the entries of a folder, to the disk, if it exists."""
     try:
         opened = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

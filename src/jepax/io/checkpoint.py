@@ -4,7 +4,6 @@ A checkpoint is written to STEP.part and renamed to STEP when its manifest is on
 unfinished, and a STEP that differs from its manifest was corrupted later.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,9 +17,7 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
-import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-from jaxtyping import PyTree
 
 from jepax.distributed import multihost
 from jepax.io import atomic, checksums
@@ -43,7 +40,7 @@ def save_async(
     before_commit: Callable[[], None] = lambda: None,
     after_commit: Callable[[], None] = lambda: None,
 ) -> Future[Path]:
-    """Starts to write `folder`/STEP on a thread. The tree may be donated or changed once this returns.
+    """Start to write `folder`/STEP on a thread. The tree may be donated or changed once this returns.
 
     Every process of a run calls it; the main process commits, and calls `before_commit` and `after_commit`, on the
     thread. `metadata`: JSON, saved with the arrays. Raises, here or as the future's exception, `UserError` if the
@@ -71,7 +68,10 @@ def save_async(
                     before_commit()
                     (part / METADATA_FILE).write_text(json.dumps(metadata or {}) + "\n")
                     checksums.write_manifest(part, {"step": step, "arrays": forms})
-                    _commit(part, path)
+                    if path.exists():
+                        shutil.rmtree(path)
+                    part.rename(path)
+                    atomic.fsync(path.parent)
                     after_commit()
             future.set_result(path)
         except BaseException as error:  # of any type: `future.result()` raises it
@@ -82,15 +82,8 @@ def save_async(
 
 
 def save(folder: Path, step: int, tree: object, metadata: dict[str, Any] | None = None) -> Path:
-    """Writes `folder`/STEP, waits for it, and returns its path."""
+    """Write `folder`/STEP, wait for it, and return its path."""
     return save_async(folder, step, tree, metadata).result()
-
-
-def _commit(part: Path, path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)
-    part.rename(path)
-    atomic.fsync(path.parent)
 
 
 @contextmanager
@@ -103,10 +96,8 @@ def _cleaned_up_on_error(path: Path, part: Path) -> Iterator[None]:
     except Exception as error:
         _remove_partial(part)
         reason = " ".join(str(error).split()) or type(error).__name__
-        if len(reason) > MAX_ERROR_CHARS:
-            reason = (
-                f"{reason[: MAX_ERROR_CHARS // 3]} ... {reason[-2 * MAX_ERROR_CHARS // 3 :]}"  # the cause is at its end
-            )
+        if len(reason) > MAX_ERROR_CHARS:  # the cause is at its end
+            reason = f"{reason[: MAX_ERROR_CHARS // 3]} ... {reason[-2 * MAX_ERROR_CHARS // 3 :]}"
         raise UserError(
             f"checkpoint {path} could not be written: {reason};\n"
             "the ones before it are unchanged: fix the cause and rerun"
@@ -114,7 +105,7 @@ def _cleaned_up_on_error(path: Path, part: Path) -> Iterator[None]:
 
 
 def _remove_partial(folder: Path) -> None:
-    """Removes a failed save. Its running threads may create it again, so it must be absent three times."""
+    """Remove a failed save. Its running threads may create it again, so it must be absent three times."""
     gone = 0
     for _ in range(30):
         shutil.rmtree(folder, ignore_errors=True)
@@ -125,7 +116,7 @@ def _remove_partial(folder: Path) -> None:
 
 
 def restore(folder: Path, step: int, like: T, *, check: bool = True, only: tuple[str, ...] = ALL_ARRAYS) -> T:
-    """Returns `like`, which may be `to_shape_structs`, with the arrays of `step`, on the devices of `like`'s.
+    """Return `like` with the arrays of `step`, on the devices of `like`'s.
 
     `only`: prefixes of the names of the arrays that are read; the others are None. Give a large tree as shapes, or its
     arrays and the checkpoint's are in memory together. Raises `UserError` if a file differs from the manifest, or if
@@ -135,20 +126,11 @@ def restore(folder: Path, step: int, like: T, *, check: bool = True, only: tuple
     if check and (problems := verify(folder, step)):
         raise UserError(
             f"checkpoint {path} is corrupt: {problems[0]} ({len(problems)} such files);\n"
-            f"there are {', '.join(map(str, list_steps(folder)))}: --step takes another"
+            f"available: {', '.join(map(str, list_steps(folder)))}; --step selects another"
         )
-    _check_same_model(path, checksums.read_content(path)["arrays"], _array_signatures(like))
-    arrays, rest = eqx.partition(to_shape_structs(like), _is_array)
-    names = named_arrays(arrays)
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    with context:
-        loaded = ocp.load(path / ARRAYS_DIR, {name: x for name, x in names.items() if name.startswith(only)})
-    restored = jax.tree.unflatten(jax.tree.structure(arrays), [loaded.get(name) for name in names])
-    return eqx.combine(restored, rest)
 
-
-def _check_same_model(path: Path, saved: dict[str, str], expected: dict[str, str]) -> None:
+    # The same model: names, types and shapes of all arrays.
+    saved, expected = checksums.read_content(path)["arrays"], _array_signatures(like)
     if different := sorted(name for name in saved | expected if saved.get(name) != expected.get(name)):
         name = different[0]
         raise UserError(
@@ -156,42 +138,48 @@ def _check_same_model(path: Path, saved: dict[str, str], expected: dict[str, str
             f"{name} is {saved.get(name, 'absent')} there and {expected.get(name, 'absent')} here"
         )
 
+    # Orbax reads them by name, without holding those of `like`.
+    arrays, rest = eqx.partition(like, _is_array)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays)
+    names = named_arrays(shapes)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        loaded = ocp.load(path / ARRAYS_DIR, {name: x for name, x in names.items() if name.startswith(only)})
+    restored = jax.tree.unflatten(jax.tree.structure(shapes), [loaded.get(name) for name in names])
+    return eqx.combine(restored, rest)
+
 
 def step_dir(folder: Path, step: int) -> Path:
-    """Returns the checkpoint's folder."""
+    """The checkpoint's folder."""
     return folder / f"{step:08d}"
 
 
 def list_steps(folder: Path) -> list[int]:
-    """Returns the steps, ascending, of finished checkpoints, valid or not."""
-    return sorted(int(entry.name) for entry in _list_dir(folder) if entry.name.isdecimal() and entry.is_dir())
-
-
-def partial_checkpoints(folder: Path) -> list[Path]:
-    """Returns the folders of unfinished checkpoints."""
-    return sorted(Path(entry.path) for entry in _list_dir(folder) if entry.name.endswith(PARTIAL_SUFFIX))
-
-
-def _list_dir(folder: Path) -> list[os.DirEntry]:
-    """Lists the folder. Raises if it cannot be read, since training would start from scratch."""
+    """Steps, ascending, of finished checkpoints, valid or not. A folder that cannot be read is an error."""
     try:
-        return list(os.scandir(folder))
+        return sorted(int(entry.name) for entry in os.scandir(folder) if entry.name.isdecimal() and entry.is_dir())
     except FileNotFoundError:
         return []
 
 
+def partial_checkpoints(folder: Path) -> list[Path]:
+    """Folders of unfinished checkpoints."""
+    return sorted(folder.glob(f"*{PARTIAL_SUFFIX}"))
+
+
 def verify(folder: Path, step: int) -> list[str]:
-    """Lists the errors of a checkpoint; empty if it is as written."""
+    """List the errors of a checkpoint; empty if it is as written."""
     return checksums.verify(step_dir(folder, step))
 
 
 def metadata(folder: Path, step: int) -> dict[str, Any]:
-    """Returns the metadata saved with the arrays."""
+    """The metadata saved with the arrays."""
     return json.loads((step_dir(folder, step) / METADATA_FILE).read_text())
 
 
 def latest_valid(folder: Path) -> tuple[int | None, dict[int, list[str]]]:
-    """Returns the newest valid checkpoint's step, and the errors of newer ones. Changes nothing.
+    """Return the newest valid checkpoint's step, and the errors of newer ones. Changes nothing.
 
     Raises `UserError` if there are checkpoints and none is valid.
     """
@@ -210,21 +198,14 @@ def latest_valid(folder: Path) -> tuple[int | None, dict[int, list[str]]]:
 
 
 def quarantine(folder: Path, corrupt: Iterable[int]) -> None:
-    """Renames corrupt checkpoints to STEP.corrupt, so that they are neither read nor counted; removes nothing."""
+    """Rename corrupt checkpoints to STEP.corrupt, so that they are neither read nor counted; removes nothing."""
     for path in (step_dir(folder, step) for step in corrupt):
         targets = (path.with_name(f"{path.name}{CORRUPT}{number}") for number in ("", *range(2, 1000)))
         path.rename(next(target for target in targets if not target.exists()))
 
 
-def to_shape_structs(tree: PyTree) -> PyTree:
-    """Replaces each array by its shape, type and sharding: what `restore` needs, without the memory."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if eqx.is_array(x) else x, tree
-    )
-
-
 def named_arrays(tree: object) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
-    """Returns the tree's arrays, or their shapes, by names such as `method.encoder.norm.weight`."""
+    """The tree's arrays, or their shapes, by names such as `method.encoder.norm.weight`."""
     found = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, _is_array))
     return {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in found}
 
@@ -234,14 +215,5 @@ def _is_array(x: object) -> bool:
 
 
 def _array_signatures(tree: object) -> dict[str, str]:
-    """Returns type and shape of each named array, such as `float32[192,576]`."""
+    """Type and shape of each named array, such as `float32[192,576]`."""
     return {name: f"{leaf.dtype}{list(leaf.shape)}".replace(" ", "") for name, leaf in named_arrays(tree).items()}
-
-
-def state_digest(tree: object) -> str:
-    """Returns the sha256 of names, types, shapes and bytes of all arrays; this process must be able to read them."""
-    total = hashlib.sha256()
-    for (name, form), array in zip(_array_signatures(tree).items(), named_arrays(tree).values(), strict=True):
-        total.update(f"{name} {form}\n".encode())
-        total.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
-    return total.hexdigest()

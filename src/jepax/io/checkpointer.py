@@ -58,7 +58,7 @@ class CheckpointManager:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits for the pending checkpoint; its error does not hide another one."""
+        """Wait for the pending checkpoint; its error does not hide another one."""
         try:
             self.wait()
         except (UserError, multihost.PeerLostError) as error:
@@ -85,23 +85,21 @@ class CheckpointManager:
         return True
 
     def save(self, step: int, state: object, metadata: dict[str, Any]) -> None:
-        """Starts to write the state after `step` steps, once the checkpoint before it is on the disk.
+        """Start to write the state after `step` steps, once the checkpoint before it is on the disk.
 
         Raises `UserError` if one could not be written.
         """
         if step == self._saved_step:
             return
-        self.wait(
-            f"step {step}: the checkpoint waits for the one before it; the disk is slower than"
-            f" train.checkpoint.every_steps"
-        )
+        slow = "the checkpoint waits for the one before it; the disk is slower than train.checkpoint.every_steps"
+        self.wait(f"step {step}: {slow}")
         self._pending = checkpoint.save_async(
             self.folder, step, state, metadata, before_commit=self.fsync_logs, after_commit=self.garbage_collect
         )
         self._last_save, self._saved_step = time.monotonic(), step
 
     def wait(self, warning: str = "") -> None:
-        """Waits for the pending checkpoint. Raises `UserError` if it could not be written."""
+        """Wait for the pending checkpoint. Raises `UserError` if it could not be written."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -111,12 +109,12 @@ class CheckpointManager:
         pending.result()
 
     def fsync_logs(self) -> None:
-        """Flushes the logs to the disk, since a saved step is not repeated and so not logged again."""
+        """Flush the logs to the disk, since a saved step is not repeated and so not logged again."""
         for path in self.logs:
             atomic.fsync(path)
 
     def garbage_collect(self) -> None:
-        """Removes unfinished checkpoints, and those that the policy does not keep."""
+        """Remove unfinished checkpoints, and those that the policy does not keep."""
         # Each is renamed to STEP.part first, so that a crash during removal leaves no corrupt checkpoint.
         steps = checkpoint.list_steps(self.folder)
         for step in set(steps) - steps_to_keep(self.folder, steps, self.config):
@@ -128,19 +126,15 @@ class CheckpointManager:
 
 
 def steps_to_keep(folder: Path, steps: list[int], config: CheckpointConfig) -> set[int]:
-    """Returns the newest of `steps`, the periodic ones, and the best."""
+    """The newest of `steps`, the periodic ones, and the best."""
     newest = steps[-config.max_to_keep :]
     periodic = [step for step in steps if config.keep_period and step % config.keep_period == 0]
-    scores = {
-        step: score
-        for step in steps
-        if config.best_metric and (score := _score(folder, step, config.best_metric)) is not None
-    }
-    best = sorted(scores, key=lambda step: (scores[step], step))[-1:]
-    return {*newest, *periodic, *best}
+    scores = {step: _score(folder, step, config.best_metric) for step in steps if config.best_metric}
+    best = sorted((score, step) for step, score in scores.items() if score is not None)[-1:]
+    return {*newest, *periodic, *(step for _, step in best)}
 
 
-def _score(folder: Path, step: int, name: str) -> float | None:
+def _score(folder: Path, step: int, name: str | None) -> float | None:
     try:
         return checkpoint.metadata(folder, step).get(METRICS_KEY, {}).get(name)
     except (OSError, ValueError, AttributeError):

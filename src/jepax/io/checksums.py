@@ -11,7 +11,7 @@ MANIFEST_FILE = "manifest.json"
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Flushes the folder's files to the disk, then writes the manifest, with `content`."""
+    """Flush the folder's files to the disk, then write the manifest, with `content`."""
     for path in [*folder.rglob("*"), folder]:
         atomic.fsync(path)
     content = content | {"sha256": compute_checksums(folder)}
@@ -21,12 +21,12 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 
 def read_content(folder: Path) -> dict[str, Any]:
-    """Reads the content, with the checksums by path in the folder under "sha256". Checks nothing."""
+    """The content, with the checksums by path in the folder under "sha256"; unchecked."""
     return json.loads((folder / MANIFEST_FILE).read_text())["content"]
 
 
 def verify(folder: Path) -> list[str]:
-    """Lists the errors of the folder; empty if it is as written."""
+    """List the errors of the folder; empty if it is as written."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
         expected = manifest["content"]["sha256"]
@@ -38,13 +38,12 @@ def verify(folder: Path) -> list[str]:
         return [f"{MANIFEST_FILE} is not what was written"]
     found = compute_checksums(folder)
     missing = [f"{name} is missing" for name in expected if name not in found]
-    return missing + [
-        f"{name} is not what was written" for name in found.keys() & expected if found[name] != expected[name]
-    ]
+    changed = [name for name in found if found[name] != expected.get(name, found[name])]
+    return missing + [f"{name} is not what was written" for name in changed]
 
 
 def compute_checksums(folder: Path) -> dict[str, str]:
-    """Returns the sha256 of each file but the manifest, by its path in the folder."""
+    """The sha256 of each file but the manifest, by its path in the folder."""
     found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
     return {str(path.relative_to(folder)): _sha256(path) for path in found}
 

@@ -5,6 +5,7 @@ import difflib
 import math
 import types
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -37,10 +38,8 @@ def to_yaml(config: object) -> str:
 class _InlineListDumper(yaml.SafeDumper):
     """Writes lists on one line."""
 
-
-_InlineListDumper.add_representer(
-    list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True)
-)
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = True) -> yaml.Node:
+        return super().represent_sequence(tag, sequence, True)
 
 
 def to_dict(config: object) -> dict[str, Any]:
@@ -55,18 +54,15 @@ def _to_plain_value(value: object) -> Any:
     return [_to_plain_value(inner) for inner in value] if isinstance(value, tuple) else value
 
 
-def from_dict(cls: type[T], values: object, where: str) -> T:
-    """Build a `cls` from these values; fields with a default may be absent. `where`: the values' origin, for errors.
+def from_dict(cls: type[T], values: object, where: str, path: str = "") -> T:
+    """Build a `cls` from plain values; fields with a default may be absent. For errors, `where` is the values' origin
+    and `path` their place in it.
 
     Raises `UserError` at the first unknown key, missing field or wrong type, and what the classes themselves raise.
     """
-    return _build(cls, values, "", where)
-
-
-def _build(cls: type[T], values: object, path: str, where: str) -> T:
     if not isinstance(values, dict):
         raise _invalid(path or "the content", values, cls, where)
-    cls, values = _subclass(cls, dict(values), path, where)
+    cls, values = _registered_class(cls, dict(values), path, where)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     # Every key is a field, and every field without a default is present.
     for key in values:
@@ -84,10 +80,9 @@ def _build(cls: type[T], values: object, path: str, where: str) -> T:
         raise UserError(f"{where}: {path}: {error}" if path and path not in str(error) else str(error)) from error
 
 
-def _subclass(cls: type, values: dict, path: str, where: str) -> tuple[type, dict]:
-    """The class registered under the dict's `name`, and the other values."""
-    registry = _registry(cls)
-    if registry is None:
+def _registered_class(cls: type, values: dict, path: str, where: str) -> tuple[type, dict]:
+    """The class registered under the dict's `name`, and the other values; `cls` if it has no registry."""
+    if (registry := _registry(cls)) is None:
         return cls, values
     name = values.pop("name", None)
     if not isinstance(name, str) or name not in registry:
@@ -105,58 +100,37 @@ def _registry(cls: type) -> dict[str, type] | None:
 
 def convert(kind: Any, value: object, path: str, where: str) -> Any:
     """Convert `value` to the type `kind` of a field. Raises `UserError` naming path, value and the type expected."""
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, path, where)
     origin, arguments = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return from_dict(kind, value, where, path)
     if origin in (Union, types.UnionType):
-        found = _convert_union(arguments, value, path, where)
-    elif origin is Literal:
-        found = [choice for choice in arguments if type(choice) is type(value) and choice == value]
-    elif origin is tuple:
-        found = _convert_tuple(arguments, value, path, where)
-    else:
-        found = _match_scalar(kind, value)
-    if not found:
-        raise _invalid(path, value, kind, where)
-    return found[0]
+        members = [member for member in arguments if member is not type(None)]
+        if len(members) == 1 and isinstance(value, dict):  # the error of the only member names the key
+            return convert(members[0], value, path, where)
+        for member in arguments:
+            with suppress(UserError):
+                return convert(member, value, path, where)
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) == len(value):
+            pairs = enumerate(zip(kinds, value, strict=True))
+            return tuple(convert(kind, inner, f"{path}[{index}]", where) for index, (kind, inner) in pairs)
+    elif _is_scalar(kind, value):
+        return float(value) if kind is float else value
+    raise _invalid(path, value, kind, where)
 
 
-# Each of these returns the value in a list, or an empty list if it has another type.
-
-
-def _convert_union(members: tuple, value: object, path: str, where: str) -> list:
-    if value is None and type(None) in members:
-        return [None]
-    members = tuple(member for member in members if member is not type(None))
-    if len(members) == 1 and isinstance(value, dict):  # the member's own error is more precise: which key, which type
-        return [convert(members[0], value, path, where)]
-    for member in members:
-        try:
-            return [convert(member, value, path, where)]
-        except UserError:
-            continue
-    return []
-
-
-def _convert_tuple(arguments: tuple, value: object, path: str, where: str) -> list[tuple]:
-    if not isinstance(value, (list, tuple)):
-        return []
-    kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-    if len(kinds) != len(value):
-        return []
-    return [tuple(convert(k, v, f"{path}[{i}]", where) for i, (k, v) in enumerate(zip(kinds, value, strict=True)))]
-
-
-def _match_scalar(kind: Any, value: object) -> list:
-    if kind is float and not isinstance(value, bool):
-        try:  # from text too: PyYAML reads 3e-4 as text
-            number = float(value) if isinstance(value, (int, float, str)) else math.nan
-        except (ValueError, OverflowError):
-            return []
-        return [number] if math.isfinite(number) else []
-    if kind is int and type(value) is int and abs(value) >= 2**63:  # no field needs it, and floats overflow
-        return []
-    return [value] if kind is Any or type(value) is kind else []
+def _is_scalar(kind: Any, value: Any) -> bool:
+    """True if the value is of this type; for `float`, if it is a finite number or the text of one."""
+    if get_origin(kind) is Literal:
+        return any(type(choice) is type(value) and choice == value for choice in get_args(kind))
+    if kind is float and type(value) in (int, float, str):  # text: PyYAML reads 3e-4 as text
+        with suppress(ValueError, OverflowError):
+            return math.isfinite(float(value))
+        return False
+    if kind is int and type(value) is int:
+        return abs(value) < 2**63  # no field needs more, and floats overflow
+    return kind is Any or type(value) is kind
 
 
 def type_name(kind: Any) -> str:
@@ -203,7 +177,6 @@ def flatten(config: object, path: str = "") -> dict[str, Any]:
 
 def diff(old: object, new: object) -> list[str]:
     """Lines `field.path: old -> new`, in the config's order; empty if both are equal."""
-    missing = "(absent)"
     before, after = flatten(old), flatten(new)
-    pairs = {path: (before.get(path, missing), after.get(path, missing)) for path in before | after}
+    pairs = {path: (before.get(path, "(absent)"), after.get(path, "(absent)")) for path in before | after}
     return [f"{path}: {was} -> {now}" for path, (was, now) in pairs.items() if was != now]

@@ -20,7 +20,7 @@ _owned: set[Path] = set()
 
 @contextmanager
 def run_lock(run: Path) -> Iterator[None]:
-    """Reserves the run folder, created if it is missing, for this process; reentrant.
+    """Reserve the run folder, created if it is missing, for this process; reentrant.
 
     The file remains: only the OS lock on it counts. Raises `UserError`, naming the owner, if another process has
     reserved the folder, and if a file is in its place.
@@ -33,33 +33,28 @@ def run_lock(run: Path) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{run} cannot be a folder: a file is there, or above it; choose another --run-dir") from error
-    file = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        _acquire(file, run)
+    with open(path / LOCK_FILE, "ab", buffering=0) as file:
+        # Lock, then write the owner's name, visible to every host.
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{run} is in use by {owner(run)}; two processes would corrupt it:\n"
+                "wait for it, stop it, or choose another --run-dir"
+            ) from error
+        with atomic.with_path_in_error(path / LOCK_FILE):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n".encode())
+            os.fsync(file)
         _owned.add(path)
-        yield
-    finally:
-        _owned.discard(path)
-        os.close(file)
-
-
-def _acquire(file: int, run: Path) -> None:
-    """Locks the file and writes the owner's name into it, visible to every host."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"{run} is in use by {owner(run)}; two processes would corrupt it:\n"
-            "wait for it, stop it, or choose another --run-dir"
-        ) from error
-    with atomic.with_path_in_error(run.absolute() / LOCK_FILE):
-        os.truncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n".encode())
-        os.fsync(file)
+        try:
+            yield
+        finally:
+            _owned.discard(path)
 
 
 def owner(run: Path) -> str:
-    """Returns the name of the lock's owner; one that has just locked it gets a second to write its name."""
+    """The name of the lock's owner; one that has just locked it gets a second to write its name."""
     for _ in range(20):
         with suppress(OSError):
             if name := (run / LOCK_FILE).read_text().strip():
@@ -69,7 +64,7 @@ def owner(run: Path) -> str:
 
 
 def check_shared_filesystem(run: Path) -> None:
-    """Raises `UserError` if this process does not see the folder that process 0 locked. Every process calls it."""
+    """Raise `UserError` if this process does not see the folder that process 0 locked. Every process calls it."""
     expected, end = multihost.all_gather_str(owner(run))[0], time.monotonic() + SHARED_FS_TIMEOUT_S
     while owner(run) != expected:
         if time.monotonic() > end:

@@ -43,26 +43,24 @@ class Trackers:
                     f"train.loggers={name}: {TRACKER_PACKAGES[name]} is not installed;"
                     f' pip install "jepax[{name}]", or leave {name} out'
                 )
-        self._run = run
         self._workers = [_Worker(name, run, config, print) for name in dict.fromkeys(names)]
 
     def __enter__(self) -> "Trackers":
         for worker in self._workers:
-            worker.id = _run_id(self._run)
             worker.start()
         return self
 
     def send(self, step: int, values: dict) -> None:
-        """Queues one step's metrics. Lists become NAME/0, NAME/1, ...; other non-numeric values are dropped."""
+        """Queue one step's metrics. Lists become NAME/0, NAME/1, ...; other non-numeric values are dropped."""
         numbers = dict(_flatten_numbers({name: value for name, value in values.items() if name != "step"}))
         for worker in self._workers:
             worker.put(step, numbers)
 
     def __exit__(self, *_: object) -> None:
-        """Waits until everything is sent, at most `CLOSE_TIMEOUT_S` seconds."""
-        for worker in self._workers:
-            worker.queue.put(None)
+        """Wait until everything is sent, at most `CLOSE_TIMEOUT_S` seconds."""
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        for worker in self._workers:
+            worker.queue.put(None)  # the end
         for worker in self._workers:
             worker.close(deadline)
 
@@ -74,23 +72,21 @@ class _Worker(threading.Thread):
         super().__init__(name=f"tracker {tracker}", daemon=True)
         self.tracker, self.folder, self.config, self._print = tracker, folder, config, print
         self.queue: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
-        self.id, self.sent, self.dropped, self.muted = "", 0, 0, False
+        self.id, self.sent, self.dropped, self.muted = _run_id(folder), 0, 0, False
 
     def run(self) -> None:
         try:
-            open_run = TRACKER_OPENERS[self.tracker]
-            log, finish = open_run(
-                importlib.import_module(TRACKER_PACKAGES[self.tracker]), self.folder, self.id, self.config
-            )
+            module = importlib.import_module(TRACKER_PACKAGES[self.tracker])
+            log, finish = TRACKER_OPENERS[self.tracker](module, self.folder, self.id, self.config)
             for step, numbers in iter(self.queue.get, None):
-                log(numbers, step)
+                log(numbers, step=step)
             finish()
         except BaseException as error:  # also SystemExit, which some raise if nobody is logged in
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             self.report(f"{reason}; nothing more is sent there, training goes on")
 
     def put(self, step: int, numbers: dict[str, float]) -> None:
-        """Queues metrics without blocking."""
+        """Queue metrics without blocking."""
         self.sent += 1
         if self.queue.qsize() < QUEUE_SIZE:
             self.queue.put((step, numbers))
@@ -98,7 +94,7 @@ class _Worker(threading.Thread):
             self.dropped += 1
 
     def close(self, deadline: float) -> None:
-        """Waits until `deadline` on the monotonic clock, and reports the steps that were not sent."""
+        """Wait until `deadline` on the monotonic clock, and report the steps that were not sent."""
         self.join(max(deadline - time.monotonic(), 0))
         if self.is_alive():
             missing = self.dropped + max(self.queue.qsize() - 1, 0)  # the last entry ends the thread
@@ -108,30 +104,30 @@ class _Worker(threading.Thread):
         self.muted = True
 
     def report(self, message: str) -> None:
-        """Prints the first message only, and none after `close`."""
+        """Print the first message only, and none after `close`."""
         if not self.muted:
             self.muted = True
             self._print(f"{self.tracker}: {message}; metrics.jsonl is complete")
 
 
-# One function per tracker: it opens or resumes the run, and returns `log(numbers, step)` and `finish()`.
+# One function per tracker: it opens or resumes the run, and returns `log(numbers, step=...)` and `finish()`.
 
 
 def _open_wandb(module: ModuleType, run: Path, id: str, config: dict) -> tuple[Callable, Callable]:
-    """Prevents wandb from prompting for a login, waiting indefinitely for its upload, and wrapping the terminal."""
+    # wandb must not prompt for a login, wait indefinitely for its upload, or wrap the terminal.
     offline = module.setup().settings.mode in ("offline", "dryrun", "disabled")
     if not offline and not module.login(prompt=False, verify=False):
         raise PermissionError("nobody is logged in; run wandb login before, or set WANDB_MODE=offline")
     settings = {"console": "off", "finish_timeout": CLOSE_TIMEOUT_S}
     name = run.resolve().name
     module.init(project="jepax", name=name, id=id, resume="allow", dir=str(run), config=config, settings=settings)
-    return lambda numbers, step: module.log(numbers, step=step), module.finish
+    return module.log, module.finish
 
 
 def _open_trackio(module: ModuleType, run: Path, id: str, config: dict) -> tuple[Callable, Callable]:
-    """Adds the id to the name, which alone identifies a run of trackio."""
+    # The name alone identifies a run of trackio, so it includes the id.
     module.init(project="jepax", name=f"{run.resolve().name}-{id}", resume="allow", config=config)
-    return lambda numbers, step: module.log(numbers, step=step), module.finish
+    return module.log, module.finish
 
 
 def _open_tensorboard(module: ModuleType, run: Path, id: str, config: dict) -> tuple[Callable, Callable]:
@@ -149,7 +145,7 @@ TRACKER_OPENERS = {"wandb": _open_wandb, "trackio": _open_trackio, "tensorboard"
 
 
 def _run_id(run: Path) -> str:
-    """Returns the run's id for trackers: drawn once and stored in its folder, so that a moved run keeps it."""
+    """The run's id for trackers: drawn once and stored in its folder, so that a moved run keeps it."""
     path = run / "tracker_id"
     if not path.exists():
         atomic.atomic_write(path, uuid.uuid4().hex[:12] + "\n")
