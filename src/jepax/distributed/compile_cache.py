@@ -13,7 +13,7 @@ MAX_BYTES = 4 * 10**9
 
 
 def enable_compile_cache() -> None:
-    """Names the cache folder in the environment; call it before `jax` is imported.
+    """Set the folder `$XDG_CACHE_HOME/jepax/xla`, or `~/.cache/jepax/xla`; call it before `jax` is imported.
 
     One folder serves every kind of CPU and GPU: JAX's key includes their features. Silently disabled if the folder is
     not writable.
@@ -21,21 +21,16 @@ def enable_compile_cache() -> None:
     if ENV_VAR in os.environ:
         return
     with suppress(OSError, RuntimeError):  # the latter: no home folder
-        folder = cache_folder()
+        xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        folder = (xdg if xdg.is_absolute() else Path.home() / ".cache") / "jepax" / "xla"
         folder.mkdir(parents=True, exist_ok=True)
         prune(folder, MAX_BYTES)
         if os.access(folder, os.W_OK):
             os.environ[ENV_VAR] = str(folder)
 
 
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/jepax/xla`, or `~/.cache/jepax/xla`."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "jepax" / "xla"
-
-
 def prune(folder: Path, max_bytes: int) -> None:
-    """Removes the oldest files until the others fit in `max_bytes`.
+    """Remove the oldest files until the others fit in `max_bytes`.
 
     JAX's own limit (`jax_compilation_cache_max_size`) requires filelock, and in jax 0.10 one process killed during a
     write disables all later writes to the folder (jax-ml/jax#39880).

@@ -12,15 +12,12 @@ TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8  # glibc, malloc.h
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """Returns this process's C library if it is glibc."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
 def tune_malloc() -> bool:
-    """Makes glibc keep freed memory: one heap for all threads, no `mmap`, never trimmed. Returns True on success.
+    """Make glibc keep freed memory: one heap for all threads, no `mmap`, never trimmed. Returns True on success.
 
     Call it before `jax` is imported, which starts threads. Does nothing with another C library.
     """
@@ -30,7 +27,7 @@ def tune_malloc() -> bool:
 
 
 def run_cpu_synchronously() -> None:
-    """Makes JAX run CPU programs in the calling thread; call it before a device is touched.
+    """Make JAX run CPU programs in the calling thread; call it before a device is touched.
 
     XLA's own threads free a step's temporary memory shortly after its results are ready, when the next step may already
     have allocated its own. The step takes equally long. Programs on several devices and accelerators are not affected.
@@ -41,6 +38,6 @@ def run_cpu_synchronously() -> None:
 
 
 def trim_heap() -> None:
-    """Returns free memory to the kernel once: after compilation, 500 MB for the step of a ViT-Ti."""
+    """Return free memory to the kernel once: after compilation, 500 MB for the step of a ViT-Ti."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)

@@ -37,14 +37,14 @@ class CollectiveError(UserError):
     """A user error of at least one process that every process raises at the same point."""
 
 
-def initialize(heartbeat_s: int | None = None, timeout_s: int = 300) -> None:
-    """Connects to the run's other processes; call it before anything touches a device.
+def initialize(timeout_s: int = 300) -> None:
+    """Connect to the run's other processes; call it before anything touches a device.
 
     Reads `ENV_VARS` if they are set; otherwise JAX detects Slurm, Open MPI, Kubernetes and Cloud TPU. JAX aborts the
     process if the others do not connect within `timeout_s` seconds. Raises `UserError` if nothing describes them.
     """
     config = env_config(os.environ)
-    heartbeat_s = heartbeat_s or _env_int(os.environ, "JEPAX_HEARTBEAT_SECONDS", HEARTBEAT_S)
+    heartbeat_s = _env_int(os.environ, "JEPAX_HEARTBEAT_SECONDS", HEARTBEAT_S)
     jax.config.update("jax_enable_preemption_service", False)  # it would replace our SIGTERM handler
     try:
         jax.distributed.initialize(
@@ -62,15 +62,16 @@ def initialize(heartbeat_s: int | None = None, timeout_s: int = 300) -> None:
 
 def env_config(environ: Mapping[str, str]) -> dict[str, str | int]:
     """Arguments of `jax.distributed.initialize` from `ENV_VARS`; none if JAX should detect them. Raises `UserError`."""
-    given = [name for name in ENV_VARS[1:] if name in environ]
+    address, *numbers = ENV_VARS
+    given = [name for name in numbers if name in environ]
     if not given:
         return {}
     if missing := [name for name in ENV_VARS if name not in environ]:
         raise UserError(f"{given[0]} is set and {missing[0]} is not; set {', '.join(ENV_VARS)}, or none of them")
-    count, index = (_env_int(environ, name) for name in ENV_VARS[1:])
+    count, index = (_env_int(environ, name) for name in numbers)
     if index >= count:
         raise UserError(f"JAX_PROCESS_ID={index} is not below JAX_NUM_PROCESSES={count}; count from 0")
-    return {"coordinator_address": environ[ENV_VARS[0]], "num_processes": count, "process_id": index}
+    return {"coordinator_address": environ[address], "num_processes": count, "process_id": index}
 
 
 def _env_int(environ: Mapping[str, str], name: str, default: int = 0) -> int:
@@ -81,7 +82,7 @@ def _env_int(environ: Mapping[str, str], name: str, default: int = 0) -> int:
 
 
 def shutdown() -> None:
-    """Disconnects from the other processes once all have called it; each may then continue alone or end."""
+    """Disconnect from the other processes once all have called it; each may then continue alone or end."""
     if jax.distributed.is_initialized():
         all_gather_str("")  # a barrier without a time limit: the main process may still be writing
         jax.distributed.shutdown()
@@ -98,7 +99,7 @@ def is_main_process() -> bool:
 
 
 def all_gather_str(text: str) -> list[str]:
-    """Returns the text of every process, by process index. Every process must call it at the same point.
+    """Return the text of every process, by process index. Every process must call it at the same point.
 
     Waits for the slowest process, so it also serves as a barrier. Raises `PeerLostError`.
     """
@@ -113,7 +114,7 @@ def all_gather_str(text: str) -> list[str]:
 
 
 def broadcast(value: int) -> int:
-    """Returns the value of process 0. Every process must call it."""
+    """Return the value of process 0. Every process must call it."""
     with translate_peer_errors():
         return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
@@ -161,7 +162,7 @@ class CollectiveFlag:
 
 @contextmanager
 def peer_guard() -> Iterator[None]:
-    """Wraps everything that the processes do together, so that none of them waits for one that failed.
+    """Wrap everything that the processes do together, so that none of them waits for one that failed.
 
     Errors that all processes raise (`Preempted`, `CollectiveError`) pass after a barrier. A lost peer ends this process
     with code `EXIT_RETRY`, a user error with 2; the others then lose a peer.
@@ -186,16 +187,11 @@ def peer_guard() -> Iterator[None]:
 
 @contextmanager
 def translate_peer_errors() -> Iterator[None]:
-    """Raises `PeerLostError` in place of JAX's and Orbax's errors about other processes."""
+    """Raise `PeerLostError` in place of JAX's and Orbax's errors about other processes."""
     try:
         yield
     except (RuntimeError, ValueError, TimeoutError) as error:  # Orbax raises the last two
-        if isinstance(error, (UserError, PeerLostError)) or not is_peer_error(error):
+        is_reported = jax.process_count() > 1 and any(word in str(error).lower() for word in PEER_ERRORS)
+        if isinstance(error, (UserError, PeerLostError)) or not is_reported:
             raise
         raise PeerLostError(f"{PEER_LOST}\n{str(error).splitlines()[0]}") from error
-
-
-def is_peer_error(error: BaseException) -> bool:
-    """True if JAX or Orbax reports that another process does not answer."""
-    text = str(error).lower()
-    return jax.process_count() > 1 and any(word in text for word in PEER_ERRORS)

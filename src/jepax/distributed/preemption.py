@@ -33,7 +33,7 @@ def _on_signal(number: int, frame: object) -> None:
 
 
 def _watch(wakeup: socket.socket) -> None:
-    """Runs in a thread, since the main thread handles no signal while it compiles or waits for a device."""
+    """Run in a thread, since the main thread handles no signal while it compiles or waits for a device."""
     count = 0
     while data := wakeup.recv(1):  # the number of a signal
         count += data[0] in SIGNALS
@@ -46,7 +46,7 @@ def _watch(wakeup: socket.socket) -> None:
 
 @contextmanager
 def install_handlers() -> Iterator[None]:
-    """Makes the first signal raise KeyboardInterrupt, or set a flag inside `defer`, and the second end the process.
+    """Make the first signal raise KeyboardInterrupt, or set a flag inside `defer`, and the second end the process.
 
     Does nothing outside the main thread and inside itself.
     """
@@ -74,7 +74,7 @@ def install_handlers() -> Iterator[None]:
 
 @contextmanager
 def defer() -> Iterator[None]:
-    """Makes the first signal only set `stop_requested`. KeyboardInterrupt follows at the end if nobody acted on it."""
+    """Make the first signal only set `stop_requested`. KeyboardInterrupt follows at the end if nobody acted on it."""
     with install_handlers():
         before, _SignalState.deferred = _SignalState.deferred, True
         try:

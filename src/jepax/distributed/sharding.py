@@ -63,33 +63,39 @@ class ShardingPlan:
 
         return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, EMA))
 
-    def abstract(self, tree: PyTree) -> PyTree:
-        """The tree of arrays, or of abstract ones, as `ShapeDtypeStruct` with shardings."""
-        shardings = self.shardings(tree)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
     def sharding(self, shape: tuple[int, ...], split: bool) -> NamedSharding:
         """The sharding of one array of this shape."""
         return NamedSharding(self.mesh, self.spec(shape) if split else PartitionSpec())
 
     def spec(self, shape: tuple[int, ...]) -> PartitionSpec:
         """Split the larger of the last two axes that the devices divide; never the axis of stacked layers."""
-        devices = self.mesh.shape["data"]
-        axes = [axis for axis in range(len(shape))[-2:] if shape[axis] % devices == 0]
+        axes = [axis for axis in range(len(shape))[-2:] if shape[axis] % self.mesh.shape["data"] == 0]
         if math.prod(shape) < MIN_SHARD_SIZE or not axes:
             return PartitionSpec()
         chosen = max(axes, key=lambda axis: (shape[axis], axis))
         return PartitionSpec(*[None] * chosen, "data")
 
+    def abstract(self, tree: PyTree) -> PyTree:
+        """The tree of arrays, or of abstract ones, as `ShapeDtypeStruct` with shardings."""
+        shardings = self.shardings(tree)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
     def bytes(self, tree: PyTree) -> int:
-        """Bytes of the tree's arrays (they may be abstract) on one device."""
-        arrays = [x for x in jax.tree.leaves(tree) if hasattr(x, "dtype")]
-        pairs = zip(arrays, jax.tree.leaves(self.shardings(tree)), strict=True)
-        return sum(math.prod(at.shard_shape(x.shape)) * x.dtype.itemsize for x, at in pairs)
+        """Bytes of the tree of arrays, or of abstract ones, on one device."""
+        arrays = jax.tree.leaves(self.abstract(tree))
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
 
     def constrain(self, tree: T) -> T:
         """Constrain the tree's arrays to their shardings; inside `jit`."""
         return jax.tree.map(jax.lax.with_sharding_constraint, tree, self.shardings(tree))
+
+    def gather(self, tree: T) -> T:
+        """FSDP's all-gather: floating-point arrays on every device for the matrix products to come.
+
+        Their gradients go back to the shards. Without it XLA would move activations too, and several times as many
+        bytes.
+        """
+        return jax.tree.map(lambda x: _gather(self, x) if eqx.is_inexact_array(x) else x, tree)
 
     def __str__(self) -> str:
         names = {True: "sharded (FSDP)", False: "replicated"}
@@ -97,30 +103,15 @@ class ShardingPlan:
         return f"parameters {names[self.shard_params]}{teacher}"
 
 
-@dataclass(frozen=True)
-class GatherParams:
-    """FSDP's all-gather: parameters on every device for the matrix products to come; gradients go back to the shards.
-
-    Without it XLA would move activations too, and several times as many bytes.
-    """
-
-    plan: ShardingPlan
-
-    def __call__(self, tree: T) -> T:
-        """All-gather every floating-point array of the tree."""
-        return jax.tree.map(lambda x: _gather(self.plan, x) if eqx.is_inexact_array(x) else x, tree)
-
-
 def gather_params(method: T, plan: ShardingPlan | None) -> T:
     """All-gather a method's parameters; those of a `BlockStack` are gathered block by block, as each one runs."""
     if plan is None or not plan.is_sharded:
         return method
-    gather = GatherParams(plan)
 
-    def prepare(node: object) -> object:
-        return replace(node, gather=gather) if isinstance(node, BlockStack) else gather(node)
+    def gather(node: object) -> object:
+        return replace(node, gather=plan.gather) if isinstance(node, BlockStack) else plan.gather(node)
 
-    return jax.tree.map(prepare, method, is_leaf=lambda node: isinstance(node, BlockStack))
+    return jax.tree.map(gather, method, is_leaf=lambda node: isinstance(node, BlockStack))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -145,23 +136,20 @@ M = TypeVar("M", bound=eqx.Module)
 def microbatched(forward: Callable[[M, PyTree], T], num_microbatches: int) -> Callable[[M, PyTree], T]:
     """Make `forward(module, examples)` run in micro-batches; arrays of examples and results lead with the batch axis.
 
-    Only a micro-batch's inputs and results are stored for the backward pass, which runs it forward once more; gradients
-    by the module are summed in float32. A loss over the batch reads all results, so only memory and time change: also
-    for losses that read statistics of the batch.
+    Only a micro-batch's inputs and results are stored for the backward pass, which runs it forward once more. A loss
+    over the batch reads all results, so only memory and time change, also for losses with statistics of the batch.
     """
     if num_microbatches == 1:
         return forward
 
     def run(module: M, examples: PyTree) -> T:
-        # Gradients of low-precision parameters are summed in float32: they pass through this copy.
+        # Gradients of low-precision parameters are summed over micro-batches in float32: they pass through this copy.
         wide = jax.tree.map(lambda x: x.astype(jnp.float32) if eqx.is_inexact_array(x) else x, module)
 
-        def one(microbatch: PyTree) -> T:
-            def call(wide: M, microbatch: PyTree) -> T:
-                narrow = jax.tree.map(lambda w, m: w.astype(m.dtype) if eqx.is_inexact_array(m) else w, wide, module)
-                return forward(narrow, microbatch)
-
-            return eqx.filter_checkpoint(call)(wide, microbatch)
+        @eqx.filter_checkpoint
+        def call(wide: M, microbatch: PyTree) -> T:
+            narrow = jax.tree.map(lambda w, m: w.astype(m.dtype) if eqx.is_inexact_array(m) else w, wide, module)
+            return forward(narrow, microbatch)
 
         # Example i goes to micro-batch i modulo their number, so that every device keeps its own examples.
         def divide(x: Array) -> Array:
@@ -170,7 +158,8 @@ def microbatched(forward: Callable[[M, PyTree], T], num_microbatches: int) -> Ca
         def join(x: Array) -> Array:
             return jnp.swapaxes(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
-        return jax.tree.map(join, jax.lax.map(one, jax.tree.map(divide, examples)))
+        microbatches = jax.tree.map(divide, examples)
+        return jax.tree.map(join, jax.lax.map(lambda microbatch: call(wide, microbatch), microbatches))
 
     return run
 
@@ -181,9 +170,8 @@ def choose_plan(config: ShardingConfig, mesh: Mesh, state_bytes: int, num_microb
     if config.params == "auto":
         split = mesh.size > 1 and state_bytes > AUTO_FSDP_FRACTION * device_memory_bytes()
     split = bool(multihost.broadcast(int(split)))
-    return ShardingPlan(
-        mesh, split, split if config.target_encoder == "same" else config.target_encoder == "fsdp", num_microbatches
-    )
+    split_teacher = split if config.target_encoder == "same" else config.target_encoder == "fsdp"
+    return ShardingPlan(mesh, split, split_teacher, num_microbatches)
 
 
 def device_memory_bytes() -> float:
@@ -198,10 +186,8 @@ def make_mesh(devices: int | None = None) -> Mesh:
 
     The axes are `Auto`: `jax.make_mesh`'s default, `Explicit`, needs shardings at every array operation.
     """
-    axes, kinds = ("data", "model"), (AxisType.Auto, AxisType.Auto)
-    if devices is None:
-        return jax.make_mesh((jax.device_count(), 1), axes, axis_types=kinds)
-    return jax.make_mesh((devices, 1), axes, axis_types=kinds, devices=jax.devices()[:devices])
+    count, chosen = devices or jax.device_count(), jax.devices()[:devices] if devices else None
+    return jax.make_mesh((count, 1), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto), devices=chosen)
 
 
 def check_batch(batch_size: int, num_microbatches: int = 1) -> None:
@@ -218,16 +204,16 @@ def check_batch(batch_size: int, num_microbatches: int = 1) -> None:
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Put every array of the tree on every device; each process must pass the same values."""
     sharding = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: _put_on_devices(x, sharding) if isinstance(x, (jax.Array, np.ndarray)) else x, tree)
 
+    # Between processes nothing is sent; `device_put` would compare every value.
+    def put(x: jax.Array | np.ndarray) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        mine = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+        parts = [jax.device_put(x, device) for device in mine]  # in the mesh's order, which keys need
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
 
-def _put_on_devices(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Put one array on every device. Between processes nothing is sent; `device_put` would compare every value."""
-    if sharding.is_fully_addressable:
-        return jax.device_put(x, sharding)
-    mine = [device for device in sharding.mesh.devices.flat if device.process_index == jax.process_index()]
-    parts = [jax.device_put(x, device) for device in mine]  # in the mesh's order, which keys need
-    return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
+    return jax.tree.map(lambda x: put(x) if isinstance(x, (jax.Array, np.ndarray)) else x, tree)
 
 
 def shard_if_possible(batch: T) -> T:
@@ -249,18 +235,18 @@ def to_local(tree: T) -> T:
     For sharded arrays, all processes must call it.
     """
 
-    def of(x: object) -> object:
+    def copy(x: object) -> object:
         if not isinstance(x, jax.Array):
             return x
         if not x.is_fully_replicated:
-            x = _replicated(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+            x = _gather_program(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
         return x if jax.process_count() == 1 else x.addressable_data(0)
 
-    return jax.tree.map(of, tree)
+    return jax.tree.map(copy, tree)
 
 
 @lru_cache
-def _replicated(sharding: NamedSharding) -> Callable[[Array], Array]:
+def _gather_program(sharding: NamedSharding) -> Callable[[Array], Array]:
     return jax.jit(lambda x: x, out_shardings=sharding)
 
 
