@@ -20,7 +20,7 @@ from jepax.training.config import Config
 from jepax.training.grad_guard import Action, GradGuardConfig
 from jepax.training.loop import train
 from jepax.training.monitor import DivergedError, StepInspector
-from jepax.training.replay import replay
+from jepax.training.nan_dump import replay
 from tests.contracts.shrink import BATCH, shrunk
 from tests.faults.injected import spoilt
 

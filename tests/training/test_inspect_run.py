@@ -210,9 +210,9 @@ def test_torn_metrics(run):
 def test_another_data_set(run):
     (run / "data.json").write_text(json.dumps({"class cat": "3 files, 123"}))
     said, sound = examined(run)
-    assert not sound and "was trained on other pictures" in line(said, "data")
+    assert not sound and "was trained on other images" in line(said, "data")
     assert line(said, "next").endswith("refused: the data is missing, or is not the run's")
-    with pytest.raises(UserError, match="was trained on other pictures"):
+    with pytest.raises(UserError, match="was trained on other images"):
         train(tiny(), run)
 
 
@@ -247,7 +247,7 @@ def test_no_run_at_all(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for place in ("", "nowhere", "file"):
         said = limits.refused(capsys, "doctor", tmp_path / place)
-        assert f"{tmp_path / place} holds no config.yaml" in said
+        assert f"{tmp_path / place} has no config.yaml" in said
     assert "jepax doctor runs/NAME" in limits.refused(capsys, "doctor")
 
 

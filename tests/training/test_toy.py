@@ -22,7 +22,7 @@ from jepax.training.dry_run import dry_run
 from jepax.training.grad_guard import GradGuardConfig
 from jepax.training.loop import train
 from jepax.training.monitor import DivergedError
-from jepax.training.replay import replay
+from jepax.training.nan_dump import replay
 from jepax.training.setup import make_setup
 from jepax.training.step import run_train_step
 from jepax.types import UserError

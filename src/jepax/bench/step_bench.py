@@ -14,7 +14,7 @@ from jepax.bench.memory import peak_bytes, reset_peak
 from jepax.bench.timing import WARMUP_CALLS, percentiles, time_call
 from jepax.distributed import sharding
 from jepax.distributed.malloc import trim_heap
-from jepax.training.dry_run import step_flops
+from jepax.training.dry_run import flops_by_verb
 from jepax.training.setup import Setup
 from jepax.training.step import jit_train_step, run_train_step
 from jepax.types import Metrics
@@ -101,7 +101,7 @@ class StepBenchmark:
 
     def utilization(self, step_s: float, peak: float) -> dict[str, float]:
         """FLOP/s per device of the step's matrix products, and their fraction of the peak."""
-        per_image = step_flops(self.setup)
+        per_image = flops_by_verb(self.setup)["step"]
         flops = per_image * self.config.train.batch_size / jax.device_count()
         return {
             "gflop_per_image": per_image / 1e9,

@@ -20,6 +20,6 @@ class Replay(Command):
     """Folder of the dump, in runs/NAME/dumps."""
 
     def run(self) -> None:
-        from jepax.training.replay import replay
+        from jepax.training.nan_dump import replay
 
         replay(self.dump)

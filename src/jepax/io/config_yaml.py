@@ -167,10 +167,10 @@ def _invalid(path: str, value: object, kind: Any, where: str) -> UserError:
 
 
 def flatten(config: object, path: str = "") -> dict[str, Any]:
-    """Every value of the config by its dotted path."""
+    """Every value of the config, or of nested dicts, by its dotted path."""
     values: dict[str, Any] = {}
     for name, value in to_dict(config).items() if dataclasses.is_dataclass(config) else config.items():
-        inner = _join_path(path, name)
+        inner = f"{path}.{name}" if path else name
         values |= flatten(value, inner) if isinstance(value, dict) else {inner: value}
     return values
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -129,20 +129,12 @@ def check_run_dir(run: Path, config: Config, source: Source | None = None, allow
     Fields in `RESUMABLE_FIELDS` and `allow` may differ. Writes nothing: `write_run_config` does.
     """
     if not (run / CONFIG_FILE).exists() and checkpoint.list_steps(run / "checkpoints"):
+        raise UserError(f"{run} has checkpoints, but no {CONFIG_FILE}: restore it, or choose another --run-dir")
+    if different := diff_from_run(run, config, (*RESUMABLE_FIELDS, *allow))[:3]:
+        names = " ".join(line.split(": ")[0] for line in different)
         raise UserError(
-            f"{run} holds checkpoints, but no {CONFIG_FILE} that says of what: bring it back, or take another --run-dir"
-        )
-    different = diff_from_run(run, config, (*RESUMABLE_FIELDS, *allow))
-    if different:
-        names = " ".join(line.split(": ")[0] for line in different[:3])
-        raise UserError(
-            "\n".join(
-                [
-                    f"{run} contains a run with a different config (saved -> requested):",
-                    *different[:3],
-                    f"take another --run-dir, or the folder's own config.yaml, or --allow-config-change {names}",
-                ]
-            )
+            "\n".join((f"{run} contains a run with a different config (saved -> requested):", *different))
+            + f"\nchoose another --run-dir, or the folder's own config.yaml, or --allow-config-change {names}"
         )
     if source is not None and not matches_prefix("data", allow):
         check_same_data(run, source)
@@ -160,52 +152,18 @@ def diff_from_run(run: Path, config: Config, free: Sequence[str] = ()) -> list[s
 
 def check_same_data(run: Path, source: Source) -> None:
     """Raise `UserError` if the images are not those that the run started with."""
-    if not (run / DATA_FILE).exists():
+    path = run / DATA_FILE
+    if not path.exists():
         return
-    if changed := _diff_fingerprints(read_data_fingerprint(run), source.fingerprint):
-        raise UserError(
-            "\n".join(
-                [
-                    f"{run} was trained on other pictures, {_count_parts(changed)} (then -> now):",
-                    *changed[:2],
-                    "bring the pictures back, take another --run-dir, or --allow-config-change data",
-                ]
-            )
-        )
-
-
-def _diff_fingerprints(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    names = [name for name in before | now if before.get(name) != now.get(name)]
-    return [f"{name}: {before.get(name, '(absent)')} -> {now.get(name, '(absent)')}" for name in names]
-
-
-def _count_parts(changed: list[str]) -> str:
-    return "1 part differs" if len(changed) == 1 else f"{len(changed)} parts differ"
-
-
-def check_same_data_on_hosts(source: Source) -> None:
-    """Raise `UserError` if the processes of a run have different images. Every process must call it."""
-    mine = json.dumps(source.fingerprint, sort_keys=True)
-    if len(set(multihost.all_gather_str(hashlib.sha256(mine.encode()).hexdigest()))) == 1:
-        return
-    first, *others = map(json.loads, multihost.all_gather_str(mine))
-    for process, contents in enumerate(others, 1):
-        if changed := _diff_fingerprints(first, contents):
-            raise UserError(
-                f"process {process} has other pictures than process 0, {_count_parts(changed)} (0 -> {process}):\n"
-                f"{changed[0]}\n"
-                "give every host the same files, or all of them a data.root that they share"
-            )
-
-
-def read_data_fingerprint(run: Path) -> dict[str, str]:
-    """Fingerprint of the data at the start of the run. Raises `UserError` if the file is unreadable."""
     try:
-        return json.loads((run / DATA_FILE).read_text())
+        saved = json.loads(path.read_text())
     except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove it to accept the data as it is now") from error
+    if changed := configs.diff(saved, source.fingerprint):
         raise UserError(
-            f"{run / DATA_FILE} cannot be read ({error}); remove it to take the data as it is now"
-        ) from error
+            "\n".join((f"{run} was trained on other images, {_count_parts(changed)} (then -> now):", *changed[:2]))
+            + "\nrestore the images, choose another --run-dir, or --allow-config-change data"
+        )
 
 
 def write_run_config(run: Path, config: Config, source: Source | None = None) -> list[str]:
@@ -223,11 +181,11 @@ def validate(config: Config, source: Source) -> None:
     """Raise `UserError` if method, batch and data do not fit each other, before anything is built."""
     if config.train.batch_size < 2:
         raise UserError("train.batch_size=1 has no batch statistics, which losses and diagnostics need; try 2")
-    if config.train.checkpoint.best_metric is not None and not can_evaluate_online(config, source):
+    best_metric = config.train.checkpoint.best_metric
+    if best_metric is not None and not can_evaluate_online(config, source):
         raise UserError(
-            f"train.checkpoint.best_metric={config.train.checkpoint.best_metric} needs eval.online.every_steps above"
-            f" 0, which measures it; try 500"
-            " (on labeled images: nothing else is evaluated)"
+            f"train.checkpoint.best_metric={best_metric} needs eval.online.every_steps above 0, which measures it;"
+            " try 500 (on labeled images: nothing else is evaluated)"
         )
     config.method.check_data(source)
 
@@ -238,16 +196,38 @@ def can_evaluate_online(config: Config, source: Source) -> bool:
     return on_images and config.eval.online.every_steps > 0
 
 
-def check_same_config_on_hosts(config: Config) -> None:
-    """Raise `UserError` if the processes of a run have different configs. Every process must call it."""
-    texts = multihost.all_gather_str(configs.to_yaml(config))
-    for process, text in enumerate(texts):
-        if text != texts[0]:
-            line = next(a for a, b in zip(text.splitlines(), texts[0].splitlines(), strict=False) if a != b)
-            raise UserError(f"process {process} has a different config than process 0: {line.strip()}")
-
-
 def check_eval_splits(data: DataConfig) -> None:
     """Raise `UserError` now, not after the last step, if evaluation lacks a split."""
     for split in ("validation", "test"):
         open_source(data, split)
+
+
+def check_same_config_on_hosts(config: Config) -> None:
+    """Raise `UserError` if the processes of a run have different configs. Every process must call it."""
+    if found := _diff_hosts(configs.flatten(config)):
+        process, changed = found
+        raise UserError(f"process {process} has a different config than process 0 (0 -> {process}): {changed[0]}")
+
+
+def check_same_data_on_hosts(source: Source) -> None:
+    """Raise `UserError` if the processes of a run have different images. Every process must call it."""
+    if found := _diff_hosts(source.fingerprint):
+        process, changed = found
+        raise UserError(
+            f"process {process} has other images than process 0, {_count_parts(changed)} (0 -> {process}):\n"
+            f"{changed[0]}\n"
+            "give every host the same files, or all of them a data.root that they share"
+        )
+
+
+def _diff_hosts(values: dict[str, Any]) -> tuple[int, list[str]] | None:
+    """The first process whose values are not those of process 0, and the differences; None if all are equal."""
+    text = json.dumps(values, sort_keys=True)
+    if len(set(multihost.all_gather_str(hashlib.sha256(text.encode()).hexdigest()))) == 1:
+        return None
+    first, *others = map(json.loads, multihost.all_gather_str(text))
+    return next((p, changed) for p, other in enumerate(others, 1) if (changed := configs.diff(first, other)))
+
+
+def _count_parts(changed: list[str]) -> str:
+    return "1 part differs" if len(changed) == 1 else f"{len(changed)} parts differ"

@@ -4,7 +4,9 @@ Everything is measured through the verbs of a method, so a new method needs no c
 """
 
 import dataclasses
+import math
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +27,7 @@ from jepax.io import config_yaml
 from jepax.methods.base import Method, example_keys, objective_key
 from jepax.nn.transformer import BlockStack
 from jepax.training.config import Config
-from jepax.training.setup import Setup, make_setup, with_synthetic_data
+from jepax.training.setup import Setup, make_setup
 from jepax.training.step import run_train_step
 from jepax.trees import EMA, cast, count_parameters, trainable
 from jepax.types import UserError
@@ -54,11 +56,9 @@ def dry_run(config: Config, print: LogFn = print, *, source: Source | None = Non
 def make_dry_setup(config: Config, print: LogFn, source: Source | None = None) -> Setup:
     """The run's setup, on generated images if the folder of images is not given."""
     if source is None and config.data.dataset == "image_folder" and config.data.root is None:
-        print(
-            f"data.root is not given: generated images replace it, {FAKE_IMAGENET_SIZE:,} as in ImageNet-1k; the number"
-            " of steps is for that many\n"
-        )
-        config = with_synthetic_data(config, FAKE_IMAGENET_SIZE)
+        print(f"data.root is not given: generated images replace it, {FAKE_IMAGENET_SIZE:,} as in ImageNet-1k\n")
+        data = dataclasses.replace(config.data, dataset="synthetic", synthetic_size=FAKE_IMAGENET_SIZE)
+        config = dataclasses.replace(config, data=data)
     setup = make_setup(config, source)
     print(f"{len(setup.source):,} training examples, {setup.total_steps:,} steps of {config.train.batch_size}")
     return setup
@@ -118,38 +118,25 @@ def flops_by_verb(setup: Setup) -> dict[str, float]:
     return {name: count / size for name, count in counts.items()}
 
 
-def step_flops(setup: Setup) -> float:
-    """FLOPs per example of one training step."""
-    return flops_by_verb(setup)["step"]
-
-
 def print_memory(setup: Setup, print: LogFn) -> None:
     """Print estimated bytes per device: what the batch size does not change, and what it does."""
-    plan, config, devices = setup.plan, setup.config, jax.device_count()
-    fixed, per_example = fixed_bytes(setup, plan), bytes_per_example(setup)
-    batch = config.train.batch_size
-    total = sum(fixed.values()) + per_example * (batch // devices)
-    placed = f"{plan}; " if devices > 1 else ""
-    print(
-        f"\nmemory per device, GB (estimated; {placed}{jnp.dtype(setup.context.compute_dtype).name}, {batch // devices}"
-        f" of {batch} examples; the compiler's working space is not included)"
-    )
-    rows = fixed | {"batch and activations": per_example * (batch // devices), "total": total}
-    if devices > 1:
+    plan, devices, batch_size = setup.plan, jax.device_count(), setup.config.train.batch_size
+    fixed, batch = fixed_bytes(setup, plan), bytes_per_example(setup) * (batch_size // devices)
+    rows = fixed | {"batch and activations": batch, "total": sum(fixed.values()) + batch}
+    placed = ""
+    if devices > 1:  # the other choice of sharding, too
         other = dataclasses.replace(plan, shard_params=not plan.shard_params, shard_teacher=not plan.shard_params)
         name = f"total with train.sharding.params={'fsdp' if other.shard_params else 'ddp'}"
-        rows[name] = total + sum(fixed_bytes(setup, other).values()) - sum(fixed.values())
+        rows[name], placed = sum(fixed_bytes(setup, other).values()) + batch, f"{plan}; "
+    print(
+        f"\nmemory per device, GB (estimated; {placed}{jnp.dtype(setup.context.compute_dtype).name},"
+        f" {batch_size // devices} of {batch_size} examples; the compiler's working space is not included)"
+    )
     for name, count in rows.items():
         print(f"  {name:<50}{count / 1e9:>8.3f}")
-    ahead = (config.data.num_threads + 1) * max(config.data.num_workers, 1)
-    read = ahead * tree_bytes(setup.abstract_batch(batch)) / 1e9
-    print(f"batches read ahead: up to {ahead}, {read:.3f} GB on the host")
-
-
-def bytes_per_example(setup: Setup) -> int:
-    """Bytes on a device that each example of the batch adds."""
-    one, two = (activation_bytes(setup, batch) for batch in (1, 2))
-    return two - one + tree_bytes(setup.abstract_batch(1))
+    ahead = (setup.config.data.num_threads + 1) * max(setup.config.data.num_workers, 1)
+    on_host = ahead * tree_bytes(setup.abstract_batch(batch_size)) / 1e9
+    print(f"batches read ahead: up to {ahead}, {on_host:.3f} GB on the host")
 
 
 def fixed_bytes(setup: Setup, plan: ShardingPlan) -> dict[str, int]:
@@ -185,38 +172,38 @@ def gathered_param_bytes(method: Method, plan: ShardingPlan, dtype: DTypeLike) -
     return count(method, plan.shard_params) * jnp.dtype(dtype).itemsize
 
 
-def activation_bytes(setup: Setup, batch_size: int) -> int:
-    """Bytes that the forward pass stores for the backward pass of a batch."""
+def bytes_per_example(setup: Setup) -> int:
+    """Bytes on a device that each example adds: its arrays, and what the forward pass stores for the backward pass."""
     params, frozen = partition_trainable(setup.abstract_state().method)
     dtype = setup.context.compute_dtype
 
     def loss_of(params: Method, frozen: Method, batch: Any) -> jax.Array:
         return cast(eqx.combine(params, frozen), dtype).loss(batch, key=jr.key(0))[0]
 
-    return residual_bytes(loss_of, params, frozen, setup.abstract_batch(batch_size))
+    one, two = (residual_bytes(loss_of, params, frozen, setup.abstract_batch(size)) for size in (1, 2))
+    return two - one + tree_bytes(setup.abstract_batch(1))
 
 
 def run_one_step(setup: Setup, print: LogFn) -> None:
     """Run one step on the config's batch, or on the largest power of two that half of the free memory fits."""
     fixed, per_example = sum(fixed_bytes(setup, setup.plan).values()), bytes_per_example(setup)
-    room = free_memory_bytes() / 2 - fixed
-    if room < per_example:
+    free = free_memory_bytes()
+    if free / 2 < fixed + per_example:
         print(
             f"\none step: not run: one example needs {(fixed + per_example) / 1e9:.1f} GB, more than half of the"
-            f" {free_memory_bytes() / 1e9:.1f} GB that are free"
+            f" {free / 1e9:.1f} GB that are free"
         )
         return
 
     # The batch: of the config, or smaller if memory or a CPU's patience is short.
-    devices, wanted = jax.device_count(), setup.config.train.batch_size
-    size = min(wanted // devices, 2 ** ((int(room // per_example)).bit_length() - 1)) * devices
-    why = "half of the free memory fits no more"
+    devices, batch_size = jax.device_count(), setup.config.train.batch_size
+    size, why = 2 ** (int((free / 2 - fixed) // per_example).bit_length() - 1), "half of the free memory fits no more"
     trained = count_parameters(partition_trainable(setup.abstract_state().method)[0])
-    if jax.default_backend() == "cpu" and trained > LARGE_MODEL_PARAMS and size > LARGE_MODEL_MAX_BATCH:
-        size, why = max(LARGE_MODEL_MAX_BATCH // devices, 1) * devices, "a CPU is slow on this model"
+    if jax.default_backend() == "cpu" and trained > LARGE_MODEL_PARAMS and size * devices > LARGE_MODEL_MAX_BATCH:
+        size, why = max(LARGE_MODEL_MAX_BATCH // devices, 1), "a CPU is slow on this model"
     unit = devices * setup.plan.num_microbatches
-    size = max(size // unit, 1) * unit
-    print(f"\none step of {size} examples{'' if size == wanted else f', not {wanted}: {why}'} ...")
+    size = max(min(size * devices, batch_size) // unit, 1) * unit
+    print(f"\none step of {size} examples{'' if size == batch_size else f', not {batch_size}: {why}'} ...")
 
     # The first step of the run, as `train` runs it.
     start = time.perf_counter()
@@ -225,7 +212,7 @@ def run_one_step(setup: Setup, print: LogFn) -> None:
     batch = sharding.shard_batch(next(setup.batches(steps=1)), setup.plan.mesh)
     _, metrics = run_train_step(setup.init_state(), batch, setup.base_key, setup.context)
     loss, norm = float(metrics["train/loss"]), float(metrics["optim/grad_norm"])
-    if not (jnp.isfinite(loss) and jnp.isfinite(norm)):
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         raise UserError(f"the first step's loss is {loss} and its gradient norm {norm}; check optim and method")
     print(f"loss {loss:.4f}, gradient norm {norm:.4f}, {time.perf_counter() - start:.0f} s with compilation")
 
@@ -233,11 +220,13 @@ def run_one_step(setup: Setup, print: LogFn) -> None:
 def free_memory_bytes() -> float:
     """Free memory of one device in bytes; on a CPU the host's, or its cgroup's, divided by the devices."""
     device = jax.local_devices()[0]
-    if stats := device.memory_stats() if device.platform != "cpu" else None:
+    if device.platform != "cpu" and (stats := device.memory_stats()):
         return float(stats["bytes_limit"] - stats["bytes_in_use"])
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    available = [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    host = available[0] if available else float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    limits = [float(limit.read_text())] if limit.exists() and limit.read_text().strip().isdigit() else []
-    return min([host, *limits]) / jax.local_device_count()
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path, pattern, unit in (
+        ("/proc/meminfo", r"MemAvailable: *(\d+) kB", 1024),
+        ("/sys/fs/cgroup/memory.max", r"(\d+)", 1),
+    ):
+        found = re.search(pattern, Path(path).read_text()) if Path(path).exists() else None
+        limits += [unit * int(found[1])] if found else []
+    return min(limits) / jax.local_device_count()

@@ -78,12 +78,10 @@ class GradGuardState(eqx.Module):
 
     def classify(self, config: GradGuardConfig, loss: Float[Array, ""], norm: Float[Array, ""]) -> Int[Array, ""]:
         """Decide the `Action` for a step with this loss and gradient norm."""
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         action = jnp.where(norm > self.limit(config), SPIKE_ACTIONS[config.on_spike], Action.APPLIED)
-        action = jnp.where(finite, action, Action.NONFINITE)
-        return jnp.where(self.consecutive_nonfinite >= config.max_consecutive_nonfinite, Action.OFF, action).astype(
-            jnp.int32
-        )
+        action = jnp.where(jnp.isfinite(loss) & jnp.isfinite(norm), action, Action.NONFINITE)
+        is_off = self.consecutive_nonfinite >= config.max_consecutive_nonfinite
+        return jnp.where(is_off, Action.OFF, action).astype(jnp.int32)
 
     def scale(self, config: GradGuardConfig, action: Int[Array, ""], norm: Float[Array, ""]) -> Float[Array, ""]:
         """Factor for the gradient: 1, or limit / norm if it is clipped."""
@@ -110,24 +108,18 @@ def guarded(update: Callable[..., T]) -> Callable[..., tuple[T, GradGuardState, 
         new_guard = guard.update(action, grad_norm, step)
 
         # Update, or keep what was there.
-        arrays, static = eqx.partition(state, eqx.is_array)
+        def apply(state: T) -> T:
+            return update(state, jax.tree.map(lambda g: g * scale, grads))
 
-        def apply(arrays: PyTree) -> PyTree:
-            new = update(eqx.combine(arrays, static), jax.tree.map(lambda g: g * scale, grads))
-            return eqx.filter(new, eqx.is_array)
-
-        state = eqx.combine(apply_if(was_applied(action), apply, arrays), static)
-        return (
-            state,
-            new_guard,
-            {
-                "optim/grad_norm": grad_norm,
-                "guard/action": action,
-                "guard/grad_norm_limit": guard.limit(config),
-                "guard/consecutive_nonfinite": new_guard.consecutive_nonfinite,
-                "guard/skipped_steps": new_guard.num_skipped,
-            },
-        )
+        state = apply_if(was_applied(action), apply, state)
+        metrics = {
+            "optim/grad_norm": grad_norm,
+            "guard/action": action,
+            "guard/grad_norm_limit": guard.limit(config),
+            "guard/consecutive_nonfinite": new_guard.consecutive_nonfinite,
+            "guard/skipped_steps": new_guard.num_skipped,
+        }
+        return state, new_guard, metrics
 
     return wrapped
 
@@ -159,4 +151,4 @@ def compute_if(condition: Bool[Array, ""] | bool, compute: Callable[..., Metrics
 
 def tree_where(condition: Bool[Array, ""], new: T, old: T) -> T:
     """`jnp.where` on every array of two trees."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b) if eqx.is_array(a) else a, new, old)
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

@@ -2,162 +2,150 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from jepax.data import Source, corrupt, open_source
 from jepax.health import alerts
-from jepax.io import checkpoint, lock, logger
+from jepax.io import checkpoint, events, lock, logger
 from jepax.io import config_yaml as configs
-from jepax.io import events as happened
-from jepax.training import config as train_config
-from jepax.training.config import Config
+from jepax.training.config import (
+    CONFIG_FILE,
+    DATA_FILE,
+    Config,
+    check_eval_splits,
+    check_same_data,
+    compute_total_steps,
+)
 from jepax.types import UserError
 
-Print = Callable[[str], None]
+PrintRow = Callable[[str, str], None]
+"""Prints a name and a text."""
 
 
-@dataclass(frozen=True)
-class CheckpointStatus:
-    """Steps of the newest valid checkpoint, of corrupt ones, and of those that cannot be read (-1: the folder)."""
+def inspect_run(run: Path, print: Callable[[str], None] = print) -> bool:
+    """Print what is in the folder, and return True if all of it is valid. Changes nothing; opens no image.
 
-    newest: int | None
-    corrupt: tuple[int, ...]
-    unreadable: tuple[int, ...] = ()
-
-    @property
-    def readable(self) -> bool:
-        """True if the next command can read what it needs: from the newest on until one is valid."""
-        return not self.unreadable or (self.newest is not None and max(self.unreadable) < self.newest)
-
-    @property
-    def will_quarantine(self) -> bool:
-        """True if the next command meets corrupt ones before the newest valid one."""
-        return self.newest is not None and max(self.corrupt, default=-1) > self.newest
-
-
-def inspect_run(run: Path, print: Print = print) -> bool:
-    """Prints what is in the folder, and returns True if all of it is valid. Changes nothing; opens no image.
-
-    Raises `UserError` where the folder has no run.
+    Raises `UserError` if the folder has no run.
     """
-    if not (run / train_config.CONFIG_FILE).is_file():
-        raise UserError(f"{run} holds no {train_config.CONFIG_FILE}: no run was begun there, or it is the wrong folder")
-    config = configs.load(Config, run / train_config.CONFIG_FILE)
-    print(f"run           {config.recipe}, seed {config.seed}, {type(config.method).__name__.removesuffix('Config')}")
+    if not (run / CONFIG_FILE).is_file():
+        raise UserError(f"{run} has no {CONFIG_FILE}: no run was started there, or it is the wrong folder")
+
+    def row(name: str, text: str) -> None:
+        print(f"{name:<14}{text}")
+
+    config = configs.load(Config, run / CONFIG_FILE)
+    row("run", f"{config.recipe}, seed {config.seed}, {type(config.method).__name__.removesuffix('Config')}")
     locked = lock.is_locked(run)
-    print(f"in use        {f'yes, by {lock.owner(run)}' if locked else 'no'}")
+    row("in use", f"yes, by {lock.owner(run)}" if locked else "no")
 
-    source, data_valid = print_data(run, config, print)
-    status = print_checkpoints(run, locked, print)
-    log_valid = print_log(run, print)
-    print_events(run, print)
+    source = print_data(run, config, row)
+    checkpoints = print_checkpoints(run, locked, row)
+    log_valid = print_log(run, row)
+    print_events(run, row)
     results = sorted(path.name for path in (run / "evals").glob("*.json"))
-    print(f"evaluations   {', '.join(results) or 'none'}")
-    health_valid = print_health(run, print)
+    row("evaluations", ", ".join(results) or "none")
+    health_valid = print_health(run, row)
 
-    total = train_config.compute_total_steps(config, len(source)) if source is not None else config.train.steps
-    print(f"next          {describe_next_command(run, locked, status, data_valid, total, bool(results))}")
-    return not status.unreadable and not status.corrupt and log_valid and data_valid and health_valid
+    if locked:
+        row("next", "refused while the folder is in use")
+    elif source is None:
+        row("next", "refused: the data is missing, or is not the run's")
+    else:
+        row("next", describe_next_command(run, checkpoints, compute_total_steps(config, len(source)), bool(results)))
+    return log_valid and health_valid and source is not None and set(checkpoints.values()) <= {"ok"}
 
 
-def print_data(run: Path, config: Config, print: Print) -> tuple[Source | None, bool]:
-    """Opens the training data as it is now; False if it is not the data that the run began with."""
+def print_data(run: Path, config: Config, row: PrintRow) -> Source | None:
+    """Open the training data as it is now; None if it is not the data that the run began with."""
     try:
         source = open_source(config.data, "train")
-        train_config.check_same_data(run, source)
-        train_config.check_eval_splits(config.data)
+        check_same_data(run, source)
+        check_eval_splits(config.data)
     except (UserError, OSError) as error:
-        print(f"data          {' '.join(str(error).split())}")
-        return None, False
-    begun = "as when the run began" if (run / train_config.DATA_FILE).exists() else "no record of them in the run"
-    print(f"data          {config.data.dataset}, {len(source)} training images, {begun}")
-    return source, True
+        row("data", " ".join(str(error).split()))
+        return None
+    same = "as when the run began" if (run / DATA_FILE).exists() else "not recorded in the run"
+    row("data", f"{config.data.dataset}, {len(source)} training images, {same}")
+    return source
 
 
-def print_checkpoints(run: Path, locked: bool, print: Print) -> CheckpointStatus:
-    """Reads every file of every checkpoint."""
-    folder, valid, corrupt, unreadable = run / "checkpoints", [], [], []
+def print_checkpoints(run: Path, locked: bool, row: PrintRow) -> dict[int, str]:
+    """Read every file of every checkpoint. Returns "ok", "corrupt" or "unreadable" by step (-1: the folder itself)."""
+    folder, states = run / "checkpoints", {}
     try:
         for step in checkpoint.list_steps(folder):
-            try:
-                problems = checkpoint.verify(folder, step)
-            except FileNotFoundError:
-                problems = ["a file is missing"]
-            except OSError as error:
-                print(f"checkpoint    {step:08d} cannot be read: {error.strerror}: {error.filename}")
-                unreadable.append(step)
-                continue
-            if problems and step not in checkpoint.list_steps(folder):
+            state, text = verify_checkpoint(folder, step)
+            if state == "corrupt" and step not in checkpoint.list_steps(folder):
                 continue  # a run that is in progress has just removed it
-            print(
-                f"checkpoint    {step:08d} {f'CORRUPT: {problems[0]} ({len(problems)} in all)' if problems else 'ok'}"
-            )
-            (corrupt if problems else valid).append(step)
-        partial = checkpoint.partial_checkpoints(folder)
+            states[step] = state
+            row("checkpoint", f"{step:08d} {text}")
     except OSError as error:
-        print(f"checkpoint    cannot be read: {error.strerror}: {error.filename}")
-        return CheckpointStatus(None, (), (-1,))
+        row("checkpoint", f"cannot be read: {error.strerror}: {error.filename}")
+        return {-1: "unreadable"}
 
-    for path in partial:
-        print(f"checkpoint    {path.name}: {'being written' if locked else 'never finished; the next save removes it'}")
+    for path in checkpoint.partial_checkpoints(folder):
+        row("checkpoint", f"{path.name}: {'being written' if locked else 'never finished; the next save removes it'}")
     for path in sorted(folder.glob(f"*{checkpoint.CORRUPT}*")):
-        print(f"checkpoint    {path.name}: corrupt, renamed when the run was resumed; it may be removed")
-    if not valid:
-        print(f"checkpoint    {'none is valid' if corrupt else 'none yet'}")
-    return CheckpointStatus(max(valid, default=None), tuple(corrupt), tuple(unreadable))
+        row("checkpoint", f"{path.name}: corrupt, renamed when the run was resumed; it may be removed")
+    if "ok" not in states.values():
+        row("checkpoint", "none is valid" if "corrupt" in states.values() else "none yet")
+    return states
 
 
-def print_log(run: Path, print: Print) -> bool:
-    """Returns True if every line of metrics.jsonl can be read."""
+def verify_checkpoint(folder: Path, step: int) -> tuple[str, str]:
+    """The checkpoint's state, and the same in words."""
+    try:
+        problems = checkpoint.verify(folder, step)
+    except FileNotFoundError:
+        problems = ["a file is missing"]
+    except OSError as error:
+        return "unreadable", f"cannot be read: {error.strerror}: {error.filename}"
+    return ("corrupt", f"CORRUPT: {problems[0]} ({len(problems)} in all)") if problems else ("ok", "ok")
+
+
+def print_log(run: Path, row: PrintRow) -> bool:
+    """Return True if every line of metrics.jsonl can be read."""
     path = run / logger.METRICS_FILE
-    if not path.exists():
-        print("metrics       none yet")
-        return True
-    records, corrupt = logger.read_metrics(path), happened.count_corrupt_lines(path)
+    records, num_corrupt = logger.read_metrics(path), events.count_corrupt_lines(path)
     last = f", the last of step {records[-1]['step']}" if records else ""
-    dropped = f"; {corrupt} CORRUPT, dropped by the next command" if corrupt else ""
-    print(f"metrics       {len(records)} lines{last}{dropped}")
-    return not corrupt
+    dropped = f"; {num_corrupt} CORRUPT, dropped by the next command" if num_corrupt else ""
+    row("metrics", f"{len(records)} lines{last}{dropped}" if path.exists() else "none yet")
+    return not num_corrupt
 
 
-def print_events(run: Path, print: Print) -> None:
-    """Counts the events, and names corrupt images and dumps."""
-    counts = Counter(str(record.get("event")) for record in happened.read_jsonl(run / happened.EVENTS_FILE))
-    print(f"events        {', '.join(f'{name} {count}' for name, count in counts.items()) or 'none'}")
+def print_events(run: Path, row: PrintRow) -> None:
+    """Count the events, and name corrupt images and dumps."""
+    counts = Counter(str(record.get("event")) for record in events.read_jsonl(run / events.EVENTS_FILE))
+    row("events", ", ".join(f"{name} {count}" for name, count in counts.items()) or "none")
     if found := corrupt.read_lists(run):
-        print(
-            f"images        {len(found)} corrupt, such as {next(iter(found))}; listed in {corrupt.describe_lists(run)}"
-        )
+        listed = corrupt.describe_lists(run)
+        row("images", f"{len(found)} corrupt, such as {next(iter(found))}; listed in {listed}")
     for path in sorted((run / "dumps").glob("step_*")):
-        print(f"dump          jepax replay {path}")
+        row("dump", f"jepax replay {path}")
 
 
-def print_health(run: Path, print: Print) -> bool:
-    """Prints the watchdog's alarms, and why training stopped; returns True if health.json can be read."""
+def print_health(run: Path, row: PrintRow) -> bool:
+    """Print the watchdog's alarms, and why training stopped; returns True if health.json can be read."""
     try:
         summary, ended = alerts.summarize_alerts(run).removeprefix("health: "), alerts.load_stop_reason(run)
     except UserError as error:
-        print(f"health        {error}")
+        row("health", str(error))
         return False
-    print(f"health        {summary}{f'; stopped: {ended}' if ended else ''}")
+    row("health", f"{summary}{f'; stopped: {ended}' if ended else ''}")
     return True
 
 
-def describe_next_command(
-    run: Path, locked: bool, status: CheckpointStatus, data_valid: bool, total: int | None, evaluated: bool
-) -> str:
-    """Describes what `jepax train` on this folder would do."""
-    command = f"jepax train {run / train_config.CONFIG_FILE} --run-dir {run}"
-    if locked:
-        return "refused while the folder is in use"
-    if not data_valid:
-        return "refused: the data is missing, or is not the run's"
-    if not status.readable:
+def describe_next_command(run: Path, checkpoints: dict[int, str], total_steps: int, evaluated: bool) -> str:
+    """Describe what `jepax train` on this folder would do."""
+    command = f"jepax train {run / CONFIG_FILE} --run-dir {run}"
+    # It looks for the newest valid checkpoint, and meets those that are newer.
+    newest = max((step for step, state in checkpoints.items() if state == "ok"), default=None)
+    newer = {state for step, state in checkpoints.items() if newest is None or step > newest}
+    if "unreadable" in newer:
         return "refused: the checkpoints cannot be read"
-    if status.newest is None:
-        return "refused: no checkpoint is valid" if status.corrupt else f"{command}: begins at step 0"
-    moved = ", the corrupt ones after it renamed" if status.will_quarantine else ""
-    if total is not None and status.newest >= total:
+    if newest is None:
+        return "refused: no checkpoint is valid" if newer else f"{command}: begins at step 0"
+    moved = ", the corrupt ones after it renamed" if newer else ""
+    if newest >= total_steps:
         return f"{command}: nothing is left to train; {'evaluates it again' if evaluated else 'evaluates it'}{moved}"
-    return f"{command}: resumes after step {status.newest} of {total or 'its steps'}{moved}"
+    return f"{command}: resumes after step {newest} of {total_steps}{moved}"

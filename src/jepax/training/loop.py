@@ -44,9 +44,9 @@ def train(
 
     `source` replaces the training data that the config names; its batches may be any pytree that the method reads.
     `allow_changes` names settings, or groups of them, in which the config may differ from the folder's; "data" allows
-    other data. SIGTERM and SIGINT stop it after a step, saved: then
-    it raises `Preempted`. Raises `UserError` if another process uses the folder, if it contains another run, if no
-    checkpoint in it is valid, if a checkpoint cannot be written, and if training diverges.
+    other data. SIGTERM and SIGINT stop training after a step, which is saved: then it raises `Preempted`. Raises
+    `UserError` if another process uses the folder, if it contains another run, if no checkpoint in it is valid, if a
+    checkpoint cannot be written, and if training diverges.
     """
     setup = make_setup(config, source)
     with ExitStack() as stack:
@@ -75,12 +75,13 @@ def fit(
     config, total_steps, mesh = setup.config, setup.total_steps, setup.plan.mesh
     context, base_key = setup.context, setup.base_key
     save_config, best_metric = config.train.checkpoint, config.train.checkpoint.best_metric
+    loggers = config.train.loggers if multihost.is_main_process() else ()
 
     # What the run writes and reads; each is closed even if training fails.
     with (
         Log(run_dir / logger.METRICS_FILE, steps=total_steps, start=start) as log,
         CheckpointManager(run_dir / "checkpoints", save_config, log.print, log_files(run_dir)) as checkpoints,
-        Trackers(main_only(config.train.loggers), run_dir, config_yaml.to_dict(config), log.print) as trackers,
+        Trackers(loggers, run_dir, config_yaml.to_dict(config), log.print) as trackers,
         closing(train_batches(setup, run_dir, start, log.print)) as batches,
     ):
         # What the run remembers from before it was interrupted: peaks since the last record, alarms, the best score.
@@ -93,10 +94,8 @@ def fit(
         any_process = multihost.CollectiveFlag(mesh)
         try:
             for step, batch in enumerate(batches, start):
-                is_last, should_log = (
-                    step + 1 == total_steps,
-                    is_log_step(step, config.train.log_every_steps, total_steps),
-                )
+                is_last = step + 1 == total_steps
+                should_log = is_log_step(step, config.train.log_every_steps, total_steps)
 
                 # Step. The device starts; the host goes on.
                 measure = track_update_norms(state.method, step) if should_log else None
@@ -145,11 +144,11 @@ def fit(
         except NonFiniteError as error:
             # The guard skipped too many steps: store the last one for `jepax replay`, and stop.
             dump = nan_dump.write_dump(run_dir, state, error, config, setup.optimizer)
+            limit = config.train.grad_guard.max_consecutive_nonfinite
             stopped = DivergedError(
                 error.step,
-                f"{config.train.grad_guard.max_consecutive_nonfinite} consecutive steps, up to step {error.step},"
-                f" were not finite: training"
-                f" stopped;\njepax replay {dump} repeats that step; {ADVICE}",
+                f"{limit} consecutive steps, up to step {error.step}, were not finite: training stopped;\n"
+                f"jepax replay {dump} repeats that step; {ADVICE}",
             )
             record_stop(run_dir, watchdog, inspector, stopped)
             with multihost.collective_errors():  # every process has written its part
@@ -242,8 +241,3 @@ def train_batches(setup: Setup, run_dir: Path, start: int, print: Callable[[str]
 def log_files(run_dir: Path) -> list[Path]:
     """Files that must be on the disk up to a step before its checkpoint counts."""
     return [run_dir / name for name in (logger.METRICS_FILE, events.EVENTS_FILE, corrupt_file())]
-
-
-def main_only(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names in the main process, none in the others."""
-    return names if multihost.is_main_process() else ()

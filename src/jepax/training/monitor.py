@@ -71,47 +71,38 @@ class StepInspector:
             self._report(step, action, metrics, batch)
         if action in (Action.APPLIED, Action.CLIPPED) and not np.isfinite(metrics.get("optim/update_norm", 0.0)):
             raise diverged(step, f"the update's norm of step {step} is {float(metrics['optim/update_norm'])}")
-        self._track_peaks(metrics)
+        for name in ("train/loss", "optim/grad_norm"):
+            value, peak = float(metrics[name]), f"{name}_max"
+            if math.isfinite(value):
+                self.peaks[peak] = max(value, self.peaks.get(peak, value))
 
     def take_peaks(self) -> MetricValues:
         """The peaks since the last call; they start again from here."""
         peaks, self.peaks = self.peaks, {}
         return peaks
 
-    def _track_peaks(self, metrics: Metrics) -> None:
-        for name in ("train/loss", "optim/grad_norm"):
-            value = float(metrics[name])
-            if math.isfinite(value):
-                self.peaks[f"{name}_max"] = max(value, self.peaks.get(f"{name}_max", value))
-
     def _report(self, step: int, action: Action, metrics: Metrics, batch: object) -> None:
         """Record and print what the guard did. Raises `NonFiniteError` if its patience is exhausted."""
-        numbers = {
-            name: to_json_value(metrics[name]) for name in ("train/loss", "optim/grad_norm", "guard/grad_norm_limit")
-        }
+        numbers = {name: float(metrics[name]) for name in ("train/loss", "optim/grad_norm", "guard/grad_norm_limit")}
+        loss, norm, limit_norm = numbers.values()
         numbers = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
         if action == Action.OFF:  # a resumed run may have less patience than before
             raise NonFiniteError(step, batch, numbers)
         examples = {} if action == Action.CLIPPED else {"examples": np.asarray(batch.index).tolist()}
-        self.events.add(EVENT_NAMES[action], step, step_bound=True, **numbers, **examples)
-        if action == Action.NONFINITE:
-            count, limit = int(metrics["guard/consecutive_nonfinite"]), self.guard.max_consecutive_nonfinite
+        self.events.add(action.name.lower(), step, step_bound=True, **numbers, **examples)
+        if action != Action.NONFINITE:
             self.print(
-                f"warning: step {step} is not finite (loss {numbers['train/loss']}, gradient norm"
-                f" {numbers['optim/grad_norm']}):"
-                f" skipped; {count} consecutive, {limit} stop the run"
+                f"warning: gradient spike at step {step}: norm {norm:.3g} is above {limit_norm:.3g},"
+                f" {self.guard.spike_threshold:g} times the usual one: {action.name.lower()}"
             )
-            if count >= limit:
-                raise NonFiniteError(step, batch, numbers)
             return
+        count, limit = int(metrics["guard/consecutive_nonfinite"]), self.guard.max_consecutive_nonfinite
         self.print(
-            f"warning: gradient spike at step {step}: norm {numbers['optim/grad_norm']:.3g} is above"
-            f" {numbers['guard/grad_norm_limit']:.3g}, {self.guard.spike_threshold:g} times the usual one:"
-            f" {EVENT_NAMES[action]}"
+            f"warning: step {step} is not finite (loss {loss}, gradient norm {norm}): skipped; {count} consecutive,"
+            f" {limit} stop the run"
         )
-
-
-EVENT_NAMES = {Action.CLIPPED: "clipped", Action.SKIPPED: "skipped", Action.NONFINITE: "nonfinite"}
+        if count >= limit:
+            raise NonFiniteError(step, batch, numbers)
 
 
 def diverged(step: int, what: str) -> DivergedError:

@@ -1,7 +1,7 @@
 """Builds a run once, for training and for every tool that looks at it: data, optimizer, sharding, keys, state."""
 
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import equinox as eqx
@@ -143,9 +143,3 @@ def _init_state(
         return state
     arrays, rest = eqx.partition(state, eqx.is_array)
     return eqx.combine(plan.constrain(arrays), rest)
-
-
-def with_synthetic_data(config: Config, size: int) -> Config:
-    """The config with generated images in place of a folder that is not there."""
-    data = replace(config.data, dataset="synthetic", synthetic_size=size)
-    return replace(config, data=data)
