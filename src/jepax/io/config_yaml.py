@@ -38,7 +38,7 @@ def to_yaml(config: object) -> str:
 class _InlineListDumper(yaml.SafeDumper):
     """Writes lists on one line."""
 
-    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = True) -> yaml.Node:
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
         return super().represent_sequence(tag, sequence, True)
 
 
