@@ -38,7 +38,7 @@ MAX_SHOWN = 8
 
 @dataclass(frozen=True)
 class DumpMetadata:
-    """What a step needs besides state, batch and config, and its results."""
+    """The inputs of a step other than state, batch and config, and its results."""
 
     step: int
     total_steps: int
@@ -124,7 +124,7 @@ def describe_non_finite(tree: object) -> str:
 
 
 def device_and_versions(devices: int) -> str:
-    """What a step is computed with."""
+    """Hardware and versions that a step is computed with."""
     return f"{devices} x {jax.devices()[0].device_kind}, jax {jax.__version__}, jaxlib {jaxlib.__version__}"
 
 

@@ -52,7 +52,8 @@ class Setup:
     @property
     def base_key(self) -> PRNGKeyArray:
         """The key that all randomness of the steps derives from, on every device."""
-        return sharding.replicate(base_key(self.config.seed), self.plan.mesh)
+        # Not `jr.key(seed)`, which makes the initial parameters.
+        return sharding.replicate(jr.fold_in(jr.key(self.config.seed), 1), self.plan.mesh)
 
     def init_state(self) -> TrainState:
         """The state before step 0, on the devices. One program for every seed; no device exceeds its shard."""
@@ -86,9 +87,8 @@ class Setup:
     def abstract_batch(self, batch_size: int) -> PyTree:
         """A global batch as abstract shapes, from one example of the data."""
         (example,) = batches(self.source, batch_size=1, steps=1, seed=0, num_threads=0)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((batch_size, *np.shape(x)[1:]), np.asarray(x).dtype), example
-        )
+        arrays = jax.tree.map(np.asarray, example)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), arrays)
 
 
 def make_setup(config: Config, source: Source | None = None) -> Setup:
@@ -118,11 +118,6 @@ def make_plan(config: Config, optimizer: Optimizer, devices: int | None = None) 
     return sharding.choose_plan(config.train.sharding, mesh, size, config.train.grad_accum_steps)
 
 
-def base_key(seed: int) -> PRNGKeyArray:
-    """The key of all steps of a run with this seed; `jr.key(seed)` itself makes the initial parameters."""
-    return jr.fold_in(jr.key(seed), 1)
-
-
 def abstract_state(config: MethodConfig, optimizer: Optimizer) -> TrainState:
     """The state of a run as abstract shapes."""
     return eqx.filter_eval_shape(_init_state, config, optimizer, jr.key(0))
@@ -139,7 +134,4 @@ def _init_state(
     config: MethodConfig, optimizer: Optimizer, key: PRNGKeyArray, plan: ShardingPlan | None = None
 ) -> TrainState:
     state = init_train_state(init_method(config, optimizer.total_steps, key), optimizer)
-    if plan is None:
-        return state
-    arrays, rest = eqx.partition(state, eqx.is_array)
-    return eqx.combine(plan.constrain(arrays), rest)
+    return plan.constrain(state) if plan else state

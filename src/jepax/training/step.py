@@ -95,7 +95,7 @@ def loss_and_grads(
 def update(
     method: Method, opt_state: optax.OptState, grads: Method, step: Int[Array, ""], optimizer: Optimizer
 ) -> tuple[Method, optax.OptState]:
-    """What a step changes: parameters by their gradients, then what gradients do not reach."""
+    """Change the parameters by their gradients, then what gradients do not reach."""
     # AdamW or Muon on everything that is not beneath an EMA.
     params, frozen = eqx.partition(method, trainable(method))
     updates, opt_state = optimizer.update(grads, opt_state, params, step)
@@ -112,8 +112,8 @@ def jit_train_step(
 ) -> tuple[TrainState, Metrics]:
     """The training program of a run, compiled once (`jit_train_step._cache_size()` counts). Donates the old state.
 
-    Plain `jax.jit`: `eqx.filter_jit` waits for every result, so an accelerator would idle, and to take the state apart
-    costs a third of the host's time per step.
+    Plain `jax.jit`: `eqx.filter_jit` waits for every result, so an accelerator would idle, and flattening the
+    state costs a third of the host's time per step.
     """
     state, metrics = train_step(state, batch, base_key, context)
 
