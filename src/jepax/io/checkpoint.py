@@ -7,10 +7,9 @@ unfinished, and a STEP that differs from its manifest was corrupted later.
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,8 +45,8 @@ def save_async(
     thread. `metadata`: JSON, saved with the arrays. Raises, here or as the future's exception, `UserError` if the
     checkpoint could not be written (nothing of it remains), `PeerLostError` if another process is gone.
     """
-    path = step_dir(folder, step).absolute()
-    part, forms, future = path.with_name(path.name + PARTIAL_SUFFIX), _array_signatures(tree), Future()
+    path, forms = step_dir(folder, step).absolute(), _array_signatures(tree)
+    part = path.with_name(path.name + PARTIAL_SUFFIX)
 
     # Orbax copies the arrays to the host here, in the caller's thread, and writes them in its own.
     with _cleaned_up_on_error(path, part):
@@ -60,24 +59,24 @@ def save_async(
         with context:
             response = ocp.save_async(part / ARRAYS_DIR, named_arrays(tree))
 
-    def finish() -> None:
-        try:
-            with _cleaned_up_on_error(path, part):
-                response.result()
-                if multihost.is_main_process():
-                    before_commit()
-                    (part / METADATA_FILE).write_text(json.dumps(metadata or {}) + "\n")
-                    checksums.write_manifest(part, {"step": step, "arrays": forms})
-                    if path.exists():
-                        shutil.rmtree(path)
-                    part.rename(path)
-                    atomic.fsync(path.parent)
-                    after_commit()
-            future.set_result(path)
-        except BaseException as error:  # of any type: `future.result()` raises it
-            future.set_exception(error)
+    # The manifest comes last; the rename makes the checkpoint count.
+    def finish() -> Path:
+        with _cleaned_up_on_error(path, part):
+            response.result()
+            if multihost.is_main_process():
+                before_commit()
+                (part / METADATA_FILE).write_text(json.dumps(metadata or {}) + "\n")
+                checksums.write_manifest(part, {"step": step, "arrays": forms})
+                if path.exists():
+                    shutil.rmtree(path)
+                part.rename(path)
+                atomic.fsync(path.parent)
+                after_commit()
+        return path
 
-    threading.Thread(target=finish, name=f"checkpoint {step}", daemon=True).start()
+    executor = ThreadPoolExecutor(1)
+    future = executor.submit(finish)
+    executor.shutdown(wait=False)  # it ends with its only task
     return future
 
 

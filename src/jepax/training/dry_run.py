@@ -187,12 +187,9 @@ def bytes_per_example(setup: Setup) -> int:
 def run_one_step(setup: Setup, print: LogFn) -> None:
     """Run one step on the config's batch, or on the largest power of two that half of the free memory fits."""
     fixed, per_example = sum(fixed_bytes(setup, setup.plan).values()), bytes_per_example(setup)
-    free = free_memory_bytes()
-    if free / 2 < fixed + per_example:
-        print(
-            f"\none step: not run: one example needs {(fixed + per_example) / 1e9:.1f} GB, more than half of the"
-            f" {free / 1e9:.1f} GB that are free"
-        )
+    free, least = free_memory_bytes(), fixed + per_example
+    if free / 2 < least:
+        print(f"\none step: not run: one example needs {least / 1e9:.1f} GB; half of {free / 1e9:.1f} GB may be used")
         return
 
     # The batch: of the config, or smaller if memory or a CPU's patience is short.

@@ -46,14 +46,11 @@ class GradGuardConfig:
     """A spike is a gradient norm above this factor times the median of the last 128 steps' norms."""
 
     def __post_init__(self) -> None:
-        if self.max_consecutive_nonfinite < 1:
-            raise UserError(
-                f"train.grad_guard.max_consecutive_nonfinite={self.max_consecutive_nonfinite} must be at least 1"
-            )
-        if self.spike_threshold <= 1:
-            raise UserError(
-                f"train.grad_guard.spike_threshold={self.spike_threshold} must be above 1, the usual norm; try 10"
-            )
+        count, factor = self.max_consecutive_nonfinite, self.spike_threshold
+        if count < 1:
+            raise UserError(f"train.grad_guard.max_consecutive_nonfinite={count} must be at least 1")
+        if factor <= 1:
+            raise UserError(f"train.grad_guard.spike_threshold={factor} must be above 1, the usual norm; try 10")
 
 
 class GradGuardState(eqx.Module):
