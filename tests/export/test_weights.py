@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jepax import cli
-from jepax.commands import evaluation
 from jepax.export import weights
 from jepax.nn import ViT, ViTConfig
+from jepax.training import evaluation
 from jepax.training import loop as training
 from jepax.types import UserError
 from jepax.views import CropConfig

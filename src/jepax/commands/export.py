@@ -27,8 +27,8 @@ class Export(Command):
     """target or context; by default the encoder that evaluations read."""
 
     def run(self) -> None:
-        from jepax.commands import evaluation
         from jepax.export import weights
+        from jepax.training import evaluation
 
         config = evaluation.load_run_config(self.run_folder)
         state = evaluation.load_state(config, self.run_folder, self.step)
