@@ -26,12 +26,8 @@ from jepax.views import CropConfig
 
 CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
 SIZE_KEYS = (
-    "patch_size",
-    "num_channels",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
+    *("patch_size", "num_channels", "hidden_size"),
+    *("num_hidden_layers", "num_attention_heads", "intermediate_size"),
 )
 FIXED_CONFIG = {"model_type": "ijepa", "hidden_act": "gelu", "qkv_bias": True, "layer_norm_eps": EPSILON}
 """Properties of our `ViT`, which other folders must have."""
@@ -67,8 +63,8 @@ def write_hf_config(folder: Path, encoder: ViTConfig, crop: CropConfig, *, recip
     sizes = {"image_size": crop.size[0], **dict(zip(SIZE_KEYS, sides, strict=True))}
     origin = Provenance(recipe, step, name, crop, encoder.init_std, encoder.scan_layers, encoder.remat, encoder.fast)
     config = {"architectures": ["IJepaModel"], **FIXED_CONFIG, **sizes, "jepax": configs.to_dict(origin)}
-    _write_json(folder / CONFIG_FILE, config)
-    _write_json(folder / PREPROCESSOR_FILE, _preprocessor_config(crop))
+    for file, values in ((CONFIG_FILE, config), (PREPROCESSOR_FILE, _preprocessor_config(crop))):
+        (folder / file).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _preprocessor_config(crop: CropConfig) -> dict[str, Any]:
@@ -154,10 +150,6 @@ def _read_crop_config(path: Path, side: int) -> CropConfig:
         )
     with _with_path_in_error(path):
         return dataclasses.replace(crop, interpolation=filters[number], **given)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _check_values(path: Path, values: dict[str, Any], fixed: dict[str, Any]) -> None:
