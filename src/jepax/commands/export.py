@@ -38,3 +38,6 @@ class Export(Command):
             raise UserError(f"--encoder {name}: {config.method.name} has no such encoder; it has {', '.join(encoders)}")
         weights.export(self.folder, encoders[name], config.method.crop, recipe=config.recipe, step=step, name=name)
         print(f"{self.folder}: the {name} encoder after step {step}")
+        height, width = config.method.crop.size
+        if height != width:
+            print(f"its preprocessor only normalizes: resize and crop images to {height} x {width} yourself")

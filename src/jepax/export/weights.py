@@ -49,7 +49,7 @@ POS_EMBED_TOLERANCE = 1e-4
 def export(folder: Path, encoder: ViT, crop: CropConfig, *, recipe: str, step: int, name: str) -> None:
     """Writes the encoder, called `name` by its method, as a new folder, atomically.
 
-    Raises `UserError` if the folder exists and is not empty, or if the view is not square.
+    Raises `UserError` if the folder exists and is not empty.
     """
     target = folder.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
