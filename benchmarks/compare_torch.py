@@ -19,7 +19,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from jepax.bench.timing import interleave, median_ratio, time_call
+from jepax.bench.timing import interleave, time_call
 from jepax.distributed.multihost import cores
 from jepax.methods.ijepa import IJEPA, IJEPAConfig
 from jepax.nn.pos_embed import sincos_2d
@@ -215,3 +215,10 @@ def time_in_turn(sides: dict[str, RunSteps], rounds: int, *, pipelined: bool) ->
         if name != "ours"
     }
     return {"ours_s": float(np.median(times["ours"])), "against": against, "seconds": times}
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Ratio of the medians, and the quartiles of the ratios of neighboring calls."""
+    pairs = np.array(ours) / np.array(theirs)
+    low, high = np.percentile(pairs, (25, 75))
+    return {"ratio": float(np.median(ours) / np.median(theirs)), "low": float(low), "high": float(high)}

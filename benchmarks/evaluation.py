@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.random as jr
 
-from jepax.bench.environment import describe_machine
+from jepax.bench.machine import describe_machine
 from jepax.data import DataConfig, open_source
 from jepax.distributed import sharding
 from jepax.evals.eval_dataset import EvalDataset, random_subset

@@ -56,8 +56,7 @@ class Case:
         """Measure compilation, steps and utilization; `parts`: also seconds by part."""
         import jax
 
-        from jepax.bench.environment import describe_machine
-        from jepax.bench.peak import measure_peak_flops
+        from jepax.bench.machine import describe_machine, peak_flops
         from jepax.bench.step_bench import StepBenchmark
         from jepax.training.config import resolve_compute_dtype
         from jepax.training.setup import make_setup
@@ -66,7 +65,7 @@ class Case:
         with tempfile.TemporaryDirectory() as folder:
             compiled = bench.compile(Path(folder))
         steps = bench.steps(self.rounds)
-        use = bench.utilization(steps["step_s_pipelined"], measure_peak_flops(resolve_compute_dtype(config)))
+        use = bench.utilization(steps["step_s_pipelined"], peak_flops(resolve_compute_dtype(config)))
         found = {
             "batch": config.train.batch_size,
             "device": jax.devices()[0].device_kind,

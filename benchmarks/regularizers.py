@@ -18,7 +18,7 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, Float
 
-from jepax.bench.environment import describe_machine
+from jepax.bench.machine import describe_machine
 from jepax.objectives.rdmreg import rdmreg, sample_target
 from jepax.objectives.sigreg import sigreg
 from jepax.objectives.slicing import random_unit_directions

@@ -25,7 +25,7 @@ tune_malloc()  # as the command line does, and before jax starts threads
 # ruff: noqa: E402
 import jax
 
-from jepax.bench.environment import describe_machine
+from jepax.bench.machine import describe_machine
 from jepax.data import DataConfig
 from jepax.distributed import sharding
 from jepax.distributed.compile_cache import COMPILER_OPTIONS

@@ -45,8 +45,7 @@ from compare_torch import (
     time_in_turn,
     torch_step,
 )
-from jepax.bench.environment import describe_machine
-from jepax.bench.memory import peak_bytes, reset_peak
+from jepax.bench.machine import describe_machine, peak_memory, reset_peak_memory
 from jepax.bench.timing import interleave
 from jepax.commands.bench import Bench
 from jepax.distributed.multihost import cores
@@ -154,14 +153,14 @@ def serve(side: str, config: Config) -> None:
     # Memory counts from here: without the programs that made weights and inputs, which no step uses.
     jax.clear_caches()
     reset_memory()
-    before = peak_bytes() or 0
+    before = peak_memory() or 0
     if side == "ours":
         run = jax_step(method, batches, dtype, config.train.log_every_steps)
     else:
         run = torch_step(method, batches, dtype, side.removeprefix("torch, "))
 
     def peak() -> int | None:
-        return (peak_bytes() or 0) - before if jax.default_backend() == "cpu" else None
+        return (peak_memory() or 0) - before if jax.default_backend() == "cpu" else None
 
     handlers = {"about": lambda: about, "step": run, "reset": reset_memory, "peak": peak}
     handlers["draw"] = lambda: draw_seconds(config)
@@ -173,7 +172,7 @@ def serve(side: str, config: Config) -> None:
 def reset_memory() -> None:
     """Count the peak of memory from here, without what compiling needed."""
     trim_heap()
-    reset_peak()
+    reset_peak_memory()
 
 
 def draw_seconds(config: Config) -> float:

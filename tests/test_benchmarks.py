@@ -88,6 +88,11 @@ def test_losses_that_differ_end_the_comparison(compare_torch):
         compare_torch.check_losses_agree(sides, 1e-5)
 
 
+def test_ratios_of_times(compare_torch):
+    found = compare_torch.median_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 2.0])
+    assert found["ratio"] == 2.0 and found["low"] == 2.0 and found["high"] == 2.5
+
+
 def test_our_step_and_pytorchs_agree_and_are_timed(compare_torch, tiny):
     pytest.importorskip("torch")
     found = compare_torch.compare_with_torch(tiny, 2, ("eager",))

@@ -12,7 +12,9 @@ from jepax.data import DataConfig, open_source
 def photos(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(input_bench, "NUM_PHOTOS", 12)
-        return input_bench.generate_photos(tmp_path_factory.mktemp("photos"))
+        folder = tmp_path_factory.mktemp("photos")
+        input_bench.generate_photos(folder)
+        return folder
 
 
 def test_generated_photos_are_as_large_as_photos_are(photos):

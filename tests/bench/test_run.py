@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jepax.bench import peak, run
+from jepax.bench import machine, run
 from jepax.bench.step_bench import StepBenchmark
 from jepax.commands.bench import Bench
 from jepax.types import UserError
@@ -29,10 +29,11 @@ def found(tmp_path_factory):
     """Numbers of the demo's method, tiny, as they are written; and the table."""
     path = tmp_path_factory.mktemp("bench") / "found.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peak, "MATRIX_SIZES", {"cpu": (64,)})
-        returned = run.run_bench(config(*TINY), 3, print=lambda line: None, json=path)
-    assert json.loads(path.read_text()) == json.loads(json.dumps(returned))
-    return returned
+        patch.setattr(machine, "MATRIX_SIZES", {"cpu": (64,)})
+        measured = run.measure_step(config(*TINY), 3, print=lambda line: None)
+    run.publish(measured, run.step_rows(measured), path)
+    assert json.loads(path.read_text()) == json.loads(json.dumps(measured))
+    return measured
 
 
 @pytest.mark.long
@@ -92,3 +93,28 @@ def test_no_step_is_counted_that_was_done_before_the_clock_started():
             return {"train/loss": jax.block_until_ready(jnp.zeros(()))}
 
     assert Slow().steps(3)["step_s_pipelined"] >= 0.02
+
+
+SOUND = {
+    "machine": {"load_average": (0.4, 2.0, 2.0), "cores": 2},
+    "utilization": {"utilization": 0.5},
+    "parts": {"teacher": 0.4, "objective": -0.01, "backward": 0.6},
+}
+
+
+def test_an_idle_machine_is_not_doubted():
+    assert run.sanity_warnings(SOUND) == []
+    assert run.sanity_warnings({"machine": SOUND["machine"]}) == []  # of reading, which has no more
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"machine": {"load_average": (1.9, 0.0, 0.0), "cores": 2}}, "load average was 1.9 on 2 cores"),
+        ({"utilization": {"utilization": 1.29}}, "utilization above 100%"),
+        ({"parts": SOUND["parts"] | {"objective": -0.06}}, "objective below zero"),
+    ],
+)
+def test_what_cannot_be_is_doubted(changed, said):
+    (doubt,) = run.sanity_warnings(SOUND | changed)
+    assert said in doubt

@@ -11,8 +11,6 @@ def test_calls_take_turns_and_warm_ones_do_not_count():
     assert order == list("abbaabbaab") and {name: len(taken) for name, taken in times.items()} == {"a": 3, "b": 3}
 
 
-def test_percentiles_and_ratios():
+def test_percentiles():
     times = list(np.arange(101.0))
     assert timing.percentiles(times) == {"p10": 10.0, "p50": 50.0, "p90": 90.0, "p99": 99.0}
-    found = timing.median_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 2.0])
-    assert found["ratio"] == 2.0 and found["low"] == 2.0 and found["high"] == 2.5

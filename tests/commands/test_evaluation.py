@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from jepax import cli
-from jepax.commands import evaluation
 from jepax.commands.evaluate import Evaluate
 from jepax.commands.train import finalize
 from jepax.evals import report
@@ -21,8 +20,8 @@ from jepax.flops import tree_bytes
 from jepax.io import config_yaml as configs
 from jepax.io.checkpointer import CheckpointConfig
 from jepax.training import config as train_config
+from jepax.training import evaluation, monitor, setup
 from jepax.training import loop as training
-from jepax.training import monitor, setup
 from jepax.training.setup import init_method
 from jepax.types import UserError
 from tests.contracts.shrink import shrunk

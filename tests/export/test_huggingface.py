@@ -3,12 +3,14 @@
 import json
 from dataclasses import replace
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jepax.export import huggingface
 from jepax.nn import ViTConfig
 from jepax.types import UserError
-from jepax.views import CropConfig
+from jepax.views import CropConfig, crops
 
 OURS = ViTConfig(
     patch_size=4, in_channels=3, width=32, depth=2, num_heads=2, mlp_ratio=1.5, init_std=None, scan_layers=True
@@ -59,6 +61,7 @@ def test_files_of_others(tmp_path):
     encoder = replace(OURS, init_std=ViTConfig().init_std, scan_layers=False)
     assert read(tmp_path) == (encoder, CropConfig(size=(8, 8)))
     assert read(tmp_path, {"image_size": [8, 8], "patch_size": [4, 4]})[0] == encoder
+    assert read(tmp_path, {"image_size": [8, 16]}) == (encoder, CropConfig(size=(8, 16)))
     with pytest.warns(UserWarning, match=r"0\.5"):
         crop = read(tmp_path, preprocessor={"resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3})[1]
     assert crop == CropConfig(size=(8, 8), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -76,7 +79,10 @@ def test_files_of_others(tmp_path):
         ({"qkv_bias": False}, ["qkv_bias=False", "True"]),
         ({"qkv_bias": 1}, ["qkv_bias=1", "True"]),
         ({"layer_norm_eps": 1e-12}, ["layer_norm_eps=1e-12", "1e-06"]),
-        ({"image_size": [8, 16]}, ["image_size=[8, 16]", "square"]),
+        ({"image_size": [8, 18]}, ["width 18", "multiple of patch_size=4"]),
+        ({"image_size": [8, 0]}, ["image_size=[8, 0]", "at least 1"]),
+        ({"image_size": [8, 8, 8]}, ["image_size=[8, 8, 8]", "int"]),
+        ({"patch_size": [4, 8]}, ["patch_size=[4, 8]", "square"]),
         ({"patch_size": 3}, ["multiple of patch_size=3", "4"]),
         ({"num_channels": 4}, ["in_channels=4"]),
         ({"num_channels": 1}, ["num_channels=1", "preprocessor_config.json", "image_mean"]),
@@ -127,6 +133,38 @@ def test_sizes_of_our_own_that_contradict_each_other_are_refused(tmp_path):
     refused(lambda: huggingface.load_hf_config(tmp_path), str(tmp_path / "config.json"), "crop.size=(8, 0)")
 
 
-def test_a_view_that_is_not_square_is_refused(tmp_path):
+def written(folder, crop):
+    """The values of both files."""
+    huggingface.write_hf_config(folder, OURS, crop, recipe="mine", step=7, name="context")
+    return [json.loads((folder / name).read_text()) for name in ("config.json", "preprocessor_config.json")]
+
+
+def test_a_view_that_is_not_square_is_written_and_its_preprocessor_only_normalizes(tmp_path):
     crop = replace(CROP, size=(8, 12))
-    refused(lambda: huggingface.write_hf_config(tmp_path, OURS, crop, recipe="", step=0, name=""), "(8, 12)", "square")
+    config, preprocessor = written(tmp_path, crop)
+    assert config["image_size"] == [8, 12] and huggingface.load_hf_config(tmp_path) == (OURS, crop)
+    assert not preprocessor["do_resize"] and not preprocessor["do_center_crop"] and preprocessor["do_normalize"]
+    put(tmp_path, "config.json", config | {"image_size": [12, 8]})
+    refused(lambda: huggingface.load_hf_config(tmp_path), "image_size=[12, 8]", "(8, 12)")
+
+
+def transformers_box(preprocessor, height, width):
+    """Box (top, left, height, width) of transformers' crop, in pixels of the image: transformers/image_transforms.py,
+    get_resize_output_image_size and center_crop."""
+    short = preprocessor["size"]["shortest_edge"]
+    resized = [int(short * side / min(height, width)) for side in (height, width)]
+    crop = preprocessor["crop_size"]["height"], preprocessor["crop_size"]["width"]
+    start = [(side - cut) // 2 for side, cut in zip(resized, crop, strict=True)]
+    scale = np.array([height, width]) / resized
+    return np.concatenate([start * scale, crop * scale])
+
+
+@pytest.mark.parametrize(("side", "ratio"), [(224, 256 / 224), (160, 256 / 224), (96, 1.1), (28, 1.0), (7, 2.5)])
+def test_transformers_crops_the_runs_own_box_of_every_shape(side, ratio, tmp_path):
+    """The photo of 1280 x 720 is one of those whose margin is odd: 16:9 at 224 pixels."""
+    crop = replace(CROP, size=(side, side), eval_resize_ratio=ratio)
+    preprocessor = written(tmp_path, crop)[1]
+    shapes = np.random.default_rng(0).integers(1, 2000, (3000, 2))
+    shapes = np.concatenate([shapes, [(720, 1280), (1280, 720), (375, 500), (side, side)]]).astype(np.int32)
+    theirs = np.array([transformers_box(preprocessor, *map(int, shape)) for shape in shapes])
+    np.testing.assert_allclose(crops._center_boxes(jnp.asarray(shapes), crop), theirs, rtol=1e-5, atol=1e-6)

@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jepax import cli
-from jepax.commands import evaluation
 from jepax.export import weights
 from jepax.nn import ViT, ViTConfig
+from jepax.training import evaluation
 from jepax.training import loop as training
 from jepax.types import UserError
 from jepax.views import CropConfig
@@ -72,6 +72,15 @@ def test_what_is_written_is_read_back_bit_by_bit(tmp_path, changes):
     read, its_crop = weights.load_encoder(exported(tmp_path / "encoder", encoder, crop))
     assert_equal(read, encoder)
     assert (read.config, its_crop) == (encoder.config, crop)
+
+
+def test_an_encoder_of_views_that_are_not_square_is_read_back(tmp_path):
+    encoder, crop = encoder_of(), replace(CROP, size=(8, 12))
+    folder = exported(tmp_path / "encoder", encoder, crop)
+    assert load_file(folder / weights.MODEL_FILE)["embeddings.position_embeddings"].shape == (1, 2 * 3, 32)
+    read, its_crop = weights.load_encoder(folder)
+    assert_equal(read, encoder)
+    assert its_crop == crop
 
 
 def test_the_tensors_are_named_and_laid_out_as_theirs(folder):

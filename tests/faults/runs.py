@@ -4,10 +4,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from jepax.commands import evaluation
 from jepax.io import checkpoint, logger
 from jepax.io import config_yaml as configs
 from jepax.io.checkpointer import CheckpointConfig
+from jepax.training import evaluation
 from jepax.training.config import Config
 from tests.contracts.shrink import shrunk
 from tests.digest import state_digest

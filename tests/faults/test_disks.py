@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from jepax.commands import evaluation
 from jepax.health import alerts
 from jepax.io import atomic, checkpoint, checkpointer, checksums, logger
 from jepax.io.checkpointer import CheckpointConfig
 from jepax.io.logger import Log
+from jepax.training import evaluation
 from jepax.training.loop import train
 from tests.digest import state_digest
 from tests.faults import limits

@@ -10,12 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jepax.commands import evaluation
 from jepax.distributed import preemption
 from jepax.io import checkpoint, events, logger
 from jepax.io import config_yaml as configs
 from jepax.io.checkpointer import CheckpointConfig
-from jepax.training import nan_dump
+from jepax.training import evaluation, nan_dump
 from jepax.training.config import Config
 from jepax.training.grad_guard import Action, GradGuardConfig
 from jepax.training.loop import train

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jepax.commands import evaluation
 from jepax.data import batches, open_source
 from jepax.distributed.sharding import ShardingConfig
 from jepax.io import checkpoint
@@ -17,6 +16,7 @@ from jepax.io import config_yaml as configs
 from jepax.io import events as happened
 from jepax.io.checkpointer import CheckpointConfig
 from jepax.training import config as train_config
+from jepax.training import evaluation
 from jepax.training.config import Config
 from jepax.training.loop import train
 from tests.contracts.shrink import SIDE

@@ -1,5 +1,6 @@
 """Folders of weights against transformers' own I-JEPA, and against the public I-JEPA's recorded numbers."""
 
+import dataclasses
 import json
 
 import equinox as eqx
@@ -63,14 +64,14 @@ def test_the_recorded_encoder_as_a_folder_gives_the_recorded_tokens(tmp_path):
     np.testing.assert_allclose(tokens, golden["step0.target_encoder_output"], rtol=0, atol=2e-5)
 
 
-@pytest.fixture(scope="module", params=[3, 1])
+@pytest.fixture(scope="module", params=[(3, (28, 28)), (1, (28, 28)), (3, (28, 40))])
 def folder(request, tmp_path_factory):
     """An exported encoder with no parameter at a value that would hide a wrong place."""
-    channels = request.param
+    channels, size = request.param
     config = ViTConfig(patch_size=4, in_channels=channels, width=48, depth=3, num_heads=4, init_std=None)
     leaves, tree = jax.tree.flatten(eqx.filter_jit(ViT)(config, key=jr.key(0)))
     noisy = [leaf + 0.1 * jr.normal(jr.key(i), leaf.shape) for i, leaf in enumerate(leaves)]
-    crop = CropConfig(size=(28, 28), mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.3, 0.25)[:channels])
+    crop = CropConfig(size=size, mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.3, 0.25)[:channels])
     path = tmp_path_factory.mktemp("weights") / "encoder"
     export(path, jax.tree.unflatten(tree, noisy), crop, recipe="mine", step=1, name="target")
     return path
@@ -104,13 +105,20 @@ def test_transformers_gives_the_same_tokens_and_writes_what_we_read(folder, tmp_
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_prepares_the_same_pixels(folder, transformers):
-    """To one level of 256: transformers rounds the resized picture to whole levels."""
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (33, 59), (36, 64), (64, 36), (28, 40)])
+def test_transformers_prepares_the_same_pixels(folder, transformers, shape):
+    """To one level of 256: transformers rounds the resized image to integers.
+
+    An image of a view that is not square must have the view's size already; others are left as they are.
+    """
     crop = load_encoder(folder)[1]
-    picture = np.random.default_rng(0).integers(0, 256, (40, 60, len(crop.mean))).astype(np.uint8)
+    is_square = crop.size[0] == crop.size[1]
+    image = np.random.default_rng(0).integers(0, 256, (*shape, len(crop.mean))).astype(np.uint8)
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
-    pixels = processor(picture, return_tensors="np")["pixel_values"]
-    canvas = np.pad(picture, ((0, 20), (0, 0), (0, 0)))[None]
-    ours = center_crop(ImageBatch(canvas, np.array([[40, 60]], np.int32), np.zeros(1, np.int32)), crop)
+    pixels = processor(image, return_tensors="np")["pixel_values"]
+    if not is_square:
+        crop = dataclasses.replace(crop, size=shape, eval_resize_ratio=1.0)
+    canvas = np.pad(image, ((0, 70 - shape[0]), (0, 70 - shape[1]), (0, 0)))[None]
+    ours = center_crop(ImageBatch(canvas, np.array([shape], np.int32), np.zeros(1, np.int32)), crop)
     levels = (pixels.transpose(0, 2, 3, 1) - np.asarray(ours)) * np.array(crop.std) * 255
     assert np.max(np.abs(levels)) <= 1.01

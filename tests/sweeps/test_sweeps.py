@@ -1,4 +1,4 @@
-"""Grids: each run once, resumed where it stopped, one table of what was measured."""
+"""Sweeps: each run once, resumed where it stopped, one table of what was measured."""
 
 import csv
 import dataclasses
@@ -8,13 +8,13 @@ import shutil
 import pytest
 
 from jepax import cli
-from jepax.commands import evaluation
 from jepax.commands.sweep import Sweep as SweepCommand
 from jepax.commands.sweep import load_sweep
 from jepax.evals import report
 from jepax.evals.knn import KnnConfig
 from jepax.io import config_yaml as configs
 from jepax.sweeps import SWEEPS, Sweep, Variant, run, table
+from jepax.training import evaluation
 from jepax.types import UserError
 
 TINY = """
@@ -29,11 +29,11 @@ def plan(*words):
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_every_row_of_a_shipped_grid_is_a_run_and_no_two_are_the_same(name):
-    grid = SWEEPS[name]()
-    assert grid.name == name and grid.about
+def test_every_row_of_a_built_in_sweep_is_a_run_and_no_two_are_the_same(name):
+    sweep = SWEEPS[name]()
+    assert sweep.name == name and sweep.about
     wanted = plan(name, "--seeds", "0", "1")
-    assert len(wanted.jobs) == 2 * len(grid.rows)
+    assert len(wanted.jobs) == 2 * len(sweep.rows)
     assert len({job.folder for job in wanted.jobs}) == len({job.config for job in wanted.jobs}) == len(wanted.jobs)
     assert len({job.config.train for job in wanted.jobs}) == 1  # equal lengths and batches
     assert len({job.config.method.encoder for job in wanted.jobs}) == 1
@@ -89,13 +89,13 @@ def test_bad_arguments_are_refused(arguments, words):
     [
         (lambda: Variant("a/b", "x"), "name='a/b'"),
         (lambda: Variant("..", "x"), "name='..'"),
-        (lambda: Sweep("../g", "", (Variant("a", "x"),)), "grid name='../g'"),
+        (lambda: Sweep("../g", "", (Variant("a", "x"),)), "sweep name='../g'"),
         (lambda: Sweep("g", "", ()), "must not be empty"),
         (lambda: Sweep("g", "", (Variant("a", "x"), Variant("a", "y"))), "twice"),
         (lambda: Sweep("g", "", (Variant("a", "x"),), seeds=(-1,)), "must not be negative"),
     ],
 )
-def test_bad_grids_are_refused(make, words):
+def test_bad_sweeps_are_refused(make, words):
     with pytest.raises(UserError, match=words):
         make()
 
@@ -125,7 +125,7 @@ def test_what_cannot_be_trained_is_refused_before_the_first_run(tmp_path, monkey
     tiny = [word for pair in zip(TINY[::2], TINY[1::2], strict=True) for word in pair if "warmup" not in pair[0]]
     wanted = plan(str(tmp_path / "g.yaml"), *tiny, "--run-dir", str(tmp_path / "out"))
     with pytest.raises(UserError, match=r"row long: optim\.warmup_epochs=99"):
-        run.run_sweep(wanted, say=lambda line: None)
+        run.run_sweep(wanted, print=lambda line: None)
 
 
 def test_runs_of_another_config_are_not_put_into_one_table(tmp_path, monkeypatch):
@@ -135,13 +135,13 @@ def test_runs_of_another_config_are_not_put_into_one_table(tmp_path, monkeypatch
     before = plan(*words, "--seeds", "0", "--eval.knn.k", "3").jobs[0]
     run.train_config.write_run_config(before.folder, before.config)
     with pytest.raises(UserError, match=r"(?s)row masked\+ema: .*different config.*knn\.k"):
-        run.run_sweep(plan(*words, "--seeds", "1"), say=lambda line: None)
+        run.run_sweep(plan(*words, "--seeds", "1"), print=lambda line: None)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A grid of a file with two rows and two seeds, run from the command line in two parts; no run draws figures."""
-    folder = tmp_path_factory.mktemp("grid")
+    """A sweep of a file with two rows and two seeds, run from the command line in two parts; no run draws figures."""
+    folder = tmp_path_factory.mktemp("sweep")
     rows = (Variant("masked", "ijepa_fashion_mnist"), Variant("views", "byol_fashion_mnist"))
     configs.save(Sweep("mine", "two rows", rows, seeds=(0, 1)), folder / "mine.yaml")
     words = ["sweep", str(folder / "mine.yaml"), *TINY, "--run-dir", str(folder / "out")]
@@ -155,7 +155,7 @@ def finished(tmp_path_factory):
     return folder / "out", words
 
 
-def test_a_grid_ends_in_one_table_and_one_figure(finished):
+def test_a_sweep_ends_in_one_table_and_one_figure(finished):
     folder, _ = finished
     lines = (folder / "grid.md").read_text().splitlines()
     assert lines[:2] == ["two rows", ""]
@@ -169,13 +169,13 @@ def test_a_grid_ends_in_one_table_and_one_figure(finished):
     for each in found:
         result = json.loads((folder / f"{each['row']}-seed{each['seed']}/evals/step_00000003.json").read_text())
         assert float(each["linear"]) == result["rows"]["trained"]["linear"]["top1"]
-        grid = result["rows"]["trained"]["linear"]["trials"]
-        assert float(each["validation"]) == max(head["validation_top1"] for head in grid)
+        heads = result["rows"]["trained"]["linear"]["trials"]
+        assert float(each["validation"]) == max(head["validation_top1"] for head in heads)
         assert float(each["untrained_knn"]) == result["rows"]["untrained"]["knn"]["top1"]
         assert float(each["minutes"]) > 0 and int(each["steps"]) == 3 and int(each["batch_size"]) == 16
 
 
-def test_floors_are_measured_once_per_seed_and_no_score_is_shared(finished):
+def test_baselines_are_measured_once_per_seed_and_no_score_is_shared(finished):
     folder, _ = finished
     kept = sorted(path.name.split("-")[0] for path in (folder / "baselines").iterdir())
     assert kept == ["pixels", "pixels", "untrained", "untrained"]
@@ -187,8 +187,8 @@ def test_floors_are_measured_once_per_seed_and_no_score_is_shared(finished):
     assert rows[0]["trained"]["effective_rank"] != rows[1]["trained"]["effective_rank"]
 
 
-def test_a_floor_kept_is_the_floor_measured(finished, monkeypatch):
-    """Evaluated again without the kept ones, every floor is the same."""
+def test_a_cached_baseline_is_the_measured_one(finished, monkeypatch):
+    """Evaluated again without the cached ones, every baseline is the same."""
     _, words = finished
     job = plan(*words[1:]).jobs[0]
     state = evaluation.load_state(job.config, job.folder)
@@ -229,17 +229,17 @@ def test_seconds_are_those_of_all_steps():
 
 def test_the_table_says_what_is_missing(finished, tmp_path):
     folder, words = finished
-    grid = load_sweep(words[1])
+    sweep = load_sweep(words[1])
 
-    def said(grid, folder):
-        return table.to_markdown(grid, folder, table.load_results(grid, folder)).splitlines()
+    def said(sweep, folder):
+        return table.to_markdown(sweep, folder, table.load_results(sweep, folder)).splitlines()
 
-    assert not any("missing" in line for line in said(grid, folder))
+    assert not any("missing" in line for line in said(sweep, folder))
     copy = tmp_path / "out"
     shutil.copytree(folder, copy)
     (copy / "views-seed1" / "evals" / "step_00000003.json").unlink()
-    assert said(grid, copy)[-1] == "1 of 4 runs are missing"
-    one_seed = dataclasses.replace(grid, seeds=(0,))
+    assert said(sweep, copy)[-1] == "1 of 4 runs are missing"
+    one_seed = dataclasses.replace(sweep, seeds=(0,))
     assert len(table.load_results(one_seed, copy)) == 3  # of whatever seeds: nothing that is done leaves the table
     assert not any("missing" in line for line in said(one_seed, copy))
     (copy / "views-seed1" / table.DIVERGED_FILE).write_text("why\n")
@@ -273,8 +273,8 @@ def test_a_run_that_diverges_is_told_and_does_not_stop_the_others(tmp_path, caps
     assert "run 1 of 2" not in capsys.readouterr().err
 
 
-def test_floors_of_another_protocol_are_not_taken(finished, tmp_path, monkeypatch):
-    """A floor is named by what decides it: other versions, other neighbors, other floors."""
+def test_baselines_of_another_protocol_are_not_taken(finished, tmp_path, monkeypatch):
+    """A baseline is named by what decides it: other versions or neighbors, another baseline."""
     folder, words = finished
     job = plan(*words[1:]).jobs[0]
     state = evaluation.load_state(job.config, job.folder)

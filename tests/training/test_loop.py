@@ -14,15 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jepax.commands import evaluation
 from jepax.distributed import preemption
 from jepax.flops import tree_bytes
 from jepax.io import checkpoint, logger
 from jepax.io import config_yaml as configs
 from jepax.io.checkpointer import CheckpointConfig, CheckpointManager
 from jepax.training import config as train_config
+from jepax.training import evaluation, step
 from jepax.training import loop as training
-from jepax.training import step
 from jepax.training.config import Config
 from jepax.training.grad_guard import GradGuardConfig
 from jepax.training.loop import train

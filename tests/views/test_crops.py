@@ -121,7 +121,7 @@ def test_centre_crop_equals_pillows_resize_then_crop(side, eval_resize_ratio, fi
         height, width = picture.shape[:2]
         shorter = round(side * eval_resize_ratio)
         resized = [int(shorter * length / min(height, width)) for length in (width, height)]
-        left, top = (round((length - side) / 2) for length in resized)
+        left, top = ((length - side) // 2 for length in resized)
         image = Image.fromarray(picture).resize(tuple(resized), PILLOW[filter])
         assert_close_to_pillow(view, np.asarray(image.crop((left, top, left + side, top + side))) / 255)
 

@@ -91,6 +91,12 @@ def test_one_value_far_below_does_not_hide_the_others():
     assert panels(plot_curves(lines, "mine"))["share of loss explained"].get_ylim()[0] == -1
 
 
+def test_values_that_are_all_far_below_are_shown():
+    lines = log(60, **{"train/explained_variance": -5.0})
+    low, high = panels(plot_curves(lines, "mine"))["share of loss explained"].get_ylim()
+    assert low < -5 < high
+
+
 def test_a_metric_that_no_panel_holds_gets_its_own():
     lines = log(60, **{"train/sigreg_loss": 3.0, "perf/step_time": 0.1})
     drawn = panels(plot_curves(lines, "mine"))
@@ -137,5 +143,5 @@ def test_the_running_median_keeps_ends_gaps_and_a_steep_start():
 def test_a_series_knows_its_layers_and_its_losses():
     by_block = Series([{"step": 0, "x": [1.0, None]}, {"step": 5, "x": [1.0, 2.0]}, {"step": 6}], "x")
     assert by_block.by_layer and by_block.values.shape == (2, 2)
-    assert by_block.lost.tolist() == [True, False]
-    assert Series([{"step": 0, "x": 0.0}], "x").empty and not Series([{"step": 0, "x": None}], "x").empty
+    assert by_block.lost.tolist() == [0]
+    assert Series([{"step": 0, "x": 0.0}], "x").is_zero and not Series([{"step": 0, "x": None}], "x").is_zero

@@ -2,7 +2,6 @@
 
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jepax.bench.environment import describe_machine
+from jepax.bench.machine import describe_machine
 from jepax.bench.step_bench import StepBenchmark
 from jepax.bench.timing import interleave
 from jepax.data import batches, open_source, pack
 from jepax.data.decode import read_image
 from jepax.distributed.multihost import cores
 from jepax.training.config import Config
-from jepax.training.dry_run import make_dry_setup
+from jepax.training.dry_run import LogFn, make_dry_setup
 
 NUM_PHOTOS, PHOTO_SIZE, JPEG_QUALITY = 256, (375, 500), 90
 """Number of generated photos, their height and width (typical of ImageNet), and JPEG quality."""
@@ -26,16 +25,22 @@ VIEW_SIZE = 224
 """Side in pixels of the view that Pillow's path produces."""
 
 
-def measure_input(config: Config, rounds: int, print: Callable[[str], None]) -> dict[str, Any]:
+def measure_input(config: Config, rounds: int, print: LogFn = print) -> dict[str, Any]:
     """Measure images per second on the recipe's folder, or on generated photos if it has none."""
     machine = describe_machine()
+    has_photos = config.data.dataset == "image_folder" and config.data.root is not None
+    photos_name = "its photos" if has_photos else f"generated photos of {PHOTO_SIZE[0]} x {PHOTO_SIZE[1]}"
     with tempfile.TemporaryDirectory() as folder:
-        photos = sample_photos(config, Path(folder) / "photos")
+        photos = Path(folder) / "photos"
+        if has_photos:
+            link_photos(config, photos)
+        else:
+            generate_photos(photos)
         data = replace(config.data, dataset="image_folder", root=str(photos), val_fraction=0.0)
         source = open_source(data, "train")
         files = [source.folder / file for file in source.files]
         print(f"{len(files)} photos, one core ...")
-        alone = time_one_core(files, data.canvas_size, rounds)
+        one_core = time_one_core(files, data.canvas_size, rounds)
         print("through the loader ...")
         loaded = {}
         for threads, workers in ((1, 0), (cores(), 0), (1, cores())):
@@ -46,43 +51,42 @@ def measure_input(config: Config, rounds: int, print: Callable[[str], None]) -> 
     print("the step ...")
     steps = StepBenchmark(make_dry_setup(config, print)).steps(rounds)
     return {
-        "what": f"{config.recipe}: reading {describe_photos(config)}",
+        "what": f"{config.recipe}: reading {photos_name}",
         "machine": machine,
         "files": len(files),
-        "one_core_images_per_s": alone,
-        "over_pillow": alone["ours"] / alone["pillow"],
+        "one_core_images_per_s": one_core,
+        "over_pillow": one_core["ours"] / one_core["pillow"],
         "loader_images_per_s": loaded,
-        "loader_over_pillow": loaded["1 threads, 0 workers"] / alone["pillow"],
+        "loader_over_pillow": loaded["1 threads, 0 workers"] / one_core["pillow"],
         "step_images_per_s": steps["images_per_s"],
     }
 
 
-def has_image_folder(config: Config) -> bool:
-    """True if the recipe reads a folder of photos and `data.root` is set."""
-    return config.data.dataset == "image_folder" and config.data.root is not None
+def input_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of each row of the table."""
+    one_core = found["one_core_images_per_s"]
+    return [
+        ("one core: ours, onto the canvas", f"{one_core['ours']:,.0f} images/s"),
+        ("one core: Pillow, cropped and resized", f"{one_core['pillow']:,.0f} images/s"),
+        ("ours over Pillow's", f"{found['over_pillow']:.2f}"),
+        ("one loader thread over Pillow's", f"{found['loader_over_pillow']:.2f}"),
+        *((f"loader: {name}", f"{value:,.0f} images/s") for name, value in found["loader_images_per_s"].items()),
+        ("the step takes", f"{found['step_images_per_s']:,.1f} images/s"),
+    ]
 
 
-def describe_photos(config: Config) -> str:
-    """Describe the photos that are read."""
-    return "its photos" if has_image_folder(config) else f"generated photos of {PHOTO_SIZE[0]} x {PHOTO_SIZE[1]}"
-
-
-def sample_photos(config: Config, folder: Path) -> Path:
-    """Make a folder of a few photos: links to the recipe's own, evenly over its classes, or generated ones."""
-    if not has_image_folder(config):
-        return generate_photos(folder)
+def link_photos(config: Config, folder: Path) -> None:
+    """Fill a folder with links to a few of the recipe's photos, evenly over its classes."""
     for part, split, count in (("train", "train", NUM_PHOTOS), ("val", "test", 2)):
         source = open_source(replace(config.data, val_fraction=0.0), split)
+        (folder / part / "photo").mkdir(parents=True)
         for number, row in enumerate(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)):
             file = source.folder / source.files[row]
-            place = folder / part / "photo" / f"{number:04d}{file.suffix}"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(file.absolute())
-    return folder
+            (folder / part / "photo" / f"{number:04d}{file.suffix}").symlink_to(file.absolute())
 
 
-def generate_photos(folder: Path) -> Path:
-    """Make a folder of JPEGs with the detail of photos: smooth shapes and some noise."""
+def generate_photos(folder: Path) -> None:
+    """Fill a folder with JPEGs that have the detail of photos: smooth shapes and some noise."""
     random = np.random.default_rng(0)
     for split, count in (("train", NUM_PHOTOS), ("val", 2)):
         (folder / split / "photo").mkdir(parents=True)
@@ -91,7 +95,6 @@ def generate_photos(folder: Path) -> Path:
             smooth = np.asarray(small.resize(PHOTO_SIZE[::-1], Image.Resampling.BICUBIC), np.int16)
             noisy = np.clip(smooth + random.normal(0, 8, (*PHOTO_SIZE, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(noisy).save(folder / split / "photo" / f"{number:04d}.jpg", quality=JPEG_QUALITY)
-    return folder
 
 
 def time_one_core(files: list[Path], canvas: int, rounds: int) -> dict[str, float]:
@@ -124,27 +127,12 @@ def pillow_transform(image: Image.Image, random: np.random.Generator) -> np.ndar
 
 def loader_throughput(source: Any, num_threads: int, num_workers: int, batch: int = 32, steps: int = 40) -> float:
     """Images per second of the loader, after its start."""
-    warm = 4
-    reading = batches(
-        source, batch_size=batch, steps=steps + warm, seed=0, num_threads=num_threads, num_workers=num_workers
-    )
-    with closing(reading):
-        for _ in range(warm):
+    warmup = 4
+    options = {"num_threads": num_threads, "num_workers": num_workers}
+    with closing(batches(source, batch_size=batch, steps=steps + warmup, seed=0, **options)) as reading:
+        for _ in range(warmup):
             next(reading)
         start = time.perf_counter()
         for _ in reading:
             pass
         return steps * batch / (time.perf_counter() - start)
-
-
-def table_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Name and value of each row of the table."""
-    alone = found["one_core_images_per_s"]
-    rows = [
-        ("one core: ours, onto the canvas", f"{alone['ours']:,.0f} images/s"),
-        ("one core: Pillow, cropped and resized", f"{alone['pillow']:,.0f} images/s"),
-        ("ours over Pillow's", f"{found['over_pillow']:.2f}"),
-        ("one loader thread over Pillow's", f"{found['loader_over_pillow']:.2f}"),
-    ]
-    rows += [(f"loader: {name}", f"{value:,.0f} images/s") for name, value in found["loader_images_per_s"].items()]
-    return [*rows, ("the step takes", f"{found['step_images_per_s']:,.1f} images/s")]

@@ -31,10 +31,3 @@ def interleave(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 def percentiles(times: list[float]) -> dict[str, float]:
     """The 10th, 50th, 90th and 99th percentile, in seconds."""
     return {f"p{at}": float(np.percentile(times, at)) for at in (10, 50, 90, 99)}
-
-
-def median_ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """Ratio of the medians, and the quartiles of the ratios of neighboring calls."""
-    pairs = np.array(ours) / np.array(theirs)
-    low, high = np.percentile(pairs, (25, 75))
-    return {"ratio": float(np.median(ours) / np.median(theirs)), "low": float(low), "high": float(high)}

@@ -32,6 +32,7 @@ class Bench(BenchOptions):
     """
 
     def run(self) -> None:
-        from jepax.bench import run
+        from jepax.bench.run import measure_step, publish, step_rows
 
-        run.run_bench(self.config(), self.repeats, json=self.json)
+        found = measure_step(self.config(), self.repeats)
+        publish(found, step_rows(found), self.json)

@@ -13,6 +13,8 @@ class BenchData(BenchOptions):
     """
 
     def run(self) -> None:
-        from jepax.bench import run
+        from jepax.bench.input_bench import input_rows, measure_input
+        from jepax.bench.run import publish
 
-        run.bench_data(self.config(), self.repeats, json=self.json)
+        found = measure_input(self.config(), self.repeats)
+        publish(found, input_rows(found), self.json)

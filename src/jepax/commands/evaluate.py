@@ -10,8 +10,8 @@ from jepax.commands.base import ConfigCommand
 from jepax.errors import UserError
 
 if TYPE_CHECKING:  # jax takes seconds to import
-    from jepax.commands.evaluation import EvalTarget
     from jepax.training.config import Config
+    from jepax.training.evaluation import EvalTarget
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Evaluate(ConfigCommand):
 
     def own_config(self) -> "Config":
         """The run's config; for exported weights, the default one."""
-        from jepax.commands import evaluation
         from jepax.export.weights import MODEL_FILE
+        from jepax.training import evaluation
         from jepax.training.config import Config
 
         return Config() if (self.run_folder / MODEL_FILE).is_file() else evaluation.load_run_config(self.run_folder)
@@ -63,8 +63,8 @@ class Evaluate(ConfigCommand):
 
     def target(self) -> "EvalTarget":
         """What is evaluated."""
-        from jepax.commands import evaluation
         from jepax.export import weights
+        from jepax.training import evaluation
 
         folder, config = self.run_folder, self.own_config()
         settings = self.settings(config)
@@ -90,9 +90,9 @@ def evaluate_and_print(target: "EvalTarget") -> Path:
     """
     from rich.console import Console
 
-    from jepax.commands import evaluation
     from jepax.evals import report
     from jepax.evals.progress import Progress
+    from jepax.training import evaluation
 
     results, written = evaluation.evaluate(target, Progress(), target.folder / "evals" / "baselines")
     console = Console()

@@ -27,8 +27,8 @@ class Export(Command):
     """target or context; by default the encoder that evaluations read."""
 
     def run(self) -> None:
-        from jepax.commands import evaluation
         from jepax.export import weights
+        from jepax.training import evaluation
 
         config = evaluation.load_run_config(self.run_folder)
         state = evaluation.load_state(config, self.run_folder, self.step)
@@ -38,3 +38,6 @@ class Export(Command):
             raise UserError(f"--encoder {name}: {config.method.name} has no such encoder; it has {', '.join(encoders)}")
         weights.export(self.folder, encoders[name], config.method.crop, recipe=config.recipe, step=step, name=name)
         print(f"{self.folder}: the {name} encoder after step {step}")
+        height, width = config.method.crop.size
+        if height != width:
+            print(f"its preprocessor only normalizes: resize and crop images to {height} x {width} yourself")

@@ -1,9 +1,8 @@
 """`jepax sweep`: the rows of a sweep, each with every seed."""
 
-import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,54 +56,51 @@ class Sweep(ConfigCommand):
         from jepax.sweeps.run import SweepJob, SweepPlan
 
         check_overrides(self.overrides)
-        grid = load_sweep(self.sweep)
+        sweep = load_sweep(self.sweep)
         if self.seeds is not None:
-            grid = dataclasses.replace(grid, seeds=self.seeds)
-        folder = self.run_dir or Path("runs") / grid.name
-        shared = [*plain_overrides(grid.shared), *self.overrides]
-        configs = [config_of_row(row, shared, also=list(self.options())) for row in grid.rows]
+            sweep = replace(sweep, seeds=self.seeds)
+        folder = self.run_dir or Path("runs") / sweep.name
+        shared = [*plain_overrides(sweep.shared), *self.overrides]
+        configs = [(row, config_of_row(row, shared, also=list(self.options()))) for row in sweep.rows]
 
         def jobs_of(seeds: Iterable[int]) -> list[SweepJob]:
-            runs = [
-                (row, dataclasses.replace(c, seed=s)) for s in seeds for row, c in zip(grid.rows, configs, strict=True)
-            ]
-            return [SweepJob(row, config, table.job_folder(folder, row, config.seed)) for row, config in runs]
+            runs = [(row, seed, replace(config, seed=seed)) for seed in seeds for row, config in configs]
+            return [SweepJob(row, config, table.job_folder(folder, row, seed)) for row, seed, config in runs]
 
         # The table also shows what earlier commands, of whatever seeds, left in the folder.
-        existing = [job for job in jobs_of(table.list_seeds(grid, folder)) if (job.folder / "config.yaml").exists()]
-        return SweepPlan(grid, folder, jobs_of(grid.seeds)[self.part()], existing)
+        existing = [job for job in jobs_of(table.list_seeds(sweep, folder)) if (job.folder / "config.yaml").exists()]
+        return SweepPlan(sweep, folder, jobs_of(sweep.seeds)[self.part()], existing)
 
     def run(self) -> None:
-        from jepax.sweeps import run as sweeps
+        from jepax.sweeps.run import run_sweep
 
-        written = sweeps.run_sweep(self.plan(), say=lambda line: print(line, file=sys.stderr))
+        written = run_sweep(self.plan(), print=lambda line: print(line, file=sys.stderr))
         print(written[0].read_text(), end="")
-        for path in written:
-            print(path)
+        print(*written, sep="\n")
 
 
 def load_sweep(name: str) -> "SweepDefinition":
     """The sweep of that name, or the sweep in that file."""
-    from jepax.io import config_yaml as configs
+    from jepax.io import config_yaml
     from jepax.sweeps.base import SWEEPS, Sweep
 
     if name in SWEEPS:
         return SWEEPS[name]()
     if Path(name).suffix in (".yaml", ".yml"):
-        return configs.load(Sweep, Path(name))
-    raise UserError(f"{name!r} is neither a sweep nor a sweep's file; {configs.suggest(name, SWEEPS)}")
+        return config_yaml.load(Sweep, Path(name))
+    raise UserError(f"{name!r} is neither a sweep nor a sweep's file; {config_yaml.suggest(name, SWEEPS)}")
 
 
 def check_overrides(groups: Flags) -> None:
     """Raise `UserError` at flags that a sweep would ignore."""
-    ways = {
+    ways_out = {
         "seed": "a sweep takes --seeds 0 1 2",
         "dry_run": "a sweep has no --dry-run: jepax train has",
         "run_dir": "--run-dir belongs to the command line: jepax sweep NAME --run-dir DIR",
     }
     for flag, *_ in groups:
-        if (way := ways.get(to_field_path(flag))) is not None:
-            raise UserError(way)
+        if to_field_path(flag) in ways_out:
+            raise UserError(ways_out[to_field_path(flag)])
 
 
 def plain_overrides(words: tuple[str, ...]) -> list[list[str]]:

@@ -88,8 +88,8 @@ class Train(RecipeCommand):
 
 def finalize(config: "Config", state: "TrainState", folder: Path) -> None:
     """Evaluate, draw the figures, and print the table and the paths of all files."""
-    from jepax.commands import evaluation
     from jepax.commands.evaluate import evaluate_and_print
+    from jepax.training import evaluation
     from jepax.viz import figures
 
     if config.eval.protocols:

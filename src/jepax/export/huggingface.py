@@ -26,12 +26,8 @@ from jepax.views import CropConfig
 
 CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
 SIZE_KEYS = (
-    "patch_size",
-    "num_channels",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
+    *("patch_size", "num_channels", "hidden_size"),
+    *("num_hidden_layers", "num_attention_heads", "intermediate_size"),
 )
 FIXED_CONFIG = {"model_type": "ijepa", "hidden_act": "gelu", "qkv_bias": True, "layer_norm_eps": EPSILON}
 """Properties of our `ViT`, which other folders must have."""
@@ -59,28 +55,33 @@ class Provenance:
 
 
 def write_hf_config(folder: Path, encoder: ViTConfig, crop: CropConfig, *, recipe: str, step: int, name: str) -> None:
-    """Writes both files for an encoder called `name` by its method. Raises `UserError` if the view is not square."""
-    if crop.size[0] != crop.size[1]:
-        raise UserError(f"crop.size={crop.size} is not square, as a Hugging Face I-JEPA folder requires")
+    """Writes both files for an encoder called `name` by its method."""
+    height, width = crop.size
     hidden = round(encoder.width * encoder.mlp_ratio)
     sides = (encoder.patch_size, encoder.in_channels, encoder.width, encoder.depth, encoder.num_heads, hidden)
-    sizes = {"image_size": crop.size[0], **dict(zip(SIZE_KEYS, sides, strict=True))}
+    sizes = {"image_size": height if height == width else [height, width], **dict(zip(SIZE_KEYS, sides, strict=True))}
     origin = Provenance(recipe, step, name, crop, encoder.init_std, encoder.scan_layers, encoder.remat, encoder.fast)
     config = {"architectures": ["IJepaModel"], **FIXED_CONFIG, **sizes, "jepax": configs.to_dict(origin)}
-    _write_json(folder / CONFIG_FILE, config)
-    _write_json(folder / PREPROCESSOR_FILE, _preprocessor_config(crop))
+    for file, values in ((CONFIG_FILE, config), (PREPROCESSOR_FILE, _preprocessor_config(crop))):
+        (folder / file).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _preprocessor_config(crop: CropConfig) -> dict[str, Any]:
-    """Expresses `center_crop` by transformers' keys: the shorter side is resized to `shortest_edge`, the center cut."""
+    """Expresses `center_crop` by transformers' keys: the shorter side is resized to `shortest_edge`, the center cut.
+
+    No keys express a resize that covers a view that is not square. Its images must have the view's size; the model
+    refuses others, and the preprocessor only normalizes.
+    """
+    height, width = crop.size
+    is_square = height == width
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": len(crop.mean) == 3,
-        "do_resize": True,
-        "size": {"shortest_edge": round(crop.size[0] * crop.eval_resize_ratio)},
+        "do_resize": is_square,
+        "size": {"shortest_edge": round(min(crop.size) * crop.eval_resize_ratio)},
         "resample": PILLOW_RESAMPLE_IDS[crop.interpolation],
-        "do_center_crop": True,
-        "crop_size": {"height": crop.size[0], "width": crop.size[1]},
+        "do_center_crop": is_square,
+        "crop_size": {"height": height, "width": width},
         **PIXEL_CONFIG,
         "image_mean": list(crop.mean),
         "image_std": list(crop.std),
@@ -96,18 +97,18 @@ def load_hf_config(folder: Path) -> tuple[ViTConfig, CropConfig]:
     values = read_json(path)
     _check_values(path, values, FIXED_CONFIG)
     patch, channels, width, depth, heads, hidden = (_read_size(path, values, key) for key in SIZE_KEYS)
-    side, execution = _read_size(path, values, "image_size"), {}
+    size, execution = _read_sides(path, values, "image_size"), {}
     with _with_path_in_error(path):
         if "jepax" in values:
             own = configs.from_dict(Provenance, values["jepax"], f"{path}: jepax")
             crop = own.crop
             execution = {name: getattr(own, name) for name in ("init_std", "scan_layers", "remat", "fast")}
         else:
-            crop = _read_crop_config(folder / PREPROCESSOR_FILE, side)
+            crop = _read_crop_config(folder / PREPROCESSOR_FILE, size)
         config = ViTConfig(patch, channels, width, depth, heads, hidden / width, **execution)
         config.grid(crop.size), sincos_2d((1, 1), config.width)  # refuse sizes that have no such positions
-    if crop.size != (side, side):
-        raise UserError(f"{path}: image_size={side}, but jepax.crop.size={crop.size}; make them equal")
+    if crop.size != size:
+        raise UserError(f"{path}: image_size={values['image_size']}, but jepax.crop.size={crop.size}; make them equal")
     if len(crop.mean) != channels:
         raise UserError(
             f"{path}: num_channels={channels}, but the pixels' mean is {crop.mean};\n"
@@ -127,13 +128,13 @@ def _with_path_in_error(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from error
 
 
-def _read_crop_config(path: Path, side: int) -> CropConfig:
+def _read_crop_config(path: Path, size: tuple[int, int]) -> CropConfig:
     """Returns `CropConfig`'s defaults at this size, with mean, std and filter of a preprocessor_config.json.
 
     The public folders' file differs from their encoders' training: it has 0.5 throughout, transformers' default, but
     I-JEPA's src/transforms.py has ImageNet's. It is used unchanged, with a warning.
     """
-    crop = CropConfig(size=(side, side))
+    crop = CropConfig(size=size)
     if not path.exists():
         return crop
     values = read_json(path)
@@ -156,10 +157,6 @@ def _read_crop_config(path: Path, side: int) -> CropConfig:
         return dataclasses.replace(crop, interpolation=filters[number], **given)
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
-
-
 def _check_values(path: Path, values: dict[str, Any], fixed: dict[str, Any]) -> None:
     """Raises `UserError` at the first key that does not have the value of `fixed` (numbers: to a relative 1e-6)."""
     for key, needed in fixed.items():
@@ -173,13 +170,19 @@ def _check_values(path: Path, values: dict[str, Any], fixed: dict[str, Any]) -> 
 
 def _read_size(path: Path, values: dict[str, Any], key: str) -> int:
     """Reads a size of at least 1; a square one may be written as two equal sides."""
+    first, second = _read_sides(path, values, key)
+    if first != second:
+        raise UserError(f"{path}: {key}={printable(values[key])} is not square; jepax reads square ones only")
+    return first
+
+
+def _read_sides(path: Path, values: dict[str, Any], key: str) -> tuple[int, int]:
+    """Reads height and width, each at least 1; one number means both."""
     value = values.get(key)
-    if isinstance(value, list) and len(value) == 2:
-        if value[0] != value[1]:
-            raise UserError(f"{path}: {key}={printable(value)} is not square; jepax reads square ones only")
-        value = value[0]
     if value is None:
         raise UserError(f"{path}: {key} is missing; fetch or export it again")
-    if not 1 <= configs.convert(int, value, key, str(path)) <= MAX_SIZE:
-        raise UserError(f"{path}: {key}={value} must be at least 1 and at most {MAX_SIZE}")
-    return value
+    sides = value if isinstance(value, list) and len(value) == 2 else [value, value]
+    for side in sides:
+        if not 1 <= configs.convert(int, side, key, str(path)) <= MAX_SIZE:
+            raise UserError(f"{path}: {key}={value} must be at least 1 and at most {MAX_SIZE}")
+    return sides[0], sides[1]

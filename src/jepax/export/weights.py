@@ -38,19 +38,7 @@ BLOCK_MODULES = {
     "mlp.fc2": ["output.dense"],
 }
 """Modules of transformers by ours, which concatenate their outputs."""
-UNSUPPORTED_SUFFIXES = (
-    ".bin",
-    ".pt",
-    ".pth",
-    ".pth.tar",
-    ".ckpt",
-    ".pkl",
-    ".pickle",
-    ".npy",
-    ".npz",
-    ".h5",
-    ".msgpack",
-)
+UNSUPPORTED_SUFFIXES = tuple(".bin .pt .pth .pth.tar .ckpt .pkl .pickle .npy .npz .h5 .msgpack".split())
 """Formats of weights that are never opened: reading some of them runs code in them."""
 MAX_HEADER_BYTES = 10_000_000
 """Most bytes of a safetensors file's list of tensors; the largest ViT's has a hundredth."""
@@ -61,7 +49,7 @@ POS_EMBED_TOLERANCE = 1e-4
 def export(folder: Path, encoder: ViT, crop: CropConfig, *, recipe: str, step: int, name: str) -> None:
     """Writes the encoder, called `name` by its method, as a new folder, atomically.
 
-    Raises `UserError` if the folder exists and is not empty, or if the view is not square.
+    Raises `UserError` if the folder exists and is not empty.
     """
     target = folder.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -74,9 +62,8 @@ def export(folder: Path, encoder: ViT, crop: CropConfig, *, recipe: str, step: i
         tensors = named_tensors(cast(encoder, jnp.float32), crop.size)
         tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
         save_file(tensors, part / MODEL_FILE, metadata={"format": "pt"})
-        shutil.copymode(
-            part / huggingface.CONFIG_FILE, part / MODEL_FILE
-        )  # safetensors makes it readable by its owner only
+        # safetensors makes its file readable by its owner only.
+        shutil.copymode(part / huggingface.CONFIG_FILE, part / MODEL_FILE)
         part.replace(target)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -115,15 +102,14 @@ def named_tensors(encoder: ViT, size: tuple[int, int]) -> dict[str, np.ndarray]:
     A linear weight is (outputs, inputs) there; the patches' embedding is a convolution's (dim, channels, row, column).
     """
     config = encoder.config
+    patch, kernel_name = config.patch_size, f"{PATCH_EMBED_NAME}.weight"
     found = {POS_EMBED_NAME: sincos_2d(config.grid(size), config.width)[None]}
     for path, layers in _tensor_names(config.depth):
         array = np.asarray(attrgetter(path)(encoder))
         for layer, names in zip(array if path.startswith("stack.") else array[None], layers, strict=True):
             found |= zip(names, np.split(layer.T, len(names)), strict=True)
-    kernel = found[f"{PATCH_EMBED_NAME}.weight"].reshape(
-        config.width, config.patch_size, config.patch_size, config.in_channels
-    )
-    return found | {f"{PATCH_EMBED_NAME}.weight": kernel.transpose(0, 3, 1, 2)}
+    kernel = found[kernel_name].reshape(config.width, patch, patch, config.in_channels)
+    return found | {kernel_name: kernel.transpose(0, 3, 1, 2)}
 
 
 def _with_tensors(encoder: ViT, tensors: dict[str, np.ndarray]) -> ViT:
@@ -171,53 +157,49 @@ def _check_sizes(path: Path, config: ViTConfig, size: tuple[int, int]) -> None:
     """
     rows, columns = config.grid(size)
     fc1 = f"encoder.layer.{config.depth - 1}.{BLOCK_MODULES['mlp.fc1'][0]}.weight"
-    wanted = {
+    shapes = {
         POS_EMBED_NAME: [1, rows * columns, config.width],
         f"{PATCH_EMBED_NAME}.weight": [config.width, config.in_channels, config.patch_size, config.patch_size],
         fc1: [round(config.width * config.mlp_ratio), config.width],
     }
     with _open_safetensors(path) as (file, names):
-        for name, shape in wanted.items():
-            if name not in names or file.get_slice(name).get_shape() != shape:
-                raise _mismatch_error(
-                    path, name, file.get_slice(name).get_shape() if name in names else "absent", shape
-                )
+        for name in shapes:
+            _check_shape(path, file, names, name, shapes)
         if config.depth > len(names):
-            raise UserError(f"{path} holds {len(names)} tensors, too few for {config.depth} layers by config.json")
+            raise UserError(f"{path} has {len(names)} tensors, too few for {config.depth} layers by config.json")
 
 
-def _mismatch_error(path: Path, name: str, is_there: object, should_be: object) -> UserError:
-    return UserError(
-        f"{path}: {printable(name, 100)} is {is_there}, and by config.json should be {should_be};\n"
-        "give the config.json of these weights, of an IJepaModel without classifier or pooler"
-    )
+def _check_shape(path: Path, file: Any, names: frozenset[str], name: str, shapes: dict[str, list[int]]) -> None:
+    """Raises `UserError` if the file's tensor of this name is missing, surplus, or not of the shape in `shapes`."""
+    found = file.get_slice(name).get_shape() if name in names else "absent"
+    if found != (expected := shapes.get(name, "absent")):
+        raise UserError(
+            f"{path}: {printable(name, 100)} is {found}, and by config.json should be {expected};\n"
+            "give the config.json of these weights, of an IJepaModel without classifier or pooler"
+        )
 
 
-def _read_tensors(path: Path, wanted: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Reads the tensors in float32; names and shapes, and the values of the positions, must be `wanted`'s."""
+def _read_tensors(path: Path, expected: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Reads the tensors in float32; names and shapes, and the values of the positions, must be those of `expected`.
+
+    Raises `UserError` at the first tensor that differs, is of no float type, or is not finite.
+    """
+    shapes = {name: list(value.shape) for name, value in expected.items()}
     with _open_safetensors(path) as (file, names):
-        _check_tensors(path, file, names, wanted)
-        found = {name: file.get_tensor(name) for name in wanted}
+        for name in sorted(names | shapes.keys()):
+            _check_shape(path, file, names, name, shapes)
+            if (dtype := file.get_slice(name).get_dtype()) not in ("F32", "F16", "BF16"):
+                raise UserError(f"{path}: {name} is {dtype}; save it as float32, float16 or bfloat16")
+        found = {name: file.get_tensor(name) for name in shapes}
     rounding = float(jnp.finfo(found[POS_EMBED_NAME].dtype).eps) / 2
     found = {name: value.astype(np.float32, copy=False) for name, value in found.items()}
     for name, value in found.items():
         if not np.isfinite(value).all():
-            raise UserError(f"{path}: {name} holds values that are not finite; fetch or export it again")
-    error = float(np.max(np.abs(found[POS_EMBED_NAME] - wanted[POS_EMBED_NAME])))
+            raise UserError(f"{path}: {name} has values that are not finite; fetch or export it again")
+    error = float(np.max(np.abs(found[POS_EMBED_NAME] - expected[POS_EMBED_NAME])))
     if error > POS_EMBED_TOLERANCE + rounding:
         raise UserError(
             f"{path}: {POS_EMBED_NAME} differ by {error:.2g} from our ViT's fixed sine-cosine table;\n"
             "take a model whose positions were neither trained nor interpolated"
         )
     return found
-
-
-def _check_tensors(path: Path, file: Any, names: frozenset[str], wanted: dict[str, np.ndarray]) -> None:
-    """Raises `UserError` at the first tensor that is missing, surplus, of another shape, or of no float type."""
-    for name in sorted(names | wanted.keys()):
-        is_there = file.get_slice(name).get_shape() if name in names else "absent"
-        should_be = list(wanted[name].shape) if name in wanted else "absent"
-        if is_there != should_be:
-            raise _mismatch_error(path, name, is_there, should_be)
-        if (dtype := file.get_slice(name).get_dtype()) not in ("F32", "F16", "BF16"):
-            raise UserError(f"{path}: {name} is {dtype}; save it as float32, float16 or bfloat16")

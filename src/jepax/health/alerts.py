@@ -32,34 +32,33 @@ HEALTH_FILE = "health.json"
 
 def write_alerts(run: Path, alarms: Iterable[Alert], ended: str | None = None) -> None:
     """Writes `run`/health.json atomically. `ended`: the reason why training stopped before its end."""
-    if not multihost.is_main_process():
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    told = {"alarms": [asdict(alarm) for alarm in alarms], "ended": ended}
-    atomic.atomic_write(run / HEALTH_FILE, json.dumps(told, indent=1) + "\n")
+    if multihost.is_main_process():
+        run.mkdir(parents=True, exist_ok=True)
+        values = {"alarms": [asdict(alarm) for alarm in alarms], "ended": ended}
+        atomic.atomic_write(run / HEALTH_FILE, json.dumps(values, indent=1) + "\n")
 
 
 def load_alerts(run: Path) -> list[Alert]:
     """Returns the alarms of a run, none without a health.json. Raises `UserError` if the file is corrupt."""
-    return [Alert(**alarm) for alarm in _load(run).get("alarms", [])]
+    return _load(run)[0]
 
 
 def load_stop_reason(run: Path) -> str | None:
     """Returns the reason why training stopped before its end, or None. Raises `UserError` if the file is corrupt."""
-    return _load(run).get("ended")
-
-
-def _load(run: Path) -> dict:
-    path = run / HEALTH_FILE
-    if not path.exists():
-        return {}
-    try:
-        told = json.loads(path.read_text())
-        return {"ended": told.get("ended"), "alarms": [asdict(Alert(**alarm)) for alarm in told["alarms"]]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not what was written; the next training writes it anew") from error
+    return _load(run)[1]
 
 
 def summarize_alerts(run: Path) -> str:
     """Returns a run's health as text: `health: no alarm`, or every alarm with its step and numbers."""
     return f"health: {'; '.join(map(str, load_alerts(run))) or 'no alarm'}"
+
+
+def _load(run: Path) -> tuple[list[Alert], str | None]:
+    path = run / HEALTH_FILE
+    if not path.exists():
+        return [], None
+    try:
+        values = json.loads(path.read_text())
+        return [Alert(**alarm) for alarm in values["alarms"]], values.get("ended")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not what was written; the next training writes it again") from error

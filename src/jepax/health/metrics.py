@@ -43,8 +43,7 @@ def rankme(embeddings: Float[AnyArray, "n dim"]) -> float:
     *Differs from the reference:* 0 log 0 = 0 instead of 1e-7 added to p, and all-zero embeddings give 1.
     """
     # Rounding may make an eigenvalue negative.
-    sigma = np.sqrt(np.clip(np.linalg.eigvalsh(_gram(np.asarray(embeddings, np.float64))), 0.0, None))
-    return _exp_entropy(sigma) if sigma.sum() > 0 else 1.0
+    return _exp_entropy(np.sqrt(np.clip(_gram_eigenvalues(np.asarray(embeddings, np.float64)), 0.0, None)))
 
 
 def alpha_req(embeddings: Float[AnyArray, "n dim"]) -> float:
@@ -58,7 +57,7 @@ def alpha_req(embeddings: Float[AnyArray, "n dim"]) -> float:
     """
     # Eigenvalues of the covariance up to a factor, descending. Centering leaves at most n - 1; the rest is rounding.
     x = np.asarray(embeddings, np.float64)
-    spectrum = np.linalg.eigvalsh(_gram(x - x.mean(axis=0)))[::-1][: min(x.shape[0] - 1, x.shape[1])]
+    spectrum = _gram_eigenvalues(x - x.mean(axis=0))[::-1][: min(x.shape[0] - 1, x.shape[1])]
     spectrum = spectrum[spectrum > 1e-10 * spectrum[:1]]
     if len(spectrum) < 2:
         return float("nan")
@@ -81,14 +80,13 @@ def lidar(embeddings: Float[AnyArray, "images views dim"], delta: float = 1e-4) 
     # B (dim, dim): covariance between images; W (dim, dim): mean covariance within an image.
     x = np.asarray(embeddings, np.float64)
     means = x.mean(axis=1)
-    apart, within = means - means.mean(axis=0), (x - means[:, None]).reshape(-1, x.shape[2])
-    between, within = apart.T @ apart / len(apart), within.T @ within / len(within)
+    between, within = means - means.mean(axis=0), (x - means[:, None]).reshape(-1, x.shape[2])
+    between, within = between.T @ between / len(between), within.T @ within / len(within)
 
     # W's eigenvalues are at least `delta`, but for rounding.
     values, vectors = np.linalg.eigh(within + delta * np.eye(x.shape[2]))
     whiten = vectors / np.sqrt(np.maximum(values, delta))  # W^-1/2 up to a rotation, which does not change eigenvalues
-    spectrum = np.clip(np.linalg.eigvalsh(whiten.T @ between @ whiten), 0.0, None)
-    return _exp_entropy(spectrum) if spectrum.sum() > 0 else 1.0
+    return _exp_entropy(np.clip(np.linalg.eigvalsh(whiten.T @ between @ whiten), 0.0, None))
 
 
 def feature_std(embeddings: Float[AnyArray, "n dim"]) -> float:
@@ -127,11 +125,14 @@ def mean_cosine(embeddings: Float[AnyArray, "n dim"]) -> float:
     return float((np.sum(unit.sum(axis=0) ** 2) - np.sum(unit**2)) / pairs)
 
 
-def _gram(x: Float[np.ndarray, "n dim"]) -> Float[np.ndarray, "side side"]:
-    """The smaller of x^T x and x x^T, which have the same nonzero eigenvalues."""
-    return x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T
+def _gram_eigenvalues(x: Float[np.ndarray, "n dim"]) -> Float[np.ndarray, "side"]:
+    """Eigenvalues, ascending, of the smaller of x^T x and x x^T, which have the same nonzero ones."""
+    return np.linalg.eigvalsh(x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T)
 
 
 def _exp_entropy(weights: Float[np.ndarray, "n"]) -> float:
+    """exp(entropy) of the weights over their sum; 1 if all are zero."""
+    if not weights.sum() > 0:
+        return 1.0
     p = weights[weights > 0] / weights.sum()
     return float(np.exp(-np.sum(p * np.log(p))))

@@ -31,19 +31,16 @@ class History:
     highest: AlertValues = field(default_factory=dict)
     lowest: AlertValues = field(default_factory=dict)
     first_loss: float = 0.0
-    still: int | None = None
+    frozen_since: int | None = None
     """First step of the current period of momentum 1."""
-
-    def values(self, name: str) -> list[float]:
-        """Returns the metric from the recent records that have it."""
-        return [value for line in self.recent if (value := finite_or_none(line, name)) is not None]
 
     def add(self, line: MetricsLine) -> None:
         # The reference for a negligible loss, and the start of a period of momentum 1.
         self.first_loss = self.first_loss or finite_or_none(line, "train/loss") or 0.0
-        self.still = (
-            (line["step"] if self.still is None else self.still) if finite_or_none(line, "ema/momentum") == 1 else None
-        )
+        if finite_or_none(line, "ema/momentum") != 1:
+            self.frozen_since = None
+        elif self.frozen_since is None:
+            self.frozen_since = line["step"]
 
         # The level is computed before the record enters the window, or it would count twice.
         seen = line | {"loss_level": self.level(line, "train/loss")}
@@ -52,25 +49,25 @@ class History:
             self.recent.popleft()
 
         # Extremes over all records so far, which "over its highest so far" refers to.
-        for name, value in seen.items():
-            value = max_if_finite(value)
-            if value is not None:
+        for name in seen:
+            if (value := finite_or_none(seen, name)) is not None:
                 self.highest[name] = max(value, self.highest.get(name, value))
                 self.lowest[name] = min(value, self.lowest.get(name, value))
 
     def level(self, line: MetricsLine, name: str) -> float | None:
         """Median over a record and the recent ones before it, or None before there are `MIN_WINDOW_LINES`."""
-        values = [*self.values(name), *([line[name]] if finite_or_none(line, name) is not None else [])]
+        values = finite_values([*self.recent, line], name)
         return median(values) if len(values) > MIN_WINDOW_LINES else None
 
 
-def finite_or_none(line: MetricsLine, name: str) -> float | None:
-    """Returns a metric of a record, or None if it was not logged or not finite."""
-    return max_if_finite(line.get(name))
+def finite_values(lines: Iterable[MetricsLine], name: str) -> list[float]:
+    """Returns a metric from the records that have it."""
+    return [value for line in lines if (value := finite_or_none(line, name)) is not None]
 
 
-def max_if_finite(value: float | int | list | None) -> float | int | None:
-    """Returns a number, or the largest of a list; None if any is not finite."""
+def finite_or_none(line: MetricsLine, name: str) -> float | int | None:
+    """Returns a metric of a record, the largest of a list; None if it was not logged, or any of it is not finite."""
+    value = line.get(name)
     if isinstance(value, list):
         return None if None in value or not value else max(value)
     return value
@@ -108,8 +105,7 @@ def detect_collapse(line: MetricsLine, past: History) -> AlertValues | None:
         if rank is not None:
             found.append(rank < COLLAPSE_RANK and past.highest.get(f"{rows}/rankme", 0.0) > HEALTHY_RANK)
         if any(found):
-            numbers = {f"{rows.removeprefix('health/')} cosine": cosine, "rank": rank, "largest deviation": std}
-            return {name: value for name, value in numbers.items() if value is not None}
+            return {f"{rows.removeprefix('health/')} cosine": cosine, "rank": rank, "largest deviation": std}
     return None
 
 
@@ -133,11 +129,8 @@ def detect_drift(line: MetricsLine, past: History) -> AlertValues | None:
     # Richer targets raise the loss too, but are still explained.
     if share is not None and share >= DRIFT_EXPLAINED_RATIO * highest:
         return None
-    return {"loss": loss, "once": lowest} | {
-        shown: value
-        for shown, name in (("share explained", "train/explained_variance"), ("target norm", "health/target_norm"))
-        if (value := finite_or_none(line, name)) is not None
-    }
+    explained, norm = (finite_or_none(line, name) for name in ("train/explained_variance", "health/target_norm"))
+    return {"loss": loss, "once": lowest, "share explained": explained, "target norm": norm}
 
 
 SPIKE_RATIO, SPIKE_RATIO_EARLY = 2.5, 4.0
@@ -147,13 +140,12 @@ Measured: healthy at most 1.1, and 2.2 in the first records (RDMReg, redrawn eac
 
 def detect_spike(line: MetricsLine, past: History) -> AlertValues | None:
     """One step's loss is far above those of the recent records."""
-    now, before = finite_or_none(line, "train/loss_max"), past.values("train/loss_max")
+    now, before = finite_or_none(line, "train/loss_max"), finite_values(past.recent, "train/loss_max")
     if now is None or not before or now <= NEGLIGIBLE_LOSS_RATIO * past.first_loss:
         return None
     if now <= (SPIKE_RATIO if len(before) >= MIN_WINDOW_LINES else SPIKE_RATIO_EARLY) * max(before):
         return None
-    numbers = {"loss": now, "before at most": max(before), "gradient norm": finite_or_none(line, "optim/grad_norm_max")}
-    return {name: value for name, value in numbers.items() if value is not None}
+    return {"loss": now, "before at most": max(before), "gradient norm": finite_or_none(line, "optim/grad_norm_max")}
 
 
 STALL_RATIO = 0.75
@@ -169,23 +161,20 @@ MIN_FROZEN_STEPS, MIN_FROZEN_FRACTION = 20, 0.02
 
 def detect_stalled_teacher(line: MetricsLine, past: History) -> AlertValues | None:
     """The teacher's update does not match its momentum, or the momentum is 1."""
-    moved, wanted = finite_or_none(line, "ema/update_norm"), finite_or_none(line, "ema/expected_update_norm")
-    momentum, distance = finite_or_none(line, "ema/momentum"), finite_or_none(line, "ema/relative_distance")
-    if None in (moved, wanted, momentum, distance):
+    names = ("update_norm", "expected_update_norm", "momentum", "relative_distance")
+    moved, expected, momentum, distance = (finite_or_none(line, f"ema/{name}") for name in names)
+    if None in (moved, expected, momentum, distance):
         return None
-    numbers = {"moved": moved, "expected": wanted, "momentum": momentum, "distance": distance}
 
-    # A momentum of 1 is normal at the end of a schedule, not for long before it.
+    # A momentum of 1 is normal at the end of a schedule, not for long before it. Otherwise an update within float32's
+    # rounding proves nothing.
     if momentum == 1:
-        long = past.still is not None and line["step"] - past.still >= max(
-            MIN_FROZEN_STEPS, MIN_FROZEN_FRACTION * line["step"]
-        )
-        return numbers if long else None
-
-    # An update within float32's rounding proves nothing.
-    if (1 - momentum) * distance < FLOAT32_ROUNDING:
-        return None
-    return None if STALL_RATIO <= moved / wanted <= 1 / STALL_RATIO else numbers
+        steps = 0 if past.frozen_since is None else line["step"] - past.frozen_since
+        is_stalled = steps >= max(MIN_FROZEN_STEPS, MIN_FROZEN_FRACTION * line["step"])
+    else:
+        is_negligible = (1 - momentum) * distance < FLOAT32_ROUNDING
+        is_stalled = not is_negligible and not STALL_RATIO <= moved / expected <= 1 / STALL_RATIO
+    return {"moved": moved, "expected": expected, "momentum": momentum, "distance": distance} if is_stalled else None
 
 
 DEAD_FEATURE_FRACTION = 0.25
@@ -209,7 +198,7 @@ RULES: dict[str, Callable[[MetricsLine, History], AlertValues | None]] = {
     "collapse": detect_collapse,
     "loss_divergence": detect_drift,
 }
-"""Rule of each kind, in the order of the alarms of one record."""
+"""Rule of each kind, in the order of the alarms of one record. It returns the measured numbers, or None."""
 ADVICE = {
     "spike": "a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.grad_clip_norm=1.0; with"
     " method.loss=l2, smooth_l1",
@@ -231,7 +220,7 @@ class Episode:
     first: int
     last: int = 0
     lines: int = 0
-    said: bool = False
+    raised: bool = False
 
 
 class Watchdog:
@@ -244,29 +233,32 @@ class Watchdog:
 
     def see(self, line: MetricsLine) -> list[Alert]:
         """Adds a record, and returns the alarms that it raises."""
+        new = []
+        for kind, rule in RULES.items():
+            numbers = rule(line, self.past)
+            if self._is_new(kind, numbers is not None, line["step"]):
+                logged = {name: value for name, value in numbers.items() if value is not None}
+                new.append(Alert(kind, line["step"], logged, ADVICE[kind]))
+
         # Rules compare the record with the ones before it, so it joins the history after they ran.
-        found = {kind: rule(line, self.past) for kind, rule in RULES.items()}
-        new = [
-            Alert(kind, line["step"], found[kind], ADVICE[kind]) for kind in found if self._is_new(kind, found, line)
-        ]
         self.past.add(line)
         self.alarms += new
         return new
 
-    def _is_new(self, kind: str, found: dict[str, AlertValues | None], line: MetricsLine) -> bool:
+    def _is_new(self, kind: str, is_found: bool, step: int) -> bool:
         """True if the condition has lasted long enough and raised no alarm in this episode."""
-        step, episode = line["step"], self.episodes.get(kind)
         # Without the condition, an episode that raised no alarm ends, another one after the cooldown.
-        if found[kind] is None:
-            if episode and (not episode.said or step - episode.last >= COOLDOWN_STEPS):
+        if not is_found:
+            episode = self.episodes.get(kind)
+            if episode and (not episode.raised or step - episode.last >= COOLDOWN_STEPS):
                 del self.episodes[kind]
             return False
 
         # With it, the episode starts or goes on.
         episode = self.episodes.setdefault(kind, Episode(first=step))
         episode.last, episode.lines = step, episode.lines + 1
-        held = episode.lines >= MIN_EPISODE_LINES and step - episode.first >= MIN_EPISODE_STEPS
-        if episode.said or not (held or kind in IMMEDIATE):
+        lasted = episode.lines >= MIN_EPISODE_LINES and step - episode.first >= MIN_EPISODE_STEPS
+        if episode.raised or not (lasted or kind in IMMEDIATE):
             return False
-        episode.said = True
+        episode.raised = True
         return True

@@ -43,14 +43,14 @@ class Sweep:
     """Overrides of every row, before those of the command line. They must not set a field that a row varies."""
 
     def __post_init__(self) -> None:
-        check_name("grid", self.name)
-        names = [row.name for row in self.rows]
-        if not names or not self.seeds:
-            raise UserError(f"grid {self.name}: rows={names} and seeds={list(self.seeds)} must not be empty")
-        if len(set(names)) < len(names) or len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f"grid {self.name}: rows={names} or seeds={list(self.seeds)} hold one twice")
-        if min(self.seeds) < 0:
-            raise UserError(f"grid {self.name}: seeds={list(self.seeds)} must not be negative")
+        check_name("sweep", self.name)
+        names, seeds = [row.name for row in self.rows], list(self.seeds)
+        if not names or not seeds:
+            raise UserError(f"sweep {self.name}: rows={names} and seeds={seeds} must not be empty")
+        if len(set(names)) < len(names) or len(set(seeds)) < len(seeds):
+            raise UserError(f"sweep {self.name}: rows={names} or seeds={seeds} contain one twice")
+        if min(seeds) < 0:
+            raise UserError(f"sweep {self.name}: seeds={seeds} must not be negative")
 
 
 SWEEPS: dict[str, Callable[[], Sweep]] = {}

@@ -2,14 +2,14 @@
 
 import csv
 import io
+import itertools
 import json
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
 from jepax.data import DataConfig, open_source
-from jepax.io import config_yaml as configs
-from jepax.io import logger
+from jepax.io import config_yaml, logger
 from jepax.sweeps.base import Sweep, Variant
 from jepax.training.config import Config, compute_total_steps
 
@@ -53,21 +53,21 @@ class Result:
     device: str
 
 
-def job_folder(grid: Path, row: Variant, seed: int) -> Path:
-    """Folder of the run of one row and seed."""
-    return grid / f"{row.name}-seed{seed}"
+def job_folder(folder: Path, row: Variant, seed: int) -> Path:
+    """Folder of the run of one row and seed, in the sweep's folder."""
+    return folder / f"{row.name}-seed{seed}"
 
 
-def list_seeds(grid: Sweep, folder: Path) -> list[int]:
+def list_seeds(sweep: Sweep, folder: Path) -> list[int]:
     """Seeds of the sweep and of all its runs in the folder, ascending."""
-    rows = {row.name for row in grid.rows}
+    rows = {row.name for row in sweep.rows}
     parts = [path.name.rpartition("-seed") for path in folder.glob("*-seed*")]
-    return sorted({*grid.seeds, *(int(seed) for row, _, seed in parts if row in rows and seed.isdecimal())})
+    return sorted({*sweep.seeds, *(int(seed) for row, _, seed in parts if row in rows and seed.isdecimal())})
 
 
-def load_results(grid: Sweep, folder: Path) -> list[Result]:
+def load_results(sweep: Sweep, folder: Path) -> list[Result]:
     """Loads the sweep's finished runs, in the order of rows and seeds."""
-    runs = [(row, seed, job_folder(folder, row, seed)) for row in grid.rows for seed in list_seeds(grid, folder)]
+    runs = [(row, seed, job_folder(folder, row, seed)) for row in sweep.rows for seed in list_seeds(sweep, folder)]
     return [load_result(row, seed, run) for row, seed, run in runs if find_evaluation(run)]
 
 
@@ -75,40 +75,33 @@ def find_evaluation(run: Path) -> Path | None:
     """Path of the evaluation at the run's last step, or None. Those of earlier steps do not count."""
     if not (run / "config.yaml").exists():
         return None
-    config = configs.load(Config, run / "config.yaml")
+    config = config_yaml.load(Config, run / "config.yaml")
     path = run / "evals" / f"step_{compute_total_steps(config, count_train_images(config.data)):08d}.json"
     return path if path.exists() else None
 
 
 @lru_cache
 def count_train_images(data: DataConfig) -> int:
-    """Number of training images."""
     return len(open_source(data, "train"))
 
 
 def load_result(row: Variant, seed: int, run: Path) -> Result:
     """Loads the evaluation of a finished run, and its training time from its log."""
-    found = json.loads(find_evaluation(run).read_text())
-    rows = found["rows"]
-
-    def both(name: str) -> list[float]:
-        return [rows[name][kind]["top1"] for kind in ("linear", "knn")]
-
-    lines = logger.read_metrics(run / logger.METRICS_FILE)
+    evaluated = json.loads(find_evaluation(run).read_text())
+    rows = evaluated["rows"]
+    scores = [rows[name][kind]["top1"] for name in ("trained", "untrained", "pixels") for kind in ("linear", "knn")]
     return Result(
         row.name,
         seed,
         rows["trained"]["linear"]["best"]["validation_top1"],
-        *both("trained"),
-        *both("untrained"),
-        *both("pixels"),
+        *scores,
         majority=rows["majority"]["top1"],
-        minutes=sum_seconds(lines) / 60,
+        minutes=sum_seconds(logger.read_metrics(run / logger.METRICS_FILE)) / 60,
         effective_rank=rows["trained"]["effective_rank"],
         untrained_rank=rows["untrained"]["effective_rank"],
-        steps=found["step"],
-        batch_size=configs.load(Config, run / "config.yaml").train.batch_size,
-        device=found["versions"]["device"],
+        steps=evaluated["step"],
+        batch_size=config_yaml.load(Config, run / "config.yaml").train.batch_size,
+        device=evaluated["versions"]["device"],
     )
 
 
@@ -118,25 +111,33 @@ def sum_seconds(lines: list[dict]) -> float:
     return sum((line["step"] - last) * line["perf/step_time"] for line, last in zip(lines, before, strict=False))
 
 
-def to_markdown(grid: Sweep, folder: Path, found: list[Result]) -> str:
+def to_markdown(sweep: Sweep, folder: Path, results: list[Result]) -> str:
     """Formats the table of rows: means over seeds, then each seed's score in parentheses, in the seeds' order.
 
     The text above it is `Sweep.about`; below it are the runs that diverged and the number of missing runs.
     """
-    lines = [grid.about, ""] if grid.about else []
+    lines = [sweep.about, ""] if sweep.about else []
     lines += [f"| {' | '.join(TABLE_COLUMNS)} |", "|---" * len(TABLE_COLUMNS) + "|"]
-    for row in grid.rows:
-        runs = [result for result in found if result.row == row.name]
-        if runs:
+    for row in sweep.rows:
+        if runs := [result for result in results if result.row == row.name]:
             lines.append(f"| {' | '.join(_row_cells(row.name, runs))} |")
-    ended = {(run.row, run.seed) for run in found}
-    others = [(row, seed) for row in grid.rows for seed in list_seeds(grid, folder) if (row.name, seed) not in ended]
-    notes = {(row.name, seed): job_folder(folder, row, seed) / DIVERGED_FILE for row, seed in others}
-    lost = [f"{row}, seed {seed}: {note.read_text().strip()}" for (row, seed), note in notes.items() if note.exists()]
-    missing = sum(seed in grid.seeds and not note.exists() for (_, seed), note in notes.items())
-    said = [f"{missing} of {len(grid.rows) * len(grid.seeds)} runs are missing"] if missing else []
-    apart = [""] if lost or said else []  # without an empty line Markdown would add them to the table
-    return "\n".join([*lines, *apart, *lost, *said]) + "\n"
+
+    # A run without a result diverged, with a note in its folder, or is missing.
+    finished = {(result.row, result.seed) for result in results}
+    notes, missing = [], 0
+    for row, seed in itertools.product(sweep.rows, list_seeds(sweep, folder)):
+        note = job_folder(folder, row, seed) / DIVERGED_FILE
+        if (row.name, seed) in finished:
+            continue
+        if note.exists():
+            notes.append(f"{row.name}, seed {seed}: {note.read_text().strip()}")
+        elif seed in sweep.seeds:
+            missing += 1
+    if missing:
+        notes.append(f"{missing} of {len(sweep.rows) * len(sweep.seeds)} runs are missing")
+
+    # Without an empty line Markdown would add the notes to the table.
+    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
 
 def _row_cells(name: str, runs: list[Result]) -> list[str]:
@@ -159,10 +160,10 @@ def _row_cells(name: str, runs: list[Result]) -> list[str]:
     ]
 
 
-def to_csv(found: list[Result]) -> str:
+def to_csv(results: list[Result]) -> str:
     """Formats one CSV row per run, in full precision."""
     out = io.StringIO()
     writer = csv.DictWriter(out, [field.name for field in fields(Result)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(result) for result in found)
+    writer.writerows(asdict(result) for result in results)
     return out.getvalue()

@@ -90,7 +90,8 @@ def random_crop_unnormalized(
 def center_crop(images: ImageBatch, config: CropConfig) -> Float[Array, "batch height width channels"]:
     """The view for evaluation: resize to cover size * eval_resize_ratio, center-crop to size, normalize.
 
-    With a square size the shorter side becomes size * eval_resize_ratio, as torchvision's Resize and CenterCrop do. One
+    With a square size the shorter side becomes size * eval_resize_ratio, and of an odd margin the smaller half is cut
+    at the top or left, as transformers' image processors do; torchvision's CenterCrop rounds that half to even. One
     resample does both steps: its weights may reach past the crop, to the image's edges, as in resize-then-crop.
     Raises `UserError` if the number of channels is not that of the config's mean and std.
     """
@@ -207,7 +208,7 @@ def _center_boxes(picture: Int[Array, "batch 2"], config: CropConfig) -> Float[A
     shorter = jnp.stack([shorter, ~shorter], axis=1)
     resized = jnp.where(shorter, cover, (picture * cover[::-1]) // picture[:, ::-1])
     # The crop is centered in the resized image, then converted back to pixels of the original.
-    start = jnp.round((resized - jnp.asarray(config.size)) / 2)
+    start = (resized - jnp.asarray(config.size)) // 2
     pixels = picture / resized
     return jnp.concatenate([start * pixels, jnp.asarray(config.size) * pixels], axis=1)
 

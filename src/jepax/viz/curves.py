@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -27,13 +28,18 @@ class Panel:
     title: str
     metrics: dict[str, tuple[str | tuple[str, ...], str]]
     """Legend name and color by metric. A metric with several values, one per block or name, ignores the color."""
-    from_zero: bool = False
-    """True: a linear axis begins at 0."""
-    may_log: bool = True
+    axis: Literal["log", "linear", "zero"] = "log"
+    """`log`: logarithmic where the values span `LOG_SCALE_MIN_RATIO`, else linear; `zero`: linear, from 0."""
     points: bool = False
     """True: values are shown as markers, without smoothing, since few records have one."""
     cut: float | None = None
-    """Lower limit of a linear axis, so that one very low value does not hide the others."""
+    """Lower limit of a linear axis, unless more than a tenth of the values are below it: rare low values do not hide
+    the others."""
+
+
+def of_embeddings(name: str) -> dict[str, tuple[str, str]]:
+    """The same metric of the projections and of the embeddings."""
+    return {f"health/projection/{name}": ("projections", ORANGE), f"health/embedding/{name}": ("embeddings", INK)}
 
 
 QUANTILE_LABELS = (("least", "10%", "median", "90%", "greatest"), "")
@@ -43,10 +49,10 @@ PANELS = (
     Panel(
         "validation top-1 during training (%)",
         {"val/probe_top1": ("linear probe", BLUE), "val/knn_top1": ("kNN", ORANGE)},
-        may_log=False,
+        "linear",
         points=True,
     ),
-    Panel("share of loss explained", {"train/explained_variance": ("explained", INK)}, may_log=False, cut=-1.0),
+    Panel("share of loss explained", {"train/explained_variance": ("explained", INK)}, "linear", cut=-1.0),
     Panel(
         "gradient norm (L2)",
         {
@@ -59,22 +65,9 @@ PANELS = (
         "gradient norm, predictor (L2)",
         {"grad_norm/predictor_blocks": ("block", ""), "grad_norm/predictor": ("predictor", INK)},
     ),
-    Panel(
-        "effective rank (dimensions)",
-        {"health/projection/rankme": ("projections", ORANGE), "health/embedding/rankme": ("embeddings", INK)},
-        True,
-        False,
-    ),
-    Panel(
-        "slope of the spectrum",
-        {"health/projection/alpha_req": ("projections", ORANGE), "health/embedding/alpha_req": ("embeddings", INK)},
-    ),
-    Panel(
-        "cosine between images",
-        {"health/projection/mean_cosine": ("projections", ORANGE), "health/embedding/mean_cosine": ("embeddings", INK)},
-        False,
-        False,
-    ),
+    Panel("effective rank (dimensions)", of_embeddings("rankme"), "zero"),
+    Panel("slope of the spectrum", of_embeddings("alpha_req")),
+    Panel("cosine between images", of_embeddings("mean_cosine"), "linear"),
     Panel(
         "deviation of embeddings' features",
         {"health/embedding/std_quantiles": QUANTILE_LABELS, "health/embedding/std": ("mean", INK)},
@@ -83,22 +76,13 @@ PANELS = (
         "deviation of projections' features",
         {"health/projection/std_quantiles": QUANTILE_LABELS, "health/projection/std": ("mean", INK)},
     ),
-    Panel(
-        "share of dead features",
-        {
-            "health/projection/dead_fraction": ("projections", ORANGE),
-            "health/embedding/dead_fraction": ("embeddings", INK),
-        },
-        True,
-        False,
-    ),
+    Panel("share of dead features", of_embeddings("dead_fraction"), "zero"),
     Panel(
         "norm of a token or projection (L2)",
         {"health/target_norm": ("target", BLUE), "health/prediction_norm": ("prediction", ORANGE)},
-        True,
-        False,
+        "zero",
     ),
-    Panel("distance to the teacher (share)", {"ema/relative_distance": ("distance", INK)}, True, False),
+    Panel("distance to the teacher (share)", {"ema/relative_distance": ("distance", INK)}, "zero"),
     Panel(
         "change per step (L2 norm)",
         {
@@ -107,15 +91,14 @@ PANELS = (
             "ema/update_norm": ("teacher", BLUE),
         },
     ),
-    Panel("images per second", {"perf/images_per_sec": ("speed", INK)}, True, False),
-    Panel("learning rate", {"optim/lr": ("learning rate", INK)}, True, False),
-    Panel("momentum", {"ema/momentum": ("momentum", INK)}, False, False),
-    Panel("weight decay", {"optim/weight_decay": ("weight decay", INK)}, True, False),
+    Panel("images per second", {"perf/images_per_sec": ("speed", INK)}, "zero"),
+    Panel("learning rate", {"optim/lr": ("learning rate", INK)}, "zero"),
+    Panel("momentum", {"ema/momentum": ("momentum", INK)}, "linear"),
+    Panel("weight decay", {"optim/weight_decay": ("weight decay", INK)}, "zero"),
     Panel(
         "share of non-zeros",
         {"health/nonzero_fraction": ("measured", INK), "health/nonzero_fraction_expected": ("of the target", ORANGE)},
-        True,
-        False,
+        "zero",
     ),
 )
 """Panels in reading order. Metrics that were not logged are left out, and so are panels without any."""
@@ -138,16 +121,10 @@ class Series:
         values = np.array([value for _, value in rows], float)  # None (not finite) becomes nan
         self.values: Float[np.ndarray, "lines layers"] = values.reshape(len(rows), -1 if rows else 1)
         self.by_layer = values.ndim == 2
-
-    @property
-    def lost(self) -> Bool[np.ndarray, "lines"]:
-        """Marks the records with a value that is not finite."""
-        return ~np.isfinite(self.values).all(axis=1)
-
-    @property
-    def empty(self) -> bool:
-        """True if the metric was never logged, or is always zero because the method does not have it."""
-        return not np.any(np.nan_to_num(self.values, nan=1.0))
+        self.lost: Int[np.ndarray, "lost"] = self.steps[~np.isfinite(self.values).all(axis=1)]
+        """Steps with a value that is not finite."""
+        self.is_zero = not np.any(np.nan_to_num(self.values, nan=1.0))
+        """True if the metric is always zero, because the method does not have it, or was never logged."""
 
 
 def running_median(values: Float[np.ndarray, "lines"], reach: int) -> Float[np.ndarray, "lines"]:
@@ -171,19 +148,19 @@ def plot_curves(lines: list[dict], title: str, alarms: Sequence[Alert] = ()) -> 
 
     An alarm is a vertical line in every panel, labeled in the loss's panel.
     """
-    panels = [(panel, kept) for panel in choose_panels(lines) if (kept := _select_series(panel, lines))]
+    panels = [(panel, series) for panel in choose_panels(lines) if (series := _select_series(panel, lines))]
     rows = -(-len(panels) // NUM_COLUMNS)
     figure = Figure(figsize=(13, 0.7 + 2.9 * rows), dpi=110, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     axes = figure.subplots(rows, NUM_COLUMNS, squeeze=False).reshape(-1)
     reach = min(len(lines) // (2 * SMOOTHING_DIVISOR), MAX_SMOOTHING_REACH)
-    for cell, (panel, kept) in zip(axes, panels, strict=False):
+    for cell, (panel, series) in zip(axes, panels, strict=False):
         if len(lines) < 3:  # too few points for a curve
             cell.set_prop_cycle(marker=["o"])
-        _draw_panel(cell, panel, kept, reach)
-        _style_axes(cell, panel, np.concatenate([series.values.reshape(-1) for series in kept.values()]))
+        _draw_panel(cell, panel, series, reach)
+        _style_axes(cell, panel, np.concatenate([each.values.reshape(-1) for each in series.values()]))
         cell.set_xlim(lines[0]["step"], max(lines[-1]["step"], lines[0]["step"] + 1))
-        _mark_alerts(cell, alarms, named="train/loss" in kept)
+        _mark_alerts(cell, alarms, named="train/loss" in series)
     for cell in axes[len(panels) :]:
         cell.set_axis_off()
     smoothed = f"; light: as logged, dark: running median over {2 * reach + 1} lines" if reach else ""
@@ -193,51 +170,26 @@ def plot_curves(lines: list[dict], title: str, alarms: Sequence[Alert] = ()) -> 
 
 
 def _select_series(panel: Panel, lines: list[dict]) -> dict[str, Series]:
-    series = {name: Series(lines, name) for name in panel.metrics}
-    present = {name: one for name, one in series.items() if len(one.steps)}
-    return {name: one for name, one in present.items() if not one.empty} or present
+    logged = {name: each for name in panel.metrics if len((each := Series(lines, name)).steps)}
+    return {name: each for name, each in logged.items() if not each.is_zero} or logged
 
 
-def _draw_panel(axes: Axes, panel: Panel, kept: dict[str, Series], reach: int) -> None:
-    for name, series in kept.items():
+def _draw_panel(axes: Axes, panel: Panel, series: dict[str, Series], reach: int) -> None:
+    for name, each in series.items():
         label, color = panel.metrics[name]
-        if series.by_layer:
-            _draw_layers(axes, series, label, reach)
+        if each.by_layer:
+            _draw_layers(axes, each, label, reach)
         else:
-            _draw_series(axes, series, label, color, reach, panel.points)
-    lost = sorted({int(step) for series in kept.values() for step in series.steps[series.lost]})
+            _draw_series(axes, each, label, color, reach, panel.points)
+
+    # Crosses just above the axis, at the steps whose values cannot be drawn.
+    lost = sorted({int(step) for each in series.values() for step in each.lost})
     if lost:
-        axes.plot(
-            lost,
-            [0.03] * len(lost),
-            "x",
-            color=RED,
-            markersize=6,
-            markeredgewidth=1.6,
-            label="not finite",
-            transform=axes.get_xaxis_transform(),
-            zorder=5,
-        )
-    if len(kept) > 1 or lost or any(series.by_layer for series in kept.values()):
+        style = {"color": RED, "markersize": 6, "markeredgewidth": 1.6, "zorder": 5}
+        place = axes.get_xaxis_transform()
+        axes.plot(lost, [0.03] * len(lost), "x", label="not finite", transform=place, **style)
+    if len(series) > 1 or lost or any(each.by_layer for each in series.values()):
         axes.legend(fontsize=8, frameon=False, loc="best")
-
-
-def _mark_alerts(axes: Axes, alarms: Sequence[Alert], named: bool) -> None:
-    """Draws vertical lines at the alarms' steps, with their names one below the other."""
-    for place, alarm in enumerate(alarms):
-        axes.axvline(alarm.step, color=RED, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1.5)
-        if named:
-            axes.annotate(
-                alarm.kind,
-                (alarm.step, 1),
-                xycoords=axes.get_xaxis_transform(),
-                xytext=(3, -4 - 10 * place),
-                textcoords="offset points",
-                color=RED,
-                fontsize=8,
-                va="top",
-                zorder=6,
-            )
 
 
 def _draw_series(axes: Axes, series: Series, label: str, color: str, reach: int, points: bool) -> None:
@@ -252,24 +204,38 @@ def _draw_series(axes: Axes, series: Series, label: str, color: str, reach: int,
 
 def _draw_layers(axes: Axes, series: Series, label: str | tuple[str, ...], reach: int) -> None:
     """Draws thin smoothed curves from dark (first block) to light; the legend names the first and the last."""
-    layers = series.values.shape[1]
+    last = series.values.shape[1] - 1
     for layer, values in enumerate(series.values.T):
-        color = colormaps["viridis"](0.9 * layer / max(layers - 1, 1))
+        color = colormaps["viridis"](0.9 * layer / max(last, 1))
         name = f"{label} {layer + 1}" if isinstance(label, str) else label[layer]
-        name = name if layer in (0, layers - 1) else None
-        axes.plot(series.steps, running_median(values, reach), color=color, linewidth=0.8, label=name)
+        shown = name if layer in (0, last) else None
+        axes.plot(series.steps, running_median(values, reach), color=color, linewidth=0.8, label=shown)
+
+
+def _mark_alerts(axes: Axes, alarms: Sequence[Alert], named: bool) -> None:
+    """Draws vertical lines at the alarms' steps, with their names one below the other."""
+    for row, alarm in enumerate(alarms):
+        axes.axvline(alarm.step, color=RED, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1.5)
+        if named:
+            place = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "va": "top", "zorder": 6}
+            axes.annotate(alarm.kind, (alarm.step, 1), xytext=(3, -4 - 10 * row), color=RED, fontsize=8, **place)
 
 
 def _style_axes(axes: Axes, panel: Panel, values: Float[np.ndarray, "values"]) -> None:
     finite = values[np.isfinite(values)]
-    if panel.may_log and _dynamic_range(finite) >= LOG_SCALE_MIN_RATIO:
-        _set_log_scale(axes, _dynamic_range(finite))
+    spread = _dynamic_range(finite)
+    if panel.axis == "log" and spread >= LOG_SCALE_MIN_RATIO:
+        axes.set_yscale("log")
+        if spread < 1000:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
-        if panel.from_zero:
+        if panel.axis == "zero":
             axes.set_ylim(0, 1.08 * np.max(finite, initial=0) or 1)
         if panel.cut is not None and np.min(finite, initial=panel.cut) < panel.cut:
-            axes.set_ylim(panel.cut, max(1.08 * np.max(finite), 0.0))
+            axes.set_ylim(min(panel.cut, 1.08 * np.quantile(finite, 0.1)), max(1.08 * np.max(finite), 0.0))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_ylabel(panel.title, fontsize=9)
     axes.tick_params(labelsize=8)
@@ -284,11 +250,3 @@ def _dynamic_range(finite: Float[np.ndarray, "values"]) -> float:
     if not len(positive) or len(positive) < 0.9 * len(finite):
         return 1.0
     return float(positive.max() / positive.min())
-
-
-def _set_log_scale(axes: Axes, spread: float) -> None:
-    axes.set_yscale("log")
-    if spread < 1000:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -18,8 +18,7 @@ from jepax.training.config import Config
 from jepax.types import ImageBatch
 from jepax.views import MaskedViews, MultiCropViews
 from jepax.viz.curves import plot_curves
-from jepax.viz.masks import masked_examples, plot_masks
-from jepax.viz.views import plot_views
+from jepax.viz.sheets import masked_examples, plot_masks, plot_views
 
 NUM_IMAGES = 8
 """Number of images on a sheet."""

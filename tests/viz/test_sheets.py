@@ -1,4 +1,4 @@
-"""The sheet shows what the training step draws, and nothing of a patch that is not seen."""
+"""The sheets show what the first training step draws, and nothing of a patch that is not seen."""
 
 import equinox as eqx
 import jax
@@ -7,19 +7,22 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+from jepax.data import DataConfig
 from jepax.methods.base import example_keys
+from jepax.methods.lejepa import LeJEPAConfig
+from jepax.nn import ViTConfig
 from jepax.optim import OptimConfig
 from jepax.training import config as train_config
 from jepax.training import loop
 from jepax.types import Masks
-from jepax.views import CropConfig, MaskedViews, denormalize
-from jepax.viz import figures
-from jepax.viz.masks import (
+from jepax.views import CropConfig, MaskedViews, MultiCropConfig, denormalize
+from jepax.viz import draw_figures, figures
+from jepax.viz.sheets import (
     HIDDEN_PATCH_COLOR,
     MaskedExamples,
-    _patch_borders,
     blank_hidden_patches,
     masked_examples,
+    patch_borders,
     plot_masks,
 )
 
@@ -111,6 +114,44 @@ def test_padding_of_short_targets_is_not_shown_and_gray_is_repeated_over_the_col
 
 
 def test_borders_go_round_what_is_marked_and_not_through_it():
-    assert len(_patch_borders(np.ones((2, 3), bool))) == 2 * (2 + 3)
-    assert len(_patch_borders(np.eye(2, dtype=bool))) == 8
-    assert _patch_borders(np.ones((1, 1), bool)).max() == 1
+    assert len(patch_borders(np.ones((2, 3), bool))) == 2 * (2 + 3)
+    assert len(patch_borders(np.eye(2, dtype=bool))) == 8
+    assert patch_borders(np.ones((1, 1), bool)).max() == 1
+
+
+VIEWS = MultiCropConfig(
+    num_global=2,
+    global_crop=CropConfig(size=(16, 16), scale=(0.3, 1.0)),
+    num_local=1,
+    local_crop=CropConfig(size=(8, 8), scale=(0.05, 0.3)),
+)
+
+
+@pytest.fixture(scope="module")
+def viewed():
+    method = LeJEPAConfig(encoder=ViTConfig(patch_size=4, width=12, depth=1, num_heads=1), views=VIEWS)
+    return train_config.Config(
+        method=method, data=DataConfig(dataset="synthetic", canvas_size=32, synthetic_size=40), seed=3
+    )
+
+
+def test_each_cell_is_a_view_of_the_first_step(viewed):
+    images = figures.load_first_images(viewed)
+    drawn = figures.first_views(viewed, images)
+    axes = np.reshape(plot_views(drawn, images, viewed.method.crop).axes, (8, 4))
+    method = viewed.method.build(total_steps=1, key=jr.key(0))
+    key = jr.fold_in(jr.fold_in(jr.key(viewed.seed), 1), 0)
+    groups = eqx.filter_jit(method.draw)(images, example_keys(key, images.index)).groups
+    views = [group[:, view] for group in groups for view in range(group.shape[1])]
+    for column, view in enumerate(views, 1):
+        expected = np.asarray(denormalize(view, VIEWS.global_crop))
+        for row in range(8):
+            shown = axes[row, column].images[0].get_array()
+            np.testing.assert_allclose(shown, np.broadcast_to(expected[row], shown.shape), atol=1e-5)
+    titles = [cell.get_title() for cell in axes[0]]
+    assert [title.split(":")[0] for title in titles] == ["center", "global", "global", "local"]
+    assert "8 \u00d7 8 px" in titles[3]
+
+
+def test_a_run_gets_the_sheet(viewed, tmp_path):
+    assert draw_figures(viewed, tmp_path) == [tmp_path / "figures" / "views.png"]

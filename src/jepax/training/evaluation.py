@@ -1,4 +1,4 @@
-"""`jepax evaluate`: evaluates a run's checkpoint or exported weights, with their baselines."""
+"""Evaluates a run's checkpoint, or exported weights, with their baselines."""
 
 import hashlib
 import json

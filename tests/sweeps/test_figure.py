@@ -1,11 +1,11 @@
-"""The figure of a grid shows each score where it belongs."""
+"""The figure of a sweep shows each score where it belongs."""
 
 import dataclasses
 
 import numpy as np
 
+from jepax.sweeps.figure import plot_sweep
 from jepax.sweeps.table import Result
-from jepax.viz.grid import plot_sweep
 
 FIRST = Result(
     row="a", seed=0, validation=90.0, linear=80.0, knn=70.0, untrained_linear=60.0, untrained_knn=50.0,
@@ -14,7 +14,7 @@ FIRST = Result(
 )  # fmt: skip
 
 
-def test_every_run_is_a_dot_and_every_mean_and_floor_a_mark():
+def test_every_run_is_a_dot_and_every_mean_and_baseline_a_mark():
     runs = [FIRST, dataclasses.replace(FIRST, seed=1, linear=82.0, minutes=7.0), dataclasses.replace(FIRST, row="b")]
     scores, rank, minutes = plot_sweep("title", runs).axes
     lines = {line.get_label(): list(line.get_xdata()) for line in scores.lines if line.get_label()[0] != "_"}
