@@ -9,8 +9,8 @@ A method is one file. It knows nothing of devices, precision, or micro-batches: 
 """
 
 import abc
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Self
 
 import equinox as eqx
 import jax
@@ -43,9 +43,14 @@ class MethodConfig(abc.ABC):
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "Method":
         """Make the method before its first step; its own schedules run over `total_steps`."""
 
-    @abc.abstractmethod
-    def tiny(self) -> "MethodConfig":
-        """Shrink every size and keep every choice: the method as the contract tests run it, on 24 x 24 images."""
+    def tiny(self) -> Self:
+        """Shrink every size and keep every choice: the method as the contract tests run it, on 24 x 24 images.
+
+        By default every part by its own `tiny()`, and the number of projection directions.
+        """
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        small = {name: part.tiny() for name, part in parts.items() if hasattr(part, "tiny")}
+        return replace(self, **small | ({"num_slices": 16} if "num_slices" in parts else {}))
 
     def check_data(self, source: Any) -> None:  # noqa: B027 - not every method has to
         """Raise `UserError` if the method cannot read examples of this source. By default anything is accepted."""

@@ -1,4 +1,4 @@
-"""Regularizers against collapse: one of four by name, for methods that support any of them."""
+"""Regularizers against collapse, chosen by name, for methods that support any of them."""
 
 import warnings
 from dataclasses import dataclass, fields, replace
@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jepax.errors import check_fields
 from jepax.objectives import covariance, rdmreg, sigreg, variance, visreg
 from jepax.objectives.slicing import random_unit_directions
-from jepax.types import Metrics, UserError
+from jepax.types import Metrics
 
 FIELDS_BY_NAME = {
     "none": {"name", "weight"},
@@ -51,18 +52,13 @@ class RegularizerConfig:
     """rdmreg: mean of the generalized Gaussian before its rectification; lower is sparser."""
 
     def __post_init__(self) -> None:
-        for name in ("weight", "variance_weight", "covariance_weight", "scale_weight", "center_weight", "shape_weight"):
-            if getattr(self, name) < 0:
-                raise UserError(f"regularizer.{name}={getattr(self, name)} must not be negative")
-        for name in ("num_slices", "p"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"regularizer.{name}={getattr(self, name)} must be above 0")
+        weights = [field.name for field in fields(self) if field.name.endswith("weight")]
+        check_fields("regularizer", self, "at least 0", *weights)
+        check_fields("regularizer", self, "above 0", "num_slices", "p")
         for field in fields(self):
             if field.name not in FIELDS_BY_NAME[self.name] and getattr(self, field.name) != field.default:
-                warnings.warn(
-                    f"regularizer.{field.name}={getattr(self, field.name)} is not read by regularizer.name={self.name}",
-                    stacklevel=2,
-                )
+                given = f"regularizer.{field.name}={getattr(self, field.name)}"
+                warnings.warn(f"{given} is not read by regularizer.name={self.name}", stacklevel=2)
 
     def tiny(self) -> "RegularizerConfig":
         """The same regularizer with few directions, for tests."""
@@ -74,8 +70,8 @@ def regularize(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The weighted regularizer of the global batch, and its unweighted terms. Scale: see each objective.
 
-    RDMReg requires non-negative features, so it reads max(0, embeddings). A dimension below 0 on the entire batch has
-    zero gradient: RDMReg penalizes it but cannot revive it.
+    RDMReg reads max(0, embeddings), as its target has no negative numbers. A dimension below 0 on the entire batch has
+    no gradient: RDMReg penalizes it but cannot revive it.
     """
     match config.name:
         case "none":
