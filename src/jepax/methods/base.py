@@ -10,7 +10,7 @@ A method is one file. It knows nothing of devices, precision, or micro-batches: 
 
 import abc
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -18,24 +18,20 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from jepax.nn import ViT, ViTConfig
-from jepax.types import AnyArray, ImageBatch, Metrics, UserError
+from jepax.types import AnyArray, Metrics, UserError
 from jepax.views import CropConfig
-
-NO_EXAMPLE = 2**32 - 1
-"""Index that no example has: folded into a step's key for what belongs to the global batch."""
 
 
 @dataclass(frozen=True)
 class MethodConfig(abc.ABC):
-    """Settings of a method. `class MineConfig(MethodConfig, name="mine")` registers it: run files and the contract
-    tests find it by that name."""
+    """Settings of a method. `class MineConfig(MethodConfig, name="mine")` registers it by name."""
 
     registry: ClassVar[dict[str, type["MethodConfig"]]] = {}
     name: ClassVar[str]
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        if name is not None:
+        if name is not None:  # a base of several methods has none
             cls.name = name
             MethodConfig.registry[name] = cls
 
@@ -43,7 +39,7 @@ class MethodConfig(abc.ABC):
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "Method":
         """Make the method before its first step; its own schedules run over `total_steps`."""
 
-    def tiny(self) -> Self:
+    def tiny(self) -> "MethodConfig":
         """Shrink every size and keep every choice: the method as the contract tests run it, on 24 x 24 images.
 
         By default every part by its own `tiny()`, and the number of projection directions.
@@ -97,7 +93,7 @@ def example_keys(key: PRNGKeyArray, index: Int[AnyArray, "batch"]) -> Key[Array,
 
 def objective_key(key: PRNGKeyArray) -> PRNGKeyArray:
     """The key of what the global batch shares."""
-    return jr.fold_in(key, NO_EXAMPLE)
+    return jr.fold_in(key, 2**32 - 1)  # an index that no example has
 
 
 class ImageMethodConfig(MethodConfig):
@@ -127,6 +123,3 @@ class ImageMethod(Method):
     @abc.abstractmethod
     def encoders(self) -> dict[str, ViT]:
         """Encoders that probes may read, named "target" and "context"; the first is the default."""
-
-    @abc.abstractmethod
-    def draw(self, batch: ImageBatch, keys: Key[Array, "batch"]) -> PyTree: ...

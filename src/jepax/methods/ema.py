@@ -42,7 +42,8 @@ class EMAConfig:
 
 
 def init_ema(online: T, precision: str = "float32") -> EMA[T]:
-    """A teacher equal to `online`. A copy, because the step donates its buffers and none can be donated twice."""
+    """A teacher equal to `online`, in the type `precision`."""
+    # A copy, because the step donates its buffers, and none can be donated twice.
     return EMA(cast(jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, online), precision))
 
 
@@ -52,6 +53,7 @@ def ema_update(teacher: EMA[T], online: T, momentum: Float[Array, ""]) -> tuple[
     - ema/relative_distance: |online - teacher| / |online| over all parameters, before the update;
     - ema/update_norm: |moved - teacher|, expected: ema/expected_update_norm = (1 - momentum) |online - teacher|.
     """
+    # The two norms differ if the teacher stalls, as in bfloat16: the watchdog compares them.
     moved = teacher.towards(online, momentum)
     distance = global_norm(_subtract_float32(online, teacher.average))
     return moved, {

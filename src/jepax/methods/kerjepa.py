@@ -54,6 +54,7 @@ class KerJEPA(MultiView):
 
     def discrepancy(self, z: Float[Array, "batch dim"]) -> Float[Array, ""]:
         """B D^2 of one view's projections."""
+        # Points of a standard normal are about sqrt(dim) from 0: with that bandwidth the kernel is neither 0 nor 1.
         c = self.config
         bandwidth = math.sqrt(z.shape[1]) if c.bandwidth is None else c.bandwidth
         d2 = mmd_gaussian(z, bandwidth) if c.discrepancy == "mmd" else ksd(z, c.kernel, bandwidth)

@@ -67,9 +67,11 @@ class RectifiedLpJEPA(MultiView):
         # Views of an image agree.
         inv = pairwise_mse(z)
 
-        # Along any direction, each view's projections are distributed as samples of the target.
+        # The target has unit variance, before its ReLU or after it.
         before = c.unit_variance == "before_relu"
         sigma = rdmreg.sigma_before_relu(c.p) if before else rdmreg.sigma_after_relu(c.p, c.mu)
+
+        # Along any direction, each view's projections are distributed as samples of the target.
         key_directions, key_target = jr.split(key)
         directions = random_unit_directions(key_directions, z.shape[2], c.num_slices)
         target = rdmreg.sample_target(key_target, z.shape[1:], p=c.p, mu=c.mu, sigma=sigma)

@@ -53,8 +53,10 @@ class VICReg(MultiView):
         groups, c = self.project(outputs), self.config
         z = jnp.concatenate(groups)  # (V, B, D)
 
-        # Views of an image agree; in each view's batch every dimension varies, and no two correlate.
+        # Views of an image agree.
         inv = pairwise_mse(z)
+
+        # In the batch of each view every dimension varies, and no two correlate.
         var = jnp.mean(jax.vmap(variance)(z))
         cov = jnp.mean(jax.vmap(covariance)(z))
 

@@ -44,10 +44,8 @@ def on_gpu() -> bool:
 
 
 def barrier_after(gradient: Array, *residuals: Array) -> tuple[Array, ...]:
-    """Its arguments, with nothing computed from the residuals before the gradient exists.
-
-    Without it XLA merges that work with the same work of the forward pass, or does it early, and stores the result.
-    """
+    """Its arguments, with nothing computed from the residuals before the gradient exists: else XLA merges that work
+    with the same work of the forward pass, or does it early, and stores the result."""
     return lax.optimization_barrier((gradient, *residuals))
 
 
@@ -128,11 +126,9 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def _normal_cdf(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
-    """Phi(x) of the normal distribution in float32, as exact as `dtype` needs.
-
-    Measured on GPU: `erf` takes almost twice as long as reading and writing the numbers. For 16-bit types a GPU
-    evaluates a polynomial instead, whose error of 3.3e-5 is a hundredth of their resolution near 1.
-    """
+    """Phi(x) of the normal distribution in float32, as exact as `dtype` needs. Measured on GPU: `erf` takes almost
+    twice as long as reading and writing the numbers. For 16-bit types a GPU evaluates a polynomial instead, whose error
+    of 3.3e-5 is a hundredth of their resolution near 1."""
     if not on_gpu() or jnp.dtype(dtype).itemsize > 2:
         return 0.5 * (1.0 + lax.erf(x * math.sqrt(0.5)))
     x = jnp.clip(x, -PHI_CUTOFF, PHI_CUTOFF)
@@ -202,9 +198,7 @@ def self_attention(
 
 def _joint_qkv(x: Array, weight: Array, bias: Array, num_heads: int, num_queries: int) -> tuple[Array, Array, Array]:
     """Queries, keys and values as (batch, heads, tokens, channels), by one product where every token is a query.
-
-    Measured on CPU: heads first by one copy, so that the products are batched, saves up to 6% of a step.
-    """
+    Measured on CPU: heads first by one copy, so that the products are batched, saves up to 6% of a step."""
     _, tokens, dim = x.shape
 
     def heads(y: Array, parts: int) -> Array:  # (batch, tokens, parts * dim) -> (parts, batch, heads, tokens, channels)
