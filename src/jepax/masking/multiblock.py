@@ -151,8 +151,8 @@ class MultiBlock(eqx.Module):
         context = self._sample_block(*jr.split(key_context, 3), target=False)
 
         # Context patches are inside the context block and outside every target.
-        taken = jnp.any(jax.vmap(self._covers)(targets), axis=0)
-        return targets, self._covers(context) & ~taken
+        hidden = jnp.any(jax.vmap(self._covers)(targets), axis=0)
+        return targets, self._covers(context) & ~hidden
 
     def _sample_block(
         self, key_size: PRNGKeyArray, key_top: PRNGKeyArray, key_left: PRNGKeyArray, *, target: bool

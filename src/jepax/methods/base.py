@@ -5,7 +5,7 @@
     loss    = objective(outputs, key)  the global batch: distances, regularizers, heads with batch statistics
     method  = after_update(step)       what gradients do not change: move the EMA teacher
 
-A method is one file. It knows nothing of devices, precision, or micro-batches: the trainer composes the verbs.
+A method is one file. Devices, precision and micro-batches are not its concern: the trainer composes the verbs.
 """
 
 import abc
@@ -53,7 +53,7 @@ class MethodConfig(abc.ABC):
 
 
 class Method(eqx.Module):
-    """One method. Its parameters are trained unless they lie beneath an `EMA`: the type is the rule.
+    """One method. Its parameters are trained unless they are beneath an `EMA`: the type is the rule.
 
     Arrays of `draw`'s and `forward`'s results lead with the batch axis.
     """

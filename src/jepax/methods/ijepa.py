@@ -4,7 +4,7 @@ The context encoder f sees a few patches of an image. From them a predictor g gu
 the target encoder, computes for the blocks that were hidden. No pixels, no negatives, no augmentation but a crop.
 
     z    = f(x[context])                          trained
-    h    = LN(f_ema(x))                           moving average of f; sees the whole view, gets no gradient
+    h    = LN(f_ema(x))                           moving average of f; sees the full view, gets no gradient
     loss = mean over blocks B and their patches p of D(g(z, positions of B)[p], h[p])
 
 After each update f_ema <- m f_ema + (1 - m) f. A regularizer of the mean of z over patches may be added; VICReg's makes
@@ -36,7 +36,7 @@ from jepax.views import CropConfig, MaskedViews, random_resized_crop
 
 @dataclass(frozen=True)
 class IJEPAConfig(ImageMethodConfig, name="ijepa"):
-    """I-JEPA, and the choices that its users ask for."""
+    """I-JEPA as published, and choices on loss, norms and regularizer."""
 
     encoder: ViTConfig = field(default_factory=ViTConfig)
     """Context encoder, and the target encoder's shape."""
@@ -61,7 +61,7 @@ class IJEPAConfig(ImageMethodConfig, name="ijepa"):
 
     def __post_init__(self) -> None:
         check_fields("method", self, "above 0", "smooth_l1_beta")
-        self.encoder.grid(self.crop.size)  # refuses a patch that does not divide the view
+        self.encoder.grid(self.crop.size)  # raises if the patch does not divide the view
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "IJEPA":
         return IJEPA(self, total_steps=total_steps, key=key)

@@ -1,4 +1,4 @@
-"""I-JEPA without a teacher: the encoder embeds its own targets, and a regularizer keeps the embeddings apart.
+"""I-JEPA without a teacher: the encoder embeds its own targets, and a regularizer prevents their collapse.
 
     z    = f(x[context])
     h    = LN(f(x))                               gradient stopped, or flowing into the targets too
@@ -27,7 +27,7 @@ class IJEPANoTeacherConfig(IJEPAConfig, name="ijepa_no_teacher"):
 
     ema: ClassVar[None] = None  # no setting: there is no teacher
     stop_gradient: bool = True
-    """The targets are constants to the gradient; False lets it flow into them."""
+    """Targets are constants to the gradient; False makes it flow into them."""
     regularize_on: Literal["context", "targets"] = "context"
     """The regularizer reads the mean over patches of the context or, with stop_gradient=False, of the targets."""
 

@@ -22,9 +22,9 @@ from jepax.types import ImageBatch, Metrics, UserError
 from jepax.views import CropConfig, MultiCropConfig, MultiCropViews, ViewGroup, multicrop
 
 Embeddings = tuple[Float[Array, "batch _views width"], ...]
-"""Of the global views and, if there are any, of the local ones; `width` is the encoder's."""
+"""One array for the global views and, if there are any, one for the local views; `width` is the encoder's."""
 Projections = Float[Array, "_views batch dim"]
-"""Of one group; groups differ in their number of views."""
+"""One group of views; groups differ in their number of views."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class MultiViewConfig(ImageMethodConfig):
     def __post_init__(self) -> None:
         if self.views.num_global + self.views.num_local < 2:
             raise UserError(f"method.views.num_global={self.views.num_global} leaves nothing to compare; try 2")
-        self.encoder.grid(self.views.global_crop.size)  # refuses a patch that does not divide a view
+        self.encoder.grid(self.views.global_crop.size)  # raises if the patch does not divide a view
         if self.views.num_local:
             self.encoder.grid(self.views.local_crop.size)
         if self.projector.final_relu and not self.allows_final_relu:

@@ -28,7 +28,7 @@ EPSILON = 1e-6
 ATTN_OUT = "attention output"
 """Name of attention's result, for rematerialization policies."""
 PHI_CUTOFF = 4.0
-"""Where the polynomial of `PHI_COEFFS` ends, within 1e-6 of 0 on the left and of 1 on the right."""
+"""End of the polynomial of `PHI_COEFFS`, where it is within 1e-6 of 0 (left) and 1 (right)."""
 PHI_COEFFS = (
     *(3.988075721e-01, -6.606929197e-02, 9.585147721e-03, -1.022224632e-03),
     *(7.637760016e-05, -3.725416189e-06, 1.051160550e-07, -1.289396669e-09),

@@ -20,7 +20,7 @@ Remat = Literal["none", "dots", "full"]
 SAVE_MATMULS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(ATTN_OUT)
 )
-"""What `remat="dots"` saves: products with weights, and attention's result; no scores, whose size is tokens squared."""
+"""Saved by `remat="dots"`: products with weights, and attention's result; no scores, whose size is tokens squared."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class StackConfig:
     scan_layers: bool = False
     """Run the blocks by a scan: compiles in seconds at any depth, costs 15 to 30% per step on a CPU."""
     remat: Remat = "none"
-    """What the backward pass computes again: none, all but products with weights and attention's
-    result (dots), or whole blocks (full)."""
+    """Recomputed by the backward pass: nothing (none), all but products with weights and attention's result (dots), or
+    all of a block (full)."""
     fast: bool = True
     """Use the fast kernels (nn/kernels.py). Set fast=False to change the model in nn/transformer.py."""
 
@@ -69,7 +69,7 @@ class BlockStack(eqx.Module):
 
     @property
     def ops(self) -> Ops:
-        """The functions that the blocks compute with, and what surrounds the stack should."""
+        """The functions of the blocks; the layers around the stack use them, too."""
         return FAST if self.fast else PLAIN
 
     def __call__(
