@@ -1,6 +1,7 @@
 """Registry of recipes, by function name, and how a recipe is made from another one."""
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
@@ -28,13 +29,16 @@ def override(config: C, changes: Mapping[str, Any]) -> C:
 
     Fields of one group change together, so that they are checked against each other.
     """
-    groups: dict[str, dict[str, Any]] = {}
-    values = {path: value for path, value in changes.items() if "." not in path}
+    values: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = defaultdict(dict)
     for path, value in changes.items():
-        if "." in path:
-            name, rest = path.split(".", 1)
-            groups.setdefault(name, {})[rest] = value
-    return replace(config, **values, **{name: override(getattr(config, name), part) for name, part in groups.items()})
+        name, _, rest = path.partition(".")
+        if rest:
+            groups[name][rest] = value
+        else:
+            values[name] = value
+    parts = {name: override(getattr(config, name), part) for name, part in groups.items()}
+    return replace(config, **values, **parts)
 
 
 def with_method(config: Config, method: type[MethodConfig], **settings: Any) -> Config:
