@@ -1,4 +1,6 @@
-"""The error that a user can fix, and its message. Imports nothing, so that the command line starts at once."""
+"""The error that a user can fix, and its message. Imports nothing of jax, so that the command line starts at once."""
+
+from collections.abc import Callable
 
 
 class UserError(ValueError):
@@ -17,3 +19,20 @@ def user_message(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
         return "the device ran out of memory; lower train.batch_size (see --dry-run), or a protocol's"
     return None
+
+
+RULES: dict[str, Callable[[float], bool]] = {
+    "above 0": lambda value: value > 0,
+    "at least 0": lambda value: value >= 0,
+    "at least 1": lambda value: value >= 1,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+}
+
+
+def check_fields(group: str, config: object, rule: str, *names: str) -> None:
+    """Raise `UserError` at the first of these fields that breaks the rule, one of `RULES`; None breaks none."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not RULES[rule](value):
+            raise UserError(f"{group}.{name}={value} must be {rule}" if group else f"{name}={value} must be {rule}")

@@ -3,39 +3,29 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxtyping import PyTree
 
-from jepax.nn.transformer import BlockStack
-
-T = TypeVar("T")
+from jepax.nn.stack import BlockStack
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
     """Floating-point operations of the matrix products and convolutions in `function(*arguments)`.
 
     A multiply and an add count as two, a scan `length` times, a `cond` as its most expensive branch, a `while` once.
-    Networks among the arguments are counted in their `plain_form`; rematerialization elsewhere counts every time.
-    Arguments may be abstract shapes.
-    """
-    return _count_jaxpr(eqx.filter_make_jaxpr(function)(*plain_form(arguments))[0].jaxpr)
-
-
-def plain_form(tree: T) -> T:
-    """The tree with every stack of blocks in plain JAX and without rematerialization.
-
-    FLOPs are counted in this form: fused kernels are opaque to the count, and MFU counts only model FLOPs, not
-    rematerialized ones.
+    Arguments may be abstract shapes. Stacks of blocks among them are counted in plain JAX and without
+    rematerialization: fused kernels are opaque to the count, and MFU counts each model FLOP once.
     """
 
     def plain(node: Any) -> Any:
         return replace(node, fast=False, remat="none") if isinstance(node, BlockStack) else node
 
-    return jax.tree.map(plain, tree, is_leaf=lambda node: isinstance(node, BlockStack))
+    arguments = jax.tree.map(plain, arguments, is_leaf=lambda node: isinstance(node, BlockStack))
+    return _count_jaxpr(eqx.filter_make_jaxpr(function)(*arguments)[0].jaxpr)
 
 
 def _count_jaxpr(jaxpr: Jaxpr) -> float:
@@ -80,8 +70,8 @@ def residual_bytes(function: Callable[..., Any], params: PyTree, *rest: Any) -> 
 
     jaxpr = eqx.filter_make_jaxpr(residuals)(params, *rest)[0].jaxpr
     given = {id(variable) for variable in (*jaxpr.invars, *jaxpr.constvars)}
-    kept = {id(v): v.aval for v in jaxpr.outvars if not isinstance(v, Literal) and id(v) not in given}
-    return sum(map(_array_bytes, kept.values()))
+    saved = {id(v): v.aval for v in jaxpr.outvars if not isinstance(v, Literal) and id(v) not in given}
+    return sum(map(_array_bytes, saved.values()))
 
 
 def tree_bytes(tree: PyTree) -> int:

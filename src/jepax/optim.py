@@ -11,7 +11,10 @@ from jaxtyping import Array, Float, Int, PyTree
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jepax import schedules
-from jepax.types import UserError
+from jepax.errors import check_fields
+
+MUON_UPDATE_RMS = 0.2
+"""RMS of a Muon update before the learning rate: about AdamW's (Liu et al. 2025, arXiv:2502.16982)."""
 
 
 @dataclass(frozen=True)
@@ -46,47 +49,34 @@ class OptimConfig:
     """Length of the schedules over the length of the run (the public code's ipe_scale)."""
 
     def __post_init__(self) -> None:
-        for name in ("peak_lr", "eps", "schedule_stretch"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"optim.{name}={getattr(self, name)} must be above 0")
-        for name in ("start_lr", "final_lr", "warmup_epochs", "weight_decay", "final_weight_decay"):
-            if getattr(self, name) < 0:
-                raise UserError(f"optim.{name}={getattr(self, name)} must not be negative")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"optim.{name}={getattr(self, name)} must be in [0, 1)")
-        if self.grad_clip_norm is not None and self.grad_clip_norm <= 0:
-            raise UserError(f"optim.grad_clip_norm={self.grad_clip_norm} must be above 0; None does not clip")
-
-
-MUON_UPDATE_RMS = 0.2
-"""RMS of a Muon update before the learning rate: about AdamW's (Liu et al. 2025, arXiv:2502.16982)."""
+        check_fields("optim", self, "above 0", "peak_lr", "eps", "schedule_stretch", "grad_clip_norm")
+        check_fields("optim", self, "at least 0", "start_lr", "final_lr", "warmup_epochs")
+        check_fields("optim", self, "at least 0", "weight_decay", "final_weight_decay")
+        check_fields("optim", self, "in [0, 1)", "beta1", "beta2")
 
 
 class Optimizer(eqx.Module):
-    """Update rule and schedules of one run. All arithmetic is in float32."""
+    """Update rule and schedules of one run. All arithmetic is in float32.
+
+    Schedules are read at step + 1, as published; steps are counted from 0.
+    """
 
     config: OptimConfig = eqx.field(static=True)
     total_steps: int = eqx.field(static=True)
     warmup_steps: int = eqx.field(static=True)
 
     @property
-    def _horizon(self) -> int:
+    def _schedule_steps(self) -> int:
         return max(round(self.config.schedule_stretch * self.total_steps), 1)
 
     def learning_rate(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
-        """Learning rate of update `step`, counted from 0: the schedule's value at step + 1, as published."""
-        c = self.config
-        return schedules.warmup_cosine(
-            step + 1, start=c.start_lr, peak=c.peak_lr, final=c.final_lr, warmup=self.warmup_steps, total=self._horizon
-        )
+        c, steps = self.config, {"warmup": self.warmup_steps, "total": self._schedule_steps}
+        return schedules.warmup_cosine(step + 1, start=c.start_lr, peak=c.peak_lr, final=c.final_lr, **steps)
 
     def weight_decay(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
-        """Weight decay of update `step`, counted from 0: the schedule's value at step + 1, as published."""
-        c = self.config
-        return schedules.ramp(
-            c.weight_decay_schedule, step + 1, start=c.weight_decay, final=c.final_weight_decay, total=self._horizon
-        )
+        c, total = self.config, self._schedule_steps
+        ends = {"start": c.weight_decay, "final": c.final_weight_decay}
+        return schedules.ramp(c.weight_decay_schedule, step + 1, **ends, total=total)
 
     @property
     def _rule(self) -> optax.GradientTransformation:
@@ -97,7 +87,7 @@ class Optimizer(eqx.Module):
         if c.name == "adamw":
             return optax.chain(clip, adam)
         # Muon needs matrices: each rule is masked to its parameters and passes the others through.
-        return optax.chain(clip, optax.masked(adam, _non_matrix_mask), optax.masked(_scale_by_muon(), matrix_mask))
+        return optax.chain(clip, optax.masked(adam, _rest_mask), optax.masked(_scale_by_muon(), matrix_mask))
 
     def init(self, params: PyTree) -> optax.OptState:
         return self._rule.init(params)
@@ -123,7 +113,7 @@ def weight_decay_mask(params: PyTree) -> PyTree:
     """
 
     def is_decayed(path: tuple, _: Array) -> bool:
-        *owners, name = [getattr(entry, "name", "") for entry in path]
+        *owners, name = _names(path)
         return name == "mask_token" or (name == "weight" and not any("norm" in owner for owner in owners))
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
@@ -133,14 +123,18 @@ def matrix_mask(params: PyTree) -> PyTree:
     """True for the blocks' weight matrices, stacked as (layers, in, out)."""
 
     def is_matrix(path: tuple, array: Array) -> bool:
-        names = [getattr(entry, "name", "") for entry in path]
-        return "blocks" in names and names[-1] == "weight" and array.ndim == 3
+        return "blocks" in _names(path) and _names(path)[-1] == "weight" and array.ndim == 3
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def _non_matrix_mask(params: PyTree) -> PyTree:
+def _rest_mask(params: PyTree) -> PyTree:
     return jax.tree.map(lambda is_matrix: not is_matrix, matrix_mask(params))
+
+
+def _names(path: tuple) -> list[str]:
+    """Names of the attributes on the way to a leaf."""
+    return [getattr(entry, "name", "") for entry in path]
 
 
 def _scale_by_muon() -> optax.GradientTransformation:

@@ -11,12 +11,12 @@ ScheduleShape = Literal["constant", "linear", "cosine"]
 
 def ramp(shape: ScheduleShape, step: StepLike, *, start: float, final: float, total: int) -> Float[Array, ""]:
     """From `start` at step 0 to `final` at step `total` and after it; `constant` stays at `start`."""
-    share = jnp.clip(jnp.asarray(step, float) / total, 0.0, 1.0)
+    fraction = jnp.clip(jnp.asarray(step, float) / total, 0.0, 1.0)
     if shape == "constant":
-        return jnp.asarray(start, share.dtype)
+        return jnp.asarray(start, fraction.dtype)
     if shape == "linear":
-        return start + (final - start) * share
-    return final + (start - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * share))
+        return start + (final - start) * fraction
+    return final + (start - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * fraction))
 
 
 def warmup_cosine(
@@ -26,6 +26,7 @@ def warmup_cosine(
 
     Source: the learning rate of I-JEPA, Assran et al. 2023, appendix A.
     """
+    step = jnp.asarray(step, float)
     rise = ramp("linear", step, start=start, final=peak, total=max(warmup, 1))
-    fall = ramp("cosine", jnp.asarray(step, float) - warmup, start=peak, final=final, total=max(total - warmup, 1))
-    return jnp.where(jnp.asarray(step, float) < warmup, rise, fall)
+    fall = ramp("cosine", step - warmup, start=peak, final=final, total=max(total - warmup, 1))
+    return jnp.where(step < warmup, rise, fall)

@@ -17,9 +17,9 @@ class EMA(eqx.Module, Generic[T]):
     average: T
 
     def towards(self, online: T, momentum: Float[Array, ""] | float) -> "EMA[T]":
-        """average <- momentum * average + (1 - momentum) * online, in the average's precision (float32).
+        """average <- momentum * average + (1 - momentum) * online, in the average's precision.
 
-        Differs from the reference: none. In bfloat16 it stalls, since 1 - 0.996 is about its epsilon.
+        In bfloat16 it stalls, since 1 - 0.996 is about that type's epsilon.
         """
 
         def move(average: object, new: object) -> object:
@@ -32,9 +32,9 @@ class EMA(eqx.Module, Generic[T]):
 
 def round_to_dtype(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
     """Round x to `dtype`. A cast alone is not enough: XLA may use the unrounded value within the same program."""
-    kept = jnp.finfo(dtype)
-    if kept.bits < jnp.finfo(x.dtype).bits:
-        x = jax.lax.reduce_precision(x, exponent_bits=kept.nexp, mantissa_bits=kept.nmant)
+    info = jnp.finfo(dtype)
+    if info.bits < jnp.finfo(x.dtype).bits:
+        x = jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
     return x.astype(dtype)
 
 
@@ -66,19 +66,21 @@ def count_parameters(tree: PyTree) -> int:
 
 def global_norm(tree: PyTree) -> Float[Array, ""]:
     """Euclidean norm over all floating-point arrays, accumulated in float32."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves))
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in _float_arrays(tree)))
 
 
 @eqx.filter_jit
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """True if every floating-point leaf is finite."""
-    arrays = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
-    return jnp.all(jnp.stack([jnp.isfinite(jnp.sum(jnp.abs(leaf), dtype=jnp.float32)) for leaf in arrays]))
+    sums = [jnp.sum(jnp.abs(x), dtype=jnp.float32) for x in _float_arrays(tree)]
+    return jnp.all(jnp.isfinite(jnp.stack(sums)))
 
 
 def per_layer_norms(stacked: PyTree) -> Float[Array, "layers"]:
     """Euclidean norm of each layer of a stack whose arrays all have a leading `layers` axis."""
-    leaves = [leaf for leaf in jax.tree.leaves(stacked) if eqx.is_inexact_array(leaf)]
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
-    return jnp.sqrt(sum(squares))
+    arrays = _float_arrays(stacked)
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=tuple(range(1, x.ndim))) for x in arrays))
+
+
+def _float_arrays(tree: PyTree) -> list[Array]:
+    return [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]

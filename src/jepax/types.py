@@ -33,6 +33,13 @@ class Masks(eqx.Module):
     """True for the valid entries of each target block, which come first; blocks are padded to the largest."""
 
 
+class MaskedViews(eqx.Module):
+    """One view of each image, and the indices of its context and target patches."""
+
+    image: Float[Array, "batch height width channels"]
+    masks: Masks
+
+
 __all__ = [
     "AnyArray",
     "Array",
@@ -40,6 +47,7 @@ __all__ = [
     "Float",
     "ImageBatch",
     "Int",
+    "MaskedViews",
     "Masks",
     "Metrics",
     "PRNGKeyArray",

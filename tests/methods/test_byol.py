@@ -104,7 +104,7 @@ def test_the_loss_reads_every_view_and_no_label(images):
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(UserError, match=r"method\.predictor\.out_dim=256"):
         BYOLConfig(**SHARED)
-    with pytest.raises(UserError, match=r"projector\.final_relu=True"):
+    with pytest.raises(UserError, match=r"predictor\.final_relu=True"):
         replace(CONFIG, predictor=replace(CONFIG.predictor, final_relu=True))
     assert BYOLConfig().projector.out_dim == 256  # the defaults fit each other
     with pytest.raises(UserError, match=r"method\.views.num_global=1"):

@@ -5,8 +5,8 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax.methods.ijepa_dense import IJEPADenseConfig
-from jepax.types import UserError
+from jepax.methods.ijepa_dense import IJEPADenseConfig, distance_to_nearest
+from jepax.types import Masks, UserError
 from tests.contracts.shrink import shrunk
 from tests.methods.small import drawn, loss_of_views, masked_method, outputs_of
 from tests.methods.test_ijepa import smooth_l1
@@ -106,6 +106,17 @@ def test_the_context_loss_is_that_of_its_equation(images):
                 count += 1
     np.testing.assert_allclose(metrics["train/context_loss"], total / count, rtol=1e-4)
     np.testing.assert_allclose(loss, metrics["train/prediction_loss"] + 0.5 * metrics["train/context_loss"], rtol=1e-6)
+
+
+def test_distances_are_euclidean_to_the_nearest_valid_patch_of_each_block():
+    # A grid of 3 rows and 5 columns: patch 7 is at (1, 2), 0 at (0, 0), 14 at (2, 4).
+    masks = Masks(
+        context=jnp.array([[7, 0]]),
+        targets=jnp.array([[[14, 8], [5, 7]]]),
+        target_valid=jnp.array([[[True, True], [True, False]]]),
+    )
+    expected = [[[1.0, np.hypot(1, 3)], [2.0, 1.0]]]
+    np.testing.assert_allclose(distance_to_nearest(masks, (3, 5)), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

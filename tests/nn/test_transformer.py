@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jepax import flops
-from jepax.nn.transformer import FAST, PLAIN, Attention, LayerNorm, gelu, init_stack, normalize
+from jepax.nn.stack import StackConfig, init_stack
+from jepax.nn.transformer import FAST, PLAIN, Attention, LayerNorm, gelu, normalize
 from jepax.trees import cast
 
 DIM, HEADS, TOKENS = 16, 2, 7
@@ -20,7 +21,8 @@ TOKENS_GIVEN = jr.normal(jr.key(1), (2, TOKENS, DIM))
 
 
 def stack(depth=3, *, std=None, dim=DIM, **execution):
-    return init_stack(dim, depth, HEADS, 4 * dim, std=std, key=jr.key(0), **execution)
+    config = StackConfig(width=dim, depth=depth, num_heads=HEADS, init_std=std, **execution)
+    return init_stack(config, key=jr.key(0))
 
 
 def values_and_gradients(stack, tokens, **arguments):

@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax.objectives import masked_mean, smooth_l1, squared_error
+from jepax.objectives import masked_mean, smooth_l1
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
@@ -27,7 +27,3 @@ def test_padding_has_no_weight():
     np.testing.assert_allclose(masked_mean(values, valid), expected, rtol=1e-5)
     changed = jnp.where(valid[..., None], values, 1e6)
     np.testing.assert_array_equal(masked_mean(changed, valid), masked_mean(values, valid))
-
-
-def test_squared_error():
-    assert float(squared_error(jnp.float32(3.0), jnp.float32(1.0))) == 4.0

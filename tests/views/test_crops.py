@@ -13,7 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from jepax.types import ImageBatch, UserError
-from jepax.views import CropConfig, center_crop, denormalize, normalize, random_resized_crop, resize_crop, sample_boxes
+from jepax.views import CropConfig, center_crop, denormalize, random_resized_crop
+from jepax.views.crops import normalize, resize_crop, sample_boxes
 
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 GRAY = CropConfig(size=(28, 28), scale=(0.6, 1.0), mean=(0.2860,), std=(0.3530,), eval_resize_ratio=1.0)

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jepax.distributed import multihost
-from jepax.nn.transformer import BlockStack
+from jepax.nn.stack import BlockStack
 from jepax.trees import EMA
 from jepax.types import UserError
 

@@ -20,7 +20,7 @@ from jepax.io.safe_load import printable, read_json
 from jepax.nn import ViTConfig
 from jepax.nn.kernels import EPSILON
 from jepax.nn.pos_embed import sincos_2d
-from jepax.nn.transformer import Remat
+from jepax.nn.stack import Remat
 from jepax.types import UserError
 from jepax.views import CropConfig
 

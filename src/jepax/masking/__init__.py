@@ -1,6 +1,5 @@
 """Masks drawn on the device: patch indices of static shape, one key per image."""
 
-from jepax.masking.distance import distance_to_nearest
 from jepax.masking.multiblock import MultiBlock, MultiBlockConfig, block_sizes
 
-__all__ = ["MultiBlock", "MultiBlockConfig", "block_sizes", "distance_to_nearest"]
+__all__ = ["MultiBlock", "MultiBlockConfig", "block_sizes"]

@@ -15,11 +15,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
+from jepax.errors import check_fields
 from jepax.types import Masks, UserError
 
-_NUM_TRIAL_MASKS = 512  # images simulated to estimate the acceptance rate of the settings
-_MAX_FAILURE_PROB = 1e-9  # per image, where all attempts are drawn together
-_MIN_ACCEPTANCE_RATE = 0.02  # below it, redrawing would dominate the step
+NUM_TRIAL_MASKS = 512  # images simulated to estimate the acceptance rate of the settings
+MAX_FAILURE_PROB = 1e-9  # per image, where all attempts are drawn together
+MIN_ACCEPTANCE_RATE = 0.02  # below it, redrawing would dominate the step
+
+Blocks = Int[Array, "blocks 4"]
+"""Top, left, height and width of each block, in patches."""
+PatchSet = Bool[Array, "patches"]
+"""One boolean per patch of the grid."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,13 @@ class MultiBlockConfig:
     """Rows and columns of the grid that a block leaves free at least (published: 1; 0: a block may fill the grid)."""
 
     def __post_init__(self) -> None:
-        for name in ("target_scale", "target_aspect_ratio", "context_scale"):
+        check_fields("masks", self, "at least 1", "num_targets", "num_context_patches")
+        check_fields("masks", self, "at least 0", "grid_margin")
+        for name in ("target_scale", "context_scale", "target_aspect_ratio"):
             low, high = getattr(self, name)
-            if not 0 < low <= high or (name.endswith("scale") and high > 1):
-                raise UserError(
-                    f"masks.{name}={low, high} is not a range: give least <= greatest"
-                    f"{', both in (0, 1]' if name.endswith('scale') else ', above 0'}"
-                )
-        for name, least in (("num_targets", 1), ("num_context_patches", 1), ("grid_margin", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"masks.{name}={getattr(self, name)} must be at least {least}")
+            bound = " <= 1" if name.endswith("scale") else ""
+            if not 0 < low <= high or (bound and high > 1):
+                raise UserError(f"masks.{name}={low, high} is not a range: it needs 0 < low <= high{bound}")
 
     def tiny(self) -> "MultiBlockConfig":
         """The same blocks on the 6 x 6 patches of tests, where few patches remain for the context."""
@@ -90,67 +93,91 @@ class MultiBlock(eqx.Module):
     largest: int = eqx.field(static=True)
     """Patches of the largest target block: the static size that smaller blocks are padded to."""
     attempts: int = eqx.field(static=True)
-    """Draws per image; the probability that none is valid is below 1e-9 (estimated from `_NUM_TRIAL_MASKS` masks)."""
+    """Draws per image; the probability that none is valid is below 1e-9 (estimated from `NUM_TRIAL_MASKS` masks)."""
 
     def __init__(self, config: MultiBlockConfig, grid: tuple[int, int]):
         self.config, self.grid = config, grid
-        self.largest = int(self._table(target=True)[0].prod(axis=1).max())
-        # Failure rate of one draw, with a margin: attempts is the smallest n with refused^n <= _MAX_FAILURE_PROB.
-        refused = min(
-            1 - self._accepted() + 3 / _NUM_TRIAL_MASKS, 1 - _MIN_ACCEPTANCE_RATE
-        )  # 3 / n: the 95% upper bound after 0 failures in n
-        self.attempts = math.ceil(math.log(_MAX_FAILURE_PROB) / math.log(refused))
+        self.largest = int(self._sizes(target=True)[0].prod(axis=1).max())
+        # Failure rate of one draw, plus 3 / n: the 95% upper bound after 0 failures in n.
+        refused = min(1 - self._acceptance_rate() + 3 / NUM_TRIAL_MASKS, 1 - MIN_ACCEPTANCE_RATE)
+        # The smallest n with refused^n <= MAX_FAILURE_PROB.
+        self.attempts = math.ceil(math.log(MAX_FAILURE_PROB) / math.log(refused))
 
-    def _table(self, *, target: bool) -> tuple[np.ndarray, np.ndarray]:
-        c = self.config
-        scale, aspect = (c.target_scale, c.target_aspect_ratio) if target else (c.context_scale, (1.0, 1.0))
-        return block_sizes(self.grid, scale, aspect, c.grid_margin)
+    def __call__(self, keys: Key[Array, "batch"]) -> Masks:
+        """One mask per key of the batch."""
+        return Masks(*jax.vmap(self._sample_mask)(keys))
 
-    def _accepted(self) -> float:
-        """Fraction of first draws with enough context patches. Raises `UserError` below `_MIN_ACCEPTANCE_RATE`."""
-        with jax.ensure_compile_time_eval():  # the method may be built from abstract shapes
-            counts = np.asarray(self.context_sizes(jr.split(jr.key(0), _NUM_TRIAL_MASKS)))
-        accepted = np.mean(counts >= self.config.num_context_patches)
-        if accepted < _MIN_ACCEPTANCE_RATE:
-            raise UserError(
-                f"masks.num_context_patches={self.config.num_context_patches} cannot be met on a"
-                f" {self.grid[0]}x{self.grid[1]} grid:"
-                f" {self.config.num_targets} targets of masks.target_scale={self.config.target_scale} leave"
-                f" {counts.mean():.0f} patches on average, {counts.max()} at most;\n"
-                f"try masks.num_context_patches={max(int(np.percentile(counts, 5)), 1)}, or fewer or smaller targets"
+    def _sample_mask(self, key: PRNGKeyArray) -> tuple[Array, Array, Array]:
+        """Context indices, target indices and target validity of one image."""
+        key_context, key_blocks = jr.split(key)
+        targets, allowed = self._sample_valid_blocks(key_blocks)
+
+        # The allowed patches of smallest random rank: a uniform choice of static size. 2 exceeds every rank.
+        rank = jnp.where(allowed, jr.uniform(key_context, allowed.shape), 2.0)
+        context = jnp.sort(jnp.argsort(rank)[: self.config.num_context_patches])
+        indices, valid = jax.vmap(self._patch_indices)(targets)
+        return context.astype(jnp.int32), indices, valid
+
+    def _sample_valid_blocks(self, key: PRNGKeyArray) -> tuple[Blocks, PatchSet]:
+        """The first draw that leaves the context enough patches.
+
+        On a CPU, draws are sequential. Elsewhere, `attempts` draws are made together, and an image without a valid one
+        uses the best: with a loop that ends on a device value, the host would wait for all steps in flight.
+        """
+
+        def draw(attempt: Int[Array, ""]) -> tuple[Blocks, PatchSet]:
+            return self._sample_blocks(jr.fold_in(key, attempt))
+
+        needed = self.config.num_context_patches
+        if jax.default_backend() == "cpu":  # the draw is carried: in the condition it would run twice
+            none = jnp.zeros((self.config.num_targets, 4), jnp.int32), jnp.zeros(self.grid[0] * self.grid[1], bool)
+            _, targets, allowed = lax.while_loop(
+                lambda drawn: jnp.sum(drawn[2]) < needed,
+                lambda drawn: (drawn[0] + 1, *draw(drawn[0])),
+                (jnp.int32(0), *none),
             )
-        return float(accepted)
+            return targets, allowed
+        targets, allowed = jax.vmap(draw)(jnp.arange(self.attempts))
+        counts = jnp.sum(allowed, axis=1)  # (attempts,)
+        best = jnp.where(jnp.any(counts >= needed), jnp.argmax(counts >= needed), jnp.argmax(counts))
+        return targets[best], allowed[best]
 
-    def _block(self, key: tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray], *, target: bool) -> Int[Array, "4"]:
-        """Top, left, height and width of one block; the size has its own key, shared by the targets."""
-        sizes, chance = self._table(target=target)
-        key_size, key_top, key_left = key[0], key[1], key[2]
+    def _sample_blocks(self, key: PRNGKeyArray) -> tuple[Blocks, PatchSet]:
+        """Target blocks of one image, and the patches allowed in its context."""
+        # All targets share one size, as published; each has its own position.
+        key_size, key_targets, key_context = jr.split(key, 3)
+        key_places = jr.split(key_targets, (self.config.num_targets, 2))
+        targets = jax.vmap(lambda key: self._sample_block(key_size, *key, target=True))(key_places)
+        context = self._sample_block(*jr.split(key_context, 3), target=False)
+
+        # Context patches are inside the context block and outside every target.
+        hidden = jnp.any(jax.vmap(self._covers)(targets), axis=0)
+        return targets, self._covers(context) & ~hidden
+
+    def _sample_block(
+        self, key_size: PRNGKeyArray, key_top: PRNGKeyArray, key_left: PRNGKeyArray, *, target: bool
+    ) -> Int[Array, "4"]:
+        """Top, left, height and width of one block."""
         # The size by inverse CDF over the table, then a uniform position inside the grid.
-        edges = jnp.asarray(np.cumsum(chance)[:-1], jnp.float32)
-        pick = jnp.searchsorted(edges, jr.uniform(key_size), method="compare_all")
-        height, width = jnp.asarray(sizes)[pick]
+        sizes, probabilities = self._sizes(target=target)
+        edges = jnp.asarray(np.cumsum(probabilities)[:-1], jnp.float32)
+        height, width = jnp.asarray(sizes)[jnp.searchsorted(edges, jr.uniform(key_size), method="compare_all")]
         top = jr.randint(key_top, (), 0, self.grid[0] - height + 1)
         left = jr.randint(key_left, (), 0, self.grid[1] - width + 1)
         return jnp.stack([top, left, height, width])
 
-    def _draw(self, key: PRNGKeyArray) -> tuple[Int[Array, "blocks 4"], Bool[Array, "patches"]]:
-        """Target blocks of one image, and a mask of the patches allowed in its context."""
-        key_size, key_targets, key_context = jr.split(key, 3)
-        # All targets share one size, as published; each has its own position.
-        places = jr.split(key_targets, (self.config.num_targets, 2))
-        targets = jax.vmap(lambda k: self._block((key_size, k[0], k[1]), target=True))(places)
-        context = self._block(tuple(jr.split(key_context, 3)[i] for i in range(3)), target=False)
-        # Context patches are inside the context block and outside every target.
-        taken = jnp.any(jax.vmap(self._covers)(targets), axis=0)
-        return targets, self._covers(context) & ~taken
+    def _sizes(self, *, target: bool) -> tuple[np.ndarray, np.ndarray]:
+        c = self.config
+        scale, aspect = (c.target_scale, c.target_aspect_ratio) if target else (c.context_scale, (1.0, 1.0))
+        return block_sizes(self.grid, scale, aspect, c.grid_margin)
 
-    def _covers(self, block: Int[Array, "4"]) -> Bool[Array, "patches"]:
+    def _covers(self, block: Int[Array, "4"]) -> PatchSet:
         top, left, height, width = block
         rows, columns = jnp.arange(self.grid[0])[:, None], jnp.arange(self.grid[1])[None, :]
         inside = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
         return inside.reshape(-1)
 
-    def _patches(self, block: Int[Array, "4"]) -> tuple[Int[Array, "target"], Bool[Array, "target"]]:
+    def _patch_indices(self, block: Int[Array, "4"]) -> tuple[Int[Array, "target"], Bool[Array, "target"]]:
         """Row-major patch indices of a block; padding repeats its first patch and is marked invalid."""
         top, left, height, width = block
         entry = jnp.arange(self.largest)
@@ -158,45 +185,22 @@ class MultiBlock(eqx.Module):
         entry = jnp.where(valid, entry, 0)
         return (top + entry // width) * self.grid[1] + left + entry % width, valid
 
-    def _one(self, key: PRNGKeyArray) -> tuple[Array, Array, Array]:
-        """Context indices, target indices and target validity of one image."""
-        key_context, key_blocks = jr.split(key)
-        targets, allowed = self._enough(key_blocks)
-        # The allowed patches of smallest random rank: a uniform choice of static size. 2 exceeds every rank.
-        rank = jnp.where(allowed, jr.uniform(key_context, allowed.shape), 2.0)
-        context = jnp.sort(jnp.argsort(rank)[: self.config.num_context_patches])
-        indices, valid = jax.vmap(self._patches)(targets)
-        return context.astype(jnp.int32), indices, valid
-
-    def _enough(self, key: PRNGKeyArray) -> tuple[Int[Array, "blocks 4"], Bool[Array, "patches"]]:
-        """The first draw that leaves the context enough patches.
-
-        On a CPU, draws are sequential. Elsewhere, `attempts` draws are made together, and an image without a valid one
-        uses the best: with a loop that ends on a device value, the host would wait for all steps in flight.
-        """
-
-        def draw(attempt: Int[Array, ""]) -> tuple[Int[Array, "blocks 4"], Bool[Array, "patches"]]:
-            return self._draw(jr.fold_in(key, attempt))
-
-        if jax.default_backend() == "cpu":  # the draw is carried: in the condition it would run twice
-            none = jnp.zeros((self.config.num_targets, 4), jnp.int32), jnp.zeros(self.grid[0] * self.grid[1], bool)
-            _, targets, allowed = lax.while_loop(
-                lambda drawn: jnp.sum(drawn[2]) < self.config.num_context_patches,
-                lambda drawn: (drawn[0] + 1, *draw(drawn[0])),
-                (jnp.int32(0), *none),
-            )
-            return targets, allowed
-        targets, allowed = jax.vmap(draw)(jnp.arange(self.attempts))
-        counts = jnp.sum(allowed, axis=1)  # (attempts,)
-        enough = counts >= self.config.num_context_patches
-        best = jnp.where(jnp.any(enough), jnp.argmax(enough), jnp.argmax(counts))
-        return targets[best], allowed[best]
-
-    def __call__(self, keys: Key[Array, "batch"]) -> Masks:
-        """One mask per key of the batch."""
-        return Masks(*jax.vmap(self._one)(keys))
-
     @eqx.filter_jit
     def context_sizes(self, keys: Key[Array, "batch"]) -> Int[Array, "batch"]:
         """Number of allowed context patches in each image's first draw, before a fixed number is chosen."""
-        return jax.vmap(lambda key: jnp.sum(self._draw(key)[1]))(keys)
+        return jax.vmap(lambda key: jnp.sum(self._sample_blocks(key)[1]))(keys)
+
+    def _acceptance_rate(self) -> float:
+        """Fraction of first draws with enough context patches. Raises `UserError` below `MIN_ACCEPTANCE_RATE`."""
+        c = self.config
+        with jax.ensure_compile_time_eval():  # the method may be built from abstract shapes
+            counts = np.asarray(self.context_sizes(jr.split(jr.key(0), NUM_TRIAL_MASKS)))
+        accepted = np.mean(counts >= c.num_context_patches)
+        if accepted < MIN_ACCEPTANCE_RATE:
+            raise UserError(
+                f"masks.num_context_patches={c.num_context_patches} cannot be met on a {self.grid[0]}x{self.grid[1]}"
+                f" grid: {c.num_targets} targets of masks.target_scale={c.target_scale} leave"
+                f" {counts.mean():.0f} patches on average, {counts.max()} at most;\n"
+                f"try masks.num_context_patches={max(int(np.percentile(counts, 5)), 1)}, or fewer or smaller targets"
+            )
+        return float(accepted)

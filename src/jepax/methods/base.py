@@ -5,11 +5,11 @@
     loss    = objective(outputs, key)  the global batch: distances, regularizers, heads with batch statistics
     method  = after_update(step)       what gradients do not change: move the EMA teacher
 
-A method is one file. It knows nothing of devices, precision, or micro-batches: the trainer composes the verbs.
+A method is one file. Devices, precision and micro-batches are not its concern: the trainer composes the verbs.
 """
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -18,24 +18,20 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from jepax.nn import ViT, ViTConfig
-from jepax.types import AnyArray, ImageBatch, Metrics, UserError
+from jepax.types import AnyArray, Metrics, UserError
 from jepax.views import CropConfig
-
-NO_EXAMPLE = 2**32 - 1
-"""Index that no example has: folded into a step's key for what belongs to the global batch."""
 
 
 @dataclass(frozen=True)
 class MethodConfig(abc.ABC):
-    """Settings of a method. `class MineConfig(MethodConfig, name="mine")` registers it: run files and the contract
-    tests find it by that name."""
+    """Settings of a method. `class MineConfig(MethodConfig, name="mine")` registers it by name."""
 
     registry: ClassVar[dict[str, type["MethodConfig"]]] = {}
     name: ClassVar[str]
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        if name is not None:
+        if name is not None:  # a base of several methods has none
             cls.name = name
             MethodConfig.registry[name] = cls
 
@@ -43,16 +39,21 @@ class MethodConfig(abc.ABC):
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "Method":
         """Make the method before its first step; its own schedules run over `total_steps`."""
 
-    @abc.abstractmethod
     def tiny(self) -> "MethodConfig":
-        """Shrink every size and keep every choice: the method as the contract tests run it, on 24 x 24 images."""
+        """Shrink every size and keep every choice: the method as the contract tests run it, on 24 x 24 images.
+
+        By default every part by its own `tiny()`, and the number of projection directions.
+        """
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        small = {name: part.tiny() for name, part in parts.items() if hasattr(part, "tiny")}
+        return replace(self, **small | ({"num_slices": 16} if "num_slices" in parts else {}))
 
     def check_data(self, source: Any) -> None:  # noqa: B027 - not every method has to
         """Raise `UserError` if the method cannot read examples of this source. By default anything is accepted."""
 
 
 class Method(eqx.Module):
-    """One method. Its parameters are trained unless they lie beneath an `EMA`: the type is the rule.
+    """One method. Its parameters are trained unless they are beneath an `EMA`: the type is the rule.
 
     Arrays of `draw`'s and `forward`'s results lead with the batch axis.
     """
@@ -92,7 +93,7 @@ def example_keys(key: PRNGKeyArray, index: Int[AnyArray, "batch"]) -> Key[Array,
 
 def objective_key(key: PRNGKeyArray) -> PRNGKeyArray:
     """The key of what the global batch shares."""
-    return jr.fold_in(key, NO_EXAMPLE)
+    return jr.fold_in(key, 2**32 - 1)  # an index that no example has
 
 
 class ImageMethodConfig(MethodConfig):
@@ -122,6 +123,3 @@ class ImageMethod(Method):
     @abc.abstractmethod
     def encoders(self) -> dict[str, ViT]:
         """Encoders that probes may read, named "target" and "context"; the first is the default."""
-
-    @abc.abstractmethod
-    def draw(self, batch: ImageBatch, keys: Key[Array, "batch"]) -> PyTree: ...

@@ -8,7 +8,7 @@ No regularizer: the predictor q and a slow teacher prevent collapse. A local vie
 multi-crop. Differs from the paper: a mean over the pairs (there a sum of two), and BatchNorm over all views of a group.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -17,16 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jepax.methods.ema import EMAConfig, ema_update, init_ema
-from jepax.methods.multiview import (
-    Embeddings,
-    MultiView,
-    MultiViewConfig,
-    Projections,
-    check_no_final_relu,
-    embed,
-    project,
-    view_metrics,
-)
+from jepax.methods.multiview import Embeddings, MultiView, MultiViewConfig, Projections, embed, project, view_metrics
 from jepax.nn import Projector, ProjectorConfig, ViT
 from jepax.objectives import explained_fraction
 from jepax.trees import EMA
@@ -50,19 +41,14 @@ class BYOLConfig(MultiViewConfig, name="byol"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_no_final_relu(self.projector, self.predictor)
-        if self.predictor.out_dim != self.projector.out_dim:
-            raise UserError(
-                f"method.predictor.out_dim={self.predictor.out_dim} must be"
-                f" method.projector.out_dim={self.projector.out_dim}"
-            )
+        out_dim = self.projector.out_dim
+        if self.predictor.final_relu:
+            raise UserError("predictor.final_relu=True leaves no prediction below 0, but targets are; set it False")
+        if self.predictor.out_dim != out_dim:
+            raise UserError(f"method.predictor.out_dim={self.predictor.out_dim} must be that of projector: {out_dim}")
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "BYOL":
         return BYOL(self, total_steps=total_steps, key=key)
-
-    def tiny(self) -> "BYOLConfig":
-        heads = {"projector": self.projector.tiny(), "predictor": self.predictor.tiny()}
-        return replace(self, encoder=self.encoder.tiny(), views=self.views.tiny(), **heads)
 
 
 class BYOLOutputs(eqx.Module):
@@ -76,7 +62,7 @@ class BYOLOutputs(eqx.Module):
 class BYOL(MultiView):
     """BYOL, with the equations at the top of this file. Online networks and averages are equal at step 0."""
 
-    target: EMA[tuple[ViT, Projector]]
+    target: EMA[tuple[ViT, Projector]]  # Nothing beneath an EMA is trained: the type is the rule.
     predictor: Projector  # q
     config: BYOLConfig = eqx.field(static=True)
     total_steps: int = eqx.field(static=True)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jepax import schedules
+from jepax.errors import check_fields
 from jepax.trees import EMA, cast, global_norm
-from jepax.types import Metrics, UserError
+from jepax.types import Metrics
 
 T = TypeVar("T")
 
@@ -31,13 +32,8 @@ class EMAConfig:
     """Type of the teacher's parameters. In bfloat16 it stalls: its updates are below that type's epsilon."""
 
     def __post_init__(self) -> None:
-        for name in ("start", "end"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UserError(f"method.ema.{name}={getattr(self, name)} is not in [0, 1]")
-        if self.schedule_stretch <= 0:
-            raise UserError(
-                f"method.ema.schedule_stretch={self.schedule_stretch} must be above 0; 1.0 is the run's length"
-            )
+        check_fields("method.ema", self, "in [0, 1]", "start", "end")
+        check_fields("method.ema", self, "above 0", "schedule_stretch")
 
     def at(self, step: Int[Array, ""] | int, total_steps: int) -> Float[Array, ""]:
         """Momentum applied after the update of `step`, counted from 0, in a run of `total_steps`."""
@@ -46,7 +42,8 @@ class EMAConfig:
 
 
 def init_ema(online: T, precision: str = "float32") -> EMA[T]:
-    """A teacher equal to `online`. A copy, because the step donates its buffers and none can be donated twice."""
+    """A teacher equal to `online`, in the type `precision`."""
+    # A copy, because the step donates its buffers, and none can be donated twice.
     return EMA(cast(jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, online), precision))
 
 
@@ -56,6 +53,7 @@ def ema_update(teacher: EMA[T], online: T, momentum: Float[Array, ""]) -> tuple[
     - ema/relative_distance: |online - teacher| / |online| over all parameters, before the update;
     - ema/update_norm: |moved - teacher|, expected: ema/expected_update_norm = (1 - momentum) |online - teacher|.
     """
+    # The two norms differ if the teacher stalls, as in bfloat16: the watchdog compares them.
     moved = teacher.towards(online, momentum)
     distance = global_norm(_subtract_float32(online, teacher.average))
     return moved, {

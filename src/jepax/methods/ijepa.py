@@ -4,14 +4,14 @@ The context encoder f sees a few patches of an image. From them a predictor g gu
 the target encoder, computes for the blocks that were hidden. No pixels, no negatives, no augmentation but a crop.
 
     z    = f(x[context])                          trained
-    h    = LN(f_ema(x))                           moving average of f; sees the whole view, gets no gradient
+    h    = LN(f_ema(x))                           moving average of f; sees the full view, gets no gradient
     loss = mean over blocks B and their patches p of D(g(z, positions of B)[p], h[p])
 
 After each update f_ema <- m f_ema + (1 - m) f. A regularizer of the mean of z over patches may be added; VICReg's makes
 it C-JEPA (Mo & Tong 2024, arXiv:2410.19560).
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import equinox as eqx
@@ -21,21 +21,22 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
+from jepax.errors import check_fields
 from jepax.masking import MultiBlock, MultiBlockConfig
 from jepax.methods.base import ImageMethod, ImageMethodConfig
 from jepax.methods.ema import EMAConfig, ema_update, init_ema
 from jepax.methods.regularizer import RegularizerConfig, regularize
-from jepax.nn import Predictor, PredictorConfig, ViT, ViTConfig
+from jepax.nn import Predictor, PredictorConfig, ViT, ViTConfig, pool, take_patches
 from jepax.nn.transformer import LayerNorm, normalize
-from jepax.objectives import explained_fraction, masked_mean, smooth_l1, squared_error
+from jepax.objectives import explained_fraction, masked_mean, smooth_l1
 from jepax.trees import EMA
-from jepax.types import ImageBatch, Masks, Metrics, UserError
+from jepax.types import ImageBatch, Masks, Metrics
 from jepax.views import CropConfig, MaskedViews, random_resized_crop
 
 
 @dataclass(frozen=True)
 class IJEPAConfig(ImageMethodConfig, name="ijepa"):
-    """I-JEPA, and the choices that its users ask about."""
+    """I-JEPA as published, and choices on loss, norms and regularizer."""
 
     encoder: ViTConfig = field(default_factory=ViTConfig)
     """Context encoder, and the target encoder's shape."""
@@ -48,7 +49,7 @@ class IJEPAConfig(ImageMethodConfig, name="ijepa"):
     loss: Literal["smooth_l1", "l2"] = "smooth_l1"
     """Distance of predictions to targets: smooth L1 (the released code) or squared error (the paper)."""
     smooth_l1_beta: float = 1.0
-    """Read by loss=smooth_l1 alone: the distance at which its square becomes linear."""
+    """Distance at which smooth L1 turns from quadratic to linear; loss=l2 does not read it."""
     target_norm: Literal["layer", "none"] = "layer"
     """Parameter-free LayerNorm on the targets, or none. Without it they drift: docs/failures/drift.md."""
     prediction_norm: Literal["none", "affine", "no_affine"] = "none"
@@ -59,19 +60,11 @@ class IJEPAConfig(ImageMethodConfig, name="ijepa"):
     """Regularizer of the context's embedding; none as published."""
 
     def __post_init__(self) -> None:
-        if self.smooth_l1_beta <= 0:
-            raise UserError(
-                f"method.smooth_l1_beta={self.smooth_l1_beta} must be above 0; for squared error take method.loss=l2"
-            )
-        self.encoder.grid(self.crop.size)  # refuses a patch that does not divide the view
+        check_fields("method", self, "above 0", "smooth_l1_beta")
+        self.encoder.grid(self.crop.size)  # raises if the patch does not divide the view
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "IJEPA":
         return IJEPA(self, total_steps=total_steps, key=key)
-
-    def tiny(self) -> "IJEPAConfig":
-        networks = {"encoder": self.encoder.tiny(), "predictor": self.predictor.tiny()}
-        views = {"masks": self.masks.tiny(), "crop": self.crop.tiny()}
-        return replace(self, **networks, **views, regularizer=self.regularizer.tiny())
 
 
 class Outputs(eqx.Module):
@@ -86,7 +79,7 @@ class Outputs(eqx.Module):
 
 
 class IJEPA(ImageMethod):
-    """I-JEPA: the equations are at the top of this file. Both encoders start equal."""
+    """I-JEPA, with the equations at the top of this file. Both encoders start equal."""
 
     encoder: ViT  # f
     target_encoder: EMA[ViT]  # f_ema. Nothing beneath an EMA is trained: the type is the rule.
@@ -100,7 +93,8 @@ class IJEPA(ImageMethod):
         key_encoder, key_predictor = jr.split(key)
         width = config.encoder.width
         self.encoder = ViT(config.encoder, key=key_encoder)
-        self.target_encoder = init_ema(self.encoder, config.ema.dtype)
+        if config.ema is not None:  # ijepa_no_teacher.py has none
+            self.target_encoder = init_ema(self.encoder, config.ema.dtype)
         self.predictor = Predictor(config.predictor, width, num_outputs=predicted_layers, key=key_predictor)
         self.prediction_norm = LayerNorm(width) if config.prediction_norm == "affine" else None
         self.masks = MultiBlock(config.masks, config.encoder.grid(config.crop.size))
@@ -114,16 +108,16 @@ class IJEPA(ImageMethod):
     def forward(self, views: MaskedViews) -> Outputs:
         x, masks = views.image, views.masks  # (B, H, W, C); context (B, K), targets (B, M, T)
         z = self.encoder(x, masks.context)  # (B, K, D)     only visible patches are embedded
-        predictions = self.predict(z, masks)  # (B, M, T, D)  one pass per target block
+        predictions = self.predictor(z, masks, self.masks.grid)  # (B, M, T, D)  one pass per target block
         h = lax.stop_gradient(self.target_encoder.average(x))  # (B, N, D)     the teacher sees everything
-        return Outputs(pool(z), predictions, self.normalize_targets(h), masks)
+        return Outputs(pool(z), self.normalize_predictions(predictions), self.normalize_targets(h), masks)
 
     def objective(self, outputs: Outputs, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
-        # The distance of predictions to targets, and that of the best constant prediction.
-        loss, baseline = self.distances(outputs.predictions, outputs.embedded, outputs.masks)
-        metrics = health_metrics(loss, baseline, outputs.predictions, outputs.embedded, outputs.masks)
+        # The distance of predictions to targets, over the target patches of the global batch.
+        loss, baseline = self.distances(outputs)
+        metrics = prediction_metrics(loss, baseline, outputs)
 
-        # What the regularizer adds, if there is one.
+        # The regularizer, if there is one.
         penalty, terms = regularize(self.config.regularizer, outputs.pooled, key=key)
         return loss + penalty, metrics | terms
 
@@ -135,10 +129,6 @@ class IJEPA(ImageMethod):
     def encoders(self) -> dict[str, ViT]:
         return {"target": self.target_encoder.average, "context": self.encoder}
 
-    def predict(self, z: Float[Array, "batch context dim"], masks: Masks) -> Float[Array, "batch blocks target dim"]:
-        """g at every target position, through the norm of `config.prediction_norm`."""
-        return self.normalize_predictions(self.predictor(z, masks, self.masks.grid))
-
     def normalize_predictions(self, predictions: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
         predictions = predictions.astype(jnp.float32)
         if self.config.prediction_norm == "none":
@@ -146,57 +136,33 @@ class IJEPA(ImageMethod):
         return normalize(predictions) if self.prediction_norm is None else self.prediction_norm(predictions)
 
     def normalize_targets(self, h: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
-        return normalize(h.astype(jnp.float32)) if self.config.target_norm == "layer" else h.astype(jnp.float32)
+        return normalize(h) if self.config.target_norm == "layer" else h.astype(jnp.float32)
 
-    def distances(
-        self,
-        predictions: Float[Array, "batch blocks target dim"],
-        embedded: Float[Array, "batch patches dim"],
-        masks: Masks,
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Mean of D over all target tokens: of the predictions, and of each position's mean target over the batch."""
-        targets = take_patches(embedded, masks.targets)
-        mean = jnp.broadcast_to(jnp.mean(embedded, axis=0, keepdims=True), embedded.shape)
-        guesses = (predictions, take_patches(mean, masks.targets))
-        loss, baseline = (masked_mean(self.distance(guess, targets), masks.target_valid) for guess in guesses)
-        return loss, baseline
-
-    def distance(
-        self, prediction: Float[Array, "*shape dim"], target: Float[Array, "*shape dim"]
-    ) -> Float[Array, "*shape dim"]:
+    def distance(self, prediction: Float[Array, "*shape"], target: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """D, elementwise."""
-        if self.config.loss == "l2":
-            return squared_error(prediction, target)
-        return smooth_l1(prediction, target, self.config.smooth_l1_beta)
+        squared = self.config.loss == "l2"
+        return jnp.square(prediction - target) if squared else smooth_l1(prediction, target, self.config.smooth_l1_beta)
+
+    def distances(self, outputs: Outputs) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Mean of D over all target patches: of the predictions, and of each position's mean target over the batch."""
+        embedded, masks = outputs.embedded, outputs.masks
+        means = jnp.broadcast_to(jnp.mean(embedded, axis=0, keepdims=True), embedded.shape)
+        targets, means = (take_patches(x, masks.targets) for x in (embedded, means))  # (B, M, T, D)
+        loss = masked_mean(self.distance(outputs.predictions, targets), masks.target_valid)
+        return loss, masked_mean(self.distance(means, targets), masks.target_valid)
 
 
-def pool(tokens: Float[Array, "batch tokens dim"]) -> Float[Array, "batch dim"]:
-    """Mean over an image's tokens, in float32."""
-    return jnp.mean(tokens.astype(jnp.float32), axis=1)
-
-
-def take_patches(
-    embedded: Float[Array, "batch patches dim"], indices: Int[Array, "batch *shape"]
-) -> Float[Array, "batch *shape dim"]:
-    """Each image's tokens at its own indices."""
-    return jax.vmap(lambda tokens, index: tokens[index])(embedded, indices)
-
-
-def health_metrics(
-    loss: Float[Array, ""],
-    baseline: Float[Array, ""],
-    predictions: Float[Array, "batch blocks target dim"],
-    embedded: Float[Array, "batch patches dim"],
-    masks: Masks,
-) -> Metrics:
-    """Metrics for the watchdog: the fraction of `baseline` that is explained, and mean L2 norms of tokens."""
+def prediction_metrics(loss: Float[Array, ""], baseline: Float[Array, ""], outputs: Outputs) -> Metrics:
+    """Metrics for the watchdog: the fraction of `baseline` that is explained, and mean L2 norms of target tokens."""
 
     def mean_norm(tokens: Float[Array, "batch blocks target dim"]) -> Float[Array, ""]:
-        return masked_mean(jnp.linalg.norm(tokens, axis=-1, keepdims=True), masks.target_valid)
+        return masked_mean(jnp.linalg.norm(tokens, axis=-1, keepdims=True), outputs.masks.target_valid)
 
-    norms = {
-        "health/target_norm": mean_norm(take_patches(embedded, masks.targets)),
-        "health/prediction_norm": mean_norm(predictions),
+    metrics = {
+        "train/prediction_loss": loss,
+        "train/explained_variance": explained_fraction(loss, baseline),
+        "health/target_norm": mean_norm(take_patches(outputs.embedded, outputs.masks.targets)),
+        "health/prediction_norm": mean_norm(outputs.predictions),
+        "embeddings": pool(outputs.embedded),
     }
-    explained = {"train/prediction_loss": loss, "train/explained_variance": explained_fraction(loss, baseline)}
-    return lax.stop_gradient(explained | norms | {"embeddings": pool(embedded)})
+    return lax.stop_gradient(metrics)

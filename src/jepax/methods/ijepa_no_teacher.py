@@ -1,4 +1,4 @@
-"""I-JEPA without a teacher: the encoder embeds its own targets, and a regularizer keeps the embeddings apart.
+"""I-JEPA without a teacher: the encoder embeds its own targets, and a regularizer prevents their collapse.
 
     z    = f(x[context])
     h    = LN(f(x))                               gradient stopped, or flowing into the targets too
@@ -12,14 +12,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import equinox as eqx
-import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from jepax.masking import MultiBlock
-from jepax.methods.ijepa import IJEPA, IJEPAConfig, Outputs, pool
-from jepax.nn import Predictor, ViT
-from jepax.nn.transformer import LayerNorm
+from jepax.methods.ijepa import IJEPA, IJEPAConfig, Outputs
+from jepax.nn import ViT, pool
 from jepax.types import Metrics, UserError
 from jepax.views import MaskedViews
 
@@ -28,9 +25,9 @@ from jepax.views import MaskedViews
 class IJEPANoTeacherConfig(IJEPAConfig, name="ijepa_no_teacher"):
     """I-JEPA whose targets come from the encoder itself."""
 
-    ema: ClassVar[None] = None  # not a setting here: no teacher follows
+    ema: ClassVar[None] = None  # no setting: there is no teacher
     stop_gradient: bool = True
-    """The targets are constants to the gradient; False lets it flow into them."""
+    """Targets are constants to the gradient; False makes it flow into them."""
     regularize_on: Literal["context", "targets"] = "context"
     """The regularizer reads the mean over patches of the context or, with stop_gradient=False, of the targets."""
 
@@ -39,13 +36,11 @@ class IJEPANoTeacherConfig(IJEPAConfig, name="ijepa_no_teacher"):
         if self.regularize_on == "targets" and self.stop_gradient:
             raise UserError(
                 "method.regularize_on=targets has no effect with method.stop_gradient=True, which cuts their gradient;"
-                " take method.stop_gradient=False or method.regularize_on=context"
+                " set method.stop_gradient=False or method.regularize_on=context"
             )
         if not self.stop_gradient and self.regularizer.name == "none":
-            warnings.warn(
-                "method.stop_gradient=False with method.regularizer.name=none: nothing prevents collapse",
-                stacklevel=2,
-            )
+            given = "method.stop_gradient=False with method.regularizer.name=none"
+            warnings.warn(f"{given}: nothing prevents collapse", stacklevel=2)
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "IJEPANoTeacher":
         return IJEPANoTeacher(self, total_steps=total_steps, key=key)
@@ -57,22 +52,14 @@ class IJEPANoTeacher(IJEPA):
     target_encoder: ClassVar[None] = None
     config: IJEPANoTeacherConfig = eqx.field(static=True)
 
-    def __init__(self, config: IJEPANoTeacherConfig, *, total_steps: int, key: PRNGKeyArray):
-        key_encoder, key_predictor = jr.split(key)
-        width = config.encoder.width
-        self.encoder = ViT(config.encoder, key=key_encoder)
-        self.predictor = Predictor(config.predictor, width, key=key_predictor)
-        self.prediction_norm = LayerNorm(width) if config.prediction_norm == "affine" else None
-        self.masks = MultiBlock(config.masks, config.encoder.grid(config.crop.size))
-        self.config, self.total_steps = config, total_steps
-
     def forward(self, views: MaskedViews) -> Outputs:
         x, masks = views.image, views.masks
         z = self.encoder(x, masks.context)  # (B, K, D)
-        predictions = self.predict(z, masks)  # (B, M, T, D)
-        h = self.encoder(x)  # (B, N, D)
+        predictions = self.predictor(z, masks, self.masks.grid)  # (B, M, T, D)
+        h = self.encoder(x)  # (B, N, D)     no second encoder: that is its point
         h = self.normalize_targets(lax.stop_gradient(h) if self.config.stop_gradient else h)
-        return Outputs(pool(z if self.config.regularize_on == "context" else h), predictions, h, masks)
+        regularized = z if self.config.regularize_on == "context" else h
+        return Outputs(pool(regularized), self.normalize_predictions(predictions), h, masks)
 
     def after_update(self, step: Int[Array, ""]) -> tuple["IJEPANoTeacher", Metrics]:
         return self, {}  # no teacher moves

@@ -4,12 +4,12 @@
     loss = (1 - w) inv + w B mean over views of D^2(z_v, N(0, I))
 
 D is the maximum mean discrepancy or the kernel Stein discrepancy of the batch of B projections to a standard normal, in
-closed form: SIGReg's random directions, and the noise that they bring into the gradient, are gone. As SIGReg's
-statistic, B D^2 does not depend on the batch size for samples of the normal, and grows with B away from it.
+closed form: without SIGReg's random directions and their noise in the gradient. As SIGReg's statistic, B D^2 does not
+depend on the batch size for samples of the normal, and grows with B away from it.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import equinox as eqx
@@ -17,14 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jepax.methods.multiview import (
-    Embeddings,
-    MultiView,
-    MultiViewConfig,
-    check_no_final_relu,
-    invariance_loss,
-    view_metrics,
-)
+from jepax.errors import check_fields
+from jepax.methods.multiview import Embeddings, MultiView, MultiViewConfig, invariance_loss, view_metrics
 from jepax.objectives.kernel_discrepancy import Kernel, ksd, mmd_gaussian
 from jepax.types import Metrics, UserError
 
@@ -44,35 +38,30 @@ class KerJEPAConfig(MultiViewConfig, name="kerjepa"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_no_final_relu(self.projector)
-        if not 0 <= self.kernel_weight <= 1:
-            raise UserError(f"method.kernel_weight={self.kernel_weight} is not in [0, 1]")
-        if self.bandwidth is not None and self.bandwidth <= 0:
-            raise UserError(f"method.bandwidth={self.bandwidth} must be above 0; None follows the dimension")
+        check_fields("method", self, "in [0, 1]", "kernel_weight")
+        check_fields("method", self, "above 0", "bandwidth")
         if self.discrepancy == "mmd" and self.kernel == "imq":
             raise UserError("method.kernel=imq has no closed form for method.discrepancy=mmd; try ksd")
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "KerJEPA":
         return KerJEPA(self, key=key)
 
-    def tiny(self) -> "KerJEPAConfig":
-        return replace(super().tiny(), bandwidth=self.bandwidth)
-
 
 class KerJEPA(MultiView):
-    """KerJEPA: the equation is at the top of this file."""
+    """KerJEPA, with the equations at the top of this file."""
 
     config: KerJEPAConfig = eqx.field(static=True)
 
     def discrepancy(self, z: Float[Array, "batch dim"]) -> Float[Array, ""]:
         """B D^2 of one view's projections."""
+        # Points of a standard normal are about sqrt(dim) from 0: with that bandwidth the kernel is neither 0 nor 1.
         c = self.config
         bandwidth = math.sqrt(z.shape[1]) if c.bandwidth is None else c.bandwidth
         d2 = mmd_gaussian(z, bandwidth) if c.discrepancy == "mmd" else ksd(z, c.kernel, bandwidth)
         return len(z) * d2
 
     def objective(self, outputs: Embeddings, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
-        groups = self.project(outputs)
+        groups, w = self.project(outputs), self.config.kernel_weight
 
         # Views of an image agree.
         inv = invariance_loss(groups)
@@ -80,5 +69,5 @@ class KerJEPA(MultiView):
         # Each view's projections are a standard normal. Nothing is drawn: `key` is not used.
         kernel_loss = jnp.mean(jax.vmap(self.discrepancy)(jnp.concatenate(groups)))
 
-        loss = (1 - self.config.kernel_weight) * inv + self.config.kernel_weight * kernel_loss
+        loss = (1 - w) * inv + w * kernel_loss
         return loss, view_metrics(outputs, groups) | {"train/invariance_loss": inv, "train/kernel_loss": kernel_loss}

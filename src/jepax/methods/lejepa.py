@@ -6,25 +6,18 @@
 The views share SIGReg's directions, which are new at each step. No teacher, no stop-gradient, no predictor.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jepax.methods.multiview import (
-    Embeddings,
-    MultiView,
-    MultiViewConfig,
-    check_counts,
-    check_no_final_relu,
-    invariance_loss,
-    view_metrics,
-)
+from jepax.errors import check_fields
+from jepax.methods.multiview import Embeddings, MultiView, MultiViewConfig, invariance_loss, view_metrics
 from jepax.objectives.sigreg import sigreg
 from jepax.objectives.slicing import random_unit_directions
-from jepax.types import Metrics, UserError
+from jepax.types import Metrics
 
 
 @dataclass(frozen=True)
@@ -38,25 +31,20 @@ class LeJEPAConfig(MultiViewConfig, name="lejepa"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_no_final_relu(self.projector)
-        if not 0 <= self.sigreg_weight <= 1:
-            raise UserError(f"method.sigreg_weight={self.sigreg_weight} is not in [0, 1]")
-        check_counts(self, "num_slices")
+        check_fields("method", self, "in [0, 1]", "sigreg_weight")
+        check_fields("method", self, "at least 1", "num_slices")
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "LeJEPA":
         return LeJEPA(self, key=key)
 
-    def tiny(self) -> "LeJEPAConfig":
-        return replace(super().tiny(), num_slices=16)
-
 
 class LeJEPA(MultiView):
-    """LeJEPA: the equation is at the top of this file."""
+    """LeJEPA, with the equations at the top of this file."""
 
     config: LeJEPAConfig = eqx.field(static=True)
 
     def objective(self, outputs: Embeddings, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
-        groups = self.project(outputs)
+        groups, w = self.project(outputs), self.config.sigreg_weight
         z = jnp.concatenate(groups)  # (V, B, D)
 
         # Views of an image agree.
@@ -66,5 +54,5 @@ class LeJEPA(MultiView):
         directions = random_unit_directions(key, z.shape[2], self.config.num_slices)
         sigreg_loss = jnp.mean(jax.vmap(lambda z_v: sigreg(z_v, directions))(z))
 
-        loss = (1 - self.config.sigreg_weight) * inv + self.config.sigreg_weight * sigreg_loss
+        loss = (1 - w) * inv + w * sigreg_loss
         return loss, view_metrics(outputs, groups) | {"train/invariance_loss": inv, "train/sigreg_loss": sigreg_loss}

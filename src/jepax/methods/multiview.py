@@ -7,7 +7,8 @@
 A method of this kind adds its loss on the z_v.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -15,21 +16,23 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from jepax.methods.base import ImageMethod, ImageMethodConfig
-from jepax.nn import Projector, ProjectorConfig, ViT, ViTConfig
+from jepax.nn import Projector, ProjectorConfig, ViT, ViTConfig, pool
 from jepax.objectives import explained_fraction
 from jepax.types import ImageBatch, Metrics, UserError
 from jepax.views import CropConfig, MultiCropConfig, MultiCropViews, ViewGroup, multicrop
 
 Embeddings = tuple[Float[Array, "batch _views width"], ...]
-"""Of the global views and, if there are any, of the local ones; `width` is the encoder's."""
+"""One array for the global views and, if there are any, one for the local views; `width` is the encoder's."""
 Projections = Float[Array, "_views batch dim"]
-"""Of one group; groups differ in their number of views."""
+"""One group of views; groups differ in their number of views."""
 
 
 @dataclass(frozen=True)
 class MultiViewConfig(ImageMethodConfig):
     """Networks and views; a method's own config adds its weights."""
 
+    allows_final_relu: ClassVar[bool] = False
+    """True if the loss does not need projections of both signs."""
     encoder: ViTConfig = field(default_factory=ViTConfig)
     """Encoder of every view."""
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
@@ -40,23 +43,24 @@ class MultiViewConfig(ImageMethodConfig):
     def __post_init__(self) -> None:
         if self.views.num_global + self.views.num_local < 2:
             raise UserError(f"method.views.num_global={self.views.num_global} leaves nothing to compare; try 2")
-        self.encoder.grid(self.views.global_crop.size)  # refuses a patch that does not divide a view
+        self.encoder.grid(self.views.global_crop.size)  # raises if the patch does not divide a view
         if self.views.num_local:
             self.encoder.grid(self.views.local_crop.size)
+        if self.projector.final_relu and not self.allows_final_relu:
+            raise UserError(
+                "projector.final_relu=True leaves no projection below 0, which the loss needs; set it False"
+            )
 
     @property
     def crop(self) -> CropConfig:
-        """The crop that probes and figures take their views by."""
+        """The crop of probes and figures."""
         return self.views.global_crop
-
-    def tiny(self) -> "MultiViewConfig":
-        return replace(self, encoder=self.encoder.tiny(), projector=self.projector.tiny(), views=self.views.tiny())
 
 
 class MultiView(ImageMethod):
     """A method that compares views of an image. It has no teacher; a subclass adds the objective."""
 
-    encoder: ViT
+    encoder: ViT  # f
     projector: Projector
     config: MultiViewConfig = eqx.field(static=True)
 
@@ -78,7 +82,7 @@ class MultiView(ImageMethod):
         return self, {}  # no teacher
 
     def encoders(self) -> dict[str, ViT]:
-        return {"context": self.encoder}  # there is but one, and it embeds the targets too
+        return {"context": self.encoder}  # the only one, which embeds the targets too
 
     def project(self, embeddings: Embeddings) -> tuple[Projections, ...]:
         """Each group's projections, views first; BatchNorm reads all views of a group together."""
@@ -88,19 +92,13 @@ class MultiView(ImageMethod):
 def embed(encoder: ViT, group: ViewGroup) -> Float[Array, "batch views width"]:
     """Mean over patches of each view's embedding, in float32; all views go through the encoder as one batch."""
     tokens = encoder(group.reshape(-1, *group.shape[2:]))  # (B * V, N, D)
-    return jnp.mean(tokens.astype(jnp.float32), axis=1).reshape(*group.shape[:2], -1)
+    return pool(tokens).reshape(*group.shape[:2], -1)
 
 
 def project(projector: Projector, group: Float[Array, "batch views _inputs"]) -> Projections:
     """Projections of a group, views first, so that z[v] is the batch of view v."""
     z = projector(group.reshape(-1, group.shape[2]))  # (B * V, D)
     return jnp.swapaxes(z.reshape(*group.shape[:2], -1), 0, 1)
-
-
-def view_metrics(embeddings: Embeddings, groups: tuple[Projections, ...]) -> Metrics:
-    """The first view's embeddings and projections, which are read for collapse, and the agreement of all views."""
-    rows = {"embeddings": embeddings[0][:, 0], "projections": groups[0][0]}
-    return rows | {"train/explained_variance": explained_by_views(groups)}
 
 
 def invariance_loss(groups: tuple[Projections, ...]) -> Float[Array, ""]:
@@ -122,29 +120,15 @@ def pairwise_mse(views: Projections) -> Float[Array, ""]:
 
 
 def explained_by_views(groups: tuple[Projections, ...]) -> Float[Array, ""]:
-    """Fraction of the projections' variance that is not disagreement between the views of an image.
+    """1 - `pairwise_mse` / that of views of different images, which is twice the variance about the mean over all.
 
-    1 - `pairwise_mse` / that of views of different images, which is twice the variance about the mean over the batch.
+    The fraction of the projections' variance that is not disagreement between the views of an image.
     """
     z = jnp.concatenate(groups)
     return explained_fraction(pairwise_mse(z), 2 * jnp.mean(jnp.square(z - jnp.mean(z, axis=(0, 1)))))
 
 
-def check_counts(config: object, *names: str) -> None:
-    """Raise `UserError` at the first count below 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UserError(f"method.{name}={getattr(config, name)} must be at least 1")
-
-
-def check_no_final_relu(*heads: ProjectorConfig) -> None:
-    """Raise `UserError` if a ReLU ends a head whose output must have both signs."""
-    if any(head.final_relu for head in heads):
-        raise UserError("projector.final_relu=True leaves no projection below 0, but the loss wants some; set it False")
-
-
-def check_weights(config: object, *names: str) -> None:
-    """Raise `UserError` at the first weight below 0."""
-    for name in names:
-        if getattr(config, name) < 0:
-            raise UserError(f"method.{name}={getattr(config, name)} must not be negative")
+def view_metrics(embeddings: Embeddings, groups: tuple[Projections, ...]) -> Metrics:
+    """The first view's embeddings and projections, which are read for collapse, and the agreement of all views."""
+    rows = {"embeddings": embeddings[0][:, 0], "projections": groups[0][0]}
+    return rows | {"train/explained_variance": explained_by_views(groups)}

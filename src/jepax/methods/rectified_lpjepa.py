@@ -6,8 +6,8 @@
 Differs from the released code: the views share t and a BatchNorm (there one of each per view).
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -15,15 +15,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jepax.methods.multiview import (
-    Embeddings,
-    MultiView,
-    MultiViewConfig,
-    check_counts,
-    check_weights,
-    pairwise_mse,
-    view_metrics,
-)
+from jepax.errors import check_fields
+from jepax.methods.multiview import Embeddings, MultiView, MultiViewConfig, pairwise_mse, view_metrics
 from jepax.nn import ProjectorConfig
 from jepax.objectives import rdmreg
 from jepax.objectives.slicing import random_unit_directions
@@ -34,6 +27,7 @@ from jepax.types import Metrics, UserError
 class RectifiedLpJEPAConfig(MultiViewConfig, name="rectified_lpjepa"):
     """Rectified LpJEPA, with the weights of the paper's ImageNet runs."""
 
+    allows_final_relu: ClassVar[bool] = True
     projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(final_relu=True))
     """Head on the mean over patches; it ends in a ReLU."""
     invariance_weight: float = 25.0
@@ -51,18 +45,14 @@ class RectifiedLpJEPAConfig(MultiViewConfig, name="rectified_lpjepa"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weights(self, "invariance_weight", "rdmreg_weight")
-        check_counts(self, "num_slices")
-        if self.p <= 0:
-            raise UserError(f"method.p={self.p} must be above 0; try 1.0")
+        check_fields("method", self, "at least 0", "invariance_weight", "rdmreg_weight")
+        check_fields("method", self, "at least 1", "num_slices")
+        check_fields("method", self, "above 0", "p")
         if not self.projector.final_relu:
             raise UserError("method.projector.final_relu=False leaves the projections without a ReLU; set it True")
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "RectifiedLpJEPA":
         return RectifiedLpJEPA(self, key=key)
-
-    def tiny(self) -> "RectifiedLpJEPAConfig":
-        return replace(super().tiny(), num_slices=16)
 
 
 class RectifiedLpJEPA(MultiView):
@@ -73,14 +63,15 @@ class RectifiedLpJEPA(MultiView):
     def objective(self, outputs: Embeddings, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
         groups, c = self.project(outputs), self.config
         z = jnp.concatenate(groups)  # (V, B, D), none below 0
-        sigma = (
-            rdmreg.sigma_before_relu(c.p) if c.unit_variance == "before_relu" else rdmreg.sigma_after_relu(c.p, c.mu)
-        )
 
         # Views of an image agree.
         inv = pairwise_mse(z)
 
-        # Each view's projections match the target's distribution along any direction.
+        # The target has unit variance, before its ReLU or after it.
+        before = c.unit_variance == "before_relu"
+        sigma = rdmreg.sigma_before_relu(c.p) if before else rdmreg.sigma_after_relu(c.p, c.mu)
+
+        # Along any direction, each view's projections are distributed as samples of the target.
         key_directions, key_target = jr.split(key)
         directions = random_unit_directions(key_directions, z.shape[2], c.num_slices)
         target = rdmreg.sample_target(key_target, z.shape[1:], p=c.p, mu=c.mu, sigma=sigma)

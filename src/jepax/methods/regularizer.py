@@ -1,4 +1,4 @@
-"""Regularizers against collapse: one of four by name, for methods that support any of them."""
+"""Regularizers against collapse, chosen by name, for methods that support any of them."""
 
 import warnings
 from dataclasses import dataclass, fields, replace
@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jepax.errors import check_fields
 from jepax.objectives import covariance, rdmreg, sigreg, variance, visreg
 from jepax.objectives.slicing import random_unit_directions
-from jepax.types import Metrics, UserError
+from jepax.types import Metrics
 
 FIELDS_BY_NAME = {
-    "none": {"name", "weight"},
+    "none": {"name", "weight"},  # its weight has no effect, so that the name alone switches off a recipe's regularizer
     "sigreg": {"name", "weight", "num_slices"},
     "rdmreg": {"name", "weight", "num_slices", "p", "mu"},
     "vicreg": {"name", "weight", "variance_weight", "covariance_weight"},
@@ -24,10 +25,7 @@ FIELDS_BY_NAME = {
 
 @dataclass(frozen=True)
 class RegularizerConfig:
-    """One regularizer and its weights. A field of another regularizer is not read; setting one raises a warning.
-
-    With name=none a weight raises no warning, so that the name alone switches off a recipe's regularizer.
-    """
+    """One regularizer and its weights. A field of another regularizer is not read; setting one raises a warning."""
 
     name: Literal["none", "sigreg", "rdmreg", "vicreg", "visreg"] = "none"
     """Regularizer, or none."""
@@ -51,18 +49,14 @@ class RegularizerConfig:
     """rdmreg: mean of the generalized Gaussian before its rectification; lower is sparser."""
 
     def __post_init__(self) -> None:
-        for name in ("weight", "variance_weight", "covariance_weight", "scale_weight", "center_weight", "shape_weight"):
-            if getattr(self, name) < 0:
-                raise UserError(f"regularizer.{name}={getattr(self, name)} must not be negative")
-        for name in ("num_slices", "p"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"regularizer.{name}={getattr(self, name)} must be above 0")
+        weights = [field.name for field in fields(self) if field.name.endswith("weight")]
+        check_fields("regularizer", self, "at least 0", *weights)
+        check_fields("regularizer", self, "above 0", "num_slices", "p")
+        # A setting without effect is a silent error.
         for field in fields(self):
             if field.name not in FIELDS_BY_NAME[self.name] and getattr(self, field.name) != field.default:
-                warnings.warn(
-                    f"regularizer.{field.name}={getattr(self, field.name)} is not read by regularizer.name={self.name}",
-                    stacklevel=2,
-                )
+                given = f"regularizer.{field.name}={getattr(self, field.name)}"
+                warnings.warn(f"{given} is not read by regularizer.name={self.name}", stacklevel=2)
 
     def tiny(self) -> "RegularizerConfig":
         """The same regularizer with few directions, for tests."""
@@ -72,11 +66,7 @@ class RegularizerConfig:
 def regularize(
     config: RegularizerConfig, embeddings: Float[Array, "batch dim"], *, key: PRNGKeyArray
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The weighted regularizer of the global batch, and its unweighted terms. Scale: see each objective.
-
-    RDMReg requires non-negative features, so it reads max(0, embeddings). A dimension below 0 on the entire batch has
-    zero gradient: RDMReg penalizes it but cannot revive it.
-    """
+    """The weighted regularizer of the global batch, and its unweighted terms. Scale: see each objective."""
     match config.name:
         case "none":
             return jnp.float32(0), {}
@@ -98,7 +88,9 @@ def regularize(
             key_directions, key_target = jr.split(key)
             directions = random_unit_directions(key_directions, embeddings.shape[1], config.num_slices)
             target = rdmreg.sample_target(key_target, embeddings.shape, p=config.p, mu=config.mu)
-            weights = {"rdmreg": 1.0}
-            terms = {"rdmreg": rdmreg.rdmreg(jnp.maximum(embeddings, 0), target, directions)}
+            # The target has no negative numbers. A dimension below 0 on the entire batch has no gradient: RDMReg
+            # penalizes it but cannot revive it.
+            weights, terms = {"rdmreg": 1.0}, {"rdmreg": rdmreg.rdmreg(jnp.maximum(embeddings, 0), target, directions)}
+    # One weight for all terms, and one for each.
     value = sum(weights[name] * term for name, term in terms.items())
     return config.weight * value, {f"train/{name}_loss": term for name, term in terms.items()}

@@ -11,13 +11,15 @@ weight. Differs from the code: BatchNorm reads all views together. Requires a gl
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jepax.methods.multiview import Embeddings, MultiView, MultiViewConfig, check_weights, pairwise_mse, view_metrics
+from jepax.errors import check_fields
+from jepax.methods.multiview import Embeddings, MultiView, MultiViewConfig, pairwise_mse, view_metrics
 from jepax.objectives import covariance, variance
 from jepax.types import Metrics
 
@@ -26,6 +28,7 @@ from jepax.types import Metrics
 class VICRegConfig(MultiViewConfig, name="vicreg"):
     """VICReg, with the weights of the paper and the terms of its released code."""
 
+    allows_final_relu: ClassVar[bool] = True
     sim_coeff: float = 25.0
     """Weight of the mean squared distance between two views of an image."""
     std_coeff: float = 25.0
@@ -35,7 +38,7 @@ class VICRegConfig(MultiViewConfig, name="vicreg"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weights(self, "sim_coeff", "std_coeff", "cov_coeff")
+        check_fields("method", self, "at least 0", "sim_coeff", "std_coeff", "cov_coeff")
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "VICReg":
         return VICReg(self, key=key)
@@ -50,7 +53,10 @@ class VICReg(MultiView):
         groups, c = self.project(outputs), self.config
         z = jnp.concatenate(groups)  # (V, B, D)
 
+        # Views of an image agree.
         inv = pairwise_mse(z)
+
+        # In the batch of each view every dimension varies, and no two correlate.
         var = jnp.mean(jax.vmap(variance)(z))
         cov = jnp.mean(jax.vmap(covariance)(z))
 

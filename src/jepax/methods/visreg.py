@@ -6,26 +6,18 @@
 The three terms are in `objectives/visreg.py`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jepax.methods.multiview import (
-    Embeddings,
-    MultiView,
-    MultiViewConfig,
-    check_counts,
-    check_no_final_relu,
-    check_weights,
-    invariance_loss,
-    view_metrics,
-)
+from jepax.errors import check_fields
+from jepax.methods.multiview import Embeddings, MultiView, MultiViewConfig, invariance_loss, view_metrics
 from jepax.objectives import visreg
 from jepax.objectives.slicing import random_unit_directions
-from jepax.types import Metrics, UserError
+from jepax.types import Metrics
 
 
 @dataclass(frozen=True)
@@ -45,17 +37,12 @@ class VISRegConfig(MultiViewConfig, name="visreg"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_no_final_relu(self.projector)
-        if not 0 <= self.visreg_weight <= 1:
-            raise UserError(f"method.visreg_weight={self.visreg_weight} is not in [0, 1]")
-        check_weights(self, "scale_weight", "center_weight", "shape_weight")
-        check_counts(self, "num_slices")
+        check_fields("method", self, "in [0, 1]", "visreg_weight")
+        check_fields("method", self, "at least 0", "scale_weight", "center_weight", "shape_weight")
+        check_fields("method", self, "at least 1", "num_slices")
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "VISReg":
         return VISReg(self, key=key)
-
-    def tiny(self) -> "VISRegConfig":
-        return replace(super().tiny(), num_slices=16)
 
 
 class VISReg(MultiView):
@@ -70,19 +57,13 @@ class VISReg(MultiView):
         # Views of an image agree.
         inv = invariance_loss(groups)
 
-        # Deviation 1, mean 0, and normal along any direction: each of one view's batch, then the mean over views.
+        # Each view's projections have deviation 1 and mean 0, and are normal along any direction.
         directions = random_unit_directions(key, z.shape[2], c.num_slices)
         scale = jnp.mean(jax.vmap(visreg.scale_term)(z))
         center = jnp.mean(jax.vmap(visreg.center_term)(z))
         shape = jnp.mean(jax.vmap(lambda z_v: visreg.shape_term(z_v, directions))(z))
 
-        loss = (1 - c.visreg_weight) * inv + c.visreg_weight * (
-            c.scale_weight * scale + c.center_weight * center + c.shape_weight * shape
-        )
-        terms = {
-            "train/invariance_loss": inv,
-            "train/scale_loss": scale,
-            "train/center_loss": center,
-            "train/shape_loss": shape,
-        }
-        return loss, view_metrics(outputs, groups) | terms
+        penalty = c.scale_weight * scale + c.center_weight * center + c.shape_weight * shape
+        loss = (1 - c.visreg_weight) * inv + c.visreg_weight * penalty
+        terms = {"invariance": inv, "scale": scale, "center": center, "shape": shape}
+        return loss, view_metrics(outputs, groups) | {f"train/{name}_loss": term for name, term in terms.items()}

@@ -1,9 +1,9 @@
 """The functions of transformer.py, fast: the same numbers up to rounding, each with the measurement that pays for it.
 
-On a CPU the gain is mostly memory. Left to XLA, a training step stores GELU's erf, every stage of a LayerNorm and
-attention's weights twice: 1.3 to 1.6 times the temporary memory. The gradients below store the operands of matrix
-products, the inputs of LayerNorm and GELU, and attention's weights; the rest is computed again when it is needed, and
-`barrier_after` keeps XLA from doing that early. On a GPU the gain is time. Measured on two CPU cores and on an H200:
+On a CPU the gain is mostly memory: left to XLA, a training step stores GELU's erf, every stage of a LayerNorm and
+attention's weights twice, 1.3 to 1.6 times the temporary memory. The gradients below store the operands of matrix
+products, the inputs of LayerNorm and GELU, and attention's weights; the rest is recomputed, and `barrier_after` keeps
+XLA from doing that early. On a GPU the gain is time. "Measured" means on two CPU cores or on an H200:
 benchmarks/kernels.py, benchmarks/README.md and docs/log.md.
 
 This file imports nothing of the model. A change of the model starts in transformer.py with `fast=False`.
@@ -28,7 +28,7 @@ EPSILON = 1e-6
 ATTN_OUT = "attention output"
 """Name of attention's result, for rematerialization policies."""
 PHI_CUTOFF = 4.0
-"""Where the polynomial of `PHI_COEFFS` ends, within 1e-6 of 0 on the left and of 1 on the right."""
+"""End of the polynomial of `PHI_COEFFS`, where it is within 1e-6 of 0 (left) and 1 (right)."""
 PHI_COEFFS = (
     *(3.988075721e-01, -6.606929197e-02, 9.585147721e-03, -1.022224632e-03),
     *(7.637760016e-05, -3.725416189e-06, 1.051160550e-07, -1.289396669e-09),
@@ -44,10 +44,8 @@ def on_gpu() -> bool:
 
 
 def barrier_after(gradient: Array, *residuals: Array) -> tuple[Array, ...]:
-    """Returns its arguments, so that nothing is computed from the residuals before the gradient is there.
-
-    Without it XLA merges that work with the same work of the forward pass, or does it early, and stores the result.
-    """
+    """Its arguments, with nothing computed from the residuals before the gradient exists: else XLA merges that work
+    with the same work of the forward pass, or does it early, and stores the result."""
     return lax.optimization_barrier((gradient, *residuals))
 
 
@@ -55,8 +53,8 @@ def pin_row_major(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
     """x, its last axis contiguous in a GPU's memory.
 
     Measured: a mean over tokens at a network's end makes XLA lay out all of it with tokens innermost and transpose at
-    each product and norm, a twentieth of ViT-B/16's step. jax 0.10 gathers an array on every device to apply the
-    constraint, so there it is applied on one device only.
+    each product and norm, 5% of ViT-B/16's step. jax 0.10 gathers an array on every device to apply the constraint, so
+    there it is applied on one device only.
     """
     if not on_gpu() or (jax.device_count() > 1 and jax.__version_info__ < (0, 11)):
         return x
@@ -72,10 +70,8 @@ def residual(x: Float[Array, "*batch dim"], y: Float[Array, "*batch dim"]) -> Fl
 
 
 def linear(x: Float[Array, "*batch inputs"], weight: Array, bias: Array | None) -> Float[Array, "*batch outputs"]:
-    """x W + b as one matrix product over all leading axes, in the dtype of the weight.
-
-    Measured on two CPU cores: products of three-dimensional arrays take 1.6 times as long.
-    """
+    """x W + b in the dtype of the weight. Measured on CPU: products of three-dimensional arrays take 1.6 times as long
+    as this one over all leading axes."""
     y = matmul(x.reshape(-1, x.shape[-1]).astype(weight.dtype), weight)
     return (y if bias is None else y + bias).reshape(*x.shape[:-1], -1)
 
@@ -97,8 +93,8 @@ matmul.defvjp(lambda x, weight: (x @ weight, (x, weight)), _matmul_backward)
 def matmul_tn(x: Float[Array, "*batch rows m"], y: Float[Array, "*batch rows n"]) -> Float[Array, "*batch m n"]:
     """x^T y: the gradients of weights, keys and values.
 
-    Measured on two CPU cores, where XLA is slow at it: a batch of small ones with x transposed first saves 7 to 30% of
-    attention's value and gradient; (y^T x)^T where m > n is up to 1.5 times as fast. Elsewhere XLA chooses.
+    Measured on CPU, where XLA is slow at it: a batch of small ones with x transposed first saves 7 to 30% of
+    attention's value and gradient; (y^T x)^T where m > n is up to 1.5 times as fast. On other devices XLA chooses.
     """
     if jax.default_backend() != "cpu":
         return jnp.einsum("...rm,...rn->...mn", x, y)
@@ -112,10 +108,8 @@ def matmul_tn(x: Float[Array, "*batch rows m"], y: Float[Array, "*batch rows n"]
 
 @jax.custom_vjp
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Exact GELU, x Phi(x), by `erf`; the gradient needs x alone.
-
-    Measured on two CPU cores: `jax.nn.gelu` uses `erfc`, which takes twice as long.
-    """
+    """Exact GELU, x Phi(x), by `erf`; the gradient needs x alone. Measured on CPU: `jax.nn.gelu`'s `erfc` takes twice
+    as long."""
     wide = x.astype(jnp.float32)
     return (wide * _normal_cdf(wide, x.dtype)).astype(x.dtype)
 
@@ -132,11 +126,9 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def _normal_cdf(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
-    """Phi(x) of the normal distribution in float32, as exact as `dtype` needs.
-
-    Measured on an H200: `erf` takes almost twice as long as reading and writing the numbers. For 16-bit types a GPU
-    evaluates a polynomial instead, whose error of 3.3e-5 is a hundredth of their resolution near 1.
-    """
+    """Phi(x) of the normal distribution in float32, as exact as `dtype` needs. Measured on GPU: `erf` takes almost
+    twice as long as reading and writing the numbers. For 16-bit types a GPU evaluates a polynomial instead, whose error
+    of 3.3e-5 is a hundredth of their resolution near 1."""
     if not on_gpu() or jnp.dtype(dtype).itemsize > 2:
         return 0.5 * (1.0 + lax.erf(x * math.sqrt(0.5)))
     x = jnp.clip(x, -PHI_CUTOFF, PHI_CUTOFF)
@@ -164,14 +156,14 @@ def _layer_norm_backward(residuals: tuple[Array, ...], gradient: Array) -> tuple
     *saved, weight, bias = residuals
     gradient, x, mean, scale = barrier_after(gradient, *saved)
     wide, axes = gradient.astype(jnp.float32), tuple(range(x.ndim - 1))
-    normal, by = (x.astype(jnp.float32) - mean) * scale, wide * weight
+    normal, h = (x.astype(jnp.float32) - mean) * scale, wide * weight
     if jax.default_backend() == "cpu":  # else XLA writes out all of `scale`, once for each use
-        normal, by = lax.optimization_barrier((normal, by))
-    sums = _row_sums(by, by * normal) if on_gpu() else (jnp.sum(y, axis=-1, keepdims=True) for y in (by, by * normal))
-    shift, slope = (total / x.shape[-1] for total in sums)
-    centered = by - shift - normal * slope
+        normal, h = lax.optimization_barrier((normal, h))
+    sums = _row_sums(h, h * normal) if on_gpu() else (jnp.sum(y, axis=-1, keepdims=True) for y in (h, h * normal))
+    mean_h, mean_hn = (total / x.shape[-1] for total in sums)
+    by_x = scale * (h - mean_h - normal * mean_hn)
     by_weight, by_bias = jnp.sum(wide * normal, axis=axes), jnp.sum(wide, axis=axes)
-    return (scale * centered).astype(x.dtype), by_weight.astype(weight.dtype), by_bias.astype(bias.dtype)
+    return by_x.astype(x.dtype), by_weight.astype(weight.dtype), by_bias.astype(bias.dtype)
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
@@ -187,8 +179,8 @@ def _mean_and_scale(x: Array) -> tuple[Float[Array, "*batch 1"], Float[Array, "*
 
 
 def _row_sums(*arrays: Array) -> tuple[Float[Array, "*batch 1"], ...]:
-    """Sums over the last axis, in a GPU kernel of their own. Measured on an H200: fused with what follows, as XLA does
-    by itself, a norm takes 1.6 times as long."""
+    """Sums over the last axis, in a GPU kernel of their own. Measured: fused with what follows, as XLA does by itself,
+    a norm takes 1.6 times as long."""
     return lax.optimization_barrier(tuple(jnp.sum(x, axis=-1, keepdims=True) for x in arrays))
 
 
@@ -206,9 +198,7 @@ def self_attention(
 
 def _joint_qkv(x: Array, weight: Array, bias: Array, num_heads: int, num_queries: int) -> tuple[Array, Array, Array]:
     """Queries, keys and values as (batch, heads, tokens, channels), by one product where every token is a query.
-
-    Measured on two CPU cores: heads first by one copy, so that the products are batched, saves up to 6% of a step.
-    """
+    Measured on CPU: heads first by one copy, so that the products are batched, saves up to 6% of a step."""
     _, tokens, dim = x.shape
 
     def heads(y: Array, parts: int) -> Array:  # (batch, tokens, parts * dim) -> (parts, batch, heads, tokens, channels)
@@ -221,13 +211,11 @@ def _joint_qkv(x: Array, weight: Array, bias: Array, num_heads: int, num_queries
 
 
 def _separate_qkv(x: Array, weight: Array, bias: Array, num_heads: int, num_queries: int) -> list[Array]:
-    """Queries, keys and values as (batch, tokens, heads, channels), by three products.
-
-    Measured on an H200: slices of one product's result are copied before cuDNN reads them.
-    """
+    """Queries, keys and values as (batch, tokens, heads, channels), by three products. Measured on GPU: slices of one
+    product's result are copied before cuDNN reads them."""
     weights, biases = (jnp.split(part, 3, axis=-1) for part in (weight, bias))
-    mapped = [linear(*each) for each in zip((x[:, x.shape[1] - num_queries :], x, x), weights, biases, strict=True)]
-    return [y.reshape(*y.shape[:2], num_heads, -1) for y in mapped]
+    projected = map(linear, (x[:, x.shape[1] - num_queries :], x, x), weights, biases)
+    return [y.reshape(*y.shape[:2], num_heads, -1) for y in projected]
 
 
 def attention(
@@ -238,9 +226,8 @@ def attention(
 ) -> Float[Array, "batch queries heads*channels"]:
     """softmax(q k^T / sqrt(channels)) v, the heads concatenated. Tokens from `lengths` on are ignored.
 
-    Measured on two CPU cores: to normalize the softmax after the product with the values touches fewer numbers. The
-    softmax is in float32, all products in the dtype of q, those of the gradient too: autodiff would compute two of a
-    layer's largest in float32.
+    The softmax is normalized after the product with the values, which touches fewer numbers. It is in float32, all
+    products in the dtype of q, those of the gradient too: autodiff would compute two of a layer's largest in float32.
     """
     return _attention(q * (q.shape[-1] ** -0.5), k, v, lengths)
 
@@ -283,7 +270,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def use_cudnn(dtype: DTypeLike, channels: int) -> bool:
-    """True if this machine's cuDNN has attention as one kernel, with a gradient, for heads of so many channels."""
+    """True if cuDNN has attention as one kernel, with a gradient, on this GPU and for heads of this many channels."""
     device = jax.local_devices()[0]
     if not on_gpu() or "cuda" not in device.client.platform_version.lower():
         return False
@@ -303,7 +290,7 @@ def cudnn_attention(
 ) -> Float[Array, "batch queries heads*channels"]:
     """`attention` by one cuDNN kernel, which writes no scores to memory. Requires `use_cudnn`.
 
-    Measured on an H200: ViT-B/16's step takes 41 ms for 45, attention in its predictor 0.55 ms a layer for 1.04.
+    Measured: ViT-B/16's step takes 41 ms instead of 45, attention in its predictor 0.55 ms a layer instead of 1.04.
     """
     num_queries, tokens = q.shape[1], k.shape[1]
     if num_queries % 2 or tokens % 2:  # JAX has no gradient for odd numbers of tokens

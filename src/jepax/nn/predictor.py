@@ -8,38 +8,19 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jepax.nn.pos_embed import sincos_2d
-from jepax.nn.transformer import BlockStack, LayerNorm, Linear, Remat, init_stack, init_weight
-from jepax.types import Masks, UserError
+from jepax.nn.stack import BlockStack, StackConfig, init_stack
+from jepax.nn.transformer import LayerNorm, Linear, init_weight
+from jepax.types import Masks
 
 
 @dataclass(frozen=True)
-class PredictorConfig:
+class PredictorConfig(StackConfig):
     """Sizes and execution of a predictor."""
 
     width: int = 384
     """Dimension of a token."""
     depth: int = 6
     """Number of blocks."""
-    num_heads: int = 12
-    """Attention heads; must divide the width."""
-    mlp_ratio: float = 4.0
-    """Hidden width of the MLP over the width."""
-    init_std: float | None = 0.02
-    """Standard deviation of the initial weights (0.02 as published); None means 1 / sqrt(fan in)."""
-    scan_layers: bool = False
-    """Run the blocks by a scan."""
-    remat: Remat = "none"
-    """What the backward pass computes again: none, all but products with weights and attention's
-    result (dots), or whole blocks (full)."""
-    fast: bool = True
-    """Use the fast kernels (nn/kernels.py). Set fast=False to change the model in nn/transformer.py."""
-
-    def __post_init__(self) -> None:
-        if self.width % self.num_heads:
-            raise UserError(f"predictor: num_heads={self.num_heads} does not divide width={self.width}")
-        for field in ("width", "depth", "num_heads", "mlp_ratio"):
-            if getattr(self, field) <= 0:
-                raise UserError(f"predictor: {field}={getattr(self, field)} must be above 0")
 
     def tiny(self) -> "PredictorConfig":
         """The same predictor at the size that tests run."""
@@ -47,10 +28,10 @@ class PredictorConfig:
 
 
 class Predictor(eqx.Module):
-    """s_hat_y = g_phi(s_x, positions of y): one pass per target block, all blocks as one batch.
+    """One pass per target block, all passes as one batch: its patches' embeddings from the context and their positions.
 
-    Each pass sees the context's tokens and that block's mask tokens, so blocks cannot see each other. Source:
-    Assran et al. 2023, section 3. The last block computes only the tokens whose predictions are returned.
+    Each pass sees the context's tokens and that block's mask tokens, so target blocks cannot see each other. Source:
+    Assran et al. 2023, section 3.
     """
 
     embed: Linear
@@ -65,17 +46,7 @@ class Predictor(eqx.Module):
         std = config.init_std
         self.embed = Linear(encoder_width, config.width, std=std, key=key_embed)
         self.mask_token = init_weight(key_mask, (1, config.width), 0.02 if std is None else std)
-        self.stack = init_stack(
-            config.width,
-            config.depth,
-            config.num_heads,
-            round(config.width * config.mlp_ratio),
-            std=std,
-            scan_layers=config.scan_layers,
-            remat=config.remat,
-            fast=config.fast,
-            key=key_stack,
-        )
+        self.stack = init_stack(config, key=key_stack)
         self.norm = LayerNorm(config.width)
         self.proj = Linear(config.width, num_outputs * encoder_width, std=std, key=key_proj)
         self.config = config
@@ -90,8 +61,8 @@ class Predictor(eqx.Module):
     ) -> Float[Array, "batch blocks tokens width_by_outputs"]:
         """Predictions at every target position, also at padding (which the loss must leave out).
 
-        With `predict_context` those at the context's positions come before them. A token has `num_outputs`
-        predictions, such as those of several layers, side by side.
+        With `predict_context` those at the context's positions come first. The `num_outputs` predictions of a token,
+        such as those of several layers, are concatenated.
         """
         batch, blocks, target = masks.targets.shape
         num_context, ops = context.shape[1], self.stack.ops

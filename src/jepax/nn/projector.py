@@ -46,9 +46,7 @@ class ProjectorConfig:
 
     def __post_init__(self) -> None:
         if min((self.out_dim, *self.hidden_dims)) < 1:
-            raise UserError(
-                f"projector.out_dim={self.out_dim} and projector.hidden_dims={self.hidden_dims} must be above 0"
-            )
+            raise UserError(f"projector.out_dim={self.out_dim} and hidden_dims={self.hidden_dims} must be above 0")
 
     def tiny(self) -> "ProjectorConfig":
         """The same head at the size that tests run."""
@@ -56,7 +54,7 @@ class ProjectorConfig:
 
 
 class Projector(eqx.Module):
-    """z = W_k relu(BN(W_(k-1) ... relu(BN(W_1 x)))), then perhaps a last ReLU; for one group of views at a time."""
+    """z = W_k relu(BN(W_(k-1) ... relu(BN(W_1 x)))), optionally with a last ReLU, for one group of views."""
 
     linears: tuple[Linear, ...]
     norms: tuple[BatchNorm, ...]

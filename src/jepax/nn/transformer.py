@@ -1,15 +1,15 @@
 """The transformer in plain JAX: read this file, and change it.
 
-Functions of arrays come first, then the modules that own their parameters, then a stack of blocks. `kernels.py` has
-the same functions, fast; both give the same numbers up to rounding (tests/nn/test_kernels.py). To change the model,
-edit the plain function here and set `fast=False` in the config: docs/change_the_encoder.md.
+Functions of arrays come first, then the modules that own their parameters; `stack.py` runs a stack of blocks.
+`kernels.py` has the same functions, fast; both give the same numbers up to rounding (tests/nn/test_kernels.py). To
+change the model, edit the plain function here and set `fast=False` in the config: docs/change_the_encoder.md.
 
 Everything works on a batch of token sequences, (batch, tokens, dim), not on one image under `vmap`.
 """
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -23,11 +23,6 @@ from jepax.nn import kernels
 from jepax.nn.kernels import ATTN_OUT, EPSILON, Lengths, Tokens
 
 Queries = Float[Array, "batch num_queries dim"]
-Remat = Literal["none", "dots", "full"]
-SAVE_MATMULS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(ATTN_OUT)
-)
-"""What `remat="dots"` saves: products with weights, and attention's result; no scores, whose size is tokens squared."""
 
 
 # ---- Plain functions of arrays ----
@@ -93,7 +88,7 @@ def self_attention(
     q = heads(linear(x[:, -num_queries:], w_q, b_q))
     k, v = heads(linear(x, w_k, b_k)), heads(linear(x, w_v, b_v))
 
-    # The heads are concatenated again. The name is what `SAVE_MATMULS` saves.
+    # The heads are concatenated again. The name is for rematerialization: `SAVE_MATMULS` in stack.py.
     return checkpoint_name(attention(q, k, v, lengths).reshape(*q.shape[:2], -1), ATTN_OUT)
 
 
@@ -170,8 +165,7 @@ class Attention(eqx.Module):
     def __call__(
         self, x: Tokens, lengths: Lengths = None, *, num_queries: int | None = None, ops: Ops = PLAIN
     ) -> Queries:
-        num_queries = x.shape[1] if num_queries is None else num_queries
-        sizes = {"num_heads": self.num_heads, "num_queries": num_queries}
+        sizes = {"num_heads": self.num_heads, "num_queries": num_queries or x.shape[1]}
         return self.proj(ops.self_attention(x, self.qkv.weight, self.qkv.bias, lengths, **sizes), ops)
 
 
@@ -209,103 +203,9 @@ class Block(eqx.Module):
         self, x: Tokens, lengths: Lengths = None, *, num_queries: int | None = None, ops: Ops = PLAIN
     ) -> Queries:
         """The last `num_queries` tokens after the block (default: all), which attend to every token."""
-        num_queries = x.shape[1] if num_queries is None else num_queries
-
-        # Tokens exchange information. (batch, tokens, dim) -> (batch, num_queries, dim)
+        # Tokens exchange information: (batch, tokens, dim) -> (batch, num_queries, dim)
         attended = self.attention(self.norm1(x, ops), lengths, num_queries=num_queries, ops=ops)
-        x = ops.residual(x[:, x.shape[1] - num_queries :], attended)
+        x = ops.residual(x[:, -attended.shape[1] :], attended)
 
-        # Each token for itself.
+        # Each token is processed on its own.
         return ops.residual(x, self.mlp(self.norm2(x, ops), ops))
-
-
-class BlockStack(eqx.Module):
-    """`depth` blocks, stored as one block whose arrays have a leading axis of layers; `init_stack` makes one.
-
-    The static fields say how it runs, not what it computes: `dataclasses.replace(stack, fast=False)` is the same model.
-    """
-
-    blocks: Block
-    depth: int = eqx.field(static=True)
-    scan_layers: bool = eqx.field(static=True, default=False)
-    remat: Remat = eqx.field(static=True, default="none")
-    fast: bool = eqx.field(static=True, default=True)
-    gather: Callable[[Block], Block] | None = eqx.field(static=True, default=None)
-    """Applied to one block's parameters just before it runs: how FSDP gathers them, layer by layer."""
-
-    @property
-    def ops(self) -> Ops:
-        """The functions that the blocks compute with, and what surrounds the stack should."""
-        return FAST if self.fast else PLAIN
-
-    def __call__(
-        self, x: Tokens, lengths: Lengths = None, *, num_outputs: int = 1, num_queries: int | None = None
-    ) -> tuple[Float[Array, "batch _ dim"], ...]:
-        """The outputs of the last `num_outputs` layers, first to last.
-
-        The last layer computes the last `num_queries` tokens only (default: all).
-        """
-        # A scan runs the layers whose outputs nobody asked for, if there are any.
-        scanned = max(self.depth - num_outputs, 0) if self.scan_layers else 0
-        if scanned:
-            x = self._scan(x, lengths, scanned)
-
-        # The others run one after the other.
-        outputs, layers = [], self._layers()
-        for layer in range(scanned, self.depth):
-            is_last = layer == self.depth - 1
-            x = self._run(layers[layer], x, lengths, num_queries if is_last else None)
-            outputs.append(x)
-        return tuple(outputs[-num_outputs:])
-
-    def _run(self, block: Block, x: Array, lengths: Lengths, num_queries: int | None) -> Array:
-        """One block, with what `remat` and `gather` ask for."""
-
-        def call(block: Block, x: Array, lengths: Lengths) -> Array:
-            block = block if self.gather is None else self.gather(block)
-            return block(x, lengths, num_queries=num_queries, ops=self.ops)
-
-        if self.remat == "none":
-            return call(block, x, lengths)
-        return eqx.filter_checkpoint(call, policy=SAVE_MATMULS if self.remat == "dots" else None)(block, x, lengths)
-
-    def _scan(self, x: Array, lengths: Lengths, count: int) -> Array:
-        """The first `count` layers as one loop, which compiles in the time of one block."""
-
-        def step(x: Array, block: Block) -> tuple[Array, None]:
-            return self._run(block, x, lengths, None), None
-
-        return lax.scan(step, x, jax.tree.map(lambda leaf: leaf[:count], self.blocks))[0]
-
-    def _layers(self) -> list[Block]:
-        """One block per layer, by `lax.split`: its gradient is one concatenation, that of slices a sum of pads."""
-
-        def split(leaf: Array) -> list[Array]:
-            return [jnp.squeeze(part, 0) for part in lax.split(leaf, (1,) * self.depth)]
-
-        leaves, tree = jax.tree.flatten(self.blocks)
-        return [jax.tree.unflatten(tree, layer) for layer in zip(*map(split, leaves), strict=True)]
-
-
-def init_stack(
-    dim: int,
-    depth: int,
-    num_heads: int,
-    hidden_dim: int,
-    *,
-    std: float | None,
-    scan_layers: bool = False,
-    remat: Remat = "none",
-    fast: bool = True,
-    key: PRNGKeyArray,
-) -> BlockStack:
-    """A stack of new blocks. In layer l = 1, 2, ... the weights of `proj` and `fc2` are divided by sqrt(2 l).
-
-    *Differs from the reference:* the released code undoes this division by a second initialization; here it remains.
-    """
-    blocks = eqx.filter_vmap(lambda k: Block(dim, num_heads, hidden_dim, std=std, key=k))(jr.split(key, depth))
-    divisor = jnp.sqrt(2.0 * jnp.arange(1, depth + 1))[:, None, None]
-    blocks = eqx.tree_at(
-        lambda b: (b.attention.proj.weight, b.mlp.fc2.weight), blocks, replace_fn=lambda w: w / divisor
-    )
-    return BlockStack(blocks, depth, scan_layers, remat, fast)

@@ -1,6 +1,6 @@
 """The equations: array functions on the global batch."""
 
-from jepax.objectives.regression import explained_fraction, masked_mean, smooth_l1, squared_error
+from jepax.objectives.regression import explained_fraction, masked_mean, smooth_l1
 from jepax.objectives.vicreg import covariance, variance
 
-__all__ = ["covariance", "explained_fraction", "masked_mean", "smooth_l1", "squared_error", "variance"]
+__all__ = ["covariance", "explained_fraction", "masked_mean", "smooth_l1", "variance"]

@@ -25,12 +25,9 @@ def rdmreg(
     independent of global batch and width. Source: Kuang et al. 2026, section on RDMReg; Bonneel et al. 2015.
     """
 
-    def distance(some: Float[Array, "dim chunk"]) -> Float[Array, "chunk"]:
-        ours, theirs = (
-            jnp.sort(project_onto_directions(features, some), axis=0),
-            jnp.sort(project_onto_directions(target, some), axis=0),
-        )
-        return jnp.mean(jnp.square(ours - theirs), axis=0)
+    def distance(part: Float[Array, "dim chunk"]) -> Float[Array, "chunk"]:
+        x, y = (jnp.sort(project_onto_directions(batch, part), axis=0) for batch in (features, target))
+        return jnp.mean(jnp.square(x - y), axis=0)
 
     return sliced_mean(distance, directions, chunk)
 
@@ -49,9 +46,8 @@ def sample_target(
     key: PRNGKeyArray, shape: tuple[int, ...], *, p: float = 1.0, mu: float = 0.0, sigma: float | None = None
 ) -> Float[Array, "*shape"]:
     """Samples of max(0, mu + sigma g); sigma None means `sigma_before_relu(p)`, the paper's default."""
-    return jnp.maximum(
-        0.0, mu + (sigma_before_relu(p) if sigma is None else sigma) * sample_generalized_gaussian(key, p, shape)
-    )
+    sigma = sigma_before_relu(p) if sigma is None else sigma
+    return jnp.maximum(0.0, mu + sigma * sample_generalized_gaussian(key, p, shape))
 
 
 def sigma_before_relu(p: float) -> float:
@@ -88,6 +84,6 @@ def _tail_moment(power: int, start: float, p: float) -> float:
 
     For start >= 0: half of E|g|^power times the upper incomplete Gamma ratio; below 0: by symmetry of the density.
     """
-    whole = p ** (power / p) * gamma((power + 1) / p) / gamma(1 / p)
-    upper = 0.5 * whole * gammaincc((power + 1) / p, abs(start) ** p / p)
-    return upper if start >= 0 or power % 2 else whole - upper
+    absolute = p ** (power / p) * gamma((power + 1) / p) / gamma(1 / p)
+    upper = 0.5 * absolute * gammaincc((power + 1) / p, abs(start) ** p / p)
+    return upper if start >= 0 or power % 2 else absolute - upper

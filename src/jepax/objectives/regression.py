@@ -17,11 +17,6 @@ def smooth_l1(
     return jnp.where(distance < beta, 0.5 * jnp.square(distance) / beta, distance - 0.5 * beta)
 
 
-def squared_error(prediction: Float[Array, "*shape"], target: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """(prediction - target)^2, elementwise. Source: Assran et al. 2023, section 3 (there summed over dimensions)."""
-    return jnp.square(prediction - target)
-
-
 def masked_mean(values: Float[Array, "*shape dim"], valid: Bool[Array, "*shape"]) -> Float[Array, ""]:
     """Mean over all elements of the valid tokens of the global batch."""
     weights = valid[..., None].astype(values.dtype)
@@ -33,5 +28,5 @@ def explained_fraction(loss: Float[Array, ""], of_the_mean: Float[Array, ""]) ->
 
     Also 0 if the targets do not vary, as at total collapse. For logging only: no gradient.
     """
-    share = 1 - loss / jnp.where(of_the_mean > 0, of_the_mean, 1)
-    return lax.stop_gradient(jnp.where(of_the_mean > 0, share, 0))
+    fraction = 1 - loss / jnp.where(of_the_mean > 0, of_the_mean, 1)
+    return lax.stop_gradient(jnp.where(of_the_mean > 0, fraction, 0))

@@ -37,7 +37,6 @@ def sigreg(
 ) -> Float[Array, ""]:
     """Mean over unit `directions` of the Epps-Pulley statistic of the projected embeddings, `chunk` at a time.
 
-    Scale: as `epps_pulley`: proportional to the global batch N away from the optimum.
-    Source: Balestriero & LeCun 2025 (arXiv:2511.08544), SIGReg.
+    Scale: proportional to the global batch N away from the optimum. Source: Balestriero & LeCun 2025, SIGReg.
     """
-    return sliced_mean(lambda some: epps_pulley(project_onto_directions(embeddings, some)), directions, chunk)
+    return sliced_mean(lambda part: epps_pulley(project_onto_directions(embeddings, part)), directions, chunk)

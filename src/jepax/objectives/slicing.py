@@ -35,16 +35,16 @@ def sliced_mean(
     """
     if chunk is None:
         return jnp.mean(statistic(directions))
+    # Chunks of equal size, so that the padding is small. (chunks, dim, chunk) and (chunks, chunk)
     dim, count = directions.shape
-    pieces = -(-count // chunk)
-    chunk = -(-count // pieces)  # chunks of equal size, so the padding is small
-    padded = jnp.pad(directions, ((0, 0), (0, pieces * chunk - count))).reshape(dim, pieces, chunk)
-    real = (jnp.arange(pieces * chunk) < count).reshape(pieces, chunk)
+    chunks = -(-count // chunk)
+    chunk = -(-count // chunks)
+    padded = jnp.pad(directions, ((0, 0), (0, chunks * chunk - count))).reshape(dim, chunks, chunk)
+    valid = (jnp.arange(chunks * chunk) < count).reshape(chunks, chunk)
 
     @jax.checkpoint
-    def one(total: Float[Array, ""], piece: tuple[Array, Array]) -> tuple[Float[Array, ""], None]:
-        some, kept = piece
-        return total + jnp.sum(jnp.where(kept, statistic(some), 0.0)), None
+    def add(total: Float[Array, ""], part: tuple[Array, Array]) -> tuple[Float[Array, ""], None]:
+        directions, valid = part
+        return total + jnp.sum(jnp.where(valid, statistic(directions), 0.0)), None
 
-    total, _ = jax.lax.scan(one, jnp.float32(0), (padded.transpose(1, 0, 2), real))
-    return total / count
+    return jax.lax.scan(add, jnp.float32(0), (padded.transpose(1, 0, 2), valid))[0] / count

@@ -14,8 +14,7 @@ VARIANCE_EPS = 1e-12
 def scale_term(embeddings: Float[Array, "batch dim"]) -> Float[Array, ""]:
     """mean over dimensions j of (1 - sigma_j)^2, sigma_j the deviation of z_j over the global batch.
 
-    Scale: 1 at collapse, with slope 2 / dim in sigma_j; independent of width and batch.
-    Source: Wu et al. 2026, the scale term.
+    Scale: 1 at collapse, with slope 2 / dim in sigma_j; independent of width and batch. Source: Wu et al. 2026.
     """
     return jnp.mean(jnp.square(1 - jnp.sqrt(jnp.var(embeddings, axis=0) + VARIANCE_EPS)))
 
@@ -42,10 +41,9 @@ def shape_term(
     """
     centered = embeddings - jnp.mean(embeddings, axis=0)
     normal = centered * lax.stop_gradient(lax.rsqrt(jnp.var(embeddings, axis=0) + VARIANCE_EPS))
-    count = embeddings.shape[0]
-    quantiles = ndtri((jnp.arange(count) + 1) / (count + 1))[:, None]
+    quantiles = ndtri((jnp.arange(len(embeddings)) + 1) / (len(embeddings) + 1))[:, None]
 
-    def distance(some: Float[Array, "dim chunk"]) -> Float[Array, "chunk"]:
-        return jnp.mean(jnp.square(jnp.sort(project_onto_directions(normal, some), axis=0) - quantiles), axis=0)
+    def distance(part: Float[Array, "dim chunk"]) -> Float[Array, "chunk"]:
+        return jnp.mean(jnp.square(jnp.sort(project_onto_directions(normal, part), axis=0) - quantiles), axis=0)
 
     return sliced_mean(distance, directions, chunk)

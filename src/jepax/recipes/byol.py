@@ -5,13 +5,10 @@ and optimizer are those of `vicreg_vits16_in100`, with its differences; the pape
 4096.
 """
 
-from dataclasses import replace
-
 from jepax.methods.byol import BYOLConfig
 from jepax.methods.ema import EMAConfig
-from jepax.nn import ProjectorConfig
 from jepax.recipes.lejepa import lejepa_fashion_mnist
-from jepax.recipes.registry import recipe
+from jepax.recipes.registry import recipe, with_method
 from jepax.recipes.vicreg import vicreg_vits16_in100
 from jepax.training.config import Config
 
@@ -20,23 +17,11 @@ from jepax.training.config import Config
 def byol_fashion_mnist() -> Config:
     """BYOL on Fashion-MNIST, as `lejepa_fashion_mnist` except for the loss."""
     base = lejepa_fashion_mnist()
-    method = BYOLConfig(
-        encoder=base.method.encoder,
-        projector=base.method.projector,
-        predictor=base.method.projector,
-        views=base.method.views,
-        ema=EMAConfig(start=0.99, schedule="cosine"),
-    )
-    return replace(base, recipe="byol_fashion_mnist", method=method)
+    ema = EMAConfig(start=0.99, schedule="cosine")
+    return with_method(base, BYOLConfig, predictor=base.method.projector, ema=ema)
 
 
 @recipe
 def byol_vits16_in100() -> Config:
     """BYOL ViT-S/16 on ImageNet-100, 1000 epochs."""
-    base = vicreg_vits16_in100()
-    method = BYOLConfig(
-        encoder=base.method.encoder,
-        projector=ProjectorConfig(hidden_dims=(4096,), out_dim=256),
-        views=base.method.views,
-    )
-    return replace(base, recipe="byol_vits16_in100", method=method)
+    return with_method(vicreg_vits16_in100(), BYOLConfig, projector=BYOLConfig().projector)

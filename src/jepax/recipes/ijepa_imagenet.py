@@ -16,16 +16,12 @@ the number depends on the batch per GPU; we use the mean at 128 images per GPU: 
 would otherwise pad every layer.
 """
 
-from dataclasses import replace
-
 from jepax.data import DataConfig
 from jepax.masking import MultiBlockConfig
 from jepax.methods.ijepa import IJEPAConfig
 from jepax.nn import VIT_SIZES, PredictorConfig, ViTConfig
-from jepax.optim import OptimConfig
-from jepax.recipes.registry import recipe
+from jepax.recipes.registry import override, recipe
 from jepax.training.config import Config, TrainConfig
-from jepax.views import CropConfig
 
 
 @recipe
@@ -35,49 +31,46 @@ def ijepa_vitb16_in1k() -> Config:
     `jepax train ijepa_vitb16_in1k --data.root PATH`, where PATH has train/CLASS/*.JPEG and val/CLASS/*.JPEG.
     """
     return Config(
-        recipe="ijepa_vitb16_in1k",
         method=IJEPAConfig(
             encoder=ViTConfig(patch_size=16, **VIT_SIZES["base"]),
             predictor=PredictorConfig(width=384, depth=6, num_heads=12),
             masks=MultiBlockConfig(num_context_patches=50),
-            crop=CropConfig(size=(224, 224), scale=(0.3, 1.0)),
         ),
         data=DataConfig(dataset="image_folder", canvas_size=512, val_fraction=0.01, num_threads=16),
-        optim=OptimConfig(),
         train=TrainConfig(batch_size=2048, epochs=600.0),
     )
 
 
-def _sized(config: Config, name: str, size: str, patch: int, side: int, context: int, epochs: float) -> Config:
+def _sized(size: str, patch: int, side: int, context: int, epochs: float, *, predictor_depth: int = 12) -> Config:
     """The same experiment with another encoder, scanned, with matrix products saved for the backward pass."""
     encoder = ViTConfig(patch_size=patch, scan_layers=True, remat="dots", **VIT_SIZES[size])
-    predictor = PredictorConfig(width=384, depth=12, num_heads=encoder.num_heads, scan_layers=True, remat="dots")
-    method = replace(
-        config.method,
-        encoder=encoder,
-        predictor=predictor,
-        masks=replace(config.method.masks, num_context_patches=context),
-        crop=replace(config.method.crop, size=(side, side)),
-    )
-    return replace(config, recipe=name, method=method, train=replace(config.train, epochs=epochs))
+    predictor = {"width": 384, "depth": predictor_depth, "num_heads": encoder.num_heads}
+    changes = {
+        "method.encoder": encoder,
+        "method.predictor": PredictorConfig(**predictor, scan_layers=True, remat="dots"),
+        "method.masks.num_context_patches": context,
+        "method.crop.size": (side, side),
+        "train.epochs": epochs,
+    }
+    return override(ijepa_vitb16_in1k(), changes)
 
 
 @recipe
 def ijepa_vitl16_in1k() -> Config:
     """I-JEPA ViT-L/16 at 224 px, 600 epochs. Reported linear top-1: 77.5 (paper, table 1)."""
-    return _sized(ijepa_vitb16_in1k(), "ijepa_vitl16_in1k", "large", 16, 224, context=50, epochs=600.0)
+    return _sized("large", 16, 224, context=50, epochs=600.0)
 
 
 @recipe
 def ijepa_vith14_in1k() -> Config:
     """I-JEPA ViT-H/14 at 224 px, 300 epochs. Reported linear top-1: 79.3 (paper, table 1)."""
-    return _sized(ijepa_vitb16_in1k(), "ijepa_vith14_in1k", "huge", 14, 224, context=70, epochs=300.0)
+    return _sized("huge", 14, 224, context=70, epochs=300.0)
 
 
 @recipe
 def ijepa_vith16_448_in1k() -> Config:
     """I-JEPA ViT-H/16 at 448 px, 300 epochs. Reported linear top-1: 81.1 (paper, table 1)."""
-    return _sized(ijepa_vitb16_in1k(), "ijepa_vith16_448_in1k", "huge", 16, 448, context=234, epochs=300.0)
+    return _sized("huge", 16, 448, context=234, epochs=300.0)
 
 
 @recipe
@@ -88,11 +81,5 @@ def ijepa_vitg16_in22k() -> Config:
     There is no evaluation at the end, because the features of 14 million images fit no memory:
     `jepax evaluate RUN --protocols linear --data.root IMAGENET_1K`.
     """
-    config = _sized(ijepa_vitb16_in1k(), "ijepa_vitg16_in22k", "giant", 16, 224, context=50, epochs=44.0)
-    predictor = replace(config.method.predictor, depth=16)
-    return replace(
-        config,
-        method=replace(config.method, predictor=predictor),
-        optim=replace(config.optim, warmup_epochs=3.0),
-        eval=replace(config.eval, protocols=()),
-    )
+    config = _sized("giant", 16, 224, context=50, epochs=44.0, predictor_depth=16)
+    return override(config, {"optim.warmup_epochs": 3.0, "eval.protocols": ()})

@@ -15,12 +15,11 @@ Sources: [paper], or [code] for its public repository and minimal example.
 from dataclasses import replace
 
 from jepax.data import DataConfig
-from jepax.io.checkpointer import CheckpointConfig
 from jepax.methods.lejepa import LeJEPAConfig
 from jepax.nn import VIT_SIZES, ProjectorConfig, ViTConfig
 from jepax.optim import OptimConfig
-from jepax.recipes.fashion_mnist import FASHION_MNIST_EVAL
-from jepax.recipes.registry import recipe
+from jepax.recipes.fashion_mnist import CROP, ENCODER, on_fashion_mnist
+from jepax.recipes.registry import override, recipe
 from jepax.training.config import Config, TrainConfig
 from jepax.views import LEJEPA_COLOR, ColorConfig, CropConfig, MultiCropConfig
 
@@ -31,40 +30,13 @@ def lejepa_fashion_mnist() -> Config:
 
     Test top-1: linear 86.8, kNN 81.9, means of three seeds (untrained 82.5, 75.4; raw pixels 84.6, 85.3).
     """
-    crop = CropConfig(
-        size=(28, 28),
-        scale=(0.4, 1.0),
-        ratio=(3 / 4, 4 / 3),
-        hflip_prob=0.5,
-        mean=(0.2860,),
-        std=(0.3530,),
-        eval_resize_ratio=1.0,
+    method = LeJEPAConfig(
+        encoder=ENCODER,
+        projector=ProjectorConfig(hidden_dims=(512,), out_dim=64),
+        views=MultiCropConfig(global_crop=replace(CROP, hflip_prob=0.5), color=ColorConfig(jitter_prob=0.8)),
+        num_slices=256,
     )
-    return Config(
-        recipe="lejepa_fashion_mnist",
-        method=LeJEPAConfig(
-            encoder=ViTConfig(patch_size=7, in_channels=1, width=192, depth=3, num_heads=3, init_std=None),
-            projector=ProjectorConfig(hidden_dims=(512,), out_dim=64),
-            views=MultiCropConfig(num_global=2, global_crop=crop, color=ColorConfig(jitter_prob=0.8)),
-            sigreg_weight=0.05,
-            num_slices=256,
-        ),
-        data=DataConfig(dataset="fashion_mnist"),
-        optim=OptimConfig(
-            name="muon",
-            peak_lr=3e-3,
-            start_lr=1e-4,
-            final_lr=1e-5,
-            warmup_epochs=0.2,
-            weight_decay=0.05,
-            weight_decay_schedule="constant",
-            beta2=0.95,
-        ),
-        train=TrainConfig(
-            batch_size=128, epochs=2.0, log_every_steps=20, checkpoint=CheckpointConfig(every_steps=1000)
-        ),
-        eval=FASHION_MNIST_EVAL,
-    )
+    return on_fashion_mnist(method, epochs=2.0, peak_lr=3e-3, warmup_epochs=0.2)
 
 
 @recipe
@@ -75,13 +47,10 @@ def lejepa_vits8_imagenette() -> Config:
     """
     views = MultiCropConfig(
         num_global=4,
-        global_crop=CropConfig(
-            size=(128, 128), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip_prob=0.5, eval_resize_ratio=1.0
-        ),
-        color=replace(ColorConfig(**LEJEPA_COLOR), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
+        global_crop=CropConfig(size=(128, 128), scale=(0.08, 1.0), hflip_prob=0.5, eval_resize_ratio=1.0),
+        color=ColorConfig(**LEJEPA_COLOR, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
     )
     return Config(
-        recipe="lejepa_vits8_imagenette",
         method=LeJEPAConfig(
             encoder=ViTConfig(patch_size=8, **VIT_SIZES["small"]),
             projector=ProjectorConfig(hidden_dims=(2048, 2048), out_dim=16),
@@ -90,7 +59,7 @@ def lejepa_vits8_imagenette() -> Config:
             num_slices=256,
         ),
         data=DataConfig(dataset="image_folder", canvas_size=256, val_fraction=0.1, num_threads=16),
-        optim=_adamw(peak=2e-3, final=1e-3, warmup=1.0),
+        optim=adamw(peak_lr=2e-3, start_lr=2e-5, final_lr=1e-3, warmup_epochs=1.0),
         train=TrainConfig(batch_size=256, epochs=800.0),
     )
 
@@ -102,36 +71,25 @@ def lejepa_vitl14_in1k() -> Config:
     Ours: the batch (512; SIGReg's weight depends on it), the projector's widths, the 10 epochs of warm-up from a
     hundredth of the peak, fixed positions counted from a local view's own corner, no weight decay on biases and norms.
     """
-    base = lejepa_vits8_imagenette()
-    crop = CropConfig(size=(224, 224), scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3), hflip_prob=0.5)
+    crop = CropConfig(hflip_prob=0.5)
     views = MultiCropConfig(
-        num_global=2,
         global_crop=crop,
         num_local=6,
         local_crop=replace(crop, size=(98, 98), scale=(0.05, 0.3)),
         color=ColorConfig(**LEJEPA_COLOR),
     )
-    return replace(
-        base,
-        recipe="lejepa_vitl14_in1k",
-        method=LeJEPAConfig(
-            encoder=ViTConfig(patch_size=14, scan_layers=True, remat="dots", **VIT_SIZES["large"]),
-            projector=ProjectorConfig(hidden_dims=(2048, 2048), out_dim=512),
-            views=views,
+    changes = {
+        "method": LeJEPAConfig(
+            encoder=ViTConfig(patch_size=14, scan_layers=True, remat="dots", **VIT_SIZES["large"]), views=views
         ),
-        data=replace(base.data, canvas_size=512, val_fraction=0.01),
-        optim=_adamw(peak=5e-4, final=5e-7, warmup=10.0),
-        train=TrainConfig(batch_size=512, epochs=100.0),
-    )
+        "data.canvas_size": 512,
+        "data.val_fraction": 0.01,
+        "optim": adamw(peak_lr=5e-4, start_lr=5e-6, final_lr=5e-7, warmup_epochs=10.0),
+        "train": TrainConfig(batch_size=512, epochs=100.0),
+    }
+    return override(lejepa_vits8_imagenette(), changes)
 
 
-def _adamw(*, peak: float, final: float, warmup: float) -> OptimConfig:
-    """AdamW as in LeJEPA; the warm-up starts at a hundredth of the peak."""
-    return OptimConfig(
-        peak_lr=peak,
-        start_lr=peak / 100,
-        final_lr=final,
-        warmup_epochs=warmup,
-        weight_decay=5e-2,
-        weight_decay_schedule="constant",
-    )
+def adamw(*, weight_decay: float = 5e-2, **settings: float) -> OptimConfig:
+    """AdamW with a constant weight decay, by default LeJEPA's."""
+    return OptimConfig(weight_decay=weight_decay, weight_decay_schedule="constant", **settings)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from jepax.methods.rectified_lpjepa import RectifiedLpJEPAConfig
 from jepax.recipes.lejepa import lejepa_fashion_mnist
-from jepax.recipes.registry import recipe
+from jepax.recipes.registry import recipe, with_method
 from jepax.recipes.vicreg import vicreg_vits16_in100
 from jepax.training.config import Config
 
@@ -16,7 +16,7 @@ from jepax.training.config import Config
 @recipe
 def rectified_lpjepa_fashion_mnist() -> Config:
     """Rectified LpJEPA on Fashion-MNIST, as `lejepa_fashion_mnist` except for the loss. Linear 87.3, kNN 82.1."""
-    return _rectified(lejepa_fashion_mnist(), "rectified_lpjepa_fashion_mnist", directions=256)
+    return _rectified(lejepa_fashion_mnist(), num_slices=256)
 
 
 @recipe
@@ -25,14 +25,9 @@ def rectified_lpjepa_vits16_in100() -> Config:
 
     The paper's 85.08 is for another encoder and sparser features.
     """
-    return _rectified(vicreg_vits16_in100(), "rectified_lpjepa_vits16_in100", directions=8192)
+    return _rectified(vicreg_vits16_in100(), num_slices=8192)
 
 
-def _rectified(base: Config, name: str, *, directions: int) -> Config:
-    method = RectifiedLpJEPAConfig(
-        encoder=base.method.encoder,
-        projector=replace(base.method.projector, final_relu=True),
-        views=base.method.views,
-        num_slices=directions,
-    )
-    return replace(base, recipe=name, method=method)
+def _rectified(base: Config, *, num_slices: int) -> Config:
+    projector = replace(base.method.projector, final_relu=True)
+    return with_method(base, RectifiedLpJEPAConfig, projector=projector, num_slices=num_slices)

@@ -1,13 +1,48 @@
-"""Registry of recipes, by function name."""
+"""Registry of recipes, by function name, and how a recipe is made from another one."""
 
-from collections.abc import Callable
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
+from jepax.methods import MethodConfig
 from jepax.training.config import Config
 
+C = TypeVar("C", bound=Any)
 RECIPES: dict[str, Callable[[], Config]] = {}
 
 
 def recipe(function: Callable[[], Config]) -> Callable[[], Config]:
-    """Register a function that returns a `Config` whose `recipe` is the function's name."""
-    RECIPES[function.__name__] = function
-    return function
+    """Register a function that returns a `Config`, whose `recipe` becomes the function's name."""
+
+    @functools.wraps(function)
+    def named() -> Config:
+        return replace(function(), recipe=function.__name__)
+
+    RECIPES[function.__name__] = named
+    return named
+
+
+def override(config: C, changes: Mapping[str, Any]) -> C:
+    """The config with other values at dotted paths: `override(config, {"method.encoder.depth": 4})`.
+
+    Fields of one group change together, so that they are checked against each other.
+    """
+    values: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = defaultdict(dict)
+    for path, value in changes.items():
+        name, _, rest = path.partition(".")
+        if rest:
+            groups[name][rest] = value
+        else:
+            values[name] = value
+    parts = {name: override(getattr(config, name), part) for name, part in groups.items()}
+    return replace(config, **values, **parts)
+
+
+def with_method(config: Config, method: type[MethodConfig], **settings: Any) -> Config:
+    """The experiment with another method: it keeps the fields that both methods have, except those in `settings`."""
+    names = [field.name for field in fields(method) if hasattr(config.method, field.name)]
+    shared = {name: getattr(config.method, name) for name in names}
+    return replace(config, method=method(**shared | settings))

@@ -8,14 +8,11 @@ as the embedding (there a class token), fixed positions (there learned), no weig
 over both views together. VICReg's own paper trains a ResNet-50 with LARS, which this library does not have.
 """
 
-from dataclasses import replace
-
 from jepax.data import DataConfig
 from jepax.methods.vicreg import VICRegConfig
 from jepax.nn import VIT_SIZES, ProjectorConfig, ViTConfig
-from jepax.optim import OptimConfig
-from jepax.recipes.lejepa import lejepa_fashion_mnist
-from jepax.recipes.registry import recipe
+from jepax.recipes.lejepa import adamw, lejepa_fashion_mnist
+from jepax.recipes.registry import recipe, with_method
 from jepax.training.config import Config, TrainConfig
 from jepax.views import ColorConfig, CropConfig, MultiCropConfig
 
@@ -23,9 +20,7 @@ from jepax.views import ColorConfig, CropConfig, MultiCropConfig
 @recipe
 def vicreg_fashion_mnist() -> Config:
     """VICReg on Fashion-MNIST, as `lejepa_fashion_mnist` except for the loss. Linear 87.5, kNN 82.5."""
-    base = lejepa_fashion_mnist()
-    shared = {"encoder": base.method.encoder, "projector": base.method.projector, "views": base.method.views}
-    return replace(base, recipe="vicreg_fashion_mnist", method=VICRegConfig(**shared))
+    return with_method(lejepa_fashion_mnist(), VICRegConfig)
 
 
 @recipe
@@ -35,14 +30,10 @@ def vicreg_vits16_in100() -> Config:
     `jepax train vicreg_vits16_in100 --data.root PATH`, where PATH has train/CLASS/*.JPEG and val/CLASS/*.JPEG.
     """
     views = MultiCropConfig(
-        num_global=2,
-        global_crop=CropConfig(
-            size=(224, 224), scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), hflip_prob=0.5, interpolation="bicubic"
-        ),
+        global_crop=CropConfig(size=(224, 224), scale=(0.2, 1.0), hflip_prob=0.5, interpolation="bicubic"),
         color=ColorConfig(jitter_prob=0.8, grayscale_prob=0.2, blur_prob=0.5, solarize_prob=0.1),
     )
     return Config(
-        recipe="vicreg_vits16_in100",
         method=VICRegConfig(
             encoder=ViTConfig(patch_size=16, **VIT_SIZES["small"]),
             projector=ProjectorConfig(hidden_dims=(2048, 2048), out_dim=2048),
@@ -50,13 +41,6 @@ def vicreg_vits16_in100() -> Config:
             std_coeff=50.0,
         ),
         data=DataConfig(dataset="image_folder", canvas_size=512, val_fraction=0.05, num_threads=16),
-        optim=OptimConfig(
-            peak_lr=5e-4,
-            start_lr=3e-5,
-            final_lr=0.0,
-            warmup_epochs=10.0,
-            weight_decay=1e-4,
-            weight_decay_schedule="constant",
-        ),
+        optim=adamw(peak_lr=5e-4, start_lr=3e-5, final_lr=0.0, warmup_epochs=10.0, weight_decay=1e-4),
         train=TrainConfig(batch_size=128, epochs=1000.0),
     )

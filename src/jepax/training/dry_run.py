@@ -25,7 +25,7 @@ from jepax.distributed.sharding import ShardingPlan
 from jepax.flops import count_flops, residual_bytes, tree_bytes
 from jepax.io import config_yaml
 from jepax.methods.base import Method, example_keys, objective_key
-from jepax.nn.transformer import BlockStack
+from jepax.nn.stack import BlockStack
 from jepax.training.config import Config
 from jepax.training.setup import Setup, make_setup
 from jepax.training.step import run_train_step

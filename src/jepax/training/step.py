@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jepax.distributed.compile_cache import COMPILER_OPTIONS
 from jepax.distributed.sharding import ShardingPlan, gather_params, microbatched
 from jepax.methods.base import Method, example_keys, objective_key
-from jepax.nn.transformer import BlockStack
+from jepax.nn.stack import BlockStack
 from jepax.optim import Optimizer
 from jepax.training.grad_guard import GradGuardConfig, GradGuardState, compute_if, guarded
 from jepax.trees import cast, global_norm, per_layer_norms, trainable

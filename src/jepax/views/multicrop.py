@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, Key
 
+from jepax.errors import check_fields
 from jepax.types import ImageBatch, UserError
 from jepax.views.color import ColorConfig, distort_color
 from jepax.views.crops import CropConfig, normalize, random_crop_unnormalized
@@ -31,15 +32,11 @@ class MultiCropConfig:
     """Color distortion, drawn independently for each view."""
 
     def __post_init__(self) -> None:
-        if self.num_global < 1 or self.num_local < 0:
-            raise UserError(
-                f"views.num_global={self.num_global} must be above 0, views.num_local={self.num_local} not below it"
-            )
+        check_fields("views", self, "at least 1", "num_global")
+        check_fields("views", self, "at least 0", "num_local")
         large, small = ((crop.mean, crop.std) for crop in (self.global_crop, self.local_crop))
         if self.num_local and large != small:
-            raise UserError(
-                f"views.local_crop has mean and std {small}, where views.global_crop has {large}; give both the same"
-            )
+            raise UserError(f"views.local_crop has mean and std {small}, but views.global_crop has {large}: set both")
 
     def tiny(self) -> "MultiCropConfig":
         """At most two views of each kind, of 24 x 24 and 12 x 12 pixels, for tests."""
@@ -67,14 +64,13 @@ def multicrop(images: ImageBatch, keys: Key[Array, "batch"], config: MultiCropCo
 
     # One view of every image. Its number is folded into the image's key, so local views do not change the global ones.
     def view(number: Int[Array, ""], crop: CropConfig) -> Float[Array, "batch height width channels"]:
-        own = jax.vmap(lambda key: jr.split(jr.fold_in(key, number)))(keys)
-        key_crop, key_color = own[:, 0], own[:, 1]
+        view_keys = jax.vmap(lambda key: jr.split(jr.fold_in(key, number)))(keys)
+        key_crop, key_color = view_keys[:, 0], view_keys[:, 1]
         return normalize(distort_color(random_crop_unnormalized(images, key_crop, crop), key_color, config.color), crop)
 
     # Views of one size are drawn by one `vmap` over their numbers: one program for all of them.
     def group(first: int, count: int, crop: CropConfig) -> ViewGroup:
-        numbers = first + jnp.arange(count)
-        return jax.vmap(lambda number: view(number, crop), out_axes=1)(numbers)
+        return jax.vmap(lambda number: view(number, crop), out_axes=1)(first + jnp.arange(count))
 
     # Local views are numbered after the global ones, so no key is used twice.
     global_views = group(0, config.num_global, config.global_crop)
