@@ -100,12 +100,12 @@ def silence_libraries() -> None:
 @contextlib.contextmanager
 def format_warnings() -> Iterator[None]:
     """Within, each warning is printed once, as one line on stderr."""
-    printed, stream = set(), sys.stderr  # the stream of now: parsing redirects it for a while
+    printed = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         if str(message) not in printed:
             printed.add(str(message))
-            print(f"jepax: warning: {' '.join(str(message).split())}", file=stream)
+            print(f"jepax: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)

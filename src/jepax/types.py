@@ -33,15 +33,4 @@ class Masks(eqx.Module):
     """True for the valid entries of each target block, which come first; blocks are padded to the largest."""
 
 
-__all__ = [
-    "AnyArray",
-    "Array",
-    "Bool",
-    "Float",
-    "ImageBatch",
-    "Int",
-    "Masks",
-    "Metrics",
-    "PRNGKeyArray",
-    "UserError",
-]
+__all__ = ["AnyArray", "Array", "Bool", "Float", "ImageBatch", "Int", "Masks", "Metrics", "PRNGKeyArray", "UserError"]

@@ -1,4 +1,4 @@
-"""`jepax bench`: the speed of a recipe's step."""
+"""`jepax bench` and `jepax bench-data`: the speed of a recipe's step, and of reading its images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,3 +35,16 @@ class Bench(BenchOptions):
         from jepax.bench import run
 
         run.run_bench(self.config(), self.repeats, json=self.json)
+
+
+@dataclass(frozen=True)
+class BenchData(BenchOptions):
+    """Time reading images, per core and against Pillow, and compare with what the recipe's step needs.
+
+    For example: jepax bench-data byol_vits16_in100 --data.root PHOTOS
+    """
+
+    def run(self) -> None:
+        from jepax.bench import run
+
+        run.bench_data(self.config(), self.repeats, json=self.json)

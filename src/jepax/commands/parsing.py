@@ -1,7 +1,6 @@
 """From the words of a command line to a dataclass, by tyro. Errors take one to five plain lines."""
 
 import contextlib
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
@@ -61,7 +60,7 @@ def parse(
 ) -> T:
     """`kind`, or `default`, with the fields that the flags name: all set together, since one may need another.
 
-    `also`: names that an error may suggest besides the fields. Raises `UserError` naming field, value and way out.
+    `also`: names that an error may suggest, too. Raises `UserError` naming the field, its value and the way out.
     """
     kinds = leaves(kind if default is None else default)
     for flag, *_ in groups:
@@ -71,12 +70,10 @@ def parse(
     def attempt(some: Flags) -> tuple[Any, BaseException | None]:
         words = [*arguments, *(word for group in some for word in group)]
         given = {} if default is None else {"default": default}
-        # tyro would print boxes; our errors are plain lines.
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            try:
-                return tyro.cli(kind, args=words, config=options, **given), None
-            except (SystemExit, ValueError) as error:
-                return None, error
+        try:  # tyro would print boxes; our errors are plain lines
+            return tyro.cli(kind, args=words, config=options, console_outputs=False, **given), None
+        except (SystemExit, ValueError) as error:
+            return None, error
 
     value, error = attempt(groups)
     if error is None:
@@ -86,9 +83,8 @@ def parse(
     for flag, *values in groups:
         failed = attempt([[flag, *values]])[1]
         if failed is not None and _user_error(failed) is None:
-            wanted = type_name(kinds[to_field_path(flag)])
-            given = f"{' '.join(values)} is invalid: expected" if values else "a value is missing: expected"
-            raise UserError(f"{flag}: {given} {wanted}")
+            problem = f"{' '.join(values)} is invalid" if values else "a value is missing"
+            raise UserError(f"{flag}: {problem}: expected {type_name(kinds[to_field_path(flag)])}")
     raise UserError(f"these fields do not fit together: {' '.join(' '.join(group) for group in groups)}")
 
 

@@ -39,11 +39,6 @@ class Train(RecipeCommand):
         if self.dry_run and self.distributed:
             raise UserError("--dry-run takes its step in one process; leave --distributed out")
 
-    @property
-    def allowed(self) -> tuple[str, ...]:
-        """The names of `allow_config_change` as paths of fields."""
-        return tuple(map(to_field_path, self.allow_config_change))
-
     def folder(self, config: "Config") -> Path:
         """Folder of the run."""
         return self.run_dir or Path("runs") / config.recipe
@@ -52,8 +47,8 @@ class Train(RecipeCommand):
         from jepax.commands.overrides import check_names
 
         start = time.perf_counter()
-        config = self.config()
-        check_names("--allow-config-change", self.allowed, config)
+        config, allowed = self.config(), tuple(map(to_field_path, self.allow_config_change))
+        check_names("--allow-config-change", allowed, config)
         if self.dry_run:
             from jepax.training.dry_run import dry_run
 
@@ -75,7 +70,7 @@ class Train(RecipeCommand):
             with multihost.collective_errors():
                 if config.eval.protocols:
                     train_config.check_eval_splits(config.data)
-            state = training.train(config, folder, allow_changes=self.allowed)
+            state = training.train(config, folder, allow_changes=allowed)
             # Evaluations read the method alone, in one process.
             state = sharding.to_local(eqx.tree_at(lambda s: s.opt_state, state, None))
             multihost.shutdown()

@@ -37,7 +37,7 @@ class ImageFolder(ImageSource):
         return self.listing
 
 
-def open_split(root: str, split: SplitName, validation: float, canvas: int, channels: int) -> ImageFolder:
+def open_split(root: Path, split: SplitName, validation: float, canvas_shape: tuple[int, int, int]) -> ImageFolder:
     """Lists `root`/train (train and validation splits) or `root`/val (test); opens no image.
 
     Classes are the folders in train/, sorted by name; the order of files does not depend on the file system.
@@ -57,11 +57,11 @@ def open_split(root: str, split: SplitName, validation: float, canvas: int, chan
     labels = np.array([label for _, label in pool], np.int32)
     rows = split_rows(split, labels, validation)
     files = tuple(pool[row][0] for row in rows)
-    return ImageFolder((canvas, canvas, channels), names, labels[rows], folder, files, describe_classes(found))
+    return ImageFolder(canvas_shape, names, labels[rows], folder, files, describe_classes(found))
 
 
-def _split_folder(root: str, name: str) -> Path:
-    folder = Path(root).expanduser() / name
+def _split_folder(root: Path, name: str) -> Path:
+    folder = root / name
     if not folder.is_dir():
         raise UserError(
             f"data.root={root} has no folder {name}/.\n"
