@@ -1,6 +1,7 @@
 """From the words of a command line to a dataclass, by tyro. Errors take one to five plain lines."""
 
 import contextlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
@@ -18,16 +19,20 @@ Flags = Sequence[Sequence[str]]
 
 
 def split_words(words: Sequence[str], switches: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
-    """`x --a 1 2 --b=3` as ["x"] and [["--a", "1", "2"], ["--b", "3"]]. `switches`: flags that take no value."""
+    """`x --a 1 2 --b=3` as ["x"] and [["--a", "1", "2"], ["--b", "3"]]. `switches`: flags that take no value.
+
+    A leading ~ is the user's home in every word: a shell leaves that of --run-dir=~/runs as it is.
+    """
     arguments: list[str] = []
     groups: list[list[str]] = []
     for word in words:
+        parts = list(map(os.path.expanduser, word.split("=", 1) if word.startswith("--") else [word]))
         if word.startswith("--"):
-            groups.append(word.split("=", 1))
+            groups.append(parts)
         elif groups and to_field_path(groups[-1][0]) not in switches:
-            groups[-1].append(word)
+            groups[-1] += parts
         else:
-            arguments.append(word)
+            arguments += parts
     return arguments, groups
 
 
