@@ -62,6 +62,8 @@ def pack(photos: Path, folder: Path, config: PackConfig, print: Callable[[str], 
         "records": config.images_per_shard,
         "classes": list(sources["train"].class_names),
     }
+    for part, source in sources.items():
+        print(f"{part}: {source.describe()}")
     with lock.run_lock(folder):
         if (folder / PACK_FILE).exists():
             if not is_same(folder, settings, files):

@@ -67,6 +67,10 @@ class Source(abc.ABC):
         """Names an example for a person: its path below `data.root`, if it has one."""
         return f"row {row}"
 
+    def describe(self) -> str:
+        """Describes for a person how much is read, and what is left out."""
+        return f"{len(self):,} examples"
+
     def replacements(self, row: int) -> Sequence[int]:
         """Returns the rows, best first, that may replace a corrupt one: here the next ones."""
         return [(row + 1 + place) % len(self) for place in range(min(MAX_REPLACEMENTS, len(self) - 1))]
@@ -122,6 +126,9 @@ class ImageSource(Source):
     @property
     def classes(self) -> int:
         return len(self.class_names)
+
+    def describe(self) -> str:
+        return f"{len(self):,} image{'s' * (len(self) != 1)} of {self.classes} class{'es' * (self.classes != 1)}"
 
     @abc.abstractmethod
     def load(self, row: int) -> ImageExample: ...

@@ -1,6 +1,7 @@
 """A folder of photos in ImageNet's layout: train/CLASS/*.jpg and val/CLASS/*.jpg, of any size, shape and mode."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from jepax.data.decode import IMAGE_SUFFIXES, read_image
 from jepax.data.sources import ImageExample, ImageSource, SplitName, short_hash, split_rows
 from jepax.types import UserError
 
+MAX_REASONS = 5
+"""Number of reasons that a description shows for files that are left out."""
+
 
 @dataclass(frozen=True, eq=False)
 class ImageFolder(ImageSource):
@@ -20,9 +24,17 @@ class ImageFolder(ImageSource):
     files: tuple[str, ...]
     """CLASS/NAME.jpg, in the order of `labels`."""
     listing: dict[str, str]
+    left_out: dict[str, int]
+    """Number of files below `folder` that are not read, by extension and reason, most frequent first."""
 
     def load(self, row: int) -> ImageExample:
         return ImageExample(read_image(self.folder / self.files[row], self.canvas_shape), self.labels[row])
+
+    def describe(self) -> str:
+        shown = [f"{count:,} {reason}" for reason, count in self.left_out.items()][:MAX_REASONS]
+        if others := sum(self.left_out.values()) - sum(list(self.left_out.values())[:MAX_REASONS]):
+            shown.append(f"{others:,} others")
+        return super().describe() + (f"; left out of {self.folder.name}/: {', '.join(shown)}" if shown else "")
 
     def display_name(self, row: int) -> str:
         return f"{self.folder.name}/{self.files[row]}"
@@ -47,7 +59,9 @@ def open_split(root: Path, split: SplitName, validation: float, canvas_shape: tu
     folder = _split_folder(root, "val" if split == "test" else "train")
     if unknown := sorted(set(_class_names(folder)) - set(names)):
         raise UserError(f"data.root={root}: val/{unknown[0]} is no class of train/; rename one of the folders.")
-    found = {name: sorted(_walk_images(os.path.join(folder, name), name)) for name in names}
+    left_out: Counter[str] = Counter()
+    left_out["outside of the class folders"] = sum(not entry.is_dir() for entry in os.scandir(folder))
+    found = {name: sorted(_walk_images(os.path.join(folder, name), name, left_out)) for name in names}
     pool = [(file, label) for label, name in enumerate(names) for file in found[name]]
     if not pool:
         raise UserError(
@@ -57,7 +71,10 @@ def open_split(root: Path, split: SplitName, validation: float, canvas_shape: tu
     labels = np.array([label for _, label in pool], np.int32)
     rows = split_rows(split, labels, validation)
     files = tuple(pool[row][0] for row in rows)
-    return ImageFolder(canvas_shape, names, labels[rows], folder, files, describe_classes(found))
+    # Validation's are those of train, which has the same folder.
+    reasons = sorted((-count, reason) for reason, count in left_out.items() if count and split != "validation")
+    skipped = {reason: -count for count, reason in reasons}
+    return ImageFolder(canvas_shape, names, labels[rows], folder, files, describe_classes(found), skipped)
 
 
 def _split_folder(root: Path, name: str) -> Path:
@@ -74,18 +91,21 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
 
 
-def _walk_images(folder: str, relative: str) -> Iterator[str]:
-    """Yields every image below the folder, nested folders included, without hidden ones, as paths from `relative`."""
+def _walk_images(folder: str, relative: str, left_out: Counter[str]) -> Iterator[str]:
+    """Yields every image below the folder, nested folders included, as paths from `relative`; counts all others."""
     if not os.path.isdir(folder):
         return
     for entry in os.scandir(folder):
         below = f"{relative}/{entry.name}"
+        suffix = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _walk_images(entry.path, below)
-        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+            left_out["hidden"] += 1
+        elif entry.is_dir():
+            yield from _walk_images(entry.path, below, left_out)
+        elif suffix in IMAGE_SUFFIXES:
             yield below
+        else:
+            left_out[f"{suffix or 'without an extension'} (not a format that is read)"] += 1
 
 
 def describe_classes(files: dict[str, list[str]]) -> dict[str, str]:

@@ -63,8 +63,17 @@ def open_split(root: Path, split: SplitName, validation: float, canvas_shape: tu
     if (labels < 0).any() or sum(shard["records"] for shard in shards) != len(files):
         raise UserError(f"{root / part}.json does not name the images of this pack; copy the pack again")
     rows = split_rows(split, labels, validation)
-    picked = tuple(files[row] for row in rows)
-    return Packed(canvas_shape, names, labels[rows], root / part, picked, _describe(files, names, shards), paths, rows)
+    return Packed(
+        canvas_shape,
+        names,
+        labels[rows],
+        folder=root / part,
+        files=tuple(files[row] for row in rows),
+        listing=_describe(files, names, shards),
+        left_out={},  # `jepax pack` printed it
+        shards=paths,
+        records=rows,
+    )
 
 
 def read_pack_info(folder: Path) -> dict[str, Any]:
