@@ -78,7 +78,7 @@ class Sweep(ConfigCommand):
         from jepax.sweeps import run as sweeps
 
         written = sweeps.run_sweep(self.plan(), say=lambda line: print(line, file=sys.stderr))
-        print(written[0].read_text(), end="")
+        print(written[0].read_text(encoding="utf-8"), end="")
         for path in written:
             print(path)
 

@@ -138,7 +138,7 @@ def write_results(grid: Sweep, folder: Path) -> list[Path]:
     written = []
     for name, text in (("grid.md", table.to_markdown(grid, folder, found)), ("grid.csv", table.to_csv(found))):
         part = folder / f"{name}.{os.getpid()}.part"
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
         written.append(part.replace(folder / name))
 
     # A figure needs at least one finished run.
