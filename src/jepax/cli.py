@@ -109,12 +109,12 @@ def silence_libraries() -> None:
 @contextlib.contextmanager
 def format_warnings() -> Iterator[None]:
     """Within, each warning is printed once, as one line on stderr."""
-    printed = set()
+    printed, stream = set(), sys.stderr  # the stream of now: parsing redirects it for a while
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         if str(message) not in printed:
             printed.add(str(message))
-            print(f"jepax: warning: {' '.join(str(message).split())}", file=sys.stderr)
+            print(f"jepax: warning: {' '.join(str(message).split())}", file=stream)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)

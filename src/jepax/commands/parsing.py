@@ -1,6 +1,7 @@
 """From the words of a command line to a dataclass, by tyro. Errors take one to five plain lines."""
 
 import contextlib
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -75,10 +76,12 @@ def parse(
     def attempt(some: Flags) -> tuple[Any, BaseException | None]:
         words = [*arguments, *(word for group in some for word in group)]
         given = {} if default is None else {"default": default}
-        try:  # tyro would print boxes; our errors are plain lines
-            return tyro.cli(kind, args=words, config=options, console_outputs=False, **given), None
-        except (SystemExit, ValueError) as error:
-            return None, error
+        # tyro would print boxes, not all of which `console_outputs=False` suppresses; our errors are plain lines.
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                return tyro.cli(kind, args=words, config=options, **given), None
+            except (SystemExit, ValueError) as error:
+                return None, error
 
     value, error = attempt(groups)
     if error is None:
