@@ -24,17 +24,14 @@ class ImageFolder(ImageSource):
     files: tuple[str, ...]
     """CLASS/NAME.jpg, in the order of `labels`."""
     listing: dict[str, str]
-    left_out: dict[str, int]
-    """Number of files below `folder` that are not read, by extension and reason, most frequent first."""
+    left_out: str
+    """Numbers of the files below `folder` that are not read, by extension and reason: "12 .heic (...), 3 hidden"."""
 
     def load(self, row: int) -> ImageExample:
         return ImageExample(read_image(self.folder / self.files[row], self.canvas_shape), self.labels[row])
 
     def describe(self) -> str:
-        shown = [f"{count:,} {reason}" for reason, count in self.left_out.items()][:MAX_REASONS]
-        if others := sum(self.left_out.values()) - sum(list(self.left_out.values())[:MAX_REASONS]):
-            shown.append(f"{others:,} others")
-        return super().describe() + (f"; left out of {self.folder.name}/: {', '.join(shown)}" if shown else "")
+        return super().describe() + (f"; left out of {self.folder.name}/: {self.left_out}" if self.left_out else "")
 
     def display_name(self, row: int) -> str:
         return f"{self.folder.name}/{self.files[row]}"
@@ -59,8 +56,7 @@ def open_split(root: Path, split: SplitName, validation: float, canvas_shape: tu
     folder = _split_folder(root, "val" if split == "test" else "train")
     if unknown := sorted(set(_class_names(folder)) - set(names)):
         raise UserError(f"data.root={root}: val/{unknown[0]} is no class of train/; rename one of the folders.")
-    left_out: Counter[str] = Counter()
-    left_out["outside of the class folders"] = sum(not entry.is_dir() for entry in os.scandir(folder))
+    left_out = Counter({"outside of the class folders": sum(not entry.is_dir() for entry in os.scandir(folder))})
     found = {name: sorted(_walk_images(os.path.join(folder, name), name, left_out)) for name in names}
     pool = [(file, label) for label, name in enumerate(names) for file in found[name]]
     if not pool:
@@ -71,9 +67,7 @@ def open_split(root: Path, split: SplitName, validation: float, canvas_shape: tu
     labels = np.array([label for _, label in pool], np.int32)
     rows = split_rows(split, labels, validation)
     files = tuple(pool[row][0] for row in rows)
-    # Validation's are those of train, which has the same folder.
-    reasons = sorted((-count, reason) for reason, count in left_out.items() if count and split != "validation")
-    skipped = {reason: -count for count, reason in reasons}
+    skipped = "" if split == "validation" else _describe_left_out(left_out)  # validation has the folder of train
     return ImageFolder(canvas_shape, names, labels[rows], folder, files, describe_classes(found), skipped)
 
 
@@ -106,6 +100,13 @@ def _walk_images(folder: str, relative: str, left_out: Counter[str]) -> Iterator
             yield below
         else:
             left_out[f"{suffix or 'without an extension'} (not a format that is read)"] += 1
+
+
+def _describe_left_out(counts: Counter[str]) -> str:
+    order = sorted((-count, reason) for reason, count in counts.items() if count)
+    shown = [f"{-count:,} {reason}" for count, reason in order[:MAX_REASONS]]
+    others = -sum(count for count, _ in order[MAX_REASONS:])
+    return ", ".join([*shown, f"{others:,} others"] if others else shown)
 
 
 def describe_classes(files: dict[str, list[str]]) -> dict[str, str]:

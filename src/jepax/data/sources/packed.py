@@ -70,7 +70,7 @@ def open_split(root: Path, split: SplitName, validation: float, canvas_shape: tu
         folder=root / part,
         files=tuple(files[row] for row in rows),
         listing=_describe(files, names, shards),
-        left_out={},  # `jepax pack` printed it
+        left_out="",  # `jepax pack` printed it
         shards=paths,
         records=rows,
     )
