@@ -1,17 +1,22 @@
 """The command line from outside: what it prints, where, and its exit code."""
 
+import io
 import json
 import re
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from jepax import cli
 from jepax.commands import COMMANDS, train
 from jepax.commands.recipes import Recipes
 from jepax.commands.train import Train
+from jepax.data import DataConfig
 from jepax.io import config_yaml as configs
+from jepax.io import events
 from jepax.training.config import Config
 
 TINY = """
@@ -162,6 +167,32 @@ def test_interruption_takes_one_line(capsys, monkeypatch):
     assert "rerun the same command to resume" in fails(capsys, "recipes", code=75)
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_what_a_terminal_cannot_show_is_escaped(encoding, monkeypatch):
+    def run(self):
+        print("caf\udce9.jpg")
+        Console(width=60).print(Table("top-1", "74.2 \xb1 0.3"))
+
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(Recipes, "run", run)
+    cli.main(["recipes"])
+    out.flush()
+    shown = out.buffer.getvalue().decode(encoding)
+    assert r"caf\udce9.jpg" in shown and ("74.2 \xb1 0.3" if encoding == "utf-8" else r"74.2 \xb1 0.3") in shown
+
+
+def test_doctor_names_a_file_whose_name_is_not_utf8(tmp_path, monkeypatch):
+    data = DataConfig(dataset="synthetic", canvas_size=8, synthetic_size=80)
+    configs.save(Config(data=data), tmp_path / "config.yaml")
+    events.append_jsonl(tmp_path / "corrupt.jsonl", {"file": "train/caf\udce9.jpg", "why": "it is empty"})
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", out)
+    cli.main(["doctor", str(tmp_path)])
+    out.flush()
+    assert rb"1 corrupt, such as train/caf\udce9.jpg" in out.buffer.getvalue()
+
+
 def test_a_setting_known_to_collapse_is_warned_of_once(capsys):
     flowing = ["--method.stop-gradient", "False", "--method.regularizer.name", "none"]
     fails_with = ["train", "ijepa_fashion_mnist_no_teacher", *flowing, "--data.root", "/nowhere"]
@@ -174,7 +205,9 @@ def test_a_setting_known_to_collapse_is_warned_of_once(capsys):
 def test_a_run_trains_evaluates_continues_and_is_trained_again(capsys, tmp_path, monkeypatch):
     run, again = tmp_path / "run", tmp_path / "again"
     cli.main(["train", "ijepa_fashion_mnist", *TINY, "--run-dir", str(run)])
-    out = capsys.readouterr().out
+    out, error = capsys.readouterr()
+    read = ["train: 64 images of 8 classes", "validation: 16 images of 8 classes", "test: 16 images of 8 classes"]
+    assert error.splitlines()[:3] == read
     for word in ("trained encoder", "raw pixels", "evals/step_00000003.json", "figures/curves.png"):
         assert word in out, out
     assert re.search(r"\ndone in [\d.]+ min; health: no alarm\n$", out)

@@ -1,6 +1,7 @@
 """The command line. Errors of the user end in plain lines and exit code 2."""
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -21,6 +22,7 @@ MAX_ERROR_LINES = 5
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Exits with 2 after an error of the user, with `preemption.EXIT_RETRY` if it was asked to end."""
+    escape_unprintable()
     try:
         with preemption.install_handlers(), format_warnings():
             run_command(list(sys.argv[1:] if argv is None else argv))
@@ -85,6 +87,13 @@ def exit_with(message: str, code: int) -> NoReturn:
     lines = [line for line in f"jepax: {message}".splitlines() if line.strip()]
     print("\n".join(lines[:MAX_ERROR_LINES]), file=sys.stderr)
     sys.exit(code)
+
+
+def escape_unprintable() -> None:
+    """Print what the terminal's encoding lacks, and file names that are not UTF-8, with escapes such as \\xb1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def silence_libraries() -> None:

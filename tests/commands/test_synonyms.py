@@ -15,7 +15,10 @@ OPTIONS = {option for command in COMMANDS.values() for option in command.options
 @pytest.mark.skipif("method.encoder.num_heads" not in CONFIGS, reason="old field names")
 def test_every_target_is_a_field_of_a_recipe_or_an_option():
     assert not [
-        target for target in SYNONYMS if not any(f".{path}".endswith(f".{target}") for path in CONFIGS | OPTIONS)
+        target
+        for row in SYNONYMS
+        for target in row.split()
+        if not any(f".{path}".endswith(f".{target}") for path in CONFIGS | OPTIONS)
     ]
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from jepax.data import CorruptLog, DataConfig, batches, iter_once, open_source
 from jepax.data.decode import CorruptExampleError
 from jepax.data.loader import epoch_permutation
-from jepax.data.sources import MAX_REPLACEMENTS, ArraySource, Subset, replacement_rows, synthetic
+from jepax.data.sources import MAX_REPLACEMENTS, ArraySource, Subset, synthetic
 from jepax.evals.baselines import PixelFeatures
 from jepax.evals.eval_dataset import EvalDataset, without_labels
 from jepax.evals.progress import SILENT, Progress
@@ -80,11 +80,14 @@ def test_the_last_of_a_class_gives_way_to_its_first(root):
 
 
 def test_candidates_are_of_the_class_and_few():
-    labels = np.array([0, 1, 0, 1, 1, 0], np.int32)
-    assert replacement_rows(labels, 1).tolist() == [3, 4]
-    assert replacement_rows(labels, 4).tolist() == [1, 3]
-    assert replacement_rows(np.zeros(50, np.int32), 49).tolist() == list(range(MAX_REPLACEMENTS))
-    assert replacement_rows(np.arange(3, dtype=np.int32), 1).tolist() == []
+    def replacements(labels, row):
+        images = np.zeros((len(labels), 2, 2, 1), np.uint8)
+        return ArraySource((2, 2, 1), ("a", "b", "c"), np.asarray(labels, np.int32), images).replacements(row)
+
+    assert replacements([0, 1, 0, 1, 1, 0], 1) == [3, 4]
+    assert replacements([0, 1, 0, 1, 1, 0], 4) == [1, 3]
+    assert replacements(np.zeros(50), 49) == list(range(MAX_REPLACEMENTS))
+    assert replacements(np.arange(3), 1) == []
 
 
 def test_loading_without_replacement_stays_strict(source):

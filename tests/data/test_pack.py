@@ -167,6 +167,19 @@ def test_a_broken_picture_is_named_and_replaced_as_in_the_folder(photos, tmp_pat
         ours.load(int(np.flatnonzero(marked)[0]))
 
 
+def test_names_that_are_not_utf8_are_packed_and_printed(photos, tmp_path):
+    for number in range(100):  # one of them may then be corrupt
+        photo(photos / f"val/cat/more_{number}.jpg", (8, 8))
+    Path(os.fsdecode(bytes(photos / "train/cat") + b"/caf\xe9.jpg")).write_bytes(b"")
+    (photos / "train/cat/a.heic").write_bytes(b"")
+    command = [sys.executable, "-m", "jepax.cli", "pack", str(photos), str(tmp_path / "pack"), "--canvas-size", "48"]
+    ended = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    assert ended.returncode == 0, ended.stderr
+    assert rb"warning: train/cat/caf\udce9.jpg cannot be read (it is empty)" in ended.stdout
+    assert b"train: 19 images of 2 classes; left out of train/: 1 .heic (not a format that is read)" in ended.stdout
+    assert open_("packed", tmp_path / "pack").fingerprint.items() >= open_("image_folder", photos).fingerprint.items()
+
+
 def test_too_many_broken_pictures_end_it(photos, tmp_path):
     for number in range(4):
         (photos / f"train/cat/large_{number}.jpg").write_bytes(b"")

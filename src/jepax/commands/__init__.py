@@ -4,8 +4,7 @@ These files import only tyro at the top, so that `--help` does not wait for jax;
 """
 
 from jepax.commands.base import Command
-from jepax.commands.bench import Bench
-from jepax.commands.bench_data import BenchData
+from jepax.commands.bench import Bench, BenchData
 from jepax.commands.doctor import Doctor
 from jepax.commands.evaluate import Evaluate
 from jepax.commands.export import Export

@@ -1,4 +1,4 @@
-"""`jepax bench`: the speed of a recipe's step."""
+"""`jepax bench` and `jepax bench-data`: the speed of a recipe's step, and of reading its images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,3 +36,18 @@ class Bench(BenchOptions):
 
         found = measure_step(self.config(), self.repeats)
         publish(found, step_rows(found), self.json)
+
+
+@dataclass(frozen=True)
+class BenchData(BenchOptions):
+    """Time reading images, per core and against Pillow, and compare with what the recipe's step needs.
+
+    For example: jepax bench-data byol_vits16_in100 --data.root PHOTOS
+    """
+
+    def run(self) -> None:
+        from jepax.bench.input_bench import input_rows, measure_input
+        from jepax.bench.run import publish
+
+        found = measure_input(self.config(), self.repeats)
+        publish(found, input_rows(found), self.json)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
@@ -19,16 +20,20 @@ Flags = Sequence[Sequence[str]]
 
 
 def split_words(words: Sequence[str], switches: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
-    """`x --a 1 2 --b=3` as ["x"] and [["--a", "1", "2"], ["--b", "3"]]. `switches`: flags that take no value."""
+    """`x --a 1 2 --b=3` as ["x"] and [["--a", "1", "2"], ["--b", "3"]]. `switches`: flags that take no value.
+
+    A leading ~ is the user's home in every word: a shell leaves that of --run-dir=~/runs as it is.
+    """
     arguments: list[str] = []
     groups: list[list[str]] = []
     for word in words:
+        parts = list(map(os.path.expanduser, word.split("=", 1) if word.startswith("--") else [word]))
         if word.startswith("--"):
-            groups.append(word.split("=", 1))
+            groups.append(parts)
         elif groups and to_field_path(groups[-1][0]) not in switches:
-            groups[-1].append(word)
+            groups[-1] += parts
         else:
-            arguments.append(word)
+            arguments += parts
     return arguments, groups
 
 
@@ -61,7 +66,7 @@ def parse(
 ) -> T:
     """`kind`, or `default`, with the fields that the flags name: all set together, since one may need another.
 
-    `also`: names that an error may suggest besides the fields. Raises `UserError` naming field, value and way out.
+    `also`: names that an error may suggest, too. Raises `UserError` naming the field, its value and the way out.
     """
     kinds = leaves(kind if default is None else default)
     for flag, *_ in groups:
@@ -71,7 +76,7 @@ def parse(
     def attempt(some: Flags) -> tuple[Any, BaseException | None]:
         words = [*arguments, *(word for group in some for word in group)]
         given = {} if default is None else {"default": default}
-        # tyro would print boxes; our errors are plain lines.
+        # tyro would print boxes, not all of which `console_outputs=False` suppresses; our errors are plain lines.
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             try:
                 return tyro.cli(kind, args=words, config=options, **given), None
@@ -86,9 +91,8 @@ def parse(
     for flag, *values in groups:
         failed = attempt([[flag, *values]])[1]
         if failed is not None and _user_error(failed) is None:
-            wanted = type_name(kinds[to_field_path(flag)])
-            given = f"{' '.join(values)} is invalid: expected" if values else "a value is missing: expected"
-            raise UserError(f"{flag}: {given} {wanted}")
+            problem = f"{' '.join(values)} is invalid" if values else "a value is missing"
+            raise UserError(f"{flag}: {problem}: expected {type_name(kinds[to_field_path(flag)])}")
     raise UserError(f"these fields do not fit together: {' '.join(' '.join(group) for group in groups)}")
 
 

@@ -75,7 +75,7 @@ class Sweep(ConfigCommand):
         from jepax.sweeps.run import run_sweep
 
         written = run_sweep(self.plan(), print=lambda line: print(line, file=sys.stderr))
-        print(written[0].read_text(), end="")
+        print(written[0].read_text(encoding="utf-8"), end="")
         print(*written, sep="\n")
 
 

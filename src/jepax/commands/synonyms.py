@@ -76,22 +76,17 @@ SYNONYMS = {
     "masks.target_aspect_ratio": "aspect_ratio target_aspect",
     "masks.context_scale": "enc_mask_scale",
     "masks.num_context_patches": "min_keep num_context",
-    "crop.size": "image_size img_size crop_size input_size resolution",
-    "global_crop.size": "image_size img_size crop_size input_size resolution global_crops_size global_crop_size",
+    "crop.size global_crop.size local_crop.size": "image_size img_size crop_size input_size resolution",
+    "global_crop.size": "global_crops_size global_crop_size",
     "local_crop.size": "local_crops_size local_crop_size",
-    "crop.scale": "crop_scale",
-    "global_crop.scale": "crop_scale global_crops_scale global_crop_scale",
+    "crop.scale global_crop.scale": "crop_scale",
+    "global_crop.scale": "global_crops_scale global_crop_scale",
     "local_crop.scale": "local_crops_scale local_crop_scale",
-    "crop.interpolation": "train_interpolation resample resample_mode filter",
-    "global_crop.interpolation": "interpolation train_interpolation resample filter",
-    "crop.hflip_prob": "hflip flip horizontal_flip use_horizontal_flip",
-    "global_crop.hflip_prob": "hflip flip horizontal_flip horizontal_flip_prob",
-    "crop.eval_resize_ratio": "crop_pct",
-    "global_crop.eval_resize_ratio": "crop_pct",
-    "crop.mean": "img_mean image_mean normalize_mean",
-    "crop.std": "img_std image_std normalize_std",
-    "global_crop.mean": "mean img_mean image_mean",
-    "global_crop.std": "std img_std image_std",
+    "crop.interpolation global_crop.interpolation": "interpolation train_interpolation resample resample_mode filter",
+    "crop.hflip_prob global_crop.hflip_prob": "hflip flip horizontal_flip use_horizontal_flip horizontal_flip_prob",
+    "crop.eval_resize_ratio global_crop.eval_resize_ratio": "crop_pct",
+    "crop.mean global_crop.mean": "mean img_mean image_mean normalize_mean",
+    "crop.std global_crop.std": "std img_std image_std normalize_std",
     "views.num_global": "global_crops_number num_global_crops n_global_views num_large_crops",
     "views.num_local": "local_crops_number num_local_crops n_local_views num_small_crops",
     "color.jitter_prob": "color_jitter_prob",
@@ -102,18 +97,19 @@ SYNONYMS = {
     # losses: I-JEPA, VICReg, LeJEPA
     "method.loss": "loss_fn loss_type criterion",
     "method.smooth_l1_beta": "beta smoothl1_beta",
-    "method.sigreg_weight": "lambda lambd lamb lmbda lam sigreg_lambda weight",
-    "method.visreg_weight": "lambda lambd lamb lmbda lam weight",
-    "method.rdmreg_weight": "lambda lambd lamb lmbda lam matching reg_coeff",
-    "method.regularizer.weight": "lambda lambd lamb lmbda lam reg_weight reg_coeff",
+    "method.sigreg_weight method.visreg_weight method.rdmreg_weight method.regularizer.weight": "lambda lambd lamb"
+    " lmbda lam weight reg_weight reg_coeff",
+    "method.sigreg_weight": "sigreg_lambda",
+    "method.rdmreg_weight": "matching",
     "method.regularizer.name": "regularizer reg",
     "num_slices": "directions num_directions num_projections n_projections num_proj n_slices sketch_dim",
-    "method.sim_coeff": "sim_weight inv_coeff inv_weight invariance invariance_weight sim_loss_weight lambda",
-    "method.std_coeff": "std_weight var_coeff var_weight variance variance_weight var_loss_weight",
-    "method.cov_coeff": "cov_weight covariance covariance_weight cov_loss_weight",
-    "method.invariance_weight": "sim_coeff sim_weight inv_coeff inv_weight sim_loss_weight",
-    "regularizer.variance_weight": "std_coeff std_weight var_coeff var_weight variance",
-    "regularizer.covariance_weight": "cov_coeff cov_weight covariance",
+    "method.sim_coeff": "lambda",
+    "method.sim_coeff method.invariance_weight": "sim_coeff sim_weight inv_coeff inv_weight invariance"
+    " invariance_weight sim_loss_weight",
+    "method.std_coeff regularizer.variance_weight": "std_coeff std_weight var_coeff var_weight variance"
+    " variance_weight var_loss_weight",
+    "method.cov_coeff regularizer.covariance_weight": "cov_coeff cov_weight covariance covariance_weight"
+    " cov_loss_weight",
     "ema.start": "ema_decay ema momentum momentum_teacher model_ema_decay base_momentum ema_momentum tau base_tau",
     "ema.end": "final_momentum ema_end momentum_end final_tau",
     # evaluation: DINO, scikit-learn, torchtitan, HF
@@ -121,23 +117,21 @@ SYNONYMS = {
     "eval.pool": "global_pool pooling pool_type",
     "eval.knn.k": "k nb_knn knn_k num_neighbors n_neighbors neighbors neighbours",
     "eval.knn.temperatures": "temperature knn_temperature knn_t",
-    "eval.online.every_steps": "eval_freq eval_interval eval_steps eval_every val_every validation_freq"
-    " validation.freq",
+    "online.every_steps": "eval_freq eval_interval eval_steps eval_every val_every validation_freq validation.freq",
     "eval.finetune.label_smoothing": "smoothing",
     # options of the commands themselves
     "run_dir": "output_dir out_dir work_dir workdir log_dir logdir save_dir exp_dir output dump_folder rundir",
     "dry_run": "dryrun",
     "distributed": "dist_url world_size local_rank multihost rank",
 }
-"""Field, or the end of its path -> other spellings of it. Among fields of one spelling, the first row comes first."""
+"""Fields, or the ends of their paths -> other spellings. Among fields of one spelling, the first one comes first."""
 
 ANSWERS = {
-    "num_classes": "the data has the number of classes; methods do not need it",
-    "nb_classes": "the data has the number of classes; methods do not need it",
-    "resume": "the same command again resumes its run",
-    "resume_from": "the same command again resumes its run",
-    "resume_from_checkpoint": "the same command again resumes its run",
-    "load_checkpoint": "the same command again resumes its run",
+    **dict.fromkeys(("num_classes", "nb_classes"), "the data has the number of classes; methods do not need it"),
+    **dict.fromkeys(
+        ("resume", "resume_from", "resume_from_checkpoint", "load_checkpoint"),
+        "the same command again resumes its run",
+    ),
 }
 """Answers to names that need no field."""
 
@@ -173,7 +167,7 @@ def _candidates(name: str, fields: Sequence[str]) -> list[str]:
     # From the full path to its last part: the longer the part that is found, the surer.
     for start in range(name.count(".") + 1):
         tail = name.lower().split(".", start)[-1]
-        targets = [target for target, spellings in SYNONYMS.items() if tail in spellings.split()]
+        targets = [target for row, spellings in SYNONYMS.items() if tail in spellings.split() for target in row.split()]
         known = [field for target in targets for field in fields if _ends(field, target)]
         if best := _nearest_group([*known, *(field for field in fields if _ends(field, tail))], parents):
             return best[:1] if best[0] in known else best

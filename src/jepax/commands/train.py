@@ -39,11 +39,6 @@ class Train(RecipeCommand):
         if self.dry_run and self.distributed:
             raise UserError("--dry-run takes its step in one process; leave --distributed out")
 
-    @property
-    def allowed(self) -> tuple[str, ...]:
-        """The names of `allow_config_change` as paths of fields."""
-        return tuple(map(to_field_path, self.allow_config_change))
-
     def folder(self, config: "Config") -> Path:
         """Folder of the run."""
         return self.run_dir or Path("runs") / config.recipe
@@ -52,8 +47,8 @@ class Train(RecipeCommand):
         from jepax.commands.overrides import check_names
 
         start = time.perf_counter()
-        config = self.config()
-        check_names("--allow-config-change", self.allowed, config)
+        config, allowed = self.config(), tuple(map(to_field_path, self.allow_config_change))
+        check_names("--allow-config-change", allowed, config)
         if self.dry_run:
             from jepax.training.dry_run import dry_run
 
@@ -61,21 +56,22 @@ class Train(RecipeCommand):
             return
         import equinox as eqx
 
+        from jepax.data import open_source
         from jepax.distributed import multihost, sharding
         from jepax.health import alerts
         from jepax.io import lock
-        from jepax.training import config as train_config
         from jepax.training import loop as training
 
         folder = self.folder(config)
         if self.distributed:
             multihost.initialize()
         with multihost.peer_guard():
-            # Evaluation after the last step needs these splits: fail now if one is missing.
+            # Evaluation after the last step needs all splits: fail now if one is missing.
             with multihost.collective_errors():
-                if config.eval.protocols:
-                    train_config.check_eval_splits(config.data)
-            state = training.train(config, folder, allow_changes=self.allowed)
+                names = ("train", "validation", "test") if config.eval.protocols else ("train",)
+                splits = {name: open_source(config.data, name) for name in names}
+            notes = [f"{name}: {source.describe()}" for name, source in splits.items()]
+            state = training.train(config, folder, source=splits["train"], allow_changes=allowed, notes=notes)
             # Evaluations read the method alone, in one process.
             state = sharding.to_local(eqx.tree_at(lambda s: s.opt_state, state, None))
             multihost.shutdown()

@@ -1,11 +1,13 @@
 """Reads images on the host: any source becomes batches of fixed shapes, ordered by seed and step."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from jepax.data.corrupt import CorruptLog, corrupt_file
 from jepax.data.loader import OnCorrupt, batches, iter_once
 from jepax.data.sources import ImageSource, Source, SplitName, fashion_mnist, image_folder, packed, synthetic
+from jepax.data.sources.packed import PACK_FILE
 from jepax.types import UserError
 
 DatasetName = Literal["fashion_mnist", "image_folder", "packed", "synthetic"]
@@ -41,21 +43,19 @@ class DataConfig:
     """Worker processes; 0: threads only. A script that sets it needs an `if __name__ == "__main__":` guard."""
 
     def __post_init__(self):
-        for name, choices in (("dataset", get_args(DatasetName)), ("channels", (None, 1, 3))):
-            if getattr(self, name) not in choices:
-                _raise_invalid(self, name, f"is none of {', '.join(map(str, choices))}")
-        if not 0 <= self.val_fraction < 1:
-            _raise_invalid(self, "val_fraction", "is not a fraction in [0, 1); try 0.1")
-        if not 0 <= self.max_corrupt_fraction <= 1:
-            _raise_invalid(self, "max_corrupt_fraction", "is not a fraction in [0, 1]; try 0.01")
+        self._check("dataset", self.dataset in get_args(DatasetName), f"is none of {', '.join(get_args(DatasetName))}")
+        self._check("channels", self.channels in (None, 1, 3), "is none of None, 1, 3")
+        self._check("val_fraction", 0 <= self.val_fraction < 1, "is not a fraction in [0, 1); try 0.1")
+        self._check(
+            "max_corrupt_fraction", 0 <= self.max_corrupt_fraction <= 1, "is not a fraction in [0, 1]; try 0.01"
+        )
         lowest = {"canvas_size": 1, "synthetic_size": 1, "synthetic_seed": 0, "num_threads": 0, "num_workers": 0}
         for name, least in lowest.items():
-            if getattr(self, name) < least:
-                _raise_invalid(self, name, f"is below the least that works, {least}")
+            self._check(name, getattr(self, name) >= least, f"must be at least {least}")
 
-
-def _raise_invalid(config: DataConfig, name: str, why: str):
-    raise UserError(f"data.{name}={getattr(config, name)} {why}.")
+    def _check(self, name: str, valid: bool, problem: str) -> None:
+        if not valid:
+            raise UserError(f"data.{name}={getattr(self, name)} {problem}.")
 
 
 def open_source(config: DataConfig, split: SplitName) -> ImageSource:
@@ -63,22 +63,23 @@ def open_source(config: DataConfig, split: SplitName) -> ImageSource:
 
     Raises `UserError` if the data is missing, corrupt or in another layout.
     """
+    root = None if config.root is None else Path(config.root).expanduser()
     if config.dataset == "fashion_mnist":
-        return fashion_mnist.open_split(config.root, split, config.val_fraction, config.channels or 1)
+        return fashion_mnist.open_split(root, split, config.val_fraction, config.channels or 1)
+    canvas_shape = (config.canvas_size, config.canvas_size, config.channels or 3)
     if config.dataset == "synthetic":
         return synthetic.open_split(
             split,
             images=config.synthetic_size,
-            canvas_shape=(config.canvas_size, config.canvas_size, config.channels or 3),
+            canvas_shape=canvas_shape,
             validation=config.val_fraction,
             seed=config.synthetic_seed,
             varied=config.synthetic_variable_size,
         )
-    if config.root is None:
-        holds = "train/ and val/" if config.dataset == "image_folder" else packed.PACK_FILE
-        raise UserError(f"data.root=None, but data.dataset={config.dataset} needs the folder that holds {holds}.")
-    photos = image_folder if config.dataset == "image_folder" else packed
-    return photos.open_split(config.root, split, config.val_fraction, config.canvas_size, config.channels or 3)
+    photos, needed = (image_folder, "train/ and val/") if config.dataset == "image_folder" else (packed, PACK_FILE)
+    if root is None:
+        raise UserError(f"data.root=None, but data.dataset={config.dataset} needs the folder that holds {needed}.")
+    return photos.open_split(root, split, config.val_fraction, canvas_shape)
 
 
 __all__ = [
@@ -87,7 +88,6 @@ __all__ = [
     "ImageSource",
     "OnCorrupt",
     "Source",
-    "SplitName",
     "batches",
     "corrupt_file",
     "iter_once",

@@ -1,6 +1,5 @@
 """Reports each corrupt file once, and stops the run if there are too many."""
 
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jepax.data.sources import CorruptExampleError, Source
-from jepax.io import atomic, events
+from jepax.io import events
 from jepax.types import UserError
 
 MAX_PRINTED = 10
@@ -34,7 +33,9 @@ class CorruptLog:
         self.why: dict[str, str] = {}
         """Reason by file."""
         if path is not None:
-            self.why = read_lists(path.parent) | _repair(path)
+            self.why = read_lists(path.parent)
+            if path.exists():  # without the lines that a crash corrupted
+                events.rewrite_jsonl(path, events.read_jsonl(path))
 
     def __call__(self, rows: Int[np.ndarray, " replaced"]) -> None:
         """Lists the files of these rows. Raises `UserError` if all listed files exceed the fraction."""
@@ -47,7 +48,7 @@ class CorruptLog:
     def _add(self, file: str, why: str) -> None:
         self.why[file] = why
         if self.path is not None:
-            atomic.append_text(self.path, _format_line(file, why))
+            events.append_jsonl(self.path, {"file": file, "why": why})
         count = len(self.why)
         if count <= MAX_PRINTED or count % 100 == 0:
             where = f", listed in {self.path}" if self.path is not None else ""
@@ -65,20 +66,6 @@ class CorruptLog:
             f"{where}:\n{shown}\n"
             f"Repair or remove them{delete}; or raise data.max_corrupt_fraction."
         )
-
-
-def default_on_corrupt(source: Source) -> Callable[[Int[np.ndarray, " replaced"]], None]:
-    """Returns a function that warns of the first corrupt example."""
-    warned = False
-
-    def warn(rows: Int[np.ndarray, " replaced"]) -> None:
-        nonlocal warned
-        if not warned:
-            warned = True
-            name = source.display_name(int(rows[0]))
-            warnings.warn(f"{name} cannot be read and is replaced, as are others that cannot.", stacklevel=2)
-
-    return warn
 
 
 def _reason(source: Source, row: int) -> str:
@@ -109,20 +96,5 @@ def describe_lists(run: Path) -> str:
 
 def read_lists(run: Path) -> dict[str, str]:
     """Returns the reason by file of all lists of a run."""
-    return {file: why for path in find_lists(run) for file, why in _read(path).items()}
-
-
-def _read(path: Path) -> dict[str, str]:
-    return {record["file"]: record["why"] for record in events.read_jsonl(path) if {"file", "why"} <= set(record)}
-
-
-def _repair(path: Path) -> dict[str, str]:
-    """Returns the list's entries, and drops the lines that a crash corrupted from the file."""
-    entries = _read(path)
-    if path.exists() and path.read_text(errors="replace") != "".join(_format_line(*entry) for entry in entries.items()):
-        events.rewrite_jsonl(path, ({"file": file, "why": why} for file, why in entries.items()))
-    return entries
-
-
-def _format_line(file: str, why: str) -> str:
-    return json.dumps({"file": file, "why": why}) + "\n"
+    records = [record for path in find_lists(run) for record in events.read_jsonl(path)]
+    return {record["file"]: record["why"] for record in records if {"file", "why"} <= set(record)}

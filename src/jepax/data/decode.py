@@ -11,19 +11,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
-
-# Importing a plugin registers it. Otherwise Pillow does so at the first unusual file, in several threads at a time.
-from PIL import (
-    BmpImagePlugin,  # noqa: F401
-    GifImagePlugin,  # noqa: F401
-    Image,
-    ImageOps,
-    JpegImagePlugin,  # noqa: F401
-    PngImagePlugin,  # noqa: F401
-    TiffImagePlugin,  # noqa: F401
-    UnidentifiedImageError,
-    WebPImagePlugin,  # noqa: F401
-)
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jepax.data.sources import CorruptExampleError
 
@@ -35,6 +23,9 @@ MIN_SIDE = 2
 """Least side in pixels. A shorter one means a page's spacer, or a failed download."""
 MAX_FILE_BYTES = 2**30
 """Largest file that is read: twice an uncompressed 16-bit RGB image of as many pixels as Pillow allows."""
+
+# Registers every format now. Otherwise Pillow does so at the first unusual file, in several threads at a time.
+Image.init()
 
 # Some of ImageNet's photos have corrupt EXIF, which is then ignored. The warning names no file, and silencing it around
 # each call is not safe with threads.
@@ -93,7 +84,7 @@ def decode(data: bytes, channels: int, fit: tuple[int, int] | None = None) -> Pi
     pixels without a known range (32-bit, float); and, before anything is decoded, Pillow's DecompressionBombWarning or
     -Error for images over `PIL.Image.MAX_IMAGE_PIXELS`.
     """
-    image = _open_header(data)
+    image = open_header(data)
     pixels = _decode_jpeg_turbo(image, data, fit)
     if pixels is not None and pixels.shape[2] == channels:
         return pixels
@@ -117,19 +108,8 @@ def _to_pillow(pixels: Pixels) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
-def longer_side(data: bytes) -> int:
-    """Returns the longer side in pixels, by the header. Raises as `decode` does."""
-    return max(_open_header(data).size)
-
-
-def is_gray(data: bytes) -> bool:
-    """True if the image is gray, by its header. Raises as `decode` does."""
-    image = _open_header(data)
-    return image.mode in ("1", "L") or image.mode.startswith("I")
-
-
-def _open_header(data: bytes) -> Image.Image:
-    """Reads the header only, and checks the size by it."""
+def open_header(data: bytes) -> Image.Image:
+    """Reads the header only, and checks the size by it. Raises as `decode` does."""
     if not data:
         raise ValueError("it is empty")
     try:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 
@@ -16,7 +17,6 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int, Int32
 
-from jepax.data.corrupt import default_on_corrupt
 from jepax.data.sources import Batch, Source
 from jepax.types import UserError
 
@@ -49,16 +49,14 @@ def batches(
     A corrupt example is replaced (`Source.load_batch`), and `on_corrupt` is called with such rows before their batch
     is yielded: in the caller's thread, in the order of steps, every time. Without it a warning names the first one.
 
-    `workers` > 0 reads in that many processes, each with `threads` threads. Close the iterator (or exhaust it) to end
-    them. Raises `UserError` for inconsistent sizes, and what the source and `on_corrupt` raise.
+    `num_workers` > 0 reads in that many processes, each with `num_threads` threads. Close the iterator (or exhaust it)
+    to end them. Raises `UserError` for inconsistent sizes, and what the source and `on_corrupt` raise.
     """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch_size={batch_size} is not a positive multiple of the {process_count} processes.")
     local = batch_size // process_count
     read = partial(_read_step, source, seed, batch_size, process_index * local, local)
-    return _to_batches(
-        _prefetch(read, start, steps, num_threads, num_workers), on_corrupt or default_on_corrupt(source)
-    )
+    return _to_batches(_prefetch(read, start, steps, num_threads, num_workers), source, on_corrupt)
 
 
 def iter_once(
@@ -73,7 +71,7 @@ def iter_once(
         raise UserError(f"batch_size={batch_size} is below 1.")
     read = partial(_read_in_order, source, batch_size)
     reads = _prefetch(read, 0, -(-len(source) // batch_size), num_threads, num_workers)
-    for step, batch in enumerate(_to_batches(reads, on_corrupt or default_on_corrupt(source))):
+    for step, batch in enumerate(_to_batches(reads, source, on_corrupt)):
         yield batch, min(batch_size, len(source) - step * batch_size)
 
 
@@ -87,7 +85,6 @@ def _read_step(source: Source, seed: int, batch_size: int, offset: int, local: i
     for epoch in np.unique(epochs):
         here = epochs == epoch
         rows[here] = epoch_permutation(len(source), seed, int(epoch))[places[here]]
-
     batch, replaced = source.load_batch(rows, (positions % 2**31).astype(np.int32))
     return batch, rows[replaced].tolist()
 
@@ -115,11 +112,18 @@ def epoch_permutation(examples: int, seed: int, epoch: int) -> Int32[np.ndarray,
     return order
 
 
-def _to_batches(reads: Generator[Read, None, None], on_corrupt: OnCorrupt) -> Generator[Batch, None, None]:
+def _to_batches(
+    reads: Generator[Read, None, None], source: Source, on_corrupt: OnCorrupt | None
+) -> Generator[Batch, None, None]:
+    warned = False
     with contextlib.closing(reads):
         for batch, replaced in reads:
-            if replaced:
+            if replaced and on_corrupt is not None:
                 on_corrupt(np.array(replaced))
+            elif replaced and not warned:
+                warned = True
+                name = source.display_name(replaced[0])
+                warnings.warn(f"{name} cannot be read and is replaced, as are others that cannot.", stacklevel=2)
             # asarray: workers send a subclass, and the view keeps its shared memory alive.
             yield jax.tree.map(np.asarray, batch)
 
@@ -127,7 +131,7 @@ def _to_batches(reads: Generator[Read, None, None], on_corrupt: OnCorrupt) -> Ge
 def _prefetch(
     read: Callable[[int], Read], start: int, stop: int, num_threads: int, num_workers: int
 ) -> Generator[Read, None, None]:
-    """Yields read(start) .. read(stop - 1), computed ahead of use; at most `threads` + 1 are queued per process."""
+    """Yields read(start) .. read(stop - 1), computed ahead of use; at most `num_threads` + 1 are queued per process."""
     if start >= stop:
         return
     data = grain.MapDataset.range(start, stop).map(read)

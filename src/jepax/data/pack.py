@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -20,10 +20,10 @@ import simplejpeg
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from jepax.data import DataConfig
-from jepax.data.decode import decode_to_fit, is_gray, longer_side, read_file, wrap_decode_errors
-from jepax.data.sources import CorruptExampleError, image_folder
+from jepax.data.decode import decode_to_fit, open_header, read_file, wrap_decode_errors
+from jepax.data.sources import CorruptExampleError
+from jepax.data.sources.image_folder import ImageFolder, open_split
 from jepax.data.sources.packed import PACK_FILE, PACK_VERSION, read_names, read_pack_info, shard_filename
-from jepax.distributed import multihost
 from jepax.io import atomic, lock
 from jepax.types import UserError
 
@@ -37,16 +37,12 @@ MAX_SHOWN = 2
 
 @dataclass(frozen=True)
 class PackConfig:
-    """Settings of a pack."""
+    """Settings of a pack: `jepax pack --help` describes them."""
 
     canvas_size: int = 512
-    """Longest side in pixels; larger images are scaled down."""
     quality: int = 95
-    """Quality of the JPEGs of images that were scaled down; in [1, 100]."""
     images_per_shard: int = 4096
-    """Images in one file."""
-    num_threads: int = field(default_factory=multihost.cores)
-    """Files that are written simultaneously."""
+    num_threads: int = 1
 
 
 def pack(photos: Path, folder: Path, config: PackConfig, print: Callable[[str], None] = print) -> None:
@@ -56,10 +52,9 @@ def pack(photos: Path, folder: Path, config: PackConfig, print: Callable[[str], 
     if there are more of them than `data.max_corrupt_fraction` allows by default, if `folder` has other content, if a
     file cannot be opened, and as `image_folder` does.
     """
-    sources = {
-        part: image_folder.open_split(str(photos), split, 0.0, config.canvas_size, 3)
-        for part, split in (("train", "train"), ("val", "test"))
-    }
+    canvas = (config.canvas_size, config.canvas_size, 3)
+    sources = {"train": open_split(photos, "train", 0.0, canvas), "val": open_split(photos, "test", 0.0, canvas)}
+    files = {part: list(source.files) for part, source in sources.items()}
     settings = {
         "version": PACK_VERSION,
         "canvas": config.canvas_size,
@@ -67,19 +62,23 @@ def pack(photos: Path, folder: Path, config: PackConfig, print: Callable[[str], 
         "records": config.images_per_shard,
         "classes": list(sources["train"].class_names),
     }
+    for part, source in sources.items():
+        print(f"{part}: {source.describe()}")
     with lock.run_lock(folder):
         if (folder / PACK_FILE).exists():
-            if not _is_same(settings, read_pack_info(folder), sources, folder):
+            if not is_same(folder, settings, files):
                 raise UserError(f"{folder} holds another pack; choose another folder, or remove it")
             print(f"{folder} holds this pack already")
             return
-        start(folder, settings, sources)
+        check_folder(folder, settings | files)
         began = time.perf_counter()
         shards = {part: write_split(source, part, folder, config, print) for part, source in sources.items()}
         count = sum(map(len, sources.values()))
         check_corrupt_fraction(folder, shards, count)
 
         # The description makes it a pack; files for resuming are removed after it is written.
+        for part, names in files.items():
+            atomic.atomic_write(folder / f"{part}.json", json.dumps(names))
         atomic.atomic_write(folder / PACK_FILE, json.dumps(settings | {"shards": shards}, indent=1) + "\n")
         for path in (folder / STATE_FILE, *folder.glob("*.note")):
             path.unlink()
@@ -87,30 +86,26 @@ def pack(photos: Path, folder: Path, config: PackConfig, print: Callable[[str], 
         print(f"{folder}: {count:,} images, {size:.2f} GB, {time.perf_counter() - began:.0f} s")
 
 
-def start(folder: Path, settings: dict[str, Any], sources: dict[str, Any]) -> None:
-    """Writes a description of the pack into the folder. Raises `UserError` if the folder has other content."""
+def is_same(folder: Path, settings: dict[str, Any], files: dict[str, list[str]]) -> bool:
+    """True if the pack in the folder has these settings and files of these names."""
+    found = read_pack_info(folder) | {part: read_names(folder, part) for part in files}
+    return all(found.get(name) == value for name, value in (settings | files).items())
+
+
+def check_folder(folder: Path, description: dict[str, Any]) -> None:
+    """Notes in a new folder which pack is begun there. Raises `UserError` if it has another, or other content."""
     state = folder / STATE_FILE
-    if found := json.loads(state.read_text()) if state.exists() else None:
-        if not _is_same(settings, found, sources, folder):
+    if state.exists():
+        if json.loads(state.read_text()) != description:
             raise UserError(f"{folder} was begun with other settings or images; choose another folder, or remove it")
-        return
-    if found is None and (others := sorted(path.name for path in folder.iterdir() if path.name != lock.LOCK_FILE)):
+    elif others := sorted(path.name for path in folder.iterdir() if path.name != lock.LOCK_FILE):
         raise UserError(f"{folder} is not empty, it holds {others[0]}; choose another folder")
-    atomic.atomic_write(state, "{}")  # until the names are written
-    for part, source in sources.items():
-        atomic.atomic_write(folder / f"{part}.json", json.dumps(source.files))
-    atomic.atomic_write(state, json.dumps(settings))
-
-
-def _is_same(settings: dict[str, Any], found: dict[str, Any], sources: dict[str, Any], folder: Path) -> bool:
-    """True if a pack, finished or not, has these settings and files of these names."""
-    if {name: found.get(name) for name in settings} != settings:
-        return False
-    return all(read_names(folder, part) == list(source.files) for part, source in sources.items())
+    else:
+        atomic.atomic_write(state, json.dumps(description))
 
 
 def write_split(
-    source: image_folder.ImageFolder, part: str, folder: Path, config: PackConfig, print: Callable[[str], None]
+    source: ImageFolder, part: str, folder: Path, config: PackConfig, print: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Writes the missing shards of train or val, and returns the description of each."""
     firsts, stop = range(0, len(source), config.images_per_shard), Event()
@@ -132,9 +127,7 @@ def write_split(
             raise
 
 
-def write_shard(
-    source: image_folder.ImageFolder, rows: range, path: Path, config: PackConfig, stop: Event
-) -> dict[str, Any]:
+def write_shard(source: ImageFolder, rows: range, path: Path, config: PackConfig, stop: Event) -> dict[str, Any]:
     """Writes the records of these rows as one file, if it is missing, and returns its description."""
     note = path.with_suffix(".note")  # written after the file that it describes
     if note.exists():
@@ -157,8 +150,8 @@ def write_shard(
 
 
 def _write_records(
-    source: image_folder.ImageFolder, rows: range, path: Path, config: PackConfig, stop: Event
-) -> list[list[str]]:
+    source: ImageFolder, rows: range, path: Path, config: PackConfig, stop: Event
+) -> list[tuple[str, str]]:
     """Writes the records, and returns name and reason of the corrupt images, whose records are empty."""
     writer, corrupt = ArrayRecordWriter(str(path), WRITER_OPTIONS), []
     for row in rows:
@@ -169,7 +162,7 @@ def _write_records(
         except CorruptExampleError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
                 raise  # an error of the disk or of permissions, not of the image
-            corrupt.append([source.display_name(row), str(error.__cause__)])
+            corrupt.append((source.display_name(row), str(error.__cause__)))
             writer.write(b"")
     writer.close()
     return corrupt
@@ -179,12 +172,13 @@ def encode_record(path: Path, config: PackConfig) -> bytes:
     """Returns the image as it is packed. Raises `CorruptExampleError`."""
     with wrap_decode_errors(str(path)):
         data = read_file(path)
-        gray = is_gray(data)
+        header = open_header(data)
+        gray = header.mode in ("1", "L") or header.mode.startswith("I")
         small = decode_to_fit(data, config.canvas_size, config.canvas_size, 1 if gray else 3)
-        if longer_side(data) <= config.canvas_size:
+        if max(header.size) <= config.canvas_size:
             return data
-        pixels, (colors, subsampling) = np.ascontiguousarray(small), ("GRAY", "Gray") if gray else ("RGB", "444")
-        return simplejpeg.encode_jpeg(pixels, config.quality, colors, subsampling)
+        colors, subsampling = ("GRAY", "Gray") if gray else ("RGB", "444")
+        return simplejpeg.encode_jpeg(np.ascontiguousarray(small), config.quality, colors, subsampling)
 
 
 def check_corrupt_fraction(folder: Path, shards: dict[str, list[Any]], count: int) -> None:

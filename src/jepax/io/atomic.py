@@ -21,7 +21,7 @@ def atomic_write(path: Path, text: str) -> None:
     """Replace the file by this text. If that fails, the old file stays and nothing else is left."""
     part = path.with_name(f"{path.name}.part")
     try:
-        with with_path_in_error(path), part.open("w") as file:
+        with with_path_in_error(path), part.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -34,7 +34,7 @@ def atomic_write(path: Path, text: str) -> None:
 def append_text(path: Path, text: str) -> None:
     """Append the text to the file, which is created, with its folder, if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with with_path_in_error(path), path.open("a") as file:
+    with with_path_in_error(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
 
 

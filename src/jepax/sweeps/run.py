@@ -91,7 +91,7 @@ def write_results(sweep: Sweep, folder: Path) -> list[Path]:
     texts = {"grid.md": table.to_markdown(sweep, folder, results), "grid.csv": table.to_csv(results)}
     for name, text in texts.items():
         part = folder / f"{name}.{os.getpid()}.part"
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
         written.append(part.replace(folder / name))
     if results:
         written.append(figures.save_figure(plot_sweep(sweep.name, results), folder / "grid.png"))

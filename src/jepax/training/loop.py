@@ -1,6 +1,7 @@
 """The training loop: restore, then for each batch: step, inspect, log, evaluate, save. `step.py` has the step."""
 
 import math
+import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -38,15 +39,20 @@ from jepax.trees import all_finite
 
 
 def train(
-    config: Config, run_dir: Path, *, source: Source | None = None, allow_changes: Sequence[str] = ()
+    config: Config,
+    run_dir: Path,
+    *,
+    source: Source | None = None,
+    allow_changes: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> TrainState:
     """Train in the folder `run_dir`, or resume there, bit for bit as if nothing had interrupted the run.
 
     `source` replaces the training data that the config names; its batches may be any pytree that the method reads.
     `allow_changes` names settings, or groups of them, in which the config may differ from the folder's; "data" allows
-    other data. SIGTERM and SIGINT stop training after a step, which is saved: then it raises `Preempted`. Raises
-    `UserError` if another process uses the folder, if it contains another run, if no checkpoint in it is valid, if a
-    checkpoint cannot be written, and if training diverges.
+    other data. `notes` are printed when all checks have passed. SIGTERM and SIGINT stop training after a step, which is
+    saved: then it raises `Preempted`. Raises `UserError` if another process uses the folder, if it contains another
+    run, if no checkpoint in it is valid, if a checkpoint cannot be written, and if training diverges.
     """
     setup = make_setup(config, source)
     with ExitStack() as stack:
@@ -62,6 +68,9 @@ def train(
         # The newest valid checkpoint, or the initial state.
         state, start, metadata = restore(setup, run_dir)
         events = record_start(setup, run_dir, start)
+
+        if notes and multihost.is_main_process():
+            print(*notes, sep="\n", file=sys.stderr)
 
         # From here on a signal stops the loop after a step.
         stack.enter_context(preemption.defer())

@@ -44,6 +44,21 @@ def test_splits(root):
     assert (images.canvas[0, :8] == 100).all() and not images.canvas[0, 8:].any()
 
 
+def test_files_that_are_not_read_are_counted_by_reason(root):
+    for path in ("cat/a.heic", "Dog/deep/b.HEIC", "loose.png", "cat/LICENSE"):
+        (root / "train" / path).write_bytes(b"content")
+    expected = (
+        "2 .heic (not a format that is read), 1 .txt (not a format that is read), 1 hidden,"
+        " 1 outside of the class folders, 1 without an extension (not a format that is read)"
+    )
+    train, validation, test = (open_(root, split).describe() for split in ("train", "validation", "test"))
+    assert train == f"18 images of 2 classes; left out of train/: {expected}"
+    assert (validation, test) == ("2 images of 2 classes", "1 image of 2 classes")
+    for number in range(20):
+        (root / f"train/cat/frame.{number}").write_bytes(b"content")
+    assert open_(root, "train").describe().endswith(", 1 .11 (not a format that is read), 20 others")
+
+
 def test_listing_is_sorted(root):
     assert grays(open_(root, "train", val_fraction=0.0, channels=1)) == [*range(10, 20), *range(10)]
 

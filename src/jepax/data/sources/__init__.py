@@ -1,6 +1,7 @@
 """The contract of a data source, and of those that hold labeled images. One format, one file in this folder."""
 
 import abc
+import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,10 @@ class Source(abc.ABC):
         """Names an example for a person: its path below `data.root`, if it has one."""
         return f"row {row}"
 
+    def describe(self) -> str:
+        """Describes for a person how much is read, and what is left out."""
+        return f"{len(self):,} examples"
+
     def replacements(self, row: int) -> Sequence[int]:
         """Returns the rows, best first, that may replace a corrupt one: here the next ones."""
         return [(row + 1 + place) % len(self) for place in range(min(MAX_REPLACEMENTS, len(self) - 1))]
@@ -89,11 +94,9 @@ class Source(abc.ABC):
     def _load_replacement(self, row: int, corrupt: CorruptExampleError) -> Example:
         others = self.replacements(row)
         for other in others:
-            try:
-                return self.load(int(other))
-            except CorruptExampleError:
-                continue
-        tried = ", ".join(self.display_name(int(other)) for other in others) or "there is no other of its kind"
+            with contextlib.suppress(CorruptExampleError):
+                return self.load(other)
+        tried = ", ".join(map(self.display_name, others)) or "there is no other of its kind"
         raise CorruptExampleError(
             f"{str(corrupt).splitlines()[0]}\n"
             f"Nor could what was tried in its place: {tried}.\n"
@@ -124,6 +127,9 @@ class ImageSource(Source):
     def classes(self) -> int:
         return len(self.class_names)
 
+    def describe(self) -> str:
+        return f"{len(self):,} image{'s' * (len(self) != 1)} of {self.classes} class{'es' * (self.classes != 1)}"
+
     @abc.abstractmethod
     def load(self, row: int) -> ImageExample: ...
 
@@ -138,8 +144,9 @@ class ImageSource(Source):
         return ImageBatch(canvas, size, index, label)
 
     def replacements(self, row: int) -> Sequence[int]:
-        """Returns the next rows of the same class, so that labels stay right."""
-        return replacement_rows(self.labels, row).tolist()
+        """Returns the next rows of the same class, so that labels stay right; after the last comes the first."""
+        same = np.flatnonzero(self.labels == self.labels[row])
+        return np.roll(same, -int(np.searchsorted(same, row)))[1 : 1 + MAX_REPLACEMENTS].tolist()
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,13 +203,6 @@ class Subset(ImageSource):
 def short_hash(data: bytes | memoryview) -> str:
     """Returns the first 12 digits of the sha256: enough to distinguish data that nobody made collide."""
     return hashlib.sha256(data).hexdigest()[:12]
-
-
-def replacement_rows(labels: Int32[np.ndarray, " examples"], row: int) -> Int[np.ndarray, " others"]:
-    """Returns the next rows of the row's class, at most `REPLACEMENTS`; after the last row comes the first."""
-    same = np.flatnonzero(labels == labels[row])
-    place = int(np.searchsorted(same, row))
-    return np.roll(same, -place)[1 : 1 + MAX_REPLACEMENTS]
 
 
 def val_mask(labels: Int32[np.ndarray, " examples"], share: float) -> Bool[np.ndarray, " examples"]:

@@ -8,12 +8,10 @@ import gzip
 import hashlib
 import http.client
 import os
-import subprocess
 import sys
 import tempfile
 import urllib.request
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,22 +20,15 @@ from jepax.data.sources import ArraySource, SplitName, split_rows
 from jepax.types import UserError
 
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-FILE_SHA256 = {
-    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+FILES = {
+    "train-images-idx3-ubyte": (47_040_016, "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
+    "train-labels-idx1-ubyte": (60_008, "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
+    "t10k-images-idx3-ubyte": (7_840_016, "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
+    "t10k-labels-idx1-ubyte": (10_008, "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
 }
-"""sha256 of each idx file, decompressed: a file may be compressed in another way."""
-FILE_SIZES = {
-    "train-images-idx3-ubyte": 16 + 60_000 * 784,
-    "train-labels-idx1-ubyte": 8 + 60_000,
-    "t10k-images-idx3-ubyte": 16 + 10_000 * 784,
-    "t10k-labels-idx1-ubyte": 8 + 10_000,
-}
-"""Bytes of each idx file, decompressed: no more of a file is read."""
+"""Bytes and sha256 of each idx file, decompressed: a file may be compressed in another way."""
 SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")
-DEBIAN_PACKAGE = "dataset-fashion-mnist"
+"""Folder of Debian's package dataset-fashion-mnist."""
 URL = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
 TIMEOUT_S = 10
 
@@ -46,7 +37,7 @@ class ChecksumError(Exception):
     """A file whose content is not the published one."""
 
 
-def open_split(root: str | None, split: SplitName, validation: float, channels: int) -> ArraySource:
+def open_split(root: Path | None, split: SplitName, validation: float, channels: int) -> ArraySource:
     """Reads the split into memory (47 MB for train), gray or, with `channels=3`, the gray level three times.
 
     Raises `UserError` where `root` lacks the files or has others, or where nothing is found nor downloaded.
@@ -65,11 +56,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jepax" / "fashion-mnist"
 
 
-def _find_files(root: str | None, names: list[str]) -> list[bytes]:
+def _find_files(root: Path | None, names: list[str]) -> list[bytes]:
     """Returns the files' contents from the first place that has them all unharmed."""
     if root is not None:
         try:
-            return [_read_file(Path(root).expanduser(), name) for name in names]
+            return [_read_file(root, name) for name in names]
         except (OSError, ChecksumError) as error:
             raise UserError(
                 f"data.root={root}: {error}.\n"
@@ -92,18 +83,20 @@ def _read_file(folder: Path, name: str) -> bytes:
     path = next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{name}.gz is not in {folder}")
+    size, sha256 = FILES[name]
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         try:
-            content = (gzip.GzipFile(fileobj=file) if compressed else file).read(FILE_SIZES[name] + 1)
+            content = (gzip.GzipFile(fileobj=file) if compressed else file).read(
+                size + 1
+            )  # no more is read of any file
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ChecksumError(f"{path} is corrupt ({error})") from error
-    if len(content) > FILE_SIZES[name]:
-        raise ChecksumError(f"{path} is not the published {name} (longer than its {FILE_SIZES[name]} bytes)")
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != FILE_SHA256[name]:
-        raise ChecksumError(f"{path} is not the published {name} (sha256 {digest[:16]}, not {FILE_SHA256[name][:16]})")
+    if len(content) > size:
+        raise ChecksumError(f"{path} is not the published {name} (longer than its {size} bytes)")
+    if (digest := hashlib.sha256(content).hexdigest()) != sha256:
+        raise ChecksumError(f"{path} is not the published {name} (sha256 {digest[:16]}, not {sha256[:16]})")
     return content
 
 
@@ -112,49 +105,23 @@ def _print(text: str) -> None:
 
 
 def _download(cache: Path) -> None:
-    """Fills the cache from the first of `DOWNLOADS` that delivers all four files unharmed."""
+    """Fills the cache. Raises `UserError` where a file cannot be downloaded, or is not the published one."""
     cache.mkdir(parents=True, exist_ok=True)
-    tried = []
-    for origin, download in DOWNLOADS.items():
-        # In the cache's own file system: a rename, so that no reader sees half a file.
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as temporary:
-            try:
-                download(Path(temporary))
-                for name in FILE_SHA256:
-                    _read_file(Path(temporary), name)
-            except (OSError, http.client.HTTPException, ChecksumError, subprocess.SubprocessError) as error:
-                reason = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
-                tried.append(f"{origin}: {reason.splitlines()[-1]}")
-                continue
-            for name in FILE_SHA256:
-                (Path(temporary) / f"{name}.gz").replace(cache / f"{name}.gz")
-            return _print(f"downloaded from {origin} into {cache}.")
-    raise UserError(
-        f"data.dataset=fashion_mnist: its files are not in {SYSTEM_DIR} nor in {cache}, and downloading them failed:\n"
-        + "; ".join(tried)
-        + f".\nInstall the Debian package {DEBIAN_PACKAGE}, or put {', '.join(f'{name}.gz' for name in FILE_SHA256)} "
-        "in a folder and set data.root to it."
-    )
-
-
-def _from_github(folder: Path) -> None:
-    for name in FILE_SHA256:
-        with urllib.request.urlopen(f"{URL}{name}.gz", timeout=TIMEOUT_S) as answer:
-            (folder / f"{name}.gz").write_bytes(answer.read(FILE_SIZES[name]))  # a longer answer is another file
-
-
-def _from_debian(folder: Path) -> None:
-    """Downloads Debian's package and unpacks it here, with package lists of its own: no root, nothing installed."""
-    for part in ("lists/partial", "archives/partial"):
-        (folder / part).mkdir(parents=True)
-    options = [f"Dir::State::Lists={folder}/lists", f"Dir::Cache={folder}", f"Acquire::http::Timeout={TIMEOUT_S}"]
-    apt = ["apt-get", "-q", *(word for option in options for word in ("-o", option))]
-    for command in ([*apt, "update"], [*apt, "download", DEBIAN_PACKAGE], ["sh", "-c", "dpkg -x *.deb ."]):
-        env = {**os.environ, "LC_ALL": "C"}
-        subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True, timeout=300)
-    for file in (folder / SYSTEM_DIR.relative_to("/")).iterdir():
-        file.rename(folder / file.name)
-
-
-DOWNLOADS: dict[str, Callable[[Path], None]] = {"github.com": _from_github, "Debian's package": _from_debian}
-"""Each puts the four .gz files into a folder; tried in this order."""
+    # In the cache's own file system: each file is renamed, so that no reader sees half of it.
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as folder:
+        try:
+            for name, (size, _) in FILES.items():
+                path = Path(folder) / f"{name}.gz"
+                with urllib.request.urlopen(f"{URL}{path.name}", timeout=TIMEOUT_S) as answer:
+                    path.write_bytes(answer.read(size + 1000))  # a longer answer is another file
+                _read_file(path.parent, name)
+                path.replace(cache / path.name)
+        except (OSError, http.client.HTTPException, ChecksumError) as error:
+            reason = str(error).strip() or type(error).__name__
+            raise UserError(
+                f"data.dataset=fashion_mnist: its files are not in {SYSTEM_DIR} nor in {cache}, and downloading them"
+                f" failed:\n{URL}: {reason.splitlines()[-1]}.\n"
+                f"Install Debian's package dataset-fashion-mnist, or put {', '.join(f'{name}.gz' for name in FILES)} "
+                "in a folder and set data.root to it."
+            ) from error
+    _print(f"downloaded from {URL} into {cache}.")

@@ -1,6 +1,7 @@
 """A folder of photos in ImageNet's layout: train/CLASS/*.jpg and val/CLASS/*.jpg, of any size, shape and mode."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from jepax.data.decode import IMAGE_SUFFIXES, read_image
 from jepax.data.sources import ImageExample, ImageSource, SplitName, short_hash, split_rows
 from jepax.types import UserError
 
+MAX_REASONS = 5
+"""Number of reasons that a description shows for files that are left out."""
+
 
 @dataclass(frozen=True, eq=False)
 class ImageFolder(ImageSource):
@@ -20,9 +24,14 @@ class ImageFolder(ImageSource):
     files: tuple[str, ...]
     """CLASS/NAME.jpg, in the order of `labels`."""
     listing: dict[str, str]
+    left_out: str
+    """Numbers of the files below `folder` that are not read, by extension and reason: "12 .heic (...), 3 hidden"."""
 
     def load(self, row: int) -> ImageExample:
         return ImageExample(read_image(self.folder / self.files[row], self.canvas_shape), self.labels[row])
+
+    def describe(self) -> str:
+        return super().describe() + (f"; left out of {self.folder.name}/: {self.left_out}" if self.left_out else "")
 
     def display_name(self, row: int) -> str:
         return f"{self.folder.name}/{self.files[row]}"
@@ -37,7 +46,7 @@ class ImageFolder(ImageSource):
         return self.listing
 
 
-def open_split(root: str, split: SplitName, validation: float, canvas: int, channels: int) -> ImageFolder:
+def open_split(root: Path, split: SplitName, validation: float, canvas_shape: tuple[int, int, int]) -> ImageFolder:
     """Lists `root`/train (train and validation splits) or `root`/val (test); opens no image.
 
     Classes are the folders in train/, sorted by name; the order of files does not depend on the file system.
@@ -47,7 +56,8 @@ def open_split(root: str, split: SplitName, validation: float, canvas: int, chan
     folder = _split_folder(root, "val" if split == "test" else "train")
     if unknown := sorted(set(_class_names(folder)) - set(names)):
         raise UserError(f"data.root={root}: val/{unknown[0]} is no class of train/; rename one of the folders.")
-    found = {name: sorted(_walk_images(os.path.join(folder, name), name)) for name in names}
+    left_out = Counter({"outside of the class folders": sum(not entry.is_dir() for entry in os.scandir(folder))})
+    found = {name: sorted(_walk_images(os.path.join(folder, name), name, left_out)) for name in names}
     pool = [(file, label) for label, name in enumerate(names) for file in found[name]]
     if not pool:
         raise UserError(
@@ -57,11 +67,12 @@ def open_split(root: str, split: SplitName, validation: float, canvas: int, chan
     labels = np.array([label for _, label in pool], np.int32)
     rows = split_rows(split, labels, validation)
     files = tuple(pool[row][0] for row in rows)
-    return ImageFolder((canvas, canvas, channels), names, labels[rows], folder, files, describe_classes(found))
+    skipped = "" if split == "validation" else _describe_left_out(left_out)  # validation has the folder of train
+    return ImageFolder(canvas_shape, names, labels[rows], folder, files, describe_classes(found), skipped)
 
 
-def _split_folder(root: str, name: str) -> Path:
-    folder = Path(root).expanduser() / name
+def _split_folder(root: Path, name: str) -> Path:
+    folder = root / name
     if not folder.is_dir():
         raise UserError(
             f"data.root={root} has no folder {name}/.\n"
@@ -74,18 +85,28 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
 
 
-def _walk_images(folder: str, relative: str) -> Iterator[str]:
-    """Yields every image below the folder, nested folders included, without hidden ones, as paths from `relative`."""
+def _walk_images(folder: str, relative: str, left_out: Counter[str]) -> Iterator[str]:
+    """Yields every image below the folder, nested folders included, as paths from `relative`; counts all others."""
     if not os.path.isdir(folder):
         return
     for entry in os.scandir(folder):
         below = f"{relative}/{entry.name}"
+        suffix = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _walk_images(entry.path, below)
-        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+            left_out["hidden"] += 1
+        elif entry.is_dir():
+            yield from _walk_images(entry.path, below, left_out)
+        elif suffix in IMAGE_SUFFIXES:
             yield below
+        else:
+            left_out[f"{suffix or 'without an extension'} (not a format that is read)"] += 1
+
+
+def _describe_left_out(counts: Counter[str]) -> str:
+    order = sorted((-count, reason) for reason, count in counts.items() if count)
+    shown = [f"{-count:,} {reason}" for count, reason in order[:MAX_REASONS]]
+    others = -sum(count for count, _ in order[MAX_REASONS:])
+    return ", ".join([*shown, f"{others:,} others"] if others else shown)
 
 
 def describe_classes(files: dict[str, list[str]]) -> dict[str, str]:

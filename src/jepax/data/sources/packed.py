@@ -12,38 +12,22 @@ from grain.sources import ArrayRecordDataSource
 from jaxtyping import Int
 
 from jepax.data.decode import MAX_FILE_BYTES, decode_to_fit, wrap_decode_errors
-from jepax.data.sources import ImageExample, ImageSource, SplitName, short_hash, split_rows
-from jepax.data.sources.image_folder import describe_classes
+from jepax.data.sources import ImageExample, SplitName, short_hash, split_rows
+from jepax.data.sources.image_folder import ImageFolder, describe_classes
 from jepax.types import UserError
 
 PACK_FILE, PACK_VERSION = "pack.json", 1
 """Describes the pack; written when everything else is there."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One ArrayRecord file and its number of records, in the form that its reader expects."""
-
-    filename: str
-    take: int
-    skip: int = 0
-
-    @property
-    def examples_in_shard(self) -> int:
-        return self.take
-
-
 @dataclass(frozen=True, eq=False)
-class ArrayRecordSource(ImageSource):
-    """Records of the shards in `folder`, decoded when they are asked for."""
+class Packed(ImageFolder):
+    """The files of an image folder as records of a few large files; its fingerprint has a digest of these, too."""
 
-    folder: Path
-    files: tuple[str, ...]
-    """CLASS/NAME.jpg, in the order of `labels`."""
-    shards: tuple[Shard, ...]
+    shards: tuple[str, ...]
+    """Path and records, PATH[0:4096], of each large file: in this form its reader opens none before it is needed."""
     records: Int[np.ndarray, " examples"]
     """Number of each row's record, counted over all shards."""
-    description: dict[str, str]
 
     @cached_property
     def reader(self) -> ArrayRecordDataSource:
@@ -60,44 +44,35 @@ class ArrayRecordSource(ImageSource):
                 raise ValueError(f"its {len(data)} bytes are over the limit of {MAX_FILE_BYTES}")
             return ImageExample(decode_to_fit(data, *self.canvas_shape), self.labels[row])
 
-    def display_name(self, row: int) -> str:
-        return f"{self.folder.name}/{self.files[row]}"
 
-    @property
-    def fingerprint(self) -> dict[str, str]:
-        """That of the folder that was packed, and a digest of the shards."""
-        return self.description
-
-
-def open_split(root: str, split: SplitName, validation: float, canvas: int, channels: int) -> ArrayRecordSource:
+def open_split(root: Path, split: SplitName, validation: float, canvas_shape: tuple[int, int, int]) -> Packed:
     """Opens one split of a pack; the held-out images are those of the folder that was packed.
 
     Raises `UserError` where this is no complete pack, or was packed for a smaller canvas.
     """
-    folder = Path(root).expanduser()
-    pack = read_pack_info(folder)
-    if canvas > pack["canvas"]:
+    pack, part = read_pack_info(root), "val" if split == "test" else "train"
+    if canvas_shape[0] > pack["canvas"]:
         raise UserError(
-            f"data.root={root} was packed for data.canvas_size={pack['canvas']}, and {canvas} asks for more;\n"
+            f"data.root={root} was packed for data.canvas_size={pack['canvas']}, and {canvas_shape[0]} asks for more;\n"
             "lower data.canvas_size, or pack the folder again with --canvas-size"
         )
-    part = "val" if split == "test" else "train"
-    names, files = tuple(pack["classes"]), read_names(folder, part)
+    names, files, shards = tuple(pack["classes"]), read_names(root, part), pack["shards"][part]
     numbers = {name: label for label, name in enumerate(names)}
     labels = np.array([numbers.get(file.split("/")[0], -1) for file in files], np.int32)
-    shards = list_shards(folder, part, pack)
-    if (labels < 0).any() or sum(shard.take for shard in shards) != len(files):
-        raise UserError(f"{folder / part}.json does not name the images of this pack; copy the pack again")
+    paths = list_shards(root, part, shards)
+    if (labels < 0).any() or sum(shard["records"] for shard in shards) != len(files):
+        raise UserError(f"{root / part}.json does not name the images of this pack; copy the pack again")
     rows = split_rows(split, labels, validation)
-    return ArrayRecordSource(
-        (canvas, canvas, channels),
+    return Packed(
+        canvas_shape,
         names,
         labels[rows],
-        folder / part,
-        tuple(files[row] for row in rows),
-        shards,
-        rows,
-        _describe(files, names, pack["shards"][part]),
+        folder=root / part,
+        files=tuple(files[row] for row in rows),
+        listing=_describe(files, names, shards),
+        left_out="",  # `jepax pack` printed it
+        shards=paths,
+        records=rows,
     )
 
 
@@ -138,17 +113,17 @@ def shard_filename(part: str, number: int) -> str:
     return f"{part}-{number:05d}.array_record"
 
 
-def list_shards(folder: Path, part: str, pack: dict[str, Any]) -> tuple[Shard, ...]:
+def list_shards(folder: Path, part: str, shards: list[dict[str, Any]]) -> tuple[str, ...]:
     """Finds the shards of train or val. Raises `UserError` where one is missing or its size has changed."""
-    found = []
-    for number, record in enumerate(pack["shards"][part]):
+    paths = []
+    for number, shard in enumerate(shards):
         path = folder / shard_filename(part, number)
         size = path.stat().st_size if path.is_file() else None
-        if size != record["bytes"]:
-            has = "is missing" if size is None else f"has {size} bytes instead of {record['bytes']}"
+        if size != shard["bytes"]:
+            has = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
             raise UserError(f"{path} {has}; copy the pack again, or pack the folder again")
-        found.append(Shard(str(path), record["records"]))
-    return tuple(found)
+        paths.append(f"{path}[0:{shard['records']}]")
+    return tuple(paths)
 
 
 def _describe(files: list[str], classes: tuple[str, ...], shards: list[dict[str, Any]]) -> dict[str, str]:

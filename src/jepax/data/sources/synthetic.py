@@ -26,7 +26,8 @@ class Synthetic(ImageSource):
 
     def load(self, row: int) -> ImageExample:
         generator = np.random.default_rng([self.seed, self.pool, int(self.members[row])])
-        height, width = self._draw_size(generator)
+        canvas = np.array(self.canvas_shape[:2])
+        height, width = generator.integers((canvas + 1) // 2, canvas + 1) if self.varied else canvas
         image = draw_shape(generator, int(self.labels[row]), height, width, self.canvas_shape[2])
         return ImageExample(image, self.labels[row])
 
@@ -36,10 +37,6 @@ class Synthetic(ImageSource):
         shape = " x ".join(map(str, self.canvas_shape))
         sizes = "varied sizes" if self.varied else "one size"
         return {"generated shapes": f"{self.images} of {shape}, {sizes}, pool {self.pool}, seed {self.seed}"}
-
-    def _draw_size(self, generator: np.random.Generator) -> Int[np.ndarray, "2"]:
-        canvas = np.array(self.canvas_shape[:2])
-        return generator.integers((canvas + 1) // 2, canvas + 1) if self.varied else canvas
 
 
 def open_split(
