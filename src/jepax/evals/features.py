@@ -18,6 +18,8 @@ CHUNK = 2048
 SplitLayers = Float[np.ndarray, "layers n dim"]
 """Features of every example of a split, float32 on the host."""
 Labels = Int[np.ndarray, "n"]
+Batches = Iterable[tuple[ImageBatch, int]]
+"""Pairs of a batch and the number of its valid examples; the rest, at the end of the batch, is padding."""
 T = TypeVar("T")
 
 
@@ -58,14 +60,13 @@ class Features:
 
 def extract_features(
     embed: Callable[[ImageBatch], LayerFeatures],
-    batches: Iterable[tuple[ImageBatch, int]],
+    batches: Batches,
     labels: Labels,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Features:
     """Embeds every example of a pass into one array. Memory use is that array and the batches in flight.
 
     - `embed`: returns the features of a batch. It does not see the labels.
-    - `batches`: pairs of a batch and the number of its valid examples; the rest, at the end of the batch, is padding.
     - `labels`: of every example, in the order of the pass.
     - `on_batch`: called after each batch with the number of examples done.
 
