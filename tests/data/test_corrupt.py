@@ -14,8 +14,8 @@ from jepax.data import CorruptLog, DataConfig, batches, iter_once, open_source
 from jepax.data.decode import CorruptExampleError
 from jepax.data.loader import epoch_permutation
 from jepax.data.sources import MAX_REPLACEMENTS, ArraySource, Subset, synthetic
-from jepax.evals.baselines import PixelFeatures
 from jepax.evals.eval_dataset import EvalDataset, without_labels
+from jepax.evals.feature_extractor import PixelFeatures
 from jepax.evals.progress import SILENT, Progress
 from jepax.io import config_yaml as configs
 from jepax.types import UserError

@@ -10,8 +10,8 @@ import pytest
 from scipy.special import erf, softmax
 
 from jepax.evals.attentive import AttentiveConfig, AttentiveHead, attentive, choose_num_heads, make_task
-from jepax.evals.baselines import PixelFeatures
 from jepax.evals.eval_dataset import EvalDataset, without_labels
+from jepax.evals.feature_extractor import PixelFeatures
 from jepax.evals.head_training import init_state, loader_seed, train_on_images, train_step
 from jepax.evals.scoring import ProtocolData, top1_accuracy
 from jepax.types import UserError

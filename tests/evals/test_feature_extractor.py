@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from skimage.transform import resize
 
-from jepax.evals.feature_extractor import ViTFeatures, select_encoder
+from jepax.evals.feature_extractor import PixelFeatures, ViTFeatures, downscale, select_encoder
 from jepax.nn import ViT, ViTConfig
-from jepax.types import UserError
+from jepax.types import ImageBatch, UserError
 from jepax.views import CropConfig
 from tests.contracts.shrink import shrunk
 
@@ -50,3 +51,35 @@ def test_tokens_are_the_last_layers_and_pooling_reads_four_layers():
     np.testing.assert_array_equal(tokens, encoder(view))
     np.testing.assert_allclose(pooled[-1], jnp.mean(tokens, 1), atol=1e-6)
     np.testing.assert_allclose(pooled, encoder.intermediate_layers(view, 4).mean(2), atol=1e-6)
+
+
+PLAIN = CropConfig(size=(28, 28), mean=(0.0,), std=(1.0,), eval_resize_ratio=1.0)
+
+
+def test_small_views_are_only_flattened():
+    canvas = np.arange(3 * 28 * 28, dtype=np.uint32).astype(np.uint8).reshape(3, 28, 28, 1)
+    images = ImageBatch(canvas, np.full((3, 2), 28, np.int32), np.arange(3, dtype=np.int32))
+    row = PixelFeatures(PLAIN, 7)
+    features = row(images)
+    assert features.shape == (1, 3, 784)
+    np.testing.assert_allclose(features[0], canvas.reshape(3, -1) / 255, atol=1e-6)
+    tokens = row.tokens(jnp.asarray(canvas, jnp.float32))
+    assert tokens.shape == (3, 16, 49)
+    np.testing.assert_array_equal(tokens[1, 5], canvas[1, 7:14, 7:14].reshape(-1))
+
+
+@pytest.mark.parametrize(("shape", "expected"), [((224, 224), (32, 32)), ((64, 33), (32, 16)), ((300, 4), (32, 1))])
+def test_large_views_are_scaled_down(shape, expected):
+    out = downscale(jnp.ones((2, *shape, 3)))
+    assert out.shape == (2, *expected, 3)
+    np.testing.assert_allclose(out, 1.0, rtol=1e-5)
+
+
+def test_scaling_down_is_antialiased():
+    row, column = np.mgrid[:96, :96]
+    stripes = ((row + column) % 2).astype(np.float32)
+    smooth = np.sin(row / 20) * np.cos(column / 15)
+    picture = (stripes + smooth).astype(np.float32)
+    out = downscale(jnp.asarray(picture)[None, :, :, None])[0, :, :, 0]
+    expected = resize(smooth + 0.5, (32, 32), order=1, anti_aliasing=True)
+    np.testing.assert_allclose(out[1:-1, 1:-1], expected[1:-1, 1:-1], atol=0.07)

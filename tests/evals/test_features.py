@@ -45,17 +45,6 @@ def test_every_example_once_and_in_order():
     assert seen == [4, 8, 10]
 
 
-def test_one_compilation_for_a_whole_sweep():
-    traces = []
-
-    def embed(images):
-        traces.append(1)
-        return Embed()(images)
-
-    extract_features(embed, batches(count=11), np.zeros(11, np.int32))
-    assert len(traces) == 1
-
-
 def test_memory_holds_the_features_and_a_few_batches():
     """Peak of what Python and NumPy allocate: the features themselves, and no second copy of them."""
     count, width = 20_000, 64

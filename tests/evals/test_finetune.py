@@ -8,9 +8,8 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax.evals.augmentation import augmented
-from jepax.evals.baselines import PixelFeatures
 from jepax.evals.eval_dataset import EvalDataset, without_labels
+from jepax.evals.feature_extractor import PixelFeatures, augmented
 from jepax.evals.finetune import FinetuneConfig, finetune, make_task
 from jepax.evals.head_training import init_state, train_on_images, train_step
 from jepax.evals.scoring import ProtocolData, top1_accuracy

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from jepax.evals import augmentation, scoring
-from jepax.evals.attentive import AttentiveConfig
-from jepax.evals.augmentation import augmented, train_view
+from jepax.evals import attentive, scoring
+from jepax.evals.attentive import AttentiveConfig, AttentiveTask
 from jepax.evals.checks import check_predictions
+from jepax.evals.feature_extractor import augmented
 from jepax.evals.finetune import FinetuneConfig
 from jepax.evals.head_training import (
     HeadHparams,
@@ -61,11 +61,11 @@ def test_a_crop_follows_from_key_and_place_alone():
 def test_the_training_view_is_the_center_view_or_a_crop(monkeypatch):
     images, key, calls = batch(), jr.key(0), []
     center = center_crop(images, CROP)
-    monkeypatch.setattr(augmentation, "augmented", lambda *given: calls.append(given) or center + 1)
-    np.testing.assert_array_equal(train_view("center", images, key, CROP), center)
-    assert calls == []
-    np.testing.assert_array_equal(train_view("augmented", images, key, CROP), center + 1)
-    assert calls == [(images, key, CROP)]
+    monkeypatch.setattr(attentive, "augmented", lambda *given: calls.append(given) or center + 1)
+    for views, view, expected in (("center", center, []), ("augmented", center + 1, [(images, key, CROP)])):
+        task = AttentiveTask(ONE, row(), STEPS, CLASSES, views, CROP)
+        np.testing.assert_array_equal(task.inputs(images, key), row().tokens(view))
+        assert calls == expected
 
 
 class Means(eqx.Module):

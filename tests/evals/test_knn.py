@@ -65,7 +65,7 @@ def test_one_search_per_query_serves_every_setting(monkeypatch):
     monkeypatch.setattr(module, "_nearest_neighbors", lambda *given: calls.append(given) or nearest(*given))
     train, validation, _ = clusters()
     run(knn, train, validation, 7, KnnConfig((1, 5, 20), query_chunk=64), key=KEY)
-    assert len(calls) == 4 and {(id(c[0]), c[2].shape, c[3]) for c in calls} == {(id(calls[0][0]), (64, 16), 20)}
+    assert len(calls) == 4 and {(id(c[0]), c[2].shape, c[4]) for c in calls} == {(id(calls[0][0]), (64, 16), 20)}
 
 
 def test_equally_near_neighbours_go_by_number():

@@ -11,13 +11,12 @@ from rich.console import Console
 
 from jepax.data.sources import ArraySource
 from jepax.evals import report
-from jepax.evals.baselines import PixelFeatures
-from jepax.evals.feature_extractor import ViTFeatures
+from jepax.evals.feature_extractor import PixelFeatures, ViTFeatures
 from jepax.evals.knn import KnnConfig
 from jepax.evals.linear import LinearConfig
 from jepax.evals.progress import Progress
 from jepax.evals.protocols import PROTOCOLS, EvalConfig
-from jepax.evals.report import aggregate_runs, controls_table, evaluate, results_table, write_report
+from jepax.evals.report import Evaluation, aggregate_runs, controls_table, evaluate, results_table, write_report
 from jepax.evals.scoring import FittedProbe
 from jepax.nn import ViT, ViTConfig
 from jepax.types import UserError
@@ -190,6 +189,28 @@ def test_the_tables_show_every_row_and_what_stands_beside(evaluation):
     assert f"{found['knn']['top1']:.2f} ({low:.1f}-{high:.1f})" in text
     assert found["linear"]["variant"] in text
     assert f"{found['linear']['controls']['last, expanded']['top1']:.2f}" in text
+
+
+def majority(train, test, classes):
+    def labeled(labels):
+        labels = np.asarray(labels, np.int32)
+        return ArraySource(
+            (1, 1, 1), tuple(map(str, range(classes))), labels, np.zeros((len(labels), 1, 1, 1), np.uint8)
+        )
+
+    return Evaluation({"train": labeled(train), "test": labeled(test)}, CONFIG, jr.key(0)).majority()
+
+
+def test_majority_is_chosen_on_train_and_read_on_test():
+    result = majority(np.repeat(np.arange(7), [1, 9, 2, 8, 3, 7, 4]), [1, 1, 3, 0, 2, 4, 5, 6], 7)
+    assert result["top1"] == 25.0
+    assert result["top5"] == 100 * 6 / 8  # classes 1, 3, 5, 6, 4
+
+
+def test_equally_frequent_classes_go_by_number():
+    result = majority([2, 2, 1, 1, 0], [1, 1, 2], 3)
+    assert result["top1"] == pytest.approx(100 * 2 / 3)
+    assert result["top5"] == 100.0
 
 
 def test_bad_labels_are_refused_before_anything_is_embedded(rows, sources):

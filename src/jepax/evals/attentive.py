@@ -16,9 +16,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jepax.evals.augmentation import TrainViews, train_view
 from jepax.evals.checks import check_predictions, check_training
-from jepax.evals.feature_extractor import FeatureExtractor
+from jepax.evals.feature_extractor import FeatureExtractor, TrainViews, augmented
 from jepax.evals.head_training import HeadHparams, HeadTask, TrainSchedule, train_on_images, warmup_schedule
 from jepax.evals.scoring import FittedProbe, ProtocolData, best_trial, predict, top1_accuracy
 from jepax.nn.transformer import MLP, LayerNorm, Linear, init_weight, normalize
@@ -136,7 +135,8 @@ class AttentiveTask(HeadTask):
 
     def inputs(self, batch: ImageBatch, key: PRNGKeyArray) -> Float[Array, "batch patches dim"]:
         """Tokens of the training views, computed once for all heads."""
-        return self.extractor.tokens(train_view(self.views, batch, key, self.crop))
+        center = self.views == "center"
+        return self.extractor.tokens(center_crop(batch, self.crop) if center else augmented(batch, key, self.crop))
 
     def losses(
         self, params: AttentiveHead, inputs: Float[Array, "batch patches dim"], labels: Int[Array, "batch"]

@@ -1,7 +1,7 @@
 """Checks of settings, labels and predictions. Their errors name the field or the split, the value and a fix."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
@@ -21,18 +21,7 @@ def field_check(prefix: str, config: Any) -> Check:
     return check
 
 
-@runtime_checkable
-class HeadTrainingConfig(Protocol):
-    """The fields that the settings of every training protocol have."""
-
-    epochs: int
-    batch_size: int
-    learning_rates: tuple[float, ...]
-    crop_scale: tuple[float, float]
-    hflip_prob: float
-
-
-def check_training(protocol: str, config: HeadTrainingConfig) -> Check:
+def check_training(protocol: str, config: Any) -> Check:
     """Checks the fields that training protocols share, and returns the check for the protocol's own fields."""
     check, rates, scale = field_check(protocol, config), config.learning_rates, config.crop_scale
     check("epochs", config.epochs >= 1, "at least 1 pass over the training split")

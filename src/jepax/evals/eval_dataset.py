@@ -64,14 +64,13 @@ class EvalDataset:
         source: Source,
         batch_size: int,
         *,
-        num_threads: int = 2,
-        num_workers: int = 0,
         name: str = "features",
         progress: Progress = SILENT,
+        **loading: int,
     ):
+        """`loading`: `num_threads` and `num_workers` that read images, as in `jepax.data.batches`."""
         self.extractor, self.source, self.batch_size = extractor, source, batch_size
-        self.name, self.progress = name, progress
-        self.loading = {"num_threads": num_threads, "num_workers": num_workers}
+        self.name, self.progress, self.loading = name, progress, loading
         self.digests: UInt64[np.ndarray, "seen"] = np.empty(0, np.uint64)
         """Hashes of the images, filled when their features are computed: they find duplicates across splits."""
         self.corrupt_rows: set[int] = set()
@@ -132,17 +131,13 @@ def count_duplicates(datasets: dict[str, EvalDataset]) -> dict[str, int]:
 
     Datasets whose features were not computed are read once to hash their images.
     """
-    digests = {name: data.digests if len(data.digests) else _read_digests(data) for name, data in datasets.items()}
-    pairs = itertools.combinations(digests, 2)
-    return {f"{one}/{two}": int(np.isin(digests[two], digests[one]).sum()) for one, two in pairs}
-
-
-def _read_digests(dataset: EvalDataset) -> UInt64[np.ndarray, "n"]:
-    with dataset.progress.bar("looking for images that are in two splits", len(dataset)) as update:
-        count = 0
-        for _, valid in dataset._hashed_images():
-            update(count := count + valid)
-    return dataset.digests
+    for data in datasets.values():
+        if not len(data.digests):
+            with data.progress.bar("looking for images that are in two splits", len(data)) as update:
+                for number, _ in enumerate(data._hashed_images(), 1):
+                    update(min(number * data.batch_size, len(data)))
+    pairs = itertools.combinations(datasets.items(), 2)
+    return {f"{one}/{two}": int(np.isin(b.digests, a.digests).sum()) for (one, a), (two, b) in pairs}
 
 
 def digest(images: ImageBatch) -> UInt64[np.ndarray, "batch"]:

@@ -1,10 +1,10 @@
-"""Frozen features: runs an extractor over a split once, as a stream, and keeps the result on the host."""
+"""Frozen features: embeds a split once, as a stream, and keeps the result on the host."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
-import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import PyTree
@@ -15,6 +15,12 @@ from jepax.types import Array, Float, ImageBatch, Int, UserError
 
 CHUNK = 2048
 """Examples of cached features that are processed at a time. It limits memory and does not change results."""
+SplitLayers = Float[np.ndarray, "layers n dim"]
+"""Features of every example of a split, float32 on the host."""
+Labels = Int[np.ndarray, "n"]
+Batches = Iterable[tuple[ImageBatch, int]]
+"""Pairs of a batch and the number of its valid examples; the rest, at the end of the batch, is padding."""
+T = TypeVar("T")
 
 
 class NonFiniteFeaturesError(UserError):
@@ -28,8 +34,8 @@ class Features:
     **Raises** `NonFiniteFeaturesError` if a value is not finite: any accuracy on such features is meaningless.
     """
 
-    layers: Float[np.ndarray, "layers n dim"]
-    labels: Int[np.ndarray, "n"]
+    layers: SplitLayers
+    labels: Labels
 
     def __post_init__(self):
         if not all(np.isfinite(part).all() for layer in self.layers for part in np.array_split(layer, 16)):
@@ -54,35 +60,46 @@ class Features:
 
 def extract_features(
     embed: Callable[[ImageBatch], LayerFeatures],
-    batches: Iterable[tuple[ImageBatch, int]],
-    labels: Int[np.ndarray, "n"],
+    batches: Batches,
+    labels: Labels,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Features:
     """Embeds every example of a pass into one array. Memory use is that array and the batches in flight.
 
-    - `embed`: compiled once, since batches share one shape. Pass an Equinox module or `eqx.Partial`: the arrays of a
-      plain closure would be compiled in as constants. It does not see the labels.
-    - `batches`: pairs of a batch and the number of its valid examples; the rest, at the end of the batch, is padding.
+    - `embed`: returns the features of a batch. It does not see the labels.
     - `labels`: of every example, in the order of the pass.
     - `on_batch`: called after each batch with the number of examples done.
 
     **Raises** `UserError` if there is no batch.
     """
-    run, features, pending, done = eqx.filter_jit(embed), None, None, 0
-    for images, valid in batches:
-        output = run(shard_if_possible(replace(images, label=None)))
+    features, done = None, 0
+    for output, valid in run_batches(embed, batches):
         if features is None:
-            layers, _, dim = output.shape
-            features = empty_aligned((layers, len(labels), dim))
-        # Copy one batch late: the device computes the next batch while the host copies this one.
-        if pending is not None:
-            _store(features, *pending)
-        pending, done = (output, slice(done, done + valid)), done + valid
+            features = empty_aligned((output.shape[0], len(labels), output.shape[2]))
+        features[:, done : done + valid] = np.asarray(output)[:, :valid]
+        done += valid
         on_batch(done)
-    if pending is None:
-        raise UserError("no batches to extract features from: the split is empty; choose another split or source")
-    _store(features, *pending)
     return Features(features[:, :done], np.asarray(labels, np.int32)[:done])
+
+
+def run_batches(
+    function: Callable[[ImageBatch], T], batches: Iterable[tuple[ImageBatch, int]]
+) -> Iterator[tuple[T, int]]:
+    """Yields the function's value of each batch without its labels, and the number of valid examples.
+
+    One batch late: the device computes the next batch while the host reads this one's result.
+
+    **Raises** `UserError` if there is no batch.
+    """
+    pending = None
+    for images, valid in batches:
+        output = function(shard_if_possible(replace(images, label=None))), valid
+        if pending is not None:
+            yield pending
+        pending = output
+    if pending is None:
+        raise UserError("no batches: the split is empty; choose another split or source")
+    yield pending
 
 
 def empty_aligned(shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
@@ -93,24 +110,21 @@ def empty_aligned(shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
     return memory[start : start + size].view(np.float32).reshape(shape)
 
 
-def _store(features: Float[np.ndarray, "layers n dim"], output: LayerFeatures, rows: slice) -> None:
-    features[:, rows] = np.asarray(output, dtype=np.float32)[:, : rows.stop - rows.start]
-
-
-def chunks(layers: Float[np.ndarray, "layers n dim"]) -> Iterator[tuple[Float[np.ndarray, "layers chunk dim"], int]]:
-    """Yields chunks of one size, so that one program serves them, each with its number of valid rows.
+def chunks(layers: SplitLayers) -> Iterator[tuple[Float[np.ndarray, "layers chunk dim"], slice]]:
+    """Yields chunks of one size, so that one program serves them, each with its rows of the array.
 
     The last one is padded with zeros.
     """
     for start in range(0, layers.shape[1], CHUNK):
         part = layers[:, start : start + CHUNK]
-        yield np.pad(part, ((0, 0), (0, CHUNK - part.shape[1]), (0, 0))), part.shape[1]
+        padding = CHUNK - part.shape[1]
+        yield np.pad(part, ((0, 0), (0, padding), (0, 0))), slice(start, start + part.shape[1])
 
 
-def map_chunks(function: Callable[[LayerFeatures], PyTree], layers: Float[np.ndarray, "layers n dim"]) -> PyTree:
+def map_chunks(function: Callable[[LayerFeatures], PyTree], layers: SplitLayers) -> PyTree:
     """Applies a function of a batch of features to all examples. Returns NumPy arrays with a leading axis of n."""
     outputs = [
-        jax.tree.map(lambda array, valid=valid: np.asarray(array)[:valid], function(part))
-        for part, valid in chunks(layers)
+        jax.tree.map(lambda array, valid=rows.stop - rows.start: np.asarray(array)[:valid], function(part))
+        for part, rows in chunks(layers)
     ]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)

@@ -14,9 +14,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jepax.evals.augmentation import augmented
 from jepax.evals.checks import check_predictions, check_training
-from jepax.evals.feature_extractor import View, ViTFeatures
+from jepax.evals.feature_extractor import View, ViTFeatures, augmented
 from jepax.evals.head_training import HeadHparams, HeadTask, TrainSchedule, train_on_images, warmup_schedule
 from jepax.evals.scoring import FittedProbe, ProtocolData, best_trial, predict, top1_accuracy
 from jepax.nn import ViT

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from jepax import schedules
 from jepax.distributed.compile_cache import COMPILER_OPTIONS
 from jepax.distributed.sharding import shard_if_possible
+from jepax.evals.programs import eval_jit
 from jepax.evals.scoring import ProtocolData
 from jepax.optim import weight_decay_mask
 from jepax.types import AnyArray
@@ -112,7 +113,7 @@ def _per_head(function: Callable, hparams: HeadHparams) -> Callable:
     return jax.vmap(function) if jnp.ndim(hparams.learning_rate) else function
 
 
-@jax.jit
+@eval_jit
 def init_state(task: HeadTask, key: PRNGKeyArray) -> HeadsState:
     params = task.init(key)
     init = _per_head(lambda head, hparams: make_optimizer(task.schedule, hparams).init(head), task.hparams)
@@ -143,20 +144,24 @@ def _step(
 train_step = jax.jit(_step, donate_argnames=("state",), compiler_options=COMPILER_OPTIONS)
 
 
-@partial(jax.jit, donate_argnames=("state",))
+@partial(eval_jit, donate_argnames=("state",))
 def train_cached_epoch(
     state: HeadsState,
     task: HeadTask,
-    features: Float[Array, "layers n dim"],
+    features: PyTree,
     labels: Int[AnyArray, "n"],
     key: PRNGKeyArray,
 ) -> HeadsState:
-    """One pass over cached features, in the key's order. The examples of the last, incomplete batch are left out."""
+    """One pass over cached features, in the key's order. The examples of the last, incomplete batch are left out.
+
+    - `features`: arrays (..., n, dim).
+    """
     steps, size = task.schedule.steps_per_epoch, task.schedule.batch_size
     order = jr.permutation(key, len(labels))[: steps * size]
 
     def step(state: HeadsState, rows: Int[Array, "batch"]) -> tuple[HeadsState, None]:
-        return _step(state, task, features[:, rows], labels[rows], key)[0], None
+        batch = jax.tree.map(lambda x: x[..., rows, :], features)
+        return _step(state, task, batch, labels[rows], key)[0], None
 
     return jax.lax.scan(step, state, order.reshape(steps, size))[0]
 

@@ -12,6 +12,7 @@ from jax import lax
 
 from jepax.evals.checks import field_check
 from jepax.evals.eval_dataset import EvalDataset
+from jepax.evals.programs import eval_jit
 from jepax.evals.scoring import FittedProbe, ProtocolData, TopKPredictions, best_trial, topk
 from jepax.types import AnyArray, Array, Float, Int, UserError
 
@@ -36,17 +37,15 @@ class KnnConfig:
 
 @dataclass(frozen=True, eq=False)
 class KnnIndex:
-    """The training examples on the device."""
+    """The training examples: features on the device, labels on the host, where votes are counted."""
 
     features: Float[Array, "keys dim"]
-    norms: Float[Array, "keys"]
+    norms: Float[np.ndarray, "keys"]
     labels: Int[np.ndarray, "keys"]
-    """Labels, on the host, where votes are counted."""
 
     @classmethod
-    def build(cls, features: Float[AnyArray, "keys dim"], labels: Int[np.ndarray, "keys"]) -> "KnnIndex":
-        on_device = jnp.asarray(features)
-        return cls(on_device, _norms(on_device), np.asarray(labels))
+    def build(cls, features: Float[np.ndarray, "keys dim"], labels: Int[np.ndarray, "keys"]) -> "KnnIndex":
+        return cls(jax.device_put(features), _norms(features), np.asarray(labels))
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +75,8 @@ def knn(data: ProtocolData, config: KnnConfig) -> list[FittedProbe]:
             truth = validation.labels[rows]
             correct += [np.sum(count_votes(nearest, classes, *pair).argmax(axis=1) == truth) for pair in pairs]
             update(rows.stop)
-    tried = [
-        {"k": k, "temperature": t, "validation_top1": 100 * float(hits) / len(validation)}
-        for (k, t), hits in zip(pairs, correct, strict=True)
-    ]
+    scores = (100 * correct / len(validation)).tolist()
+    tried = [{"k": k, "temperature": t, "validation_top1": x} for (k, t), x in zip(pairs, scores, strict=True)]
     best = best_trial(tried)
     k, temperature = best["k"], best["temperature"]
 
@@ -105,7 +102,7 @@ def count_votes(nearest: Neighbors, classes: int, k: int, temperature: float) ->
 
 
 def search(
-    index: KnnIndex, queries: Float[AnyArray, "queries dim"], k: int, chunk: int
+    index: KnnIndex, queries: Float[np.ndarray, "queries dim"], k: int, chunk: int
 ) -> Iterator[tuple[slice, Neighbors]]:
     """Yields the rows of each chunk of queries with their neighbors: at most chunk x keys similarities at a time.
 
@@ -114,16 +111,17 @@ def search(
     for start in range(0, len(queries), chunk):
         part = queries[start : start + chunk]
         padded = np.pad(part, ((0, chunk - len(part)), (0, 0)))
-        nearest = jax.device_get(_nearest_neighbors(index.features, index.norms, padded, k))
+        nearest = jax.device_get(_nearest_neighbors(index.features, index.norms, padded, _norms(padded), k))
         similarity, rows = (array[: len(part)] for array in nearest)
         yield slice(start, start + len(part)), Neighbors(similarity, index.labels[rows])
 
 
-@partial(jax.jit, static_argnames="k")
+@partial(eval_jit, static_argnames="k")
 def _nearest_neighbors(
     features: Float[AnyArray, "keys dim"],
     norms: Float[AnyArray, "keys"],
     queries: Float[AnyArray, "queries dim"],
+    query_norms: Float[AnyArray, "queries"],
     k: int,
 ) -> tuple[Float[Array, "queries k"], Int[Array, "queries k"]]:
     """Cosine similarities of the nearest keys, in float32 at full precision on every device, and their row numbers.
@@ -131,12 +129,11 @@ def _nearest_neighbors(
     Ties are ordered by row number.
     """
     product = jnp.einsum("qd,kd->qk", queries, features, precision=lax.Precision.HIGHEST)
-    values, rows = lax.top_k(product / _norms(queries)[:, None] / norms, k)
+    values, rows = lax.top_k(product / query_norms[:, None] / norms, k)
     return values, rows
 
 
-@jax.jit
-def _norms(rows: Float[AnyArray, "n dim"]) -> Float[Array, "n"]:
+def _norms(rows: Float[np.ndarray, "n dim"]) -> Float[np.ndarray, "n"]:
     """Euclidean norms, with 1 for rows of zeros."""
-    norms = jnp.linalg.norm(rows, axis=1)
-    return jnp.where(norms > 0, norms, 1)
+    norms = np.linalg.norm(rows, axis=1)
+    return np.where(norms > 0, norms, np.float32(1))

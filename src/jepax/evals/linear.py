@@ -10,27 +10,29 @@ import jax
 import jax.random as jr
 import numpy as np
 
-from jepax.evals.augmentation import CropFeatures, TrainViews
 from jepax.evals.checks import check_training
 from jepax.evals.eval_dataset import EvalDataset
-from jepax.evals.feature_extractor import LayerChoice, LayerFeatures
-from jepax.evals.features import Features, chunks, extract_features, map_chunks
+from jepax.evals.feature_extractor import LayerChoice, TrainViews
+from jepax.evals.features import Features, chunks, empty_aligned, extract_features, map_chunks
 from jepax.evals.head_training import HeadHparams, OptimizerName, TrainSchedule, init_state, train_cached_epoch
 from jepax.evals.linear_heads import (
     CANDIDATES,
     CONTROLS,
     INPUTS,
     LinearTask,
+    ProbeInputs,
     RunningMoments,
     add_moments,
-    chosen_logits,
     predict_all,
     random_projections,
 )
-from jepax.evals.scoring import FittedProbe, ProtocolData, TopKPredictions, best_trial, topk
+from jepax.evals.scoring import FittedProbe, ProtocolData, TopKPredictions, best_trial
+from jepax.types import Int
 
 BASE_BATCH = 256
 """LARS's learning rates are for this batch size and scale linearly with it (Goyal et al. 2017, arXiv:1706.02677)."""
+MAX_CACHED_BYTES = 4 * 2**30
+"""The controls' projections of cached features are computed once if they fit in this memory, else in every step."""
 
 
 @dataclass(frozen=True)
@@ -122,16 +124,14 @@ class LinearProbeSweep:
         ]
 
         # Inputs: an extractor of one layer has only the last one, and no controls.
-        self.features = features = self._embed(0)
-        layers, examples, dim = features.layers.shape
+        self.features = self._embed(0)
+        layers, examples, dim = self.features.layers.shape
         self.candidates = config.layers if layers > 1 else CANDIDATES[:1]
         names = (*self.candidates, *(CONTROLS if config.width_controls and layers > 1 else ()))
         widths = {"last": dim, "last four": layers * dim}
         projections = random_projections(names, widths, key_projections)
         moments = {name: RunningMoments.zeros(widths[INPUTS[name].width]) for name in names}
-        for part, valid in chunks(features.layers):
-            moments = add_moments(moments, part, np.arange(part.shape[1]) < valid, projections)
-            jax.block_until_ready(moments)  # otherwise copies of every part would wait in memory
+        moments, self.cached = self._pass(moments, projections)
 
         # Hyper-parameters of the heads.
         size = min(config.batch_size, examples)
@@ -150,29 +150,45 @@ class LinearProbeSweep:
         if config.train_views == "center":
             return dataset.features
         crop = replace(dataset.extractor.crop, scale=config.crop_scale, hflip_prob=config.hflip_prob)
-        embed = CropFeatures(dataset.extractor, jr.fold_in(jr.fold_in(self.key_order, epoch), 1), crop)
+        key = jr.fold_in(jr.fold_in(self.key_order, epoch), 1)
+        embed = partial(dataset.extractor.of_crops, key=key, crop=crop)
         return extract_features(embed, dataset.images(), dataset.labels, lambda count: self.on_example(done + count))
+
+    def _pass(
+        self, moments: dict[str, RunningMoments], projections: dict[str, Any]
+    ) -> tuple[dict[str, RunningMoments], ProbeInputs]:
+        """One pass over the features: the moments of every input, and the controls' inputs if they can be cached."""
+        shapes = {name: (len(self.features), projection.shape[1]) for name, projection in projections.items()}
+        size = sum(4 * rows * width for rows, width in shapes.values())
+        can_cache = self.config.train_views == "center" and size <= MAX_CACHED_BYTES
+        cached = {name: empty_aligned(shape) for name, shape in shapes.items()} if can_cache else {}
+        for part, rows in chunks(self.features.layers):
+            valid = rows.stop - rows.start
+            moments, projected = add_moments(moments, part, np.arange(part.shape[1]) < valid, projections)
+            for name, values in cached.items():
+                values[rows] = np.asarray(projected[name])[:valid]
+            jax.block_until_ready(moments)  # otherwise copies of every part would wait in memory
+        return moments, jax.device_put(cached, may_alias=True)
 
     def train_epoch(self, epoch: int) -> None:
         """Shows every head every example once, except the last, incomplete batch; each epoch has its own order."""
         if epoch and self.config.train_views == "augmented":
             self.features = None  # frees the crops of the epoch before
             self.features = self._embed(epoch)
-        key = jr.fold_in(self.key_order, epoch)
-        self.state = train_cached_epoch(self.state, self.task, self.features.on_device, self.features.labels, key)
+        inputs, key = (self.features.on_device, self.cached), jr.fold_in(self.key_order, epoch)
+        self.state = train_cached_epoch(self.state, self.task, inputs, self.features.labels, key)
         jax.block_until_ready(self.state)
 
     def choose(self, validation: EvalDataset) -> list[FittedProbe]:
         """The best head of all candidates, then the best of each input, if there are several."""
-        trials = self._trials(validation.features)
-        chosen = {name: np.asarray(best_trial(trials[name])["head"], np.int32) for name in trials}
+        predict_heads = partial(predict_all, self.task, self.state.params)
+        trials = self._trials(map_chunks(predict_heads, validation.features.layers), validation.labels)
+        chosen = {name: best_trial(trials[name])["head"] for name in trials}
 
         @lru_cache(maxsize=1)  # one pass over a dataset serves the predictions of all inputs
         def predict(dataset: EvalDataset) -> dict[str, TopKPredictions]:
-            def of_part(part: LayerFeatures) -> dict[str, TopKPredictions]:
-                return jax.tree.map(topk, chosen_logits(self.task, self.state.params, part, chosen))
-
-            return map_chunks(of_part, dataset.features.layers)
+            predictions = map_chunks(predict_heads, dataset.features.layers)
+            return {name: predictions[name][:, head] for name, head in chosen.items()}
 
         def fitted(name: str, trials: list[dict[str, Any]]) -> FittedProbe:
             trial = best_trial(trials)
@@ -181,13 +197,14 @@ class LinearProbeSweep:
         overall = fitted("best", [trial for name in self.candidates for trial in trials[name]])
         return [overall, *(fitted(name, trials[name]) for name in trials)] if len(trials) > 1 else [overall]
 
-    def _trials(self, features: Features) -> dict[str, list[dict[str, Any]]]:
+    def _trials(
+        self, predictions: dict[str, Int[np.ndarray, "n heads k"]], labels: Int[np.ndarray, "n"]
+    ) -> dict[str, list[dict[str, Any]]]:
         """Every head's settings and validation top-1, by input."""
-        classes = map_chunks(partial(predict_all, self.task, self.state.params), features.layers)
-        correct = {name: np.sum(classes[name] == features.labels[:, None], axis=0) for name in self.task.moments}
+        correct = {name: np.sum(predictions[name][:, :, 0] == labels[:, None], axis=0) for name in self.task.moments}
         return {
             name: [
-                {"layers": name, "head": head, **setting, "validation_top1": 100 * int(hits[head]) / len(features)}
+                {"layers": name, "head": head, **setting, "validation_top1": 100 * int(hits[head]) / len(labels)}
                 for head, setting in enumerate(self.grid)
             ]
             for name, hits in correct.items()

@@ -1,9 +1,9 @@
 """Linear heads on frozen features: their inputs, standardization, and all heads of a sweep in one product."""
 
+from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jepax.evals.feature_extractor import LayerChoice, LayerFeatures
 from jepax.evals.head_training import HeadHparams, HeadTask, TrainSchedule
+from jepax.evals.programs import eval_jit
+from jepax.evals.scoring import MAX_K, NO_CLASS
 from jepax.types import AnyArray
 
 LARS_INIT_STD = 0.01
@@ -40,22 +42,27 @@ INPUTS = {
 CANDIDATES = ("last", "last four")
 CONTROLS = tuple(name for name in INPUTS if name not in CANDIDATES)
 Projections = dict[str, Float[AnyArray, "inputs outputs"]]
+ProbeInputs = dict[str, Float[AnyArray, "batch _inputs"]]
+"""Inputs by name."""
 
 
 def random_projections(names: tuple[str, ...], widths: dict[LayerChoice, int], key: PRNGKeyArray) -> Projections:
     """The controls' random matrices, of unit gain: normal with variance 1 / inputs."""
     controls = {name: INPUTS[name] for name in names if name in CONTROLS}
-    shapes = [(widths[control.source], widths[control.width]) for control in controls.values()]
-    return {
-        name: jr.normal(jr.fold_in(key, number), shape) / np.sqrt(shape[0])
-        for number, (name, shape) in enumerate(zip(controls, shapes, strict=True))
-    }
+    shapes = tuple((widths[control.source], widths[control.width]) for control in controls.values())
+    normals = _normals(key, shapes) if shapes else ()
+    return {name: np.asarray(x) / np.float32(np.sqrt(len(x))) for name, x in zip(controls, normals, strict=True)}
+
+
+@partial(eval_jit, static_argnames="shapes")
+def _normals(key: PRNGKeyArray, shapes: tuple[tuple[int, int], ...]) -> list[Array]:
+    return [jr.normal(jr.fold_in(key, number), shape) for number, shape in enumerate(shapes)]
 
 
 def select_inputs(
-    layers: LayerFeatures, names: tuple[str, ...], projections: Projections
-) -> dict[str, Float[Array, "batch _inputs"]]:
-    """The named inputs of a batch."""
+    layers: LayerFeatures, names: tuple[str, ...], projections: Projections, cached: ProbeInputs | None = None
+) -> ProbeInputs:
+    """The named inputs of a batch, computed unless they are cached."""
     sources = {"last": layers[-1], "last four": jnp.moveaxis(layers, 0, 1).reshape(layers.shape[1], -1)}
 
     def select(name: str) -> Array:
@@ -64,7 +71,8 @@ def select_inputs(
             x = jnp.dot(x, projections[name], precision=lax.Precision.HIGHEST)
         return jnp.maximum(x, 0) if INPUTS[name].rectified else x
 
-    return {name: select(name) for name in names}
+    cached = cached or {}
+    return {name: cached[name] if name in cached else select(name) for name in names}
 
 
 class RunningMoments(NamedTuple):
@@ -82,7 +90,7 @@ class RunningMoments(NamedTuple):
 
     @classmethod
     def zeros(cls, dim: int) -> "RunningMoments":
-        return cls(jnp.zeros(()), jnp.zeros(dim), jnp.zeros(dim))
+        return cls(np.zeros((), np.float32), np.zeros(dim, np.float32), np.zeros(dim, np.float32))
 
     def add(self, x: Float[Array, "batch dim"], valid: Bool[Array, "batch"]) -> "RunningMoments":
         """Adds the valid rows of a batch (Chan et al. 1979): accurate also if the mean is large."""
@@ -99,13 +107,14 @@ class RunningMoments(NamedTuple):
         )
 
 
-@jax.jit
+@eval_jit
 def add_moments(
     moments: dict[str, RunningMoments], layers: LayerFeatures, valid: Bool[AnyArray, "batch"], projections: Projections
-) -> dict[str, RunningMoments]:
-    """Adds a batch to the moments of every input."""
+) -> tuple[dict[str, RunningMoments], ProbeInputs]:
+    """Adds a batch to the moments of every input. Returns them, and the batch's inputs that are projections."""
     inputs = select_inputs(layers, tuple(moments), projections)
-    return {name: moments[name].add(inputs[name], valid) for name in moments}
+    moments = {name: moments[name].add(inputs[name], valid) for name in moments}
+    return moments, {name: inputs[name] for name in projections}
 
 
 class LinearHeads(NamedTuple):
@@ -113,6 +122,10 @@ class LinearHeads(NamedTuple):
 
     weight: Float[AnyArray, "heads dim classes"]
     bias: Float[AnyArray, "heads classes"]
+
+
+Params = dict[str, LinearHeads]
+"""The heads of each input."""
 
 
 def logits(
@@ -130,7 +143,7 @@ def logits(
     scale = 1 + raw * (moments.std - 1)
     weight = jnp.swapaxes(scale[..., None] * heads.weight, 0, 1).reshape(z.shape[1], -1)
     product = jnp.dot(z, weight, precision=lax.Precision.HIGHEST).reshape(len(z), *heads.bias.shape)
-    shift = jnp.einsum("d,hdc->hc", moments.mean, heads.weight, precision=lax.Precision.HIGHEST)
+    shift = jnp.sum(moments.mean[:, None] * heads.weight, axis=1)
     return product + raw * shift + heads.bias
 
 
@@ -145,7 +158,7 @@ class LinearTask(HeadTask):
     schedule: TrainSchedule = eqx.field(static=True)
     classes: int = eqx.field(static=True)
 
-    def init(self, key: PRNGKeyArray) -> dict[str, LinearHeads]:
+    def init(self, key: PRNGKeyArray) -> Params:
         """All heads of an input start equal: at zero for AdamW, small and random for LARS."""
         return {
             name: self._init_input(len(moments.mean), jr.fold_in(key, number))
@@ -158,44 +171,30 @@ class LinearTask(HeadTask):
         weight = jnp.zeros(shape) if is_adamw else LARS_INIT_STD * jr.normal(key, shape)
         return LinearHeads(jnp.broadcast_to(weight, (heads, *shape)), jnp.zeros((heads, self.classes)))
 
-    def inputs(self, batch: LayerFeatures, key: PRNGKeyArray) -> dict[str, Float[Array, "batch _inputs"]]:
-        return select_inputs(batch, tuple(self.moments), self.projections)
+    def inputs(self, batch: tuple[LayerFeatures, ProbeInputs], key: PRNGKeyArray) -> ProbeInputs:
+        layers, cached = batch
+        return select_inputs(layers, tuple(self.moments), self.projections, cached)
 
-    def logits(
-        self, params: dict[str, LinearHeads], inputs: dict[str, Float[Array, "batch _inputs"]]
-    ) -> dict[str, Float[Array, "batch heads classes"]]:
+    def logits(self, params: Params, inputs: ProbeInputs) -> dict[str, Float[Array, "batch heads classes"]]:
         return {
             name: logits(heads, self.standardized, self.moments[name], inputs[name]) for name, heads in params.items()
         }
 
-    def losses(
-        self, params: dict[str, LinearHeads], inputs: dict[str, Float[Array, "batch _inputs"]], labels: Int[Array, "b"]
-    ) -> Float[Array, "heads"]:
+    def losses(self, params: Params, inputs: ProbeInputs, labels: Int[Array, "batch"]) -> Float[Array, "heads"]:
         """Softmax cross-entropy, summed over the inputs, which share no parameter."""
         values = self.logits(params, inputs).values()
         losses = [optax.softmax_cross_entropy_with_integer_labels(each, labels[:, None]).mean(0) for each in values]
         return sum(losses[1:], start=losses[0])
 
 
-@jax.jit
-def predict_all(
-    task: LinearTask, params: dict[str, LinearHeads], layers: LayerFeatures
-) -> dict[str, Int[Array, "batch heads"]]:
-    """The class of greatest logit by every head; -1 by a head that has diverged, which is never correct."""
+@eval_jit
+def predict_all(task: LinearTask, params: Params, layers: LayerFeatures) -> dict[str, Int[Array, "batch heads k"]]:
+    """The classes of greatest logit by every head, ties by class number; `NO_CLASS` by a head that has diverged.
+
+    One program for the choice on validation and for the test split.
+    """
     values = task.logits(params, select_inputs(layers, tuple(params), task.projections))
-    return {name: jnp.where(jnp.isnan(x).any(axis=2), -1, jnp.argmax(x, axis=2)) for name, x in values.items()}
-
-
-@jax.jit
-def chosen_logits(
-    task: LinearTask, params: dict[str, LinearHeads], layers: LayerFeatures, chosen: dict[str, Int[AnyArray, ""]]
-) -> dict[str, Float[Array, "batch classes"]]:
-    """Logits of one head of each input, by its number."""
-    inputs = select_inputs(layers, tuple(params), task.projections)
-
-    def of_head(name: str, number: Int[AnyArray, ""]) -> Float[Array, "batch classes"]:
-        one = (params[name], jnp.asarray(task.standardized))
-        heads, standardized = jax.tree.map(lambda leaf: leaf[number][None], one)
-        return logits(heads, standardized, task.moments[name], inputs[name])[:, 0]
-
-    return {name: of_head(name, number) for name, number in chosen.items()}
+    return {
+        name: jnp.where(jnp.isnan(x).any(axis=2, keepdims=True), NO_CLASS, lax.top_k(x, min(MAX_K, x.shape[2]))[1])
+        for name, x in values.items()
+    }

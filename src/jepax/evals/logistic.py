@@ -1,17 +1,19 @@
 """Logistic regression protocol: validation chooses the L2 penalty and the layers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
-
-import numpy as np
 
 from jepax.evals.checks import field_check
 from jepax.evals.eval_dataset import EvalDataset
 from jepax.evals.feature_extractor import LayerChoice
+from jepax.evals.features import Labels, SplitLayers
 from jepax.evals.logistic_solver import FittedLogistic, regularization_path
 from jepax.evals.scoring import FittedProbe, ProtocolData, TopKPredictions, best_trial, top1_accuracy, topk
-from jepax.types import Float, Int
+
+Fit = tuple[dict[str, Any], FittedLogistic]
+"""A trial and its model."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,8 @@ class LogisticConfig:
     """Input: the last layer, or the concatenation of the last four."""
 
     def __post_init__(self):
-        check, choices = field_check("logistic", self), get_args(LayerChoice)
-        check(
-            "l2_penalties",
-            len(self.l2_penalties) > 0 and min(self.l2_penalties) > 0,
-            "at least one number, all above 0",
-        )
+        check, choices, penalties = field_check("logistic", self), get_args(LayerChoice), self.l2_penalties
+        check("l2_penalties", len(penalties) > 0 and min(penalties) > 0, "at least one number, all above 0")
         check("layers", 0 < len(self.layers) and set(self.layers) <= set(choices), f"at least one of {choices}")
 
 
@@ -45,37 +43,30 @@ def logistic(data: ProtocolData, config: LogisticConfig) -> list[FittedProbe]:
                 fits.append(({"layers": name, **trial}, model))
                 update(len(fits))
     best, model, tried = select_fit(fits)
-    predict = make_predictor(model, best["layers"])
     variant = f"{best['layers']}, strength {best['strength']:g}"
-    return [FittedProbe("logistic regression", predict, best, variant, tried)]
+    return [FittedProbe("logistic regression", partial(predict, model, best["layers"]), best, variant, tried)]
 
 
-def select_layers(dataset: EvalDataset, name: LayerChoice) -> Float[np.ndarray, "layers n dim"]:
+def select_layers(dataset: EvalDataset, name: LayerChoice) -> SplitLayers:
     """The layers of that name, without a copy."""
     layers = dataset.features.layers
     return layers[-1:] if name == "last" else layers
 
 
-def score_path(
-    path: Iterator[tuple[float, FittedLogistic]],
-    features: Float[np.ndarray, "layers n dim"],
-    labels: Int[np.ndarray, "n"],
-) -> Iterator[tuple[dict[str, Any], FittedLogistic]]:
+def score_path(path: Iterator[tuple[float, FittedLogistic]], features: SplitLayers, labels: Labels) -> Iterator[Fit]:
     """Yields each fit of a path with its trial: penalty, convergence and validation top-1."""
     for strength, model in path:
         info = {"strength": strength, "converged": model.converged, "iterations": model.iterations}
         yield {**info, "validation_top1": top1_accuracy(topk(model(features)), labels)}, model
 
 
-def select_fit(
-    fits: list[tuple[dict[str, Any], FittedLogistic]],
-) -> tuple[dict[str, Any], FittedLogistic, list[dict[str, Any]]]:
+def select_fit(fits: list[Fit]) -> tuple[dict[str, Any], FittedLogistic, list[dict[str, Any]]]:
     """The best trial, its model, and all trials."""
     tried = [trial for trial, _ in fits]
     best = best_trial(tried)
     return best, next(model for trial, model in fits if trial is best), tried
 
 
-def make_predictor(model: FittedLogistic, name: LayerChoice) -> Callable[[EvalDataset], TopKPredictions]:
-    """A function that predicts the classes of greatest logit."""
-    return lambda dataset: topk(model(select_layers(dataset, name)))
+def predict(model: FittedLogistic, name: LayerChoice, dataset: EvalDataset) -> TopKPredictions:
+    """The classes of greatest logit."""
+    return topk(model(select_layers(dataset, name)))

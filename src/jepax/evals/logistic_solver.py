@@ -4,13 +4,14 @@
 
 with z the features standardized by the training split's mean and standard deviation. scikit-learn's C is 1 / (n l2).
 
-The solver is SciPy's L-BFGS-B. Added to it: the loss and its gradient are computed on the device, and the parameters
-are preconditioned, which saves nine of ten iterations on correlated features. `optax.lbfgs` in the same coordinates
-takes as many iterations, but compiles a large program for every size of the problem, which takes longer than the fit.
+The solver is SciPy's L-BFGS-B. Added to it: the loss and its gradient are computed on the device, by the only program,
+and the parameters are preconditioned, which saves nine of ten iterations on correlated features. `optax.lbfgs` in the
+same coordinates takes as many iterations, but its large program takes longer to compile than the fit.
 """
 
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -21,7 +22,8 @@ from scipy.linalg import cholesky, solve_triangular
 from scipy.optimize import minimize
 from threadpoolctl import ThreadpoolController
 
-from jepax.evals.features import map_chunks
+from jepax.evals.features import Labels, SplitLayers
+from jepax.evals.programs import eval_jit
 from jepax.types import AnyArray, Array, Float, Int
 
 TOLERANCE = 2e-5
@@ -42,15 +44,20 @@ SINGLE_THREAD_INPUTS = 1024
 small product, and a fit takes up to ten times as long."""
 
 
-class FeatureScaler(eqx.Module):
+class FeatureScaler(NamedTuple):
     """Mean and standard deviation that standardize features."""
 
-    mean: Float[Array, "layers dim"]
-    std: Float[Array, "layers dim"]
+    mean: Float[np.ndarray, "layers dim"]
+    std: Float[np.ndarray, "layers dim"]
     """1 if the feature is constant."""
 
+    def __call__(self, features: SplitLayers) -> list[Float[np.ndarray, "n dim"]]:
+        """The standardized layers."""
+        return [(x - mean) / std for x, mean, std in zip(features, self.mean, self.std, strict=True)]
 
-class FittedLogistic(eqx.Module):
+
+@dataclass(frozen=True, eq=False)
+class FittedLogistic:
     """A fitted classifier. Called on features, it returns logits: -inf for classes that had no example."""
 
     weight: Float[np.ndarray, "inputs classes"]
@@ -60,8 +67,9 @@ class FittedLogistic(eqx.Module):
     converged: bool
     iterations: int
 
-    def __call__(self, features: Float[np.ndarray, "layers n dim"]) -> Float[np.ndarray, "n classes"]:
-        return map_chunks(partial(_logits, self.scaler, self.weight, self.bias), features)
+    def __call__(self, features: SplitLayers) -> Float[np.ndarray, "n classes"]:
+        weights = np.split(self.weight, len(features))
+        return sum(z @ weight for z, weight in zip(self.scaler(features), weights, strict=True)) + self.bias
 
 
 class LogisticProblem(eqx.Module):
@@ -77,8 +85,8 @@ class LogisticProblem(eqx.Module):
 
 
 def regularization_path(
-    features: Float[AnyArray, "layers n dim"],
-    labels: Int[AnyArray, "n"],
+    features: SplitLayers,
+    labels: Labels,
     classes: int,
     strengths: tuple[float, ...],
     scaler: FeatureScaler | None = None,
@@ -94,28 +102,32 @@ def regularization_path(
         yield strength, model
 
 
-def fit_scaler(features: Float[AnyArray, "layers n dim"]) -> FeatureScaler:
-    """Mean and standard deviation of every feature."""
-    count = features.shape[1]
-    return _statistics(features, np.full(count, 1 / count, np.float32))
+def fit_scaler(features: SplitLayers) -> FeatureScaler:
+    """Mean and standard deviation of every feature, computed in float64.
+
+    Measured relative to the first example, so that a constant feature has a std of exactly 0, replaced by 1.
+    """
+    mean = np.array([x[0] + (x - x[0]).mean(axis=0, dtype=np.float64) for x in features])
+    std = np.array([(x - x[0]).std(axis=0, dtype=np.float64) for x in features])
+    return FeatureScaler(mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32))
 
 
 def make_problem(
-    features: Float[AnyArray, "layers n dim"], labels: Int[AnyArray, "n"], classes: int, scaler: FeatureScaler | None
+    features: SplitLayers, labels: Labels, classes: int, scaler: FeatureScaler | None
 ) -> tuple[LogisticProblem, FeatureScaler, Float[np.ndarray, "inputs inputs"]]:
-    """Pads the features and standardizes them on the device. Returns the problem, the scaler and mean z z^T."""
-    labels, count = np.asarray(labels), len(labels)
-    smallest, largest = PADDED_SIZES
+    """Standardizes the features and pads them. Returns the problem on the device, the scaler, and mean z z^T."""
+    scaler, count, (smallest, largest) = scaler or fit_scaler(features), len(labels), PADDED_SIZES
     padding = max(smallest, 1 << (count - 1).bit_length()) - count if count <= largest else 0
-    if padding:
-        features = np.pad(features, ((0, 0), (0, padding), (0, 0)))
-        labels = np.pad(labels, (0, padding), mode="edge")
-    features, labels = jnp.asarray(features), jnp.asarray(labels)
-    weight = jnp.asarray(np.where(np.arange(count + padding) < count, 1 / count, 0).astype(np.float32))
-    scaler = _statistics(features, weight) if scaler is None else scaler
-    absent = jnp.where(jnp.bincount(labels, length=classes) > 0, 0.0, -jnp.inf)
-    z, gram = _standardize(features, scaler, weight)
-    return LogisticProblem(z, labels, weight, absent), scaler, np.asarray(gram, np.float64) / count
+
+    z = np.zeros((count + padding, features.shape[0] * features.shape[2] + 1), np.float32)
+    np.concatenate([*scaler(features), np.ones((count, 1), np.float32)], axis=1, out=z[:count])
+    gram = (z.T @ z).astype(np.float64) / count
+
+    # Padding repeats the last label: the loss of a class without examples is infinite, and 0 times that is NaN.
+    labels = np.pad(labels, (0, padding), mode="edge").astype(np.int32)
+    weight = np.pad(np.full(count, 1 / count, np.float32), (0, padding))
+    absent = np.where(np.bincount(labels, minlength=classes) > 0, 0, -np.inf).astype(np.float32)
+    return LogisticProblem(*jax.device_put((z, labels, weight, absent))), scaler, gram
 
 
 def solve(
@@ -159,26 +171,7 @@ def solve(
     return FittedLogistic(theta[:-1], theta[-1] + absent, scaler, converged, int(end.nit))
 
 
-@jax.jit
-def _statistics(features: Float[AnyArray, "layers rows dim"], weight: Float[AnyArray, "rows"]) -> FeatureScaler:
-    """Measured relative to the first example, so that a constant feature has a std of exactly 0, replaced by 1."""
-    weight, first = weight[:, None], features[:, :1]
-    mean = first + jnp.sum(weight * (features - first), axis=1, keepdims=True)
-    std = jnp.sqrt(jnp.sum(weight * (features - mean) ** 2, axis=1))
-    return FeatureScaler(mean[:, 0], jnp.where(std > 0, std, 1))
-
-
-@jax.jit
-def _standardize(
-    features: Float[AnyArray, "layers rows dim"], scaler: FeatureScaler, weight: Float[AnyArray, "rows"]
-) -> tuple[Float[Array, "rows inputs"], Float[Array, "inputs inputs"]]:
-    """z, and z^T z."""
-    scaled = [(x - mean) / std for x, mean, std in zip(features, scaler.mean, scaler.std, strict=True)]
-    z = jnp.concatenate([*scaled, jnp.ones((len(weight), 1))], axis=1) * (weight > 0)[:, None]
-    return z, jnp.dot(z.T, z, precision=lax.Precision.HIGHEST)
-
-
-@jax.jit
+@eval_jit
 def _cross_entropy(
     theta: Float[AnyArray, "inputs classes"], problem: LogisticProblem
 ) -> tuple[Float[Array, "rows"], Float[Array, "inputs classes"]]:
@@ -192,15 +185,3 @@ def _cross_entropy(
 
     grad, losses = jax.grad(mean, has_aux=True)(theta)
     return losses, grad
-
-
-@jax.jit
-def _logits(
-    scaler: FeatureScaler,
-    weight: Float[AnyArray, "inputs classes"],
-    bias: Float[AnyArray, "classes"],
-    features: Float[AnyArray, "layers n dim"],
-) -> Float[Array, "n classes"]:
-    z = (features - scaler.mean[:, None]) / scaler.std[:, None]
-    parts = weight.reshape(len(z), -1, len(bias))
-    return jnp.einsum("lnd,ldc->nc", z, parts, precision=lax.Precision.HIGHEST) + bias

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from jepax.evals.checks import check_labels, field_check
-from jepax.evals.logistic import make_predictor, score_path, select_fit, select_layers
+from jepax.evals.logistic import predict, score_path, select_fit, select_layers
 from jepax.evals.logistic_solver import FeatureScaler, fit_scaler, regularization_path
 from jepax.evals.progress import Progress
 from jepax.evals.scoring import FittedProbe, ProtocolData
@@ -28,9 +29,8 @@ class LowShotConfig:
 
     def __post_init__(self):
         check, strengths = field_check("low_shot", self), self.l2_penalties
-        check(
-            "label_fractions", all(0 < share <= 1 for share in self.label_fractions), "fractions in (0, 1]; 1% is 0.01"
-        )
+        fractions = all(0 < fraction <= 1 for fraction in self.label_fractions)
+        check("label_fractions", fractions, "fractions in (0, 1]; 1% is 0.01")
         check("shots", all(count >= 1 for count in self.shots), "no number below 1")
         check("shots", bool(self.label_fractions or self.shots), "at least one number, unless label_fractions has one")
         check("num_draws", self.num_draws >= 1, "at least 1 draw")
@@ -69,8 +69,11 @@ def shot_counts(
 ) -> Iterator[tuple[str, Int[np.ndarray, "classes"]]]:
     """Yields the name of every possible shot and its number of examples of each class, 0 for classes without any."""
     available = np.bincount(labels, minlength=classes)
-    for share in config.label_fractions:
-        yield f"{100 * share:g}%", np.where(available > 0, np.maximum(np.rint(share * available), 1), 0).astype(int)
+    for fraction in config.label_fractions:
+        yield (
+            f"{100 * fraction:g}%",
+            np.where(available > 0, np.maximum(np.rint(fraction * available), 1), 0).astype(int),
+        )
     fewest = available[available > 0].min()
     for count in config.shots:
         if count <= fewest:
@@ -103,6 +106,7 @@ def _fit_draw(
     strengths: tuple[float, ...],
     scaler: FeatureScaler,
 ) -> FittedProbe:
+    """Fits the labels that the seed draws."""
     train, validation = data.train, data.validation
     rows, held_out = draw_rows(train.labels, counts, seed, 0), draw_rows(validation.labels, counts, seed, 1)
     truth = validation.labels[held_out]
@@ -111,4 +115,4 @@ def _fit_draw(
     path = regularization_path(x, train.labels[rows], data.classes, strengths, scaler)
     best, model, tried = select_fit(list(score_path(path, x_validation, truth)))
     settings = {**best, "seed": seed, "labels": len(rows), "validation_labels": len(held_out)}
-    return FittedProbe(name, make_predictor(model, "last"), settings, f"strength {best['strength']:g}", tried)
+    return FittedProbe(name, partial(predict, model, "last"), settings, f"strength {best['strength']:g}", tried)

@@ -39,16 +39,7 @@ class OnlineConfig:
 class OnlineEval:
     """Scores encoders on the same images at each call."""
 
-    def __init__(
-        self,
-        config: OnlineConfig,
-        train: Source,
-        validation: Source,
-        batch_size: int,
-        *,
-        num_threads: int = 2,
-        num_workers: int = 0,
-    ):
+    def __init__(self, config: OnlineConfig, train: Source, validation: Source, batch_size: int, **loading: int):
         if len(train) < ONLINE_KNN.k[0]:
             raise UserError(
                 f"eval.online.every_steps={config.every_steps} needs {ONLINE_KNN.k[0]} training images, and there are"
@@ -56,15 +47,15 @@ class OnlineEval:
             )
         self.train = random_subset(train, config.train_images)
         self.validation = random_subset(validation, config.validation_images)
-        self.batch_size, self.loading = batch_size, {"num_threads": num_threads, "num_workers": num_workers}
+        self.batch_size, self.loading = batch_size, loading
 
     def __call__(self, extractor: FeatureExtractor) -> dict[str, float]:
-        """`val/probe_top1` (logistic regression) and `val/knn_top1` (k 20, cosine) of the last layer on validation,
-        percent."""
-        train, validation = (
-            EvalDataset(extractor, source, self.batch_size, **self.loading) for source in (self.train, self.validation)
-        )
+        """`val/probe_top1` (logistic regression) and `val/knn_top1` (k 20, cosine) of the last layer, in percent."""
+        train = EvalDataset(extractor, self.train, self.batch_size, **self.loading)
+        validation = EvalDataset(extractor, self.validation, self.batch_size, **self.loading)
         data = ProtocolData(train, validation, self.train.classes, jr.key(0))  # neither protocol uses the key
         (probe,), (neighbors,) = logistic(data, ONLINE_LOGISTIC), knn(data, ONLINE_KNN)
-        results = {"val/probe_top1": probe, "val/knn_top1": neighbors}
-        return {name: fitted.settings["validation_top1"] for name, fitted in results.items()}
+        return {
+            "val/probe_top1": probe.settings["validation_top1"],
+            "val/knn_top1": neighbors.settings["validation_top1"],
+        }

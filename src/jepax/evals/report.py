@@ -1,16 +1,14 @@
 """Evaluates every row of the results table by the same protocols; writes the results as JSON and shows tables."""
 
-import dataclasses
 import hashlib
 import json
 import math
 import os
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
@@ -18,16 +16,15 @@ from rich.table import Table
 
 import jepax
 from jepax.data import Source
-from jepax.evals.augmentation import crop_features
-from jepax.evals.baselines import class_counts
 from jepax.evals.checks import check_labels
-from jepax.evals.eval_dataset import EvalDataset, count_duplicates, without_labels
-from jepax.evals.feature_extractor import FeatureExtractor, ViTFeatures
+from jepax.evals.eval_dataset import EvalDataset, count_duplicates, random_subset, without_labels
+from jepax.evals.feature_extractor import FeatureExtractor, LayerFeatures, ViTFeatures
+from jepax.evals.features import run_batches
 from jepax.evals.progress import SILENT, Progress
 from jepax.evals.protocols import PROTOCOLS, EvalConfig, supports
 from jepax.evals.scoring import FittedProbe, ProtocolData, accuracy, topk
 from jepax.health.metrics import collapse_metrics, feature_std, lidar, rankme
-from jepax.types import PRNGKeyArray, UserError
+from jepax.types import Float, ImageBatch, PRNGKeyArray, UserError
 
 ROW_TITLES = {
     "trained": "trained encoder",
@@ -63,25 +60,24 @@ class Evaluation:
 
     def row(self, name: str, extractor: FeatureExtractor) -> dict[str, Any]:
         """Runs every protocol on one extractor. Only this class reads the test split's labels."""
+        title = ROW_TITLES[name]
         data = {
             split: EvalDataset(
                 extractor,
                 without_labels(source) if split == "test" else source,
                 self.config.batch_size,
-                **self.loading,
-                name=f"{ROW_TITLES[name]}: features of {split}",
+                name=f"{title}: features of {split}",
                 progress=self.progress,
+                **self.loading,
             )
             for split, source in self.sources.items()
         }
-        row = {}
+        inputs, row = ProtocolData(data["train"], data["validation"], self.classes, self.key, self.progress), {}
         for protocol in self.config.protocols:
-            if not supports(protocol, extractor):
-                continue
-            self.progress.log(f"{ROW_TITLES[name]}: {protocol.replace('_', ' ')}")
-            inputs = ProtocolData(data["train"], data["validation"], self.classes, self.key, self.progress)
-            fitted = PROTOCOLS[protocol](inputs, getattr(self.config, protocol))
-            row[protocol] = self._score(fitted, data["test"])
+            if supports(protocol, extractor):
+                self.progress.log(f"{title}: {protocol.replace('_', ' ')}")
+                fitted = PROTOCOLS[protocol](inputs, getattr(self.config, protocol))
+                row[protocol] = self._score(fitted, data["test"])
         row |= health_metrics(data["validation"], jr.fold_in(self.key, HEALTH_KEY))
         # Duplicates are the same for every row, so they are counted once.
         return row if name in BASELINES else row | {"shared_pictures": self._count_duplicates(data)}
@@ -104,6 +100,12 @@ class Evaluation:
         (name, first), *controls = ((name, aggregate_runs(runs)) for name, runs in by_name.items())
         return {"name": name, **first, "controls": dict(controls)}
 
+    def majority(self) -> dict[str, Any]:
+        """Accuracy of always predicting the most frequent classes of the training split, ties by class number."""
+        counts = np.bincount(self.sources["train"].labels, minlength=self.classes)
+        labels = self.sources["test"].labels
+        return asdict(accuracy(np.tile(topk(counts[None].astype(np.float32)), (len(labels), 1)), labels))
+
 
 def health_metrics(dataset: EvalDataset, key: PRNGKeyArray) -> dict[str, Any]:
     """Collapse metrics of the last layer's features, without labels. LiDAR is computed for encoders only.
@@ -115,6 +117,20 @@ def health_metrics(dataset: EvalDataset, key: PRNGKeyArray) -> dict[str, Any]:
     if isinstance(dataset.extractor, ViTFeatures):
         metrics["feature/lidar"] = lidar(crop_features(dataset, LIDAR_IMAGES, LIDAR_CROPS, key))
     return {"effective_rank": rankme(last), "feature_std": feature_std(last), "health": metrics}
+
+
+def crop_features(
+    dataset: EvalDataset, images: int, crops: int, key: PRNGKeyArray
+) -> Float[np.ndarray, "images crops dim"]:
+    """The last layer's features of several random crops of each image of a random subset."""
+    extractor, source = dataset.extractor, random_subset(dataset.source, images)
+    subset, keys = EvalDataset(extractor, source, dataset.batch_size, **dataset.loading), jr.split(key, crops)
+
+    def embed(batch: ImageBatch) -> list[LayerFeatures]:
+        return [extractor.of_crops(batch, each, extractor.crop) for each in keys]
+
+    batches = run_batches(embed, subset.images())
+    return np.concatenate([np.stack([np.asarray(x)[-1, :valid] for x in crops], 1) for crops, valid in batches])
 
 
 def aggregate_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -153,37 +169,32 @@ def evaluate(
     """
     config = EvalConfig() if config is None else config
     evaluation = Evaluation(sources, config, key, loading or {}, progress)
-    classes = evaluation.classes
     for split in SPLIT_NAMES:
-        check_labels(sources[split].labels, classes, split)
-    results = {
-        name: _cached(name, extractor, evaluation, baseline_cache)
-        if name in BASELINES and baseline_cache
-        else evaluation.row(name, extractor)
-        for name, extractor in rows.items()
-    }
-    majority = np.tile(topk(class_counts(sources["train"].labels, classes)[None]), (len(sources["test"]), 1))
-    results["majority"] = asdict(accuracy(majority, sources["test"].labels))
+        check_labels(sources[split].labels, evaluation.classes, split)
+    results = {name: _cached_row(name, extractor, evaluation, baseline_cache) for name, extractor in rows.items()}
+    results["majority"] = evaluation.majority()
     protocol = {
         **asdict(config),
-        "classes": classes,
+        "classes": evaluation.classes,
         "examples": {split: len(source) for split, source in sources.items()},
         "key": jax.random.key_data(key).tolist(),
     }
     return _to_json({"step": step, "rows": results, "protocol": protocol, "versions": software_versions()})
 
 
-def _cached(name: str, extractor: FeatureExtractor, evaluation: Evaluation, folder: Path) -> dict[str, Any]:
-    """Returns a baseline's row, from the folder if it is stored there.
+def _cached_row(name: str, extractor: FeatureExtractor, evaluation: Evaluation, folder: Path | None) -> dict[str, Any]:
+    """Returns a row, from the folder if it is a baseline's that is stored there.
 
     The file name is a hash of everything that determines the row: protocols, versions, key, every label, and the
     features of each split's first batch, which represent the others.
     """
+    if folder is None or name not in BASELINES:
+        return evaluation.row(name, extractor)
     settings = [asdict(evaluation.config), software_versions(), jax.random.key_data(evaluation.key).tolist(), name]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for source in evaluation.sources.values():
         images, _ = next(iter(EvalDataset(extractor, source, evaluation.config.batch_size).images()))
-        digest.update(np.asarray(eqx.filter_jit(extractor)(dataclasses.replace(images, label=None))).tobytes())
+        digest.update(np.asarray(extractor(replace(images, label=None))).tobytes())
         digest.update(source.labels.tobytes())
     path = folder / f"{name}-{digest.hexdigest()[:16]}.json"
     if not path.exists():
@@ -232,57 +243,44 @@ def _write_atomic(values: dict[str, Any], path: Path) -> Path:
 
 def results_table(results: dict[str, Any]) -> Table:
     """Test accuracies in percent: top-1 with its interval, or its standard deviation over seeds."""
-    protocols = results["protocol"]["protocols"]
-    out = Table(title=f"step {results['step']}: test top-1 (%) and its 95% interval (±: standard deviation over seeds)")
-    out.add_column("features")
+    protocols, rows = results["protocol"]["protocols"], results["rows"]
+    title = f"step {results['step']}: test top-1 (%) and its 95% interval (±: standard deviation over seeds)"
+    out = Table("features", title=title)
     for protocol in protocols:
         out.add_column(protocol.replace("_", " "), justify="right")
     out.add_column("chosen on validation")
-    for name, title in ROW_TITLES.items():
-        if name in results["rows"]:
-            out.add_row(title, *_row_cells(results["rows"][name], protocols))
+    for name in ROW_TITLES:
+        if name in rows:
+            out.add_row(ROW_TITLES[name], *_row_cells(rows[name], protocols))
     return out
 
 
 def _row_cells(row: dict[str, Any], protocols: list[str]) -> list[str]:
     if "top1" in row:  # the majority class has one number for all protocols
         return [f"{row['top1']:.2f}"] * len(protocols) + [""]
-    variants = [row[protocol].get("variant", "") for protocol in protocols if protocol in row]
-    cells = [
-        format_top1(row[protocol]) + result_name(row[protocol]) if protocol in row else "" for protocol in protocols
-    ]
-    return [*cells, "; ".join(filter(None, variants))]
-
-
-def result_name(score: dict[str, Any]) -> str:
-    """Name of an aggregated result; a protocol may have several."""
-    return f", {score['name']}" if "std" in score else ""
+    scores = [row.get(protocol, {}) for protocol in protocols]
+    # A protocol may have several aggregated results, so their names are shown.
+    names = [f", {score['name']}" if "std" in score else "" for score in scores]
+    cells = [format_top1(score) + name for score, name in zip(scores, names, strict=True)]
+    return [*cells, "; ".join(score["variant"] for score in scores if score.get("variant"))]
 
 
 def format_top1(score: dict[str, Any]) -> str:
-    """`86.58 (85.90-87.24)`, or `61.20 ± 0.85` over several seeds."""
+    """`86.58 (85.90-87.24)`, or `61.20 ± 0.85` over several seeds; empty without a score."""
     if "std" in score:
         return f"{score['top1']:.2f} ± {score['std']:.2f}"
-    low, high = score["ci95"]
-    return f"{score['top1']:.2f} ({low:.1f}-{high:.1f})"
+    return "{:.2f} ({:.1f}-{:.1f})".format(score["top1"], *score["ci95"]) if score else ""
 
 
 def controls_table(results: dict[str, Any]) -> Table | None:
     """Other results of the protocols: the linear probe's width controls, the other shots. None without any."""
     rows = {name: row for name, row in results["rows"].items() if name in ROW_TITLES and "top1" not in row}
-    controls = [
-        (protocol, name)
-        for protocol in results["protocol"]["protocols"]
-        for name in next(iter(rows.values())).get(protocol, {}).get("controls", {})
-    ]
-    if not controls:
-        return None
-    out = Table(title="controls: test top-1 (%)")
-    out.add_column("protocol")
+    out = Table("protocol", title="controls: test top-1 (%)")
     for name in rows:
         out.add_column(ROW_TITLES[name], justify="right")
-    for protocol, name in controls:
-        scores = [row.get(protocol, {}).get("controls", {}).get(name) for row in rows.values()]
-        label = f"{protocol.replace('_', ' ')}: {name}"
-        out.add_row(label, *(format_top1(score) if score else "" for score in scores))
-    return out
+    for protocol in results["protocol"]["protocols"]:
+        scores = [row.get(protocol, {}).get("controls", {}) for row in rows.values()]
+        for name in scores[0]:
+            label = f"{protocol.replace('_', ' ')}: {name}"
+            out.add_row(label, *(format_top1(controls.get(name, {})) for controls in scores))
+    return out if out.row_count else None

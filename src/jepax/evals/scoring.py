@@ -1,21 +1,19 @@
 """Inputs and results of protocols, predictions, and accuracy with its 95% interval."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import equinox as eqx
-import jax
 import numpy as np
-from jaxtyping import PyTree
 from scipy.stats import binom
 
-from jepax.distributed.sharding import shard_if_possible
 from jepax.evals.checks import check_labels
 from jepax.evals.eval_dataset import EvalDataset
+from jepax.evals.features import run_batches
+from jepax.evals.programs import eval_jit
 from jepax.evals.progress import SILENT, Progress
-from jepax.types import AnyArray, Array, Float, ImageBatch, Int, PRNGKeyArray, UserError
+from jepax.types import AnyArray, Array, Float, ImageBatch, Int, PRNGKeyArray
 
 MAX_K = 5
 NO_CLASS = -1
@@ -79,36 +77,25 @@ def topk(values: Float[AnyArray, "*heads n classes"]) -> TopKPredictions:
     return np.where(is_finite, order, NO_CLASS).astype(np.int32)
 
 
-@partial(jax.jit, static_argnames=("static",))
-def _values(arrays: PyTree, images: ImageBatch, *, static: PyTree) -> Float[Array, "*heads batch classes"]:
-    return eqx.combine(arrays, static)(images)
-
-
 def predict(
     function: Callable[[ImageBatch], Float[Array, "*heads batch classes"]], dataset: EvalDataset
 ) -> TopKPredictions:
     """Predictions for every example, in order. A leading axis of heads is kept.
 
-    `function` returns each class's value for a batch of images and does not see the labels. It is compiled once for all
-    datasets; pass an Equinox module or `eqx.Partial`: the arrays of a plain closure would be compiled in.
+    `function`, an Equinox module, returns each class's value for a batch of images and does not see the labels. It is
+    compiled once for all datasets.
 
     **Raises** `UserError` if the split is empty.
     """
-    arrays, static = eqx.partition(function, eqx.is_array)
-    parts, pending = [], None
-    for images, valid in dataset.images():
-        output = _values(arrays, shard_if_possible(replace(images, label=None)), static=static), valid
-        # Sort one batch late: the device computes the next batch while the host sorts this one.
-        if pending is not None:
-            parts.append(_valid_topk(*pending))
-        pending = output
-    if pending is None:
-        raise UserError("no batches to classify: the split is empty; choose another split or source")
-    return np.concatenate([*parts, _valid_topk(*pending)], axis=-2)
+    outputs = run_batches(partial(_values, function), dataset.images())
+    return np.concatenate([topk(np.asarray(values)[..., :valid, :]) for values, valid in outputs], axis=-2)
 
 
-def _valid_topk(values: Float[Array, "*heads batch classes"], valid: int) -> TopKPredictions:
-    return topk(np.asarray(values)[..., :valid, :])
+@eval_jit
+def _values(
+    function: Callable[[ImageBatch], Float[Array, "*heads batch classes"]], images: ImageBatch
+) -> Float[Array, "*heads batch classes"]:
+    return function(images)
 
 
 def accuracy(predictions: TopKPredictions, labels: Int[AnyArray, "n"]) -> Accuracy:

@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
+import jax
 import jax.random as jr
 
 from jepax.data import open_source
 from jepax.distributed import sharding
 from jepax.evals import report
-from jepax.evals.baselines import PixelFeatures
-from jepax.evals.feature_extractor import FeatureExtractor, ViTFeatures, select_encoder
+from jepax.evals.feature_extractor import FeatureExtractor, PixelFeatures, ViTFeatures, select_encoder
 from jepax.evals.progress import SILENT, Progress
 from jepax.evals.report import SPLIT_NAMES
 from jepax.export.weights import check_format, load_encoder
@@ -56,7 +57,7 @@ def target_from_run(config: Config, state: TrainState, run: Path, settings: Conf
     settings = config if settings is None else settings
     untrained = init_method(config.method, 1, jr.key(config.seed))
     choice = settings.eval.encoder
-    encoders = [select_encoder(method, choice) for method in (state.method, untrained)]
+    trained, untrained = (select_encoder(method, choice) for method in (state.method, untrained))
     metadata = {
         "folder": run.resolve().name,
         "recipe": config.recipe,
@@ -64,7 +65,9 @@ def target_from_run(config: Config, state: TrainState, run: Path, settings: Conf
     }
     step = int(state.step)
     name = f"step_{step:08d}{eval_tag(config, settings)}"
-    return EvalTarget(*encoders, config.method.crop, step, settings, run, name, metadata)
+    # On the devices of the trained one, so that the same programs serve both.
+    untrained = jax.device_put(untrained, jax.tree.map(lambda x: x.sharding, trained))
+    return EvalTarget(trained, untrained, config.method.crop, step, settings, run, name, metadata)
 
 
 def target_from_weights(folder: Path, settings: Config) -> EvalTarget:
@@ -72,7 +75,7 @@ def target_from_weights(folder: Path, settings: Config) -> EvalTarget:
     if settings.eval.encoder != "default":
         raise UserError(f"eval.encoder={settings.eval.encoder} is for runs; {folder} contains one encoder")
     encoder, crop = load_encoder(folder)
-    untrained = ViT(encoder.config, key=jr.key(settings.seed))
+    untrained = eqx.filter_jit(ViT)(encoder.config, key=jr.key(settings.seed))
     name = f"weights{eval_tag(Config(), settings) or '-default'}"
     metadata = {"folder": folder.resolve().name, "recipe": "exported weights", "encoder": "default"}
     return EvalTarget(encoder, untrained, crop, 0, settings, folder, name, metadata)
