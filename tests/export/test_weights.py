@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -81,6 +82,16 @@ def test_an_encoder_of_views_that_are_not_square_is_read_back(tmp_path):
     read, its_crop = weights.load_encoder(folder)
     assert_equal(read, encoder)
     assert its_crop == crop
+
+
+def test_the_command_names_the_size_of_views_that_are_not_square(tmp_path, capsys, monkeypatch):
+    crop = replace(CROP, size=(8, 12))
+    config = SimpleNamespace(recipe="mine", method=SimpleNamespace(name="ijepa", crop=crop))
+    state = SimpleNamespace(step=3, method=SimpleNamespace(encoders=lambda: {"target": encoder_of()}))
+    monkeypatch.setattr(evaluation, "load_run_config", lambda run: config)
+    monkeypatch.setattr(evaluation, "load_state", lambda config, run, step: state)
+    cli.main(["export", "run", str(tmp_path / "encoder")])
+    assert capsys.readouterr().out.splitlines()[1].endswith("resize and crop images to 8 x 12 yourself")
 
 
 def test_the_tensors_are_named_and_laid_out_as_theirs(folder):

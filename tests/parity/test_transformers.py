@@ -105,7 +105,7 @@ def test_transformers_gives_the_same_tokens_and_writes_what_we_read(folder, tmp_
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (33, 59), (36, 64), (64, 36), (28, 40)])
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (33, 59), (36, 40), (40, 36), (28, 40)])
 def test_transformers_prepares_the_same_pixels(folder, transformers, shape):
     """To one level of 256: transformers rounds the resized image to integers.
 
