@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+import jepax.evals.linear as module
 from jepax.data.sources import ArraySource
 from jepax.evals.eval_dataset import EvalDataset, without_labels
 from jepax.evals.feature_extractor import ViTFeatures
 from jepax.evals.head_training import train_cached_epoch
 from jepax.evals.linear import PUBLISHED, LinearConfig, LinearProbeSweep, linear
+from jepax.evals.linear_heads import CONTROLS
 from jepax.evals.progress import Progress
 from jepax.evals.scoring import ProtocolData, accuracy, top1_accuracy
 from jepax.nn import ViT, ViTConfig
@@ -65,6 +67,19 @@ def test_the_candidates_are_the_same_with_controls_beside_them():
     for name, heads in trained(split, CONFIG).state.params.items():
         beside = trained(split, dataclasses.replace(CONFIG, width_controls=True)).state.params[name]
         np.testing.assert_allclose(heads.weight, beside.weight, atol=1e-5)
+
+
+def test_projections_are_the_same_from_the_cache_and_in_every_step(monkeypatch):
+    split, config = made(1050), dataclasses.replace(CONFIG, width_controls=True, epochs=1)
+    cached = trained(split, config)
+    assert set(cached.cached) == set(CONTROLS)
+    monkeypatch.setattr(module, "MAX_CACHED_BYTES", 4 * 1050 * (12 + 2 * 24) - 1)
+    computed = trained(split, config)
+    assert computed.cached == {}
+    for name in CONTROLS:
+        weight = cached.state.params[name].weight
+        assert np.abs(weight).max() > 0.001
+        np.testing.assert_allclose(weight, computed.state.params[name].weight, atol=1e-5)
 
 
 def plain_lars(x, y, lr, wd, weight, batches, total):
