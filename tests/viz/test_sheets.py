@@ -24,6 +24,7 @@ from jepax.viz.sheets import (
     masked_examples,
     patch_borders,
     plot_masks,
+    plot_views,
 )
 
 
