@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -24,6 +25,8 @@ from jepax.evals.protocols import EvalConfig
 from jepax.evals.report import evaluate
 from jepax.evals.scoring import ProtocolData
 from jepax.nn import ViT
+from jepax.training import loop as training
+from tests.contracts.shrink import shrunk
 from tests.evals.made import clusters
 from tests.evals.test_report import CROP, ENCODER, source
 
@@ -76,6 +79,18 @@ def test_online_evaluation_compiles_three_programs_and_none_later(rows):
         first = len(names)
         online(rows["untrained"])
     assert first <= 6 and len(names) == first, names
+
+
+def test_a_training_with_online_evaluation_compiles_each_program_once(tmp_path):
+    config = shrunk("ijepa_fashion_mnist")
+    online = OnlineConfig(every_steps=2, train_images=40, validation_images=10)
+    config = replace(config, eval=replace(config.eval, online=online))
+    with compiled_programs() as names:
+        training.train(config, tmp_path)
+    for name in ("embed", "_cross_entropy", "_nearest_neighbors", "_update_norms", "jit_train_step"):
+        assert sum(name in each for each in names) == 1, (name, names)
+    # A checkpoint slices arrays that are on eight devices.
+    assert len([name for name in names if name != "jit(slice)"]) <= 52, names
 
 
 def test_the_epoch_of_a_sweep_has_four_shapes_of_matrix_products():
