@@ -140,20 +140,22 @@ def test_every_trained_parameter_gets_a_finite_gradient_and_eight_devices_give_t
 
 def test_the_loss_is_the_same_in_micro_batches(config, batches):
     """`forward` sees each example alone, and `draw` no network: what the trainer relies on where it splits a batch."""
-    method, key = fresh(config)[1].method, jr.key(3)
-    batch = jax.tree.map(jnp.asarray, batches[0])
-    abstract = eqx.filter_eval_shape(lambda method: method, method)
-    views = jax.jit(lambda batch, keys: abstract.draw(batch, keys))(batch, example_keys(key, batch.index))
+    setup, state = fresh(config)
+    method, key, batch = state.method, jr.key(0), sharding.shard_batch(batches[0], setup.plan.mesh)
 
+    # The batch is split into quarters of every fourth example, each embedded apart from the others.
     @eqx.filter_jit
-    def in_micro_batches(method, views):
-        parts = [method.forward(jax.tree.map(lambda x, i=i: x[i::4], views)) for i in range(4)]
-        outputs = jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *parts)
-        return method.objective(outputs, key=objective_key(key))[0]
+    def in_micro_batches(method, batch):
+        views = method.draw(batch, example_keys(key, batch.index))
+        quarters = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, 4, *x.shape[1:]), 0, 1), views)
+        outputs = jax.lax.map(method.forward, quarters)
+        outputs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), outputs)
+        return views, method.objective(outputs, key=objective_key(key))[0]
 
+    views, loss = in_micro_batches(method, batch)
     assert all(len(leaf) == len(batch.index) for leaf in jax.tree.leaves(views))
-    loss = eqx.filter_jit(lambda method, batch: method.loss(batch, key=key)[0])(method, batch)
-    assert float(in_micro_batches(method, views)) == pytest.approx(float(loss), rel=1e-5)
+    expected, _ = loss_and_gradients(*eqx.partition(method, trainable(method)), batch)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_a_teacher_has_no_gradient_and_no_optimiser_state(config):
