@@ -10,8 +10,9 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jepax.data import DataConfig, open_source
+from jepax.data import DataConfig, batches, open_source
 from jepax.trees import global_norm
+from jepax.views import CropConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,13 +23,17 @@ def source():
     return open_source(DataConfig(dataset="synthetic", canvas_size=28, channels=1), "train")
 
 
-@pytest.fixture(scope="module")
-def example():
+def load_example(name):
     """The example as a module."""
-    spec = importlib.util.spec_from_file_location("ijepa_from_scratch", ROOT / "examples" / "ijepa_from_scratch.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def example():
+    return load_example("ijepa_from_scratch")
 
 
 def distance(a, b):
@@ -66,3 +71,15 @@ def test_the_readmes_python_trains(source, monkeypatch):
     names = {}
     exec(code.replace("1000", "2"), names)
     assert names["step"] == 1 and np.isfinite(names["value"])
+
+
+def test_every_image_is_its_own_nearest_neighbor():
+    module = load_example("nearest_neighbors")
+    (batch,) = batches(
+        open_source(DataConfig(dataset="synthetic", canvas_size=28), "train"), batch_size=12, steps=1, seed=0
+    )
+    queries, crop = jax.tree.map(lambda x: x[:3], batch), CropConfig(size=(28, 28))
+    columns = module.neighbor_columns("pixels", lambda x: x.reshape(len(x), 1, -1), queries, batch, crop)
+    assert [title for title, _ in columns] == ["pixels 1", "pixels 2", "pixels 3", "pixels 4"]
+    np.testing.assert_array_equal(columns[0][1], module.pixels(queries, crop))
+    assert len(module.draw(columns).axes) == 3 * 4
