@@ -42,3 +42,14 @@ def test_clock():
         and logger.format_duration(125.4) == "2:05"
         and logger.format_duration(3725) == "1:02:05"
     )
+
+
+def test_the_first_step_predicts_no_time_left(tmp_path, capsys, monkeypatch):
+    """Its time is that of compilation."""
+    monkeypatch.setattr(logger, "PRINT_EVERY_S", -1.0)
+    with logger.Log(tmp_path / "metrics.jsonl", steps=30, start=0) as log:
+        log.write(0, values(1.0) | {"perf/step_time": 3600.0})
+        log.write(9, values(1.0))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("step 1/30") and "left" not in first
+    assert second.startswith("step 10/30") and second.endswith("0:02 left")

@@ -23,7 +23,8 @@ class Progress:
     def bar(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
         """Yields a function that takes the number of finished items out of `total`.
 
-        Without a terminal it logs a message every `LINE_EVERY` seconds instead of drawing a bar.
+        Without a terminal it logs a message every `PRINT_EVERY_S` seconds instead of drawing a bar. The time left counts
+        from the first call on: before it a program is compiled.
         """
         columns = (
             rich_progress.TextColumn("{task.description}"),
@@ -31,17 +32,19 @@ class Progress:
             rich_progress.MofNCompleteColumn(),
             rich_progress.TimeRemainingColumn(),
         )
-        start = last = time.monotonic()
+        first, last = None, time.monotonic()
         with rich_progress.Progress(*columns, console=self.console, disable=not self.is_live, transient=True) as bar:
             task = bar.add_task(description, total=total)
 
             def update(count: int) -> None:
-                nonlocal last
+                nonlocal first, last
                 bar.update(task, completed=count)
                 now = time.monotonic()
-                if not self.is_live and now - last > PRINT_EVERY_S and count < total:
+                if first is None:
+                    first = now, count
+                elif not self.is_live and now - last > PRINT_EVERY_S and first[1] < count < total:
                     last = now
-                    left = (now - start) / max(count, 1) * (total - count)
+                    left = (now - first[0]) / (count - first[1]) * (total - count)
                     self.log(f"{description}: {count}/{total}, {format_duration(left)} left")
 
             yield update

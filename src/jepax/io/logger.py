@@ -70,8 +70,10 @@ class Log:
         self.progress.update(self._task, speed=speed)
         if self.progress.disable and (time.monotonic() - self._printed > PRINT_EVERY_S or step + 1 == self.steps):
             self._printed = time.monotonic()
+            # The first step's time is mostly compilation: it predicts nothing.
             left = (self.steps - step - 1) * values["perf/step_time"]
-            self.print(f"step {step + 1}/{self.steps}  {speed}  {format_duration(left)} left")
+            left = f"  {format_duration(left)} left" if step > self.start else ""
+            self.print(f"step {step + 1}/{self.steps}  {speed}{left}")
         return record
 
     def print(self, text: str) -> None:
