@@ -2,10 +2,13 @@
 
 import io
 import json
+import logging
+import os
 import re
 import subprocess
 import sys
 
+import jax
 import pytest
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +18,7 @@ from jepax.commands import COMMANDS, train
 from jepax.commands.recipes import Recipes
 from jepax.commands.train import Train
 from jepax.data import DataConfig
+from jepax.errors import CUDA_INSTALL
 from jepax.io import config_yaml as configs
 from jepax.io import events
 from jepax.training.config import Config
@@ -233,3 +237,23 @@ def test_a_run_trains_evaluates_continues_and_is_trained_again(capsys, tmp_path,
     cli.main(["train", str(run / "config.yaml"), "--run-dir", str(again)])
     repeated = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
     assert [line["train/loss"] for line in repeated] == [line["train/loss"] for line in metrics]
+
+
+def test_a_gpu_that_jax_cannot_use_is_one_line(capsys):
+    """jax's log is silenced, but for this line of it."""
+    cli.silence_libraries()
+    log = logging.getLogger("jax._src.xla_bridge")
+    log.warning(
+        "An NVIDIA GPU may be present on this machine, but a CUDA-enabled jaxlib is not installed. Falling back to cpu."
+    )
+    log.warning("Something else")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"jepax: warning: the NVIDIA GPU here is not used; install {CUDA_INSTALL}"]
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_a_platform_that_is_not_there_is_named(tmp_path):
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
+    command = [sys.executable, "-m", "jepax.cli", "--version"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("jepax: JAX_PLATFORMS=cuda: jax finds no such device here")

@@ -13,7 +13,7 @@ from jepax.commands import COMMANDS
 from jepax.distributed import preemption
 from jepax.distributed.compile_cache import enable_compile_cache
 from jepax.distributed.malloc import run_cpu_synchronously, tune_malloc
-from jepax.errors import UserError, user_message
+from jepax.errors import CUDA_INSTALL, UserError, user_message
 from jepax.io.config_yaml import suggest
 
 MAX_ERROR_LINES = 5
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
         if (message := user_message(error)) is None:
             raise
         exit_with(message, 2)
@@ -104,6 +104,19 @@ def silence_libraries() -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     for name in ("jax", "orbax", "grain"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+    # One of jax's log lines must be seen: a GPU that is not used.
+    devices = logging.getLogger("jax._src.xla_bridge")
+    devices.setLevel(logging.WARNING)
+    if warn_of_unused_gpu not in devices.filters:
+        devices.addFilter(warn_of_unused_gpu)
+
+
+def warn_of_unused_gpu(record: logging.LogRecord) -> bool:
+    """Print one line in place of jax's log line on a GPU that it cannot use; a filter that drops all below errors."""
+    if "NVIDIA GPU may be present" in record.getMessage():
+        print(f"jepax: warning: the NVIDIA GPU here is not used; install {CUDA_INSTALL}", file=sys.stderr)
+    return record.levelno >= logging.ERROR
 
 
 @contextlib.contextmanager

@@ -1,6 +1,10 @@
 """The error that a user can fix, and its message. Imports nothing of jax, so that the command line starts at once."""
 
+import os
+import traceback
 from collections.abc import Callable
+
+CUDA_INSTALL = 'jax for NVIDIA GPUs: pip install ".[cuda13]"'
 
 
 class UserError(ValueError):
@@ -18,7 +22,16 @@ def user_message(error: BaseException) -> str | None:
         return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
         return "the device ran out of memory; lower train.batch_size (see --dry-run), or a protocol's"
+    if isinstance(error, (AssertionError, RuntimeError)) and "JAX_PLATFORMS" in os.environ and is_of_platform(error):
+        chosen = os.environ["JAX_PLATFORMS"]
+        return f"JAX_PLATFORMS={chosen}: jax finds no such device here; unset it, or install {CUDA_INSTALL}"
     return None
+
+
+def is_of_platform(error: BaseException) -> bool:
+    """True if jax raised the error while it looked for devices: a missing one is an `AssertionError` there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.endswith("xla_bridge.py")
 
 
 RULES: dict[str, Callable[[float], bool]] = {
