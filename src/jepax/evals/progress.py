@@ -23,7 +23,7 @@ class Progress:
     def bar(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
         """Yields a function that takes the number of finished items out of `total`.
 
-        Without a terminal it logs a message every `PRINT_EVERY_S` seconds instead of drawing a bar. The time left counts
+        Without a terminal it logs a message every `PRINT_EVERY_S` seconds instead of a bar. The time left counts
         from the first call on: before it a program is compiled.
         """
         columns = (
