@@ -89,46 +89,64 @@ def standing_still(config):
 
 
 @eqx.filter_jit
-def loss_and_gradients(params, rest, images):
-    return jax.value_and_grad(lambda p: eqx.combine(p, rest).loss(images, key=jr.key(0))[0])(params)
+def draw(method, images):
+    return method.draw(images, example_keys(jr.key(0), images.index))
 
 
-def named_gradients(config, images, devices=1):
-    setup, state = fresh(config, devices=devices)
-    params, rest = eqx.partition(state.method, trainable(state.method))
-    loss, grads = loss_and_gradients(params, rest, sharding.shard_batch(images, setup.plan.mesh))
+@eqx.filter_jit
+def loss_and_gradients(params, rest, views):
+    def loss(params):
+        method = eqx.combine(params, rest)
+        return method.objective(method.forward(views), key=objective_key(jr.key(0)))[0]
+
+    return jax.value_and_grad(loss)(params)
+
+
+@pytest.fixture(scope="module")
+def drawn(config, batches):
+    """The method on one device, and its views of a batch."""
+    setup, state = fresh(config)
+    return state.method, draw(state.method, sharding.shard_batch(batches[0], setup.plan.mesh))
+
+
+def named_gradients(method, views):
+    loss, grads = loss_and_gradients(*eqx.partition(method, trainable(method)), views)
     named = jax.tree_util.tree_leaves_with_path(grads)
     return float(loss), {jax.tree_util.keystr(path): np.asarray(grad) for path, grad in named}
 
 
-def reads(config, images, name):
+def reads(method, views, name):
     """The loss changes with this parameter: a shift of it by numbers of order 1 is no rounding error."""
 
     def moved(path, leaf):
         shift = jr.normal(jr.key(7), leaf.shape) if jax.tree_util.keystr(path) == name else 0.0
         return leaf + shift
 
-    setup, state = fresh(config)
-    params, rest = eqx.partition(state.method, trainable(state.method))
-    images = sharding.shard_batch(images, setup.plan.mesh)
-    before = loss_and_gradients(params, rest, images)[0]
-    after = loss_and_gradients(jax.tree_util.tree_map_with_path(moved, params), rest, images)[0]
+    params, rest = eqx.partition(method, trainable(method))
+    before = loss_and_gradients(params, rest, views)[0]
+    after = loss_and_gradients(jax.tree_util.tree_map_with_path(moved, params), rest, views)[0]
     return abs(float(after - before)) > 1e-4 * abs(float(before))
 
 
-def test_every_trained_parameter_gets_a_finite_gradient_and_eight_devices_give_the_same(config, batches):
+def test_every_trained_parameter_gets_a_finite_gradient_and_eight_devices_give_the_same(config, batches, drawn):
     """The loss and the gradients, not parameters after Adam, which divides the noise of a zero gradient by itself.
 
     A bias may have none if the loss cannot read it: a BatchNorm, or statistics about the mean, remove any shift.
     """
-    loss, one = named_gradients(config, batches[0])
+    loss, one = named_gradients(*drawn)
     largest = max(np.abs(grad).max() for grad in one.values())
-    loss_of_all, together = named_gradients(config, batches[0], devices=8)
+
+    # Eight devices draw the same views, and get the same loss and gradients.
+    setup, state = fresh(config, devices=8)
+    views = draw(state.method, sharding.shard_batch(batches[0], setup.plan.mesh))
+    for ours, theirs in zip(jax.tree.leaves(views), jax.tree.leaves(drawn[1]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    loss_of_all, together = named_gradients(state.method, views)
     assert loss_of_all == pytest.approx(loss, rel=1e-5)
     for name, grad in one.items():
         size = max(np.abs(grad).max(), np.abs(together[name]).max())
         if name.endswith(".bias") and size < 1e-6 * largest:
-            assert not reads(config, batches[0], name), f"{name} is read, but not trained"
+            assert not reads(*drawn, name), f"{name} is read, but not trained"
             continue
         assert np.isfinite(grad).all() and np.abs(grad).max() > 0, f"{name} is not trained"
         tolerance = 1e-4 * max(np.abs(grad).max(), 1e-3 * largest)  # so that no parameter hides behind the others
@@ -138,24 +156,20 @@ def test_every_trained_parameter_gets_a_finite_gradient_and_eight_devices_give_t
     assert apart <= 1e-5 * whole, f"{apart / whole:.1e}"
 
 
-def test_the_loss_is_the_same_in_micro_batches(config, batches):
+def test_the_loss_is_the_same_in_micro_batches(drawn, batches):
     """`forward` sees each example alone, and `draw` no network: what the trainer relies on where it splits a batch."""
-    setup, state = fresh(config)
-    method, key, batch = state.method, jr.key(0), sharding.shard_batch(batches[0], setup.plan.mesh)
+    method, views = drawn
+    assert all(len(leaf) == len(batches[0].index) for leaf in jax.tree.leaves(views))
 
     # The batch is split into quarters of every fourth example, each embedded apart from the others.
     @eqx.filter_jit
-    def in_micro_batches(method, batch):
-        views = method.draw(batch, example_keys(key, batch.index))
+    def in_micro_batches(method, views):
         quarters = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, 4, *x.shape[1:]), 0, 1), views)
         outputs = jax.lax.map(method.forward, quarters)
         outputs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), outputs)
-        return views, method.objective(outputs, key=objective_key(key))[0]
+        return method.objective(outputs, key=objective_key(jr.key(0)))[0]
 
-    views, loss = in_micro_batches(method, batch)
-    assert all(len(leaf) == len(batch.index) for leaf in jax.tree.leaves(views))
-    expected, _ = loss_and_gradients(*eqx.partition(method, trainable(method)), batch)
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert float(in_micro_batches(method, views)) == pytest.approx(named_gradients(method, views)[0], rel=1e-5)
 
 
 def test_a_teacher_has_no_gradient_and_no_optimiser_state(config):
