@@ -8,7 +8,7 @@ import numpy as np
 from jepax.types import AnyArray, Int, UserError
 
 Check = Callable[[str, bool, str], None]
-"""Takes a field's name, whether its value is valid, and what was expected."""
+"""Arguments: a field's name, True if its value is valid, and the expected value in words."""
 
 
 def field_check(prefix: str, config: Any) -> Check:

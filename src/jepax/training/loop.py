@@ -247,7 +247,8 @@ def update_best(best: dict[str, float], name: str | None, values: dict[str, Any]
 
 def train_batches(setup: Setup, run_dir: Path, start: int, print: Callable[[str], None]) -> Generator[Any, None, None]:
     """This host's slices of the remaining batches; files that cannot be read are replaced and listed in the folder."""
-    if not multihost.is_main_process():  # its log prints nothing
+    # `print` is the log's: it keeps the progress bar intact. Only the main process has one that prints.
+    if not multihost.is_main_process():
         print = lambda text: print_warning(text.removeprefix("warning: "))  # noqa: E731
     path = run_dir / corrupt_file(jax.process_index())
     corrupt = CorruptLog(setup.source, path, setup.config.data.max_corrupt_fraction, print)
