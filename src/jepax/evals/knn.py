@@ -138,7 +138,7 @@ def _nearest_neighbors(
 
     Ties are ordered by row number.
     """
-    # HIGHEST: an accelerator's default rounds the factors, which would swap neighbors that are nearly as close.
+    # HIGHEST: an accelerator's default rounds the factors, which could swap neighbors that are nearly as close.
     product = jnp.einsum("qd,kd->qk", queries, features, precision=lax.Precision.HIGHEST)
     values, rows = lax.top_k(product / query_norms[:, None] / norms, k)
     return values, rows

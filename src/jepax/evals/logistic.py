@@ -40,7 +40,7 @@ def logistic(data: ProtocolData, config: LogisticConfig) -> list[FittedProbe]:
         for name in names:
             x, x_validation = select_layers(data.train, name), select_layers(data.validation, name)
 
-            # From the strongest penalty down: each fit starts from the one before it, so it needs few iterations.
+            # From the strongest penalty down: each fit starts from the one before it, so it needs fewer iterations.
             path = regularization_path(x, data.train.labels, data.classes, config.l2_penalties)
             for trial, model in score_path(path, x_validation, data.validation.labels):
                 fits.append(({"layers": name, **trial}, model))

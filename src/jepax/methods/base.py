@@ -30,8 +30,8 @@ class MethodConfig(abc.ABC):
     name: ClassVar[str]
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: object) -> None:
-        # The name is how config.yaml and the command line refer to the method.
         super().__init_subclass__(**kwargs)
+        # config.yaml refers to the method by this name.
         if name is not None:  # a base of several methods has none
             cls.name = name
             MethodConfig.registry[name] = cls

@@ -67,5 +67,5 @@ def ema_update(teacher: EMA[T], online: T, momentum: Float[Array, ""]) -> tuple[
 
 def _subtract_float32(a: T, b: T) -> T:
     """a - b over floating-point arrays, in float32."""
-    # The difference of two close bfloat16 numbers would have no correct digits.
+    # The difference of two close bfloat16 numbers may have no correct digit.
     return jax.tree.map(jnp.subtract, *(cast(eqx.filter(tree, eqx.is_inexact_array), jnp.float32) for tree in (a, b)))

@@ -172,5 +172,5 @@ def prediction_metrics(loss: Float[Array, ""], baseline: Float[Array, ""], outpu
         "health/prediction_norm": mean_norm(outputs.predictions),
         "embeddings": pool(outputs.embedded),
     }
-    # Metrics are outputs of the function that is differentiated: this makes them constants to the gradient.
+    # No derivative is computed for metrics.
     return lax.stop_gradient(metrics)

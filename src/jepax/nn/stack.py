@@ -138,7 +138,7 @@ def init_stack(config: StackConfig, *, key: PRNGKeyArray) -> BlockStack:
     # One key per layer; `vmap` stacks the layers' arrays on their first axis.
     blocks = eqx.filter_vmap(init_block)(jr.split(key, config.depth))
 
-    # These two layers add to the residual stream, once per block: smaller in deeper blocks, so that it does not grow.
+    # These two layers add to the residual stream, once per block: smaller in deeper blocks, so that it grows less.
     divisor = jnp.sqrt(2.0 * jnp.arange(1, config.depth + 1))[:, None, None]
     blocks = eqx.tree_at(
         lambda b: (b.attention.proj.weight, b.mlp.fc2.weight), blocks, replace_fn=lambda w: w / divisor

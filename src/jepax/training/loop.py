@@ -113,7 +113,7 @@ def fit(
                 state, metrics = run_train_step(state, sharding.shard_batch(batch, mesh), base_key, context)
                 metrics |= measure(state.method, metrics["guard/action"]) if measure else {}
 
-                # All processes stop and save after the same step: several of them get the flags of the step before.
+                # All processes stop and save after the same step. With several, the flags are those of the step before.
                 stop, timer_expired = any_process(
                     preemption.stop_requested(), multihost.is_main_process() and checkpoints.timer_expired()
                 )

@@ -58,7 +58,7 @@ class Setup:
 
     def init_state(self) -> TrainState:
         """The state before step 0, on the devices. One program for every seed; no device exceeds its shard."""
-        # If sharded, the program itself places each array, so no device ever has all of it.
+        # If sharded, the program itself places each array, so no device has more than its part.
         key = jr.key(self.config.seed)
         if self.plan.is_sharded:
             return _init_state(self.config.method, self.optimizer, key, self.plan)

@@ -1,4 +1,4 @@
-"""One training step: forward and backward, optimizer, EMA teacher. Read this file first.
+"""One training step: forward and backward, optimizer, EMA teacher. Read `methods/ijepa.py` first, then this file.
 
 `loop.py` calls it for each batch; `setup.py` builds its arguments from a config.
 """
@@ -81,6 +81,7 @@ def loss_and_grads(
 
     The same loss as `Method.loss`, with matrix products in `compute_dtype`, sharded, and in micro-batches.
     """
+    # The parameters that are trained, and the rest: everything beneath an EMA, and arrays that are not floating-point.
     params, frozen = eqx.partition(method, trainable(method))
     plan = context.plan
 
@@ -116,10 +117,10 @@ def update(
 def jit_train_step(
     state: TrainState, batch: Any, base_key: PRNGKeyArray, context: TrainContext
 ) -> tuple[TrainState, Metrics]:
-    """The training program of a run, compiled once (`jit_train_step._cache_size()` counts). Donates the old state.
+    """The training program of a run, compiled once (`jit_train_step._cache_size()` counts).
 
-    Plain `jax.jit`: `eqx.filter_jit` waits for every result, so an accelerator would idle, and flattening the
-    state costs a third of the host's time per step.
+    The old state is donated: the new one is written into its memory. Plain `jax.jit`: `eqx.filter_jit` waits for every
+    result, so an accelerator would idle, and flattening the state costs a third of the host's time per step.
     """
     state, metrics = train_step(state, batch, base_key, context)
 
