@@ -21,7 +21,7 @@ MAX_ERROR_LINES = 5
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command. Exits with 2 after an error of the user, with `preemption.EXIT_RETRY` if it was asked to end."""
+    """Run one command. Exits with 2 after an error of the user, with `preemption.EXIT_RETRY` if stopped on request."""
     escape_unprintable()
     try:
         with preemption.install_handlers(), format_warnings():

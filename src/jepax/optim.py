@@ -58,7 +58,8 @@ class OptimConfig:
 class Optimizer(eqx.Module):
     """Update rule and schedules of one run. All arithmetic is in float32.
 
-    Schedules are read at step + 1, as published; steps are counted from 0.
+    Schedules are read at step + 1, as published; steps are counted from 0. To change one, edit `learning_rate` or
+    `weight_decay`; the curves are in `schedules.py`.
     """
 
     config: OptimConfig = eqx.field(static=True)

@@ -44,7 +44,7 @@ COLOR = [picture for name, picture in PHOTOS.items() if name != "gray"]
 PACKED = batch(COLOR)
 
 
-resize = jax.jit(resize_crop, static_argnames=("size", "filter"))
+resize = jax.jit(resize_crop, static_argnames=("size", "interpolation"))
 jit_random = jax.jit(random_resized_crop, static_argnames="config")
 jit_center = jax.jit(center_crop, static_argnames="config")
 jit_boxes = jax.jit(sample_boxes, static_argnames="config")

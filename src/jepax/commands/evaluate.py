@@ -27,7 +27,7 @@ class Evaluate(ConfigCommand):
     run_folder: Annotated[Path, tyro.conf.arg(metavar="RUN|WEIGHTS")]
     """Folder of a run, or of exported weights."""
     protocols: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = None
-    """What is measured, such as linear, knn, logistic, attentive, finetune; by default eval.protocols of the run."""
+    """Protocols, such as linear, knn, logistic, attentive, finetune; by default eval.protocols of the run."""
     step: Annotated[int | None, tyro.conf.arg(metavar="STEP")] = None
     """Step of another checkpoint than the newest."""
     encoder: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
@@ -62,7 +62,7 @@ class Evaluate(ConfigCommand):
         return settings
 
     def target(self) -> "EvalTarget":
-        """What is evaluated."""
+        """The encoder to evaluate, from a run or from exported weights."""
         from jepax.export import weights
         from jepax.training import evaluation
 

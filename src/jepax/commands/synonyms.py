@@ -1,7 +1,7 @@
-"""What a misspelled or foreign name of a field means: spellings from timm, DINO, VICReg, I-JEPA, optax, and others.
+"""Meaning of a misspelled or foreign name of a field: spellings from timm, DINO, VICReg, I-JEPA, optax, and others.
 
-An error must name the right field or none: a wrong suggestion costs a run. So a table of synonyms is asked first, then
-the last part of a path alone, then names spelled alike (`SIMILAR`); else the error lists the fields there are.
+An error must name the right field or none: a wrong suggestion costs a run. So a table of synonyms comes first, then the
+last part of a path alone, then similar spellings (`SIMILAR`); else the error lists the fields there are.
 """
 
 from collections.abc import Sequence
@@ -171,7 +171,7 @@ def _candidates(name: str, fields: Sequence[str]) -> list[str]:
         known = [field for target in targets for field in fields if _ends(field, target)]
         if best := _nearest_group([*known, *(field for field in fields if _ends(field, tail))], parents):
             return best[:1] if best[0] in known else best
-    # Then a name that is spelled alike: in the group that was named, or anywhere.
+    # Then a similar spelling: in the group that was named, or anywhere.
     group = [field for field in fields if parents and field.startswith(f"{parents}.")] or fields
     alike = {field: SequenceMatcher(None, last, field.rpartition(".")[2]).ratio() for field in group}
     most = max(alike.values(), default=0.0)
@@ -179,7 +179,7 @@ def _candidates(name: str, fields: Sequence[str]) -> list[str]:
 
 
 def _nearest_group(found: Sequence[str], parents: str) -> list[str]:
-    """Of the fields, those whose groups are most like `parents`, which may be misspelled or empty."""
+    """The fields whose groups are most like `parents`, which may be misspelled or empty."""
 
     def score(field: str) -> tuple[int, float]:
         group = field.rpartition(".")[0]

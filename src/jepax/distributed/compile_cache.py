@@ -8,7 +8,7 @@ ENV_VAR = "JAX_COMPILATION_CACHE_DIR"
 """JAX's own variable; if it is set, its folder is used. `JAX_ENABLE_COMPILATION_CACHE=false` disables the cache."""
 COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 """XLA options for training programs. On GPU: use cuBLAS (not Triton) GEMMs, which fuse bias and residual into the
-epilogue, and do not merge dot products, whose results would be copied apart. Ignored elsewhere."""
+epilogue, and do not merge dot products, whose results would be copied into separate arrays. Ignored elsewhere."""
 QUICK_COMPILE_OPTIONS = COMPILER_OPTIONS | {"xla_gpu_autotune_level": 0}
 """XLA options for programs that run for seconds. On GPU: take cuBLAS's first choice for every matrix product; to time
 the alternatives takes longer than it saves."""

@@ -45,7 +45,7 @@ class ShardingPlan:
     shard_params: bool = False
     """Shards parameters and optimizer state over all devices (FSDP); else every device has all of them."""
     shard_teacher: bool = False
-    """The same for what lies beneath an `EMA`."""
+    """The same for everything beneath an `EMA`."""
     num_microbatches: int = 1
     """Micro-batches that go through the networks one after the other."""
 

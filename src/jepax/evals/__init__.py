@@ -1,1 +1,1 @@
-"""Evaluation of encoders: protocols and what they stand beside, scores during training, health and its watchdog."""
+"""Evaluation of encoders: protocols with their baselines and controls, reports, and scores during training."""

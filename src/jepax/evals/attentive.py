@@ -98,12 +98,17 @@ class AttentiveHead(eqx.Module):
         self.heads = choose_num_heads(dim)
 
     def __call__(self, tokens: Float[Array, "batch patches dim"]) -> Float[Array, "batch classes"]:
+        # The query, projected once for all images, and moved to the space of the tokens: (heads, dim).
         z, dim = normalize(tokens), tokens.shape[2]  # norm1 without weight and bias: one for all heads
         query = self.query_proj(self.query).reshape(self.heads, -1)
         toward = jnp.einsum("dhc,hc->hd", self.keys.weight.reshape(dim, *query.shape), query)
+
+        # The weighted mean of the tokens for each head, (batch, heads, dim); norm1's weight and bias come after it.
         scores = jnp.einsum("bpd,hd->bhp", z, toward * self.norm1.weight) * query.shape[1] ** -0.5
         mixed = jnp.einsum("bhp,bpd->bhd", jax.nn.softmax(scores, axis=2), z)
         mixed = mixed * self.norm1.weight + self.norm1.bias
+
+        # Then the values, (batch, heads, channels), the residual block, and the classes.
         values = jnp.einsum("bhd,dhc->bhc", mixed, self.values.weight.reshape(dim, *query.shape))
         read = self.query + self.project(values.reshape(-1, dim) + self.values.bias)
         return self.classify(read + self.mlp(self.norm2(read)[:, None])[:, 0])
@@ -111,6 +116,7 @@ class AttentiveHead(eqx.Module):
 
 def choose_num_heads(dim: int) -> int:
     """Number of attention heads: the divisor of the width that makes them nearest to `HEAD_WIDTH` wide, by ratio."""
+    # By ratio, so that 32 and 128 are equally far from 64.
     divisors = [heads for heads in range(1, dim + 1) if dim % heads == 0]
     return min(divisors, key=lambda heads: max(dim // heads / HEAD_WIDTH, HEAD_WIDTH / (dim // heads)))
 
@@ -128,6 +134,7 @@ class AttentiveTask(HeadTask):
 
     def init(self, key: PRNGKeyArray) -> AttentiveHead:
         """Heads that all start equal."""
+        # The tokens' width, without running the extractor.
         size = (1, *self.crop.size, len(self.crop.mean))
         dim = jax.eval_shape(lambda: self.extractor.tokens(jnp.zeros(size))).shape[2]
         head, count = AttentiveHead(dim, self.classes, key=key), len(self.hparams.learning_rate)
@@ -135,12 +142,14 @@ class AttentiveTask(HeadTask):
 
     def inputs(self, batch: ImageBatch, key: PRNGKeyArray) -> Float[Array, "batch patches dim"]:
         """Tokens of the training views, computed once for all heads."""
+        # New crops at each step, from one key: the index that is folded into it counts over all epochs.
         center = self.views == "center"
         return self.extractor.tokens(center_crop(batch, self.crop) if center else augmented(batch, key, self.crop))
 
     def losses(
         self, params: AttentiveHead, inputs: Float[Array, "batch patches dim"], labels: Int[Array, "batch"]
     ) -> Float[Array, "heads"]:
+        # (heads, batch, classes) from the same tokens
         logits = jax.vmap(lambda head: head(inputs))(params)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels[None]).mean(axis=1)
 
@@ -167,6 +176,7 @@ def attentive(data: ProtocolData, config: AttentiveConfig) -> list[FittedProbe]:
 
     **Raises** `UserError` if every head diverges.
     """
+    # All heads are trained together: learning rates x weight decays.
     settings = list(itertools.product(config.learning_rates, config.weight_decays))
     task = make_task(data, settings, config)
     heads = train_on_images(task, data, "attentive probe")

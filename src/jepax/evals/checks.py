@@ -8,7 +8,7 @@ import numpy as np
 from jepax.types import AnyArray, Int, UserError
 
 Check = Callable[[str, bool, str], None]
-"""Takes a field's name, whether its value is valid, and what was expected."""
+"""Arguments: a field's name, True if its value is valid, and the expected value in words."""
 
 
 def field_check(prefix: str, config: Any) -> Check:
@@ -33,7 +33,7 @@ def check_training(protocol: str, config: Any) -> Check:
 
 
 def check_labels(labels: Int[AnyArray, "n"], classes: int, split: str) -> None:
-    """**Raises** `UserError` unless the split has examples and every label lies in [0, classes)."""
+    """**Raises** `UserError` unless the split has examples and every label is in [0, classes)."""
     if len(labels) == 0:
         raise UserError(f"the {split} split has no examples; choose another split or source")
     low, high = int(labels.min()), int(labels.max())

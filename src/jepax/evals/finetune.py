@@ -84,11 +84,13 @@ class FinetuneTask(HeadTask):
 
     def init(self, key: PRNGKeyArray) -> Classifier:
         """Copies the encoder: an update donates its parameters' arrays, and the extractor still needs its own."""
+        # Trained in float32, also if the extractor's encoder is in another type.
         encoder = cast(jax.tree.map(jnp.copy, self.extractor.encoder), jnp.float32)
         head = Linear(encoder.config.width, self.classes, std=HEAD_INIT_STD, key=key)
         return Classifier(encoder, head, self.extractor.crop)
 
     def inputs(self, batch: ImageBatch, key: PRNGKeyArray) -> View:
+        # Crops alone: the encoder is trained, so nothing of it can be computed before `losses`.
         return augmented(
             batch, key, replace(self.extractor.crop, scale=self.config.crop_scale, hflip_prob=self.config.hflip_prob)
         )
@@ -104,11 +106,13 @@ class FinetuneTask(HeadTask):
         It is 1 for the final norm and the head. The blocks' arrays are stacked, so theirs is a vector over layers.
         """
         depth, decay = params.encoder.config.depth, self.config.layer_decay
+        # A factor for each block, from decay^depth for the first to decay for the last.
         by_layer = decay ** (depth + 1.0 - jnp.arange(1, depth + 1))
 
         def lower_layers(classifier: Classifier) -> tuple:
             return classifier.encoder.embed, classifier.encoder.stack.blocks
 
+        # (depth, 1, ..., 1) for the stacked arrays of the blocks.
         embed, blocks = lower_layers(params)
         embed = jax.tree.map(lambda _: jnp.asarray(decay ** (depth + 1)), embed)
         blocks = jax.tree.map(lambda array: by_layer.reshape(-1, *(array.ndim - 1) * (1,)), blocks)
@@ -126,9 +130,12 @@ def finetune(data: ProtocolData, config: FinetuneConfig) -> list[FittedProbe]:
 
     **Raises** `UserError` if the extractor has no encoder to train, or if every training diverges.
     """
+    # Raw pixels have no encoder.
     extractor, labels = data.train.extractor, data.validation.labels
     if not isinstance(extractor, ViTFeatures):
         raise UserError(f"finetune needs an encoder, and {type(extractor).__name__} has none; leave it out")
+
+    # One training after the other, each of its own copy of the encoder.
     tried, best = [], None
     for rate in config.learning_rates:
         classifier = train_on_images(make_task(data, rate, config), data, f"fine-tuning, lr {rate:g}")

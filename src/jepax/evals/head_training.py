@@ -69,7 +69,7 @@ class HeadHparams(NamedTuple):
 
 
 class HeadTask(eqx.Module):
-    """What the trainer needs of a kind of head. Arrays of the task are constants of the training."""
+    """A kind of head, as the trainer uses it. Arrays of the task are constants of the training."""
 
     hparams: eqx.AbstractVar[HeadHparams]
     schedule: eqx.AbstractVar[TrainSchedule]
@@ -80,7 +80,7 @@ class HeadTask(eqx.Module):
 
     @abc.abstractmethod
     def inputs(self, batch: PyTree, key: PRNGKeyArray) -> PyTree:
-        """What the parameters are applied to: the part of the forward pass without a gradient, computed once."""
+        """Compute the frozen part of the forward pass, once for all heads: `losses` applies the parameters to it."""
 
     @abc.abstractmethod
     def losses(self, params: PyTree, inputs: PyTree, labels: Int[Array, "batch"]) -> Float[Array, "*heads"]:
@@ -92,7 +92,7 @@ class HeadTask(eqx.Module):
 
 
 class HeadsState(eqx.Module):
-    """What an update changes."""
+    """Everything that an update changes: parameters and optimizer state of all heads."""
 
     params: PyTree
     opt_state: optax.OptState
@@ -115,6 +115,7 @@ def _per_head(function: Callable, hparams: HeadHparams) -> Callable:
 
 @eval_jit
 def init_state(task: HeadTask, key: PRNGKeyArray) -> HeadsState:
+    """Parameters of all heads before the first update, each with optimizer state of its own."""
     params = task.init(key)
     init = _per_head(lambda head, hparams: make_optimizer(task.schedule, hparams).init(head), task.hparams)
     return HeadsState(params, init(params, task.hparams))
@@ -131,6 +132,7 @@ def _step(
         losses = task.losses(params, inputs, labels)
         return losses.sum(), losses
 
+    # The optimizer is per head, since its hyper-parameters are; `lr_scale` is for layers of a fine-tuned encoder.
     def update(params: PyTree, grads: PyTree, opt_state: optax.OptState, hparams: HeadHparams) -> tuple:
         updates, opt_state = make_optimizer(task.schedule, hparams).update(grads, opt_state, params)
         updates = jax.tree.map(jnp.multiply, updates, task.lr_scale(params))
@@ -175,7 +177,7 @@ def train_on_images(task: HeadTask, data: ProtocolData, title: str) -> PyTree:
         for count, images in enumerate(batches, 1):
             images = shard_if_possible(images)
             state, losses = train_step(state, task, replace(images, label=None), images.label, key_views)
-            # The host is at most one step ahead of the device.
+            # The host is at most one step ahead of the device: otherwise batches would pile up in memory.
             if previous is not None:
                 jax.block_until_ready(previous)
             previous = losses

@@ -63,10 +63,13 @@ def knn(data: ProtocolData, config: KnnConfig) -> list[FittedProbe]:
 
     **Raises** `UserError` if every k is above the number of training examples.
     """
+    # With k above the number of training examples there is no k-th neighbor.
     train, validation, classes = data.train, data.validation, data.classes
     possible = [k for k in config.k if k <= len(train)]
     if not possible:
         raise UserError(f"k={config.k} are all more than the {len(train)} training examples; lower one of them")
+
+    # Validation: hits of every pair, each from the first k of the same neighbors.
     index, largest = KnnIndex.build(train.features.last, train.labels), max(possible)
     pairs = list(itertools.product(possible, config.temperatures))
     correct = np.zeros(len(pairs))
@@ -75,6 +78,8 @@ def knn(data: ProtocolData, config: KnnConfig) -> list[FittedProbe]:
             truth = validation.labels[rows]
             correct += [np.sum(count_votes(nearest, classes, *pair).argmax(axis=1) == truth) for pair in pairs]
             update(rows.stop)
+
+    # The best pair classifies every other split.
     scores = (100 * correct / len(validation)).tolist()
     tried = [{"k": k, "temperature": t, "validation_top1": x} for (k, t), x in zip(pairs, scores, strict=True)]
     best = best_trial(tried)
@@ -94,8 +99,11 @@ def count_votes(nearest: Neighbors, classes: int, k: int, temperature: float) ->
 
     Source: Wu et al. 2018, arXiv:1805.01978, section 3.4.
     """
+    # Similarities are sorted, so the first one is the query's largest.
     near = nearest.similarity[:, :k].astype(np.float64)
     weights = np.exp((near - near[:, :1]) / temperature)
+
+    # One sum for all queries: cell q * classes + c collects the votes of query q for class c.
     cell = nearest.labels[:, :k] + classes * np.arange(len(near))[:, None]
     sums = np.bincount(cell.ravel(), weights.ravel(), len(near) * classes).reshape(-1, classes)
     return np.where(sums > 0, sums, -np.inf).astype(np.float32)
@@ -111,6 +119,8 @@ def search(
     for start in range(0, len(queries), chunk):
         part = queries[start : start + chunk]
         padded = np.pad(part, ((0, chunk - len(part)), (0, 0)))
+
+        # Rows of padding are searched too, then dropped.
         nearest = jax.device_get(_nearest_neighbors(index.features, index.norms, padded, _norms(padded), k))
         similarity, rows = (array[: len(part)] for array in nearest)
         yield slice(start, start + len(part)), Neighbors(similarity, index.labels[rows])
@@ -128,6 +138,7 @@ def _nearest_neighbors(
 
     Ties are ordered by row number.
     """
+    # HIGHEST: an accelerator's default rounds the factors, which could swap neighbors that are nearly as close.
     product = jnp.einsum("qd,kd->qk", queries, features, precision=lax.Precision.HIGHEST)
     values, rows = lax.top_k(product / query_norms[:, None] / norms, k)
     return values, rows

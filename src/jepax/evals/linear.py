@@ -101,7 +101,8 @@ def linear(data: ProtocolData, config: LinearConfig) -> list[FittedProbe]:
     """
     examples = len(data.train)
     if config.train_views == "center":
-        data.train.features  # noqa: B018 (embedded before the bar of the training appears)
+        # Features are computed at the first access and cached: here, so that their progress bar comes first.
+        data.train.features  # noqa: B018
     with data.progress.bar("linear probe", config.epochs * examples) as update:
         sweep = LinearProbeSweep(data, config, update)
         for epoch in range(config.epochs):
@@ -123,7 +124,8 @@ class LinearProbeSweep:
             for flag, rate, decay in itertools.product(config.standardize, config.learning_rates, config.weight_decays)
         ]
 
-        # Inputs: an extractor of one layer has only the last one, and no controls.
+        # Inputs: an extractor of one layer has only the last one, and no controls. The moments of every input, for its
+        # standardization, take one pass over the features.
         self.features = self._embed(0)
         layers, examples, dim = self.features.layers.shape
         self.candidates = config.layers if layers > 1 else CANDIDATES[:1]
@@ -133,7 +135,7 @@ class LinearProbeSweep:
         moments = {name: RunningMoments.zeros(widths[INPUTS[name].width]) for name in names}
         moments, self.cached = self._pass(moments, projections)
 
-        # Hyper-parameters of the heads.
+        # Hyper-parameters of the heads, one array for each column of the grid: the heads are one axis of every array.
         size = min(config.batch_size, examples)
         steps = examples // size
         schedule = TrainSchedule(config.optimizer, config.schedule, size, steps, config.epochs * steps)
@@ -150,6 +152,8 @@ class LinearProbeSweep:
         if config.train_views == "center":
             return dataset.features
         crop = replace(dataset.extractor.crop, scale=config.crop_scale, hflip_prob=config.hflip_prob)
+
+        # New crops in each epoch, by another key than the epoch's order has (`train_epoch`).
         key = jr.fold_in(jr.fold_in(self.key_order, epoch), 1)
         embed = partial(dataset.extractor.of_crops, key=key, crop=crop)
         return extract_features(embed, dataset.images(), dataset.labels, lambda count: self.on_example(done + count))
@@ -158,10 +162,13 @@ class LinearProbeSweep:
         self, moments: dict[str, RunningMoments], projections: dict[str, Any]
     ) -> tuple[dict[str, RunningMoments], ProbeInputs]:
         """One pass over the features: the moments of every input, and the controls' inputs if they can be cached."""
+        # Features of crops change in each epoch, so only those of center views are worth a cache. 4 bytes per number.
         shapes = {name: (len(self.features), projection.shape[1]) for name, projection in projections.items()}
         size = sum(4 * rows * width for rows, width in shapes.values())
         can_cache = self.config.train_views == "center" and size <= MAX_CACHED_BYTES
         cached = {name: empty_aligned(shape) for name, shape in shapes.items()} if can_cache else {}
+
+        # The last chunk is padded to the size of the others; its padding counts in no moment.
         for part, rows in chunks(self.features.layers):
             valid = rows.stop - rows.start
             moments, projected = add_moments(moments, part, np.arange(part.shape[1]) < valid, projections)
@@ -181,6 +188,7 @@ class LinearProbeSweep:
 
     def choose(self, validation: EvalDataset) -> list[FittedProbe]:
         """The best head of all candidates, then the best of each input, if there are several."""
+        # Validation top-1 of every head, and the best head of every input.
         predict_heads = partial(predict_all, self.task, self.state.params)
         trials = self._trials(map_chunks(predict_heads, validation.features.layers), validation.labels)
         chosen = {name: best_trial(trials[name])["head"] for name in trials}
@@ -194,6 +202,7 @@ class LinearProbeSweep:
             trial = best_trial(trials)
             return FittedProbe(name, lambda data: predict(data)[trial["layers"]], trial, describe(trial), trials)
 
+        # "best" is chosen among the candidates only: controls explain a score, they never are one.
         overall = fitted("best", [trial for name in self.candidates for trial in trials[name]])
         return [overall, *(fitted(name, trials[name]) for name in trials)] if len(trials) > 1 else [overall]
 

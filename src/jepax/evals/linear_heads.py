@@ -24,7 +24,7 @@ EPSILON = 1e-6
 
 
 class ProbeInput(NamedTuple):
-    """What a head reads. It is a control if its width is not that of its source: a fixed random map projects it."""
+    """Input of a head. It is a control if its width is not that of its source: a fixed random map projects it."""
 
     source: LayerChoice
     width: LayerChoice

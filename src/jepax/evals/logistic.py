@@ -33,15 +33,20 @@ class LogisticConfig:
 
 def logistic(data: ProtocolData, config: LogisticConfig) -> list[FittedProbe]:
     """Returns the best penalty and layers by validation top-1; the first, with the strongest penalty, among equals."""
+    # An extractor of one layer, such as raw pixels, has only the last one.
     has_several, fits = len(data.train.features.layers) > 1, []
     names = [name for name in config.layers if has_several or name == "last"] or ["last"]
     with data.progress.bar("logistic regression", len(names) * len(config.l2_penalties)) as update:
         for name in names:
             x, x_validation = select_layers(data.train, name), select_layers(data.validation, name)
+
+            # From the strongest penalty down: each fit starts from the one before it, so it needs fewer iterations.
             path = regularization_path(x, data.train.labels, data.classes, config.l2_penalties)
             for trial, model in score_path(path, x_validation, data.validation.labels):
                 fits.append(({"layers": name, **trial}, model))
                 update(len(fits))
+
+    # Validation chooses; the model was fitted on the training split alone.
     best, model, tried = select_fit(fits)
     variant = f"{best['layers']}, strength {best['strength']:g}"
     return [FittedProbe("logistic regression", partial(predict, model, best["layers"]), best, variant, tried)]
@@ -49,6 +54,7 @@ def logistic(data: ProtocolData, config: LogisticConfig) -> list[FittedProbe]:
 
 def select_layers(dataset: EvalDataset, name: LayerChoice) -> SplitLayers:
     """The layers of that name, without a copy."""
+    # Features are of the last four layers, or of all if there are fewer.
     layers = dataset.features.layers
     return layers[-1:] if name == "last" else layers
 

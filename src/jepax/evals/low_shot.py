@@ -50,11 +50,14 @@ def low_shot(data: ProtocolData, config: LowShotConfig) -> list[FittedProbe]:
 
     **Raises** `UserError` if no shot is left.
     """
+    # Numbers of labels that the data allows: a shot needs that many examples of every class.
     labels, results = data.train.labels, []
     shots = dict(shot_counts(labels, data.classes, config, data.progress))
     if not shots:
         fewest = min(n for n in np.bincount(labels) if n)
         raise UserError(f"shots={config.shots} are all more than the {fewest} examples of the smallest class")
+
+    # One scaler for all draws: mean and variance need no labels, and few examples would give poor ones.
     scaler = fit_scaler(select_layers(data.train, "last"))
     with data.progress.bar("low-shot", len(shots) * config.num_draws) as update:
         for name, counts in shots.items():
@@ -68,6 +71,7 @@ def shot_counts(
     labels: Int[np.ndarray, "n"], classes: int, config: LowShotConfig, progress: Progress
 ) -> Iterator[tuple[str, Int[np.ndarray, "classes"]]]:
     """Yields the name of every possible shot and its number of examples of each class, 0 for classes without any."""
+    # Classes without training examples have no labels to draw, and are left out of the smallest class too.
     available = np.bincount(labels, minlength=classes)
     for fraction in config.label_fractions:
         yield (
@@ -91,6 +95,7 @@ def draw_rows(
 
     Uses raw Philox words, whose sequence NumPy guarantees across releases.
     """
+    # Smaller counts are subsets of larger ones: both are the first examples of one random order.
     words = np.random.Philox((seed, stream)).random_raw(len(labels))
     order = np.lexsort((words, labels))  # by class, at random within each
     ordered = labels[order]
@@ -107,10 +112,13 @@ def _fit_draw(
     scaler: FeatureScaler,
 ) -> FittedProbe:
     """Fits the labels that the seed draws."""
+    # Streams 0 and 1: independent draws from training and validation examples.
     train, validation = data.train, data.validation
     rows, held_out = draw_rows(train.labels, counts, seed, 0), draw_rows(validation.labels, counts, seed, 1)
     truth = validation.labels[held_out]
     check_labels(truth, data.classes, "validation")
+
+    # Fit on the drawn training examples, and choose the penalty on the drawn validation examples.
     x, x_validation = select_layers(train, "last")[:, rows], select_layers(validation, "last")[:, held_out]
     path = regularization_path(x, train.labels[rows], data.classes, strengths, scaler)
     best, model, tried = select_fit(list(score_path(path, x_validation, truth)))

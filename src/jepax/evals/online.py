@@ -40,17 +40,20 @@ class OnlineEval:
     """Scores encoders on the same images at each call."""
 
     def __init__(self, config: OnlineConfig, train: Source, validation: Source, batch_size: int, **loading: int):
+        # Now, not at the first evaluation: kNN needs as many training images as it has neighbors.
         if len(train) < ONLINE_KNN.k[0]:
             raise UserError(
                 f"eval.online.every_steps={config.every_steps} needs {ONLINE_KNN.k[0]} training images, and there are"
                 f" {len(train)}; 0 turns it off"
             )
+        # The same images at every call, so that differences between scores are the encoder's.
         self.train = random_subset(train, config.train_images)
         self.validation = random_subset(validation, config.validation_images)
         self.batch_size, self.loading = batch_size, loading
 
     def __call__(self, extractor: FeatureExtractor) -> dict[str, float]:
         """`val/probe_top1` (logistic regression) and `val/knn_top1` (k 20, cosine) of the last layer, in percent."""
+        # Features are extracted once, for both protocols. The score is that on validation: there is no test split here.
         train = EvalDataset(extractor, self.train, self.batch_size, **self.loading)
         validation = EvalDataset(extractor, self.validation, self.batch_size, **self.loading)
         data = ProtocolData(train, validation, self.train.classes, jr.key(0))  # neither protocol uses the key

@@ -1,4 +1,4 @@
-"""The watchdog's alarms, and health.json, which stores them."""
+"""The watchdog's alerts, also called alarms, and health.json, which stores them. Rules are in `watchdog.py`."""
 
 import json
 from collections.abc import Iterable

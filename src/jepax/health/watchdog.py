@@ -122,12 +122,12 @@ Measured: the loss's ratio in healthy runs at most 1.33 (a full demo: 1.16), in 
 def detect_drift(line: MetricsLine, past: History) -> AlertValues | None:
     """The loss fell and then rises steadily, and predictions explain less of the targets than before."""
     loss, lowest = past.level(line, "train/loss"), past.lowest.get("loss_level")
-    share, highest = past.level(line, "train/explained_variance"), past.highest.get("train/explained_variance")
+    level, highest = past.level(line, "train/explained_variance"), past.highest.get("train/explained_variance")
     if loss is None or not lowest or loss <= max(DRIFT_LOSS_RATIO * lowest, NEGLIGIBLE_LOSS_RATIO * past.first_loss):
         return None
 
     # Richer targets raise the loss too, but are still explained.
-    if share is not None and share >= DRIFT_EXPLAINED_RATIO * highest:
+    if level is not None and level >= DRIFT_EXPLAINED_RATIO * highest:
         return None
     explained, norm = (finite_or_none(line, name) for name in ("train/explained_variance", "health/target_norm"))
     return {"loss": loss, "once": lowest, "share explained": explained, "target norm": norm}
@@ -185,9 +185,9 @@ projections in some records (0.125); with a mean of -3 or -4 before the rectific
 def detect_dead_features(line: MetricsLine, past: History) -> AlertValues | None:
     """Features of the embeddings, or of the projections that the loss reads, are equal for every image."""
     for rows in ("health/projection", "health/embedding"):
-        share = finite_or_none(line, f"{rows}/dead_fraction")
-        if share is not None and share >= DEAD_FEATURE_FRACTION:
-            return {f"share of {rows.removeprefix('health/')}s' features": share}
+        fraction = finite_or_none(line, f"{rows}/dead_fraction")
+        if fraction is not None and fraction >= DEAD_FEATURE_FRACTION:
+            return {f"share of {rows.removeprefix('health/')}s' features": fraction}
     return None
 
 

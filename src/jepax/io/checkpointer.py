@@ -18,7 +18,7 @@ from jepax.io import atomic, checkpoint
 from jepax.types import UserError
 
 METRICS_KEY = "score"
-"""Key of a checkpoint's metadata for the metric, by name, that determines the best checkpoint."""
+"""Key of a checkpoint's metadata for `{best_metric: value}`, present if the checkpoint was the best at its time."""
 SLOW_SAVE_WARNING_S = 1.0
 """Seconds that a save waits for the one before it without a warning."""
 
@@ -67,10 +67,11 @@ class CheckpointManager:
             self.print(f"warning: {error}")
 
     def should_save(self, step: int) -> bool:
-        """True if the state after `step` steps is to be saved, by the step's number.
+        """True if the number of `step` calls for a checkpoint; `loop.py` also saves at other steps, such as the last.
 
         Raises `UserError` if a checkpoint could not be written.
         """
+        # Called at each step, so an error of the checkpoint being written ends the run soon, not at the next save.
         if self._pending is not None and self._pending.done():
             self.wait()
         period = self.config.keep_period
@@ -89,10 +90,15 @@ class CheckpointManager:
 
         Raises `UserError` if one could not be written.
         """
+        # A step that two reasons save, such as the clock and a request to stop, is written once.
         if step == self._saved_step:
             return
+
+        # One at a time: while one is written, the host has a copy of the state.
         slow = "the checkpoint waits for the one before it; the disk is slower than train.checkpoint.every_steps"
         self.wait(f"step {step}: {slow}")
+
+        # From here on in a thread. Logs are flushed before the checkpoint counts, old ones are removed after it does.
         self._pending = checkpoint.save_async(
             self.folder, step, state, metadata, before_commit=self.fsync_logs, after_commit=self.garbage_collect
         )
@@ -127,6 +133,7 @@ class CheckpointManager:
 
 def steps_to_keep(folder: Path, steps: list[int], config: CheckpointConfig) -> set[int]:
     """The newest of `steps`, the periodic ones, and the best."""
+    # `steps` are in ascending order. Of equal scores the later step is the best.
     newest = steps[-config.max_to_keep :]
     periodic = [step for step in steps if config.keep_period and step % config.keep_period == 0]
     scores = {step: _score(folder, step, config.best_metric) for step in steps if config.best_metric}

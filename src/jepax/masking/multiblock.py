@@ -99,9 +99,9 @@ class MultiBlock(eqx.Module):
         self.config, self.grid = config, grid
         self.largest = int(self._sizes(target=True)[0].prod(axis=1).max())
         # Failure rate of one draw, plus 3 / n: the 95% upper bound after 0 failures in n.
-        refused = min(1 - self._acceptance_rate() + 3 / NUM_TRIAL_MASKS, 1 - MIN_ACCEPTANCE_RATE)
-        # The smallest n with refused^n <= MAX_FAILURE_PROB.
-        self.attempts = math.ceil(math.log(MAX_FAILURE_PROB) / math.log(refused))
+        failure_rate = min(1 - self._acceptance_rate() + 3 / NUM_TRIAL_MASKS, 1 - MIN_ACCEPTANCE_RATE)
+        # The smallest n with failure_rate^n <= MAX_FAILURE_PROB.
+        self.attempts = math.ceil(math.log(MAX_FAILURE_PROB) / math.log(failure_rate))
 
     def __call__(self, keys: Key[Array, "batch"]) -> Masks:
         """One mask per key of the batch."""
@@ -112,9 +112,12 @@ class MultiBlock(eqx.Module):
         key_context, key_blocks = jr.split(key)
         targets, allowed = self._sample_valid_blocks(key_blocks)
 
-        # The allowed patches of smallest random rank: a uniform choice of static size. 2 exceeds every rank.
+        # A uniform choice of static size: the allowed patches with the smallest random numbers. The others get 2, which
+        # is above every random number, so they come last.
         rank = jnp.where(allowed, jr.uniform(key_context, allowed.shape), 2.0)
         context = jnp.sort(jnp.argsort(rank)[: self.config.num_context_patches])
+
+        # Blocks become lists of patches, padded to the largest block.
         indices, valid = jax.vmap(self._patch_indices)(targets)
         return context.astype(jnp.int32), indices, valid
 
@@ -129,14 +132,18 @@ class MultiBlock(eqx.Module):
             return self._sample_blocks(jr.fold_in(key, attempt))
 
         needed = self.config.num_context_patches
-        if jax.default_backend() == "cpu":  # the draw is carried: in the condition it would run twice
-            none = jnp.zeros((self.config.num_targets, 4), jnp.int32), jnp.zeros(self.grid[0] * self.grid[1], bool)
+        if jax.default_backend() == "cpu":
+            # The loop carries its newest draw: drawn in the condition, it would be drawn twice. It starts from a draw
+            # without patches, which never suffices, and ends, since at least 2% of draws do (`__init__`).
+            start = jnp.zeros((self.config.num_targets, 4), jnp.int32), jnp.zeros(self.grid[0] * self.grid[1], bool)
             _, targets, allowed = lax.while_loop(
                 lambda drawn: jnp.sum(drawn[2]) < needed,
                 lambda drawn: (drawn[0] + 1, *draw(drawn[0])),
-                (jnp.int32(0), *none),
+                (jnp.int32(0), *start),
             )
             return targets, allowed
+
+        # The first valid draw (`argmax` finds the first True), else the one with the most patches.
         targets, allowed = jax.vmap(draw)(jnp.arange(self.attempts))
         counts = jnp.sum(allowed, axis=1)  # (attempts,)
         best = jnp.where(jnp.any(counts >= needed), jnp.argmax(counts >= needed), jnp.argmax(counts))
@@ -158,7 +165,8 @@ class MultiBlock(eqx.Module):
         self, key_size: PRNGKeyArray, key_top: PRNGKeyArray, key_left: PRNGKeyArray, *, target: bool
     ) -> Int[Array, "4"]:
         """Top, left, height and width of one block."""
-        # The size by inverse CDF over the table, then a uniform position inside the grid.
+        # The size by inverse CDF over the table, then a uniform position inside the grid. Without the last edge, which
+        # rounding may leave below 1, every number finds a row. "compare_all" runs no loop: the table has a few rows.
         sizes, probabilities = self._sizes(target=target)
         edges = jnp.asarray(np.cumsum(probabilities)[:-1], jnp.float32)
         height, width = jnp.asarray(sizes)[jnp.searchsorted(edges, jr.uniform(key_size), method="compare_all")]
@@ -167,6 +175,7 @@ class MultiBlock(eqx.Module):
         return jnp.stack([top, left, height, width])
 
     def _sizes(self, *, target: bool) -> tuple[np.ndarray, np.ndarray]:
+        # The context block is square, as published: only its area is random.
         c = self.config
         scale, aspect = (c.target_scale, c.target_aspect_ratio) if target else (c.context_scale, (1.0, 1.0))
         return block_sizes(self.grid, scale, aspect, c.grid_margin)
@@ -179,6 +188,7 @@ class MultiBlock(eqx.Module):
 
     def _patch_indices(self, block: Int[Array, "4"]) -> tuple[Int[Array, "target"], Bool[Array, "target"]]:
         """Row-major patch indices of a block; padding repeats its first patch and is marked invalid."""
+        # Static size with a dynamic width: entry e of a block is at row e // width and column e % width.
         top, left, height, width = block
         entry = jnp.arange(self.largest)
         valid = entry < height * width

@@ -31,6 +31,7 @@ class MethodConfig(abc.ABC):
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        # config.yaml refers to the method by this name.
         if name is not None:  # a base of several methods has none
             cls.name = name
             MethodConfig.registry[name] = cls
@@ -44,6 +45,7 @@ class MethodConfig(abc.ABC):
 
         By default every part by its own `tiny()`, and the number of projection directions.
         """
+        # Networks, crops and masks have a `tiny` of their own; choices such as the loss do not, and stay.
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         small = {name: part.tiny() for name, part in parts.items() if hasattr(part, "tiny")}
         return replace(self, **small | ({"num_slices": 16} if "num_slices" in parts else {}))
@@ -55,7 +57,7 @@ class MethodConfig(abc.ABC):
 class Method(eqx.Module):
     """One method. Its parameters are trained unless they are beneath an `EMA`: the type is the rule.
 
-    Arrays of `draw`'s and `forward`'s results lead with the batch axis.
+    Arrays that `draw` and `forward` return have the batch as their first axis.
     """
 
     @abc.abstractmethod
@@ -82,12 +84,14 @@ class Method(eqx.Module):
 
     def loss(self, batch: Any, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
         """draw -> forward -> objective: what a notebook differentiates. `batch.index` seeds each example's key."""
+        # Other keys for `objective` than for any example. The trainer does the same: `loss_and_grads` in step.py.
         views = self.draw(batch, example_keys(key, batch.index))
         return self.objective(self.forward(views), key=objective_key(key))
 
 
 def example_keys(key: PRNGKeyArray, index: Int[AnyArray, "batch"]) -> Key[Array, "batch"]:
     """One key per example, from its position in the run's order: the same on any number of devices or workers."""
+    # `fold_in`, not `split`: an example's key does not depend on the size or the order of the batch.
     return jax.vmap(lambda i: jr.fold_in(key, i))(index)
 
 
@@ -97,7 +101,7 @@ def objective_key(key: PRNGKeyArray) -> PRNGKeyArray:
 
 
 class ImageMethodConfig(MethodConfig):
-    """A method on images: what evaluation, figures and export read of its settings."""
+    """Settings of a method on images. Evaluation, figures and export read these two fields."""
 
     encoder: ViTConfig
     """Settings of the encoder that is evaluated."""
@@ -106,6 +110,7 @@ class ImageMethodConfig(MethodConfig):
 
     def check_data(self, source: Any) -> None:
         """Raise `UserError` if the images' channels differ from those of the encoder or of the normalization."""
+        # Here, so that the error names the field: the networks would raise one about shapes.
         found = source.canvas_shape[2]
         for name, channels in (("encoder.in_channels", self.encoder.in_channels), ("crop.mean", len(self.crop.mean))):
             if channels != found:

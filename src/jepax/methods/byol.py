@@ -75,6 +75,7 @@ class BYOL(MultiView):
         self.total_steps = total_steps
 
     def forward(self, views: MultiCropViews) -> BYOLOutputs:
+        # The online networks see every view, the teacher the global ones alone: only those are predicted.
         teacher = lax.stop_gradient(embed(self.target.average[0], views.global_views))  # (B, V, D)
         return BYOLOutputs(super().forward(views), teacher)
 
@@ -104,6 +105,7 @@ def cosine_distance(predictions: Projections, targets: Projections) -> Float[Arr
     """mean over pairs v != w of 2 - 2 cos(predictions[v], targets[w]); index w is one view in both. From 0 to 4."""
     predictions, targets = l2_normalize(predictions), l2_normalize(targets)
     cosines = jnp.mean(jnp.einsum("vbd,wbd->vwb", predictions, targets, precision=lax.Precision.HIGHEST), axis=2)
+    # A view does not predict itself. Targets are the first W of the V views, so those pairs are on the diagonal.
     other = ~jnp.eye(*cosines.shape, dtype=bool)
     return 2 - 2 * jnp.sum(jnp.where(other, cosines, 0)) / jnp.sum(other)
 

@@ -37,12 +37,13 @@ class EMAConfig:
 
     def at(self, step: Int[Array, ""] | int, total_steps: int) -> Float[Array, ""]:
         """Momentum applied after the update of `step`, counted from 0, in a run of `total_steps`."""
+        # Above 1, the stretch makes the run end before its schedule does, as in the public I-JEPA.
         total = max(round(self.schedule_stretch * total_steps), 1)
         return schedules.ramp(self.schedule, step, start=self.start, final=self.end, total=total)
 
 
 def init_ema(online: T, precision: str = "float32") -> EMA[T]:
-    """A teacher equal to `online`, in the type `precision`."""
+    """Make a teacher equal to `online`, in the type `precision`."""
     # A copy, because the step donates its buffers, and none can be donated twice.
     return EMA(cast(jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, online), precision))
 
@@ -66,4 +67,5 @@ def ema_update(teacher: EMA[T], online: T, momentum: Float[Array, ""]) -> tuple[
 
 def _subtract_float32(a: T, b: T) -> T:
     """a - b over floating-point arrays, in float32."""
+    # The difference of two close bfloat16 numbers may have no correct digit.
     return jax.tree.map(jnp.subtract, *(cast(eqx.filter(tree, eqx.is_inexact_array), jnp.float32) for tree in (a, b)))

@@ -73,8 +73,9 @@ class Outputs(eqx.Module):
     pooled: Float[Array, "batch dim"]
     """Mean over patches of the embedding that the regularizer reads."""
     predictions: Float[Array, "batch blocks target dim"]
+    """g(z, positions of B), padded to the largest block B."""
     embedded: Float[Array, "batch patches dim"]
-    """The targets: every patch as the target encoder sees it."""
+    """h, the targets: every patch as the target encoder embeds it, also those in no block."""
     masks: Masks
 
 
@@ -89,19 +90,20 @@ class IJEPA(ImageMethod):
     config: IJEPAConfig = eqx.field(static=True)
     total_steps: int = eqx.field(static=True)
 
-    def __init__(self, config: IJEPAConfig, *, total_steps: int, key: PRNGKeyArray, predicted_layers: int = 1):
+    def __init__(self, config: IJEPAConfig, *, total_steps: int, key: PRNGKeyArray, num_target_layers: int = 1):
         key_encoder, key_predictor = jr.split(key)
         width = config.encoder.width
         self.encoder = ViT(config.encoder, key=key_encoder)
         if config.ema is not None:  # ijepa_no_teacher.py has none
             self.target_encoder = init_ema(self.encoder, config.ema.dtype)
-        self.predictor = Predictor(config.predictor, width, num_outputs=predicted_layers, key=key_predictor)
+        self.predictor = Predictor(config.predictor, width, num_outputs=num_target_layers, key=key_predictor)
         self.prediction_norm = LayerNorm(width) if config.prediction_norm == "affine" else None
         self.masks = MultiBlock(config.masks, config.encoder.grid(config.crop.size))
         self.config, self.total_steps = config, total_steps
 
     def draw(self, batch: ImageBatch, keys: Key[Array, "batch"]) -> MaskedViews:
         """One crop and one mask per image, each from the image's own key."""
+        # Two keys per image: (B,) -> (B, 2) -> (2, B)
         key_crop, key_mask = jnp.moveaxis(jax.vmap(jr.split)(keys), 1, 0)
         return MaskedViews(random_resized_crop(batch, key_crop, self.config.crop), self.masks(key_mask))
 
@@ -130,24 +132,29 @@ class IJEPA(ImageMethod):
         return {"target": self.target_encoder.average, "context": self.encoder}
 
     def normalize_predictions(self, predictions: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
+        """Predictions in float32, after the LayerNorm of `prediction_norm`, if there is one."""
         predictions = predictions.astype(jnp.float32)
         if self.config.prediction_norm == "none":
             return predictions
         return normalize(predictions) if self.prediction_norm is None else self.prediction_norm(predictions)
 
     def normalize_targets(self, h: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
+        """LN(h) in float32, or h itself with target_norm=none."""
         return normalize(h) if self.config.target_norm == "layer" else h.astype(jnp.float32)
 
     def distance(self, prediction: Float[Array, "*shape"], target: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """D, elementwise."""
+        """D, for each number of the tokens: `distances` takes the mean."""
         squared = self.config.loss == "l2"
         return jnp.square(prediction - target) if squared else smooth_l1(prediction, target, self.config.smooth_l1_beta)
 
     def distances(self, outputs: Outputs) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Mean of D over all target patches: of the predictions, and of each position's mean target over the batch."""
+        """The loss, which is the mean of D over all target patches, and the same mean for a constant prediction."""
+        # The constant prediction is each position's mean target over the batch: a guess that sees no image.
         embedded, masks = outputs.embedded, outputs.masks
         means = jnp.broadcast_to(jnp.mean(embedded, axis=0, keepdims=True), embedded.shape)
         targets, means = (take_patches(x, masks.targets) for x in (embedded, means))  # (B, M, T, D)
+
+        # Padding of blocks that are smaller than the largest one is left out.
         loss = masked_mean(self.distance(outputs.predictions, targets), masks.target_valid)
         return loss, masked_mean(self.distance(means, targets), masks.target_valid)
 
@@ -165,4 +172,5 @@ def prediction_metrics(loss: Float[Array, ""], baseline: Float[Array, ""], outpu
         "health/prediction_norm": mean_norm(outputs.predictions),
         "embeddings": pool(outputs.embedded),
     }
+    # No derivative is computed for metrics.
     return lax.stop_gradient(metrics)

@@ -56,7 +56,7 @@ class IJEPADenseConfig(IJEPAConfig, name="ijepa_dense"):
         return (self.encoder.depth,) if self.target_layers is None else self.target_layers
 
     def build(self, *, total_steps: int, key: PRNGKeyArray) -> "IJEPADense":
-        return IJEPADense(self, total_steps=total_steps, key=key, predicted_layers=len(self.predicted_layers))
+        return IJEPADense(self, total_steps=total_steps, key=key, num_target_layers=len(self.predicted_layers))
 
     def tiny(self) -> "IJEPADenseConfig":
         # The last two layers at most, since the tiny encoder has no more.
@@ -78,7 +78,7 @@ class DenseOutputs(eqx.Module):
 
 
 class IJEPADense(IJEPA):
-    """I-JEPA of several layers, and of the context too."""
+    """I-JEPA that predicts several layers and, if `context_loss_weight` is above 0, the context too."""
 
     config: IJEPADenseConfig = eqx.field(static=True)
 

@@ -58,6 +58,7 @@ class IJEPANoTeacher(IJEPA):
         predictions = self.predictor(z, masks, self.masks.grid)  # (B, M, T, D)
         h = self.encoder(x)  # (B, N, D)     no second encoder: that is its point
         h = self.normalize_targets(lax.stop_gradient(h) if self.config.stop_gradient else h)
+        # The regularizer reads what gets a gradient: z always does, h only if it is not stopped.
         regularized = z if self.config.regularize_on == "context" else h
         return Outputs(pool(regularized), self.normalize_predictions(predictions), h, masks)
 

@@ -4,7 +4,7 @@
     loss = (1 - w) inv + w B mean over views of D^2(z_v, N(0, I))
 
 D is the maximum mean discrepancy or the kernel Stein discrepancy of the batch of B projections to a standard normal, in
-closed form: without SIGReg's random directions and their noise in the gradient. As SIGReg's statistic, B D^2 does not
+closed form: without SIGReg's random directions and their noise in the gradient. Like SIGReg's statistic, B D^2 does not
 depend on the batch size for samples of the normal, and grows with B away from it.
 """
 
@@ -30,11 +30,11 @@ class KerJEPAConfig(MultiViewConfig, name="kerjepa"):
     discrepancy: Literal["mmd", "ksd"] = "mmd"
     """Maximum mean discrepancy, or kernel Stein discrepancy."""
     kernel: Kernel = "gaussian"
-    """Gaussian, or inverse multiquadric (ksd alone: its mmd has no closed form)."""
+    """Gaussian, or inverse multiquadric (imq, only with ksd: its mmd has no closed form)."""
     bandwidth: float | None = None
     """Bandwidth h of the kernel; None: the square root of the projections' dimension."""
     kernel_weight: float = 0.05
-    """Fraction w of the discrepancy in the loss, the invariance having 1 - w."""
+    """Fraction w of the discrepancy in the loss; the invariance has 1 - w."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,7 +25,7 @@ class LeJEPAConfig(MultiViewConfig, name="lejepa"):
     """LeJEPA, with the weight of the paper."""
 
     sigreg_weight: float = 0.05
-    """Fraction w of SIGReg in the loss, the invariance having 1 - w. SIGReg grows with the global batch."""
+    """Fraction w of SIGReg in the loss; the invariance has 1 - w. SIGReg grows with the global batch."""
     num_slices: int = 1024
     """Directions of SIGReg, redrawn at each step."""
 

@@ -41,6 +41,7 @@ class MultiViewConfig(ImageMethodConfig):
     """Views of each image."""
 
     def __post_init__(self) -> None:
+        # One view alone has nothing to agree with. Grids are checked here, before anything is built.
         if self.views.num_global + self.views.num_local < 2:
             raise UserError(f"method.views.num_global={self.views.num_global} leaves nothing to compare; try 2")
         self.encoder.grid(self.views.global_crop.size)  # raises if the patch does not divide a view
@@ -107,6 +108,7 @@ def invariance_loss(groups: tuple[Projections, ...]) -> Float[Array, ""]:
     Scale: per dimension and view. With two global views alone it is a quarter of the mean of (z_1 - z_2)^2.
     Source: Balestriero & LeCun 2025 (arXiv:2511.08544), the prediction loss of multi-crop LeJEPA.
     """
+    # groups[0] are the global views: local ones are compared with the center, but are not part of it.
     center = jnp.mean(groups[0], axis=0)
     return jnp.mean(jnp.square(jnp.concatenate(groups) - center))
 
@@ -116,6 +118,7 @@ def pairwise_mse(views: Projections) -> Float[Array, ""]:
 
     Scale: per dimension; with two views the plain mean squared distance. Needs two views at least.
     """
+    # With ddof=1 this equals the mean over all pairs v != w, without computing V^2 differences.
     return 2 * jnp.mean(jnp.var(views, axis=0, ddof=1))
 
 
@@ -124,6 +127,7 @@ def explained_by_views(groups: tuple[Projections, ...]) -> Float[Array, ""]:
 
     The fraction of the projections' variance that is not disagreement between the views of an image.
     """
+    # The baseline is the distance of views of different images: 0 is no agreement, 1 is full agreement.
     z = jnp.concatenate(groups)
     return explained_fraction(pairwise_mse(z), 2 * jnp.mean(jnp.square(z - jnp.mean(z, axis=(0, 1)))))
 

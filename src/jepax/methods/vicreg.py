@@ -32,7 +32,7 @@ class VICRegConfig(MultiViewConfig, name="vicreg"):
     sim_coeff: float = 25.0
     """Weight of the mean squared distance between two views of an image."""
     std_coeff: float = 25.0
-    """Weight of the variance term, mean over views (the paper sums it over the two: there 12.5 is this 25)."""
+    """Weight of the variance term, a mean over views (a sum over two views, as in the paper, has half this weight)."""
     cov_coeff: float = 1.0
     """Weight of the covariance term, summed over two views (mean over views, times 2)."""
 
@@ -60,6 +60,7 @@ class VICReg(MultiView):
         var = jnp.mean(jax.vmap(variance)(z))
         cov = jnp.mean(jax.vmap(covariance)(z))
 
+        # The factor 2: the covariance term is a sum over two views, here a mean over any number of them.
         loss = c.sim_coeff * inv + c.std_coeff * var + 2 * c.cov_coeff * cov
         terms = {"train/invariance_loss": inv, "train/variance_loss": var, "train/covariance_loss": cov}
         return loss, view_metrics(outputs, groups) | terms

@@ -63,6 +63,7 @@ class VISReg(MultiView):
         center = jnp.mean(jax.vmap(visreg.center_term)(z))
         shape = jnp.mean(jax.vmap(lambda z_v: visreg.shape_term(z_v, directions))(z))
 
+        # w divides the loss between invariance and regularizer; the three weights are within the regularizer.
         penalty = c.scale_weight * scale + c.center_weight * center + c.shape_weight * shape
         loss = (1 - c.visreg_weight) * inv + c.visreg_weight * penalty
         terms = {"invariance": inv, "scale": scale, "center": center, "shape": shape}

@@ -47,6 +47,7 @@ class StackConfig:
 
     def __post_init__(self) -> None:
         check_fields("", self, "above 0", "width", "depth", "num_heads", "mlp_ratio")
+        # The error proposes the divisor of the width that is nearest to the number given.
         if self.width % self.num_heads:
             divisors = [n for n in range(1, self.width + 1) if self.width % n == 0]
             near = min(divisors, key=lambda n: abs(n - self.num_heads))
@@ -84,7 +85,8 @@ class BlockStack(eqx.Module):
         if scanned:
             x = self._scan(x, lengths, scanned)
 
-        # The other layers run one after the other.
+        # The other layers run one after the other. Only the last one may drop tokens: each needs all tokens of the one
+        # before it, as keys and values.
         outputs, layers = [], self._layers()
         for layer in range(scanned, self.depth):
             x = self._run(layers[layer], x, lengths, num_queries if layer == self.depth - 1 else None)
@@ -95,6 +97,7 @@ class BlockStack(eqx.Module):
         """One block, under the policies of `remat` and `gather`."""
 
         def call(block: Block, x: Array, lengths: Lengths) -> Array:
+            # Inside the checkpoint, so the backward pass gathers parameters again instead of storing them.
             block = block if self.gather is None else self.gather(block)
             return block(x, lengths, num_queries=num_queries, ops=self.ops)
 
@@ -108,6 +111,7 @@ class BlockStack(eqx.Module):
         def step(x: Array, block: Block) -> tuple[Array, None]:
             return self._run(block, x, lengths, None), None
 
+        # The carry is the tokens, and the loop is over the layer axis of the parameters.
         return lax.scan(step, x, jax.tree.map(lambda leaf: leaf[:count], self.blocks))[0]
 
     def _layers(self) -> list[Block]:
@@ -116,6 +120,7 @@ class BlockStack(eqx.Module):
         def split(leaf: Array) -> list[Array]:
             return [jnp.squeeze(part, 0) for part in lax.split(leaf, (1,) * self.depth)]
 
+        # From one list per array, with an element per layer, to one block per layer.
         leaves, tree = jax.tree.flatten(self.blocks)
         return [jax.tree.unflatten(tree, layer) for layer in zip(*map(split, leaves), strict=True)]
 
@@ -130,7 +135,10 @@ def init_stack(config: StackConfig, *, key: PRNGKeyArray) -> BlockStack:
     def init_block(key: PRNGKeyArray) -> Block:
         return Block(config.width, config.num_heads, hidden_dim, std=config.init_std, key=key)
 
+    # One key per layer; `vmap` stacks the layers' arrays on their first axis.
     blocks = eqx.filter_vmap(init_block)(jr.split(key, config.depth))
+
+    # These two layers add to the residual stream, once per block: smaller in deeper blocks, so that it grows less.
     divisor = jnp.sqrt(2.0 * jnp.arange(1, config.depth + 1))[:, None, None]
     blocks = eqx.tree_at(
         lambda b: (b.attention.proj.weight, b.mlp.fc2.weight), blocks, replace_fn=lambda w: w / divisor

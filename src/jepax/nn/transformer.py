@@ -76,7 +76,7 @@ def attention(
 def self_attention(
     x: Tokens, weight: Array, bias: Array, lengths: Lengths = None, *, num_heads: int, num_queries: int
 ) -> Queries:
-    """Projects tokens to queries, keys and values, and attends: each of the last `num_queries` tokens to all tokens."""
+    """Project tokens to queries, keys and values, and attend: each of the last `num_queries` tokens to all tokens."""
     w_q, w_k, w_v = jnp.split(weight, 3, axis=1)
     b_q, b_k, b_v = jnp.split(bias, 3)
 
@@ -116,6 +116,7 @@ FAST = Ops(kernels.linear, kernels.layer_norm, kernels.gelu, kernels.self_attent
 
 def init_weight(key: PRNGKeyArray, shape: tuple[int, ...], std: float | None) -> Float[Array, "..."]:
     """Normal with deviation `std`, truncated at +-2 (absolute, as published); `None` means 1 / sqrt(fan in)."""
+    # `truncated_normal` counts its bounds in deviations. At 0.02 they are 100: in effect nothing is truncated.
     std = 1.0 / math.sqrt(shape[0]) if std is None else std
     bound = 2.0 / std
     return std * jr.truncated_normal(key, -bound, bound, shape)
@@ -165,6 +166,7 @@ class Attention(eqx.Module):
     def __call__(
         self, x: Tokens, lengths: Lengths = None, *, num_queries: int | None = None, ops: Ops = PLAIN
     ) -> Queries:
+        # Queries come from the last tokens, keys and values from all.
         sizes = {"num_heads": self.num_heads, "num_queries": num_queries or x.shape[1]}
         return self.proj(ops.self_attention(x, self.qkv.weight, self.qkv.bias, lengths, **sizes), ops)
 

@@ -1,4 +1,4 @@
-"""I-JEPA on Fashion-MNIST, for two CPU cores.
+"""I-JEPA on Fashion-MNIST, for two CPU cores. Encoder, crop, optimizer and evaluation are in `fashion_mnist.py`.
 
 Differs from the published recipe (measured, see docs/log.md):
 

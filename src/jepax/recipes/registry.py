@@ -29,6 +29,7 @@ def override(config: C, changes: Mapping[str, Any]) -> C:
 
     Fields of one group change together, so that they are checked against each other.
     """
+    # Direct fields of this config, and for each group of settings below it the fields that change there.
     values: dict[str, Any] = {}
     groups: dict[str, dict[str, Any]] = defaultdict(dict)
     for path, value in changes.items():
@@ -37,12 +38,15 @@ def override(config: C, changes: Mapping[str, Any]) -> C:
             groups[name][rest] = value
         else:
             values[name] = value
+
+    # Each group is replaced once, with all its changes; its `__post_init__` then checks them.
     parts = {name: override(getattr(config, name), part) for name, part in groups.items()}
     return replace(config, **values, **parts)
 
 
 def with_method(config: Config, method: type[MethodConfig], **settings: Any) -> Config:
     """The experiment with another method: it keeps the fields that both methods have, except those in `settings`."""
+    # `replace` cannot change the class, so the shared fields are copied by name.
     names = [field.name for field in fields(method) if hasattr(config.method, field.name)]
     shared = {name: getattr(config.method, name) for name in names}
     return replace(config, method=method(**shared | settings))

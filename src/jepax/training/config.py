@@ -104,12 +104,13 @@ def make_optimizer(config: Config, examples: int) -> Optimizer:
 
 
 def resolve_compute_dtype(config: Config) -> DTypeLike:
-    """Type of matrix products. bfloat16 was slower than float32 on every CPU measured."""
+    """Type of matrix products, on this machine's devices. bfloat16 was slower than float32 on every CPU measured."""
     if config.train.compute_dtype == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return jnp.dtype(config.train.compute_dtype)
 
 
+# The stars only keep these names on two lines.
 RESUMABLE_FIELDS = (
     *("data.root", "data.num_threads", "data.num_workers", "data.max_corrupt_fraction"),
     *("eval", "train.log_every_steps", "train.checkpoint", "train.loggers", "train.sharding", "train.grad_accum_steps"),

@@ -54,9 +54,11 @@ def train(
     saved: then it raises `Preempted`. Raises `UserError` if another process uses the folder, if it contains another
     run, if no checkpoint in it is valid, if a checkpoint cannot be written, and if training diverges.
     """
+    # Data, optimizer, sharding and keys: everything that does not depend on the folder.
     setup = make_setup(config, source)
     with ExitStack() as stack:
-        # One process per folder, and a folder that belongs to this run.
+        # One run at a time in a folder, and a folder that belongs to this run. `collective_errors` raises an error of
+        # one process in all of them: otherwise the others would wait for it forever.
         with multihost.collective_errors():
             if multihost.is_main_process():
                 stack.enter_context(lock.run_lock(run_dir))
@@ -67,18 +69,18 @@ def train(
 
         # The newest valid checkpoint, or the initial state.
         state, start, metadata = restore(setup, run_dir)
-        events = record_start(setup, run_dir, start)
+        event_log = record_start(setup, run_dir, start)
 
         if notes and multihost.is_main_process():
             print(*notes, sep="\n", file=sys.stderr)
 
         # From here on a signal stops the loop after a step.
         stack.enter_context(preemption.defer())
-        return fit(setup, run_dir, state, start, metadata, events)
+        return fit(setup, run_dir, state, start, metadata, event_log)
 
 
 def fit(
-    setup: Setup, run_dir: Path, state: TrainState, start: int, metadata: dict[str, Any], events: Events
+    setup: Setup, run_dir: Path, state: TrainState, start: int, metadata: dict[str, Any], event_log: Events
 ) -> TrainState:
     """for batch: step -> inspect -> log -> evaluate -> save, up to the last step or a request to stop."""
     config, total_steps, mesh = setup.config, setup.total_steps, setup.plan.mesh
@@ -95,7 +97,7 @@ def fit(
     ):
         # What the run remembers from before it was interrupted: peaks since the last record, alarms, the best score.
         log.print_header(run_dir, config.train.batch_size, str(setup.plan))
-        inspector = StepInspector(config, events, log.print, metadata.get("peaks", {}))
+        inspector = StepInspector(config, event_log, log.print, metadata.get("peaks", {}))
         watchdog, best = Watchdog(log.previous_lines), dict(metadata.get("best", {}))
         write_alerts(run_dir, watchdog.alarms)
         last_logged = log.previous_lines[-1]["step"] if log.previous_lines else -1
@@ -106,21 +108,23 @@ def fit(
                 is_last = step + 1 == total_steps
                 should_log = is_log_step(step, config.train.log_every_steps, total_steps)
 
-                # Step. The device starts; the host goes on.
+                # Step. An accelerator computes while the host goes on, so nothing here may read this step's results.
                 measure = track_update_norms(state.method, step) if should_log else None
                 state, metrics = run_train_step(state, sharding.shard_batch(batch, mesh), base_key, context)
                 metrics |= measure(state.method, metrics["guard/action"]) if measure else {}
+
+                # All processes stop and save after the same step. With several, the flags are those of the step before.
                 stop, timer_expired = any_process(
                     preemption.stop_requested(), multihost.is_main_process() and checkpoints.timer_expired()
                 )
 
-                # Inspect the step before this one.
+                # Inspect the step before this one, whose results are ready: too many skipped steps end the run here.
                 inspector.push(step, metrics, batch)
                 if step == start:
                     log.report_compile_time(metrics["train/loss"])
-                    trim_heap()  # the compiler's memory
+                    trim_heap()  # returns the compiler's memory to the system
 
-                # Log, and evaluate if it is time.
+                # Log, and evaluate if it is time. `flush` waits for this step, so the peaks include it.
                 is_best = False
                 if should_log:
                     inspector.flush()
@@ -137,7 +141,8 @@ def fit(
                         log.print(f"warning: {alert}; try {alert.advice}")
                     is_best = update_best(best, best_metric, values)
 
-                # Save. What is not finite is never saved.
+                # Save: by the step's number, the clock, a request to stop, the best score, or at the end. A state that
+                # is not finite is never saved.
                 if is_best or stop or timer_expired or checkpoints.should_save(step + 1) or is_last:
                     inspector.flush()
                     if not all_finite(state.method):
@@ -208,17 +213,17 @@ def record_start(setup: Setup, run_dir: Path, start: int) -> Events:
     # The folder's config is the one of the newest command.
     changed = write_run_config(run_dir, setup.config, setup.source) if multihost.is_main_process() else []
 
-    # Events of steps that are taken again are dropped, as their records in metrics.jsonl are.
-    log, dtype = events.Events(run_dir), jnp.dtype(resolve_compute_dtype(setup.config)).name
-    log.truncate_from(start)
+    # Events of steps that are repeated are dropped, as their records in metrics.jsonl are.
+    event_log, dtype = Events(run_dir), jnp.dtype(resolve_compute_dtype(setup.config)).name
+    event_log.truncate_from(start)
 
     # A run may go on in another precision, but not silently.
-    if start and (before := log.last("compute_dtype", dtype)) != dtype:
+    if start and (before := event_log.last("compute_dtype", dtype)) != dtype:
         print_warning(f"{run_dir} computed in {before} before and computes in {dtype} here: losses will differ")
 
     name = "resumed" if start else "started"
-    log.add(name, start, devices=jax.device_count(), compute_dtype=dtype, changed=changed)
-    return log
+    event_log.add(name, start, devices=jax.device_count(), compute_dtype=dtype, changed=changed)
+    return event_log
 
 
 def record_stop(run_dir: Path, watchdog: Watchdog, inspector: StepInspector, error: DivergedError) -> None:
@@ -228,9 +233,11 @@ def record_stop(run_dir: Path, watchdog: Watchdog, inspector: StepInspector, err
 
 
 def update_best(best: dict[str, float], name: str | None, values: dict[str, Any]) -> bool:
-    """True if this log step has the best value so far of the metric that checkpoints are kept by."""
+    """True if this log step has the best value so far of `train.checkpoint.best_metric`, which `best` then stores."""
+    # Most log steps have no evaluation, and without a best_metric the name is None.
     if name not in values:
         return False
+
     # All processes save, or none: the main process decides.
     is_best = bool(multihost.broadcast(int(values[name] > best.get(name, -math.inf))))
     if is_best:
@@ -240,7 +247,8 @@ def update_best(best: dict[str, float], name: str | None, values: dict[str, Any]
 
 def train_batches(setup: Setup, run_dir: Path, start: int, print: Callable[[str], None]) -> Generator[Any, None, None]:
     """This host's slices of the remaining batches; files that cannot be read are replaced and listed in the folder."""
-    if not multihost.is_main_process():  # its log prints nothing
+    # `print` is the log's: it keeps the progress bar intact. Only the main process has one that prints.
+    if not multihost.is_main_process():
         print = lambda text: print_warning(text.removeprefix("warning: "))  # noqa: E731
     path = run_dir / corrupt_file(jax.process_index())
     corrupt = CorruptLog(setup.source, path, setup.config.data.max_corrupt_fraction, print)

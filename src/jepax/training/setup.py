@@ -45,6 +45,7 @@ class Setup:
     @property
     def context(self) -> TrainContext:
         """The static arguments of the training step."""
+        # Hashable, and equal for equal configs: a new value would compile the step again.
         train = self.config.train
         dtype = resolve_compute_dtype(self.config)
         return TrainContext(self.optimizer, dtype, train.grad_guard, self.plan, train.log_every_steps)
@@ -52,11 +53,12 @@ class Setup:
     @property
     def base_key(self) -> PRNGKeyArray:
         """The key that all randomness of the steps derives from, on every device."""
-        # Not `jr.key(seed)`, which makes the initial parameters.
+        # Not `jr.key(seed)`, which makes the initial parameters: one key is never used for two purposes.
         return sharding.replicate(jr.fold_in(jr.key(self.config.seed), 1), self.plan.mesh)
 
     def init_state(self) -> TrainState:
         """The state before step 0, on the devices. One program for every seed; no device exceeds its shard."""
+        # If sharded, the program itself places each array, so no device has more than its part.
         key = jr.key(self.config.seed)
         if self.plan.is_sharded:
             return _init_state(self.config.method, self.optimizer, key, self.plan)
@@ -86,6 +88,7 @@ class Setup:
 
     def abstract_batch(self, batch_size: int) -> PyTree:
         """A global batch as abstract shapes, from one example of the data."""
+        # Only shapes and types are used, so one example is enough, read without threads.
         (example,) = batches(self.source, batch_size=1, steps=1, seed=0, num_threads=0)
         arrays = jax.tree.map(np.asarray, example)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), arrays)
@@ -96,7 +99,7 @@ def make_setup(config: Config, source: Source | None = None) -> Setup:
 
     `source` replaces the data that the config names. Every process of a run must call it; raises `UserError`.
     """
-    # The same config on every host, valid for these devices and this data.
+    # The same config on every host, valid for these devices and this data. An error of one process is raised in all.
     with multihost.collective_errors():
         check_same_config_on_hosts(config)
     with multihost.collective_errors():

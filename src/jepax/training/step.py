@@ -1,4 +1,7 @@
-"""One training step: forward and backward, optimizer, EMA teacher. Read this file first; `loop.py` calls it."""
+"""One training step: forward and backward, optimizer, EMA teacher. Read `methods/ijepa.py` first, then this file.
+
+`loop.py` calls it for each batch; `setup.py` builds its arguments from a config.
+"""
 
 from collections import defaultdict
 from functools import partial
@@ -40,6 +43,7 @@ class TrainContext(NamedTuple):
     plan: ShardingPlan | None = None
     """None: one device, one micro-batch."""
     log_every_steps: int = 1
+    """Interval of the logged steps, at which the step also computes norms by module."""
 
 
 def train_step(
@@ -51,9 +55,9 @@ def train_step(
     # Forward and backward. The loss reads the global batch.
     loss, metrics, grads = loss_and_grads(state.method, batch, key, context)
 
-    # Optimizer and EMA teacher, unless the guard skips the step: see `update` below.
-    def apply(params: tuple[Method, optax.OptState], grads: Method) -> tuple[Method, optax.OptState]:
-        return update(*params, grads, state.step, context.optimizer)
+    # Optimizer and EMA teacher: see `update` below. `guarded` skips this, or scales the gradients of a spike first.
+    def apply(old: tuple[Method, optax.OptState], grads: Method) -> tuple[Method, optax.OptState]:
+        return update(*old, grads, state.step, context.optimizer)
 
     (method, opt_state), guard, guard_metrics = guarded(apply)(
         (state.method, state.opt_state), grads, loss=loss, step=state.step, guard=state.guard, config=context.guard
@@ -73,8 +77,11 @@ def train_step(
 def loss_and_grads(
     method: Method, batch: Any, key: PRNGKeyArray, context: TrainContext
 ) -> tuple[Float[Array, ""], Metrics, Method]:
-    """Loss, metrics, and gradients by the trained parameters: `Method.loss` in `compute_dtype`, sharded, in
-    micro-batches."""
+    """Loss, metrics, and gradients with respect to the trained parameters.
+
+    The same loss as `Method.loss`, with matrix products in `compute_dtype`, sharded, and in micro-batches.
+    """
+    # The parameters that are trained, and the rest: everything beneath an EMA, and arrays that are not floating-point.
     params, frozen = eqx.partition(method, trainable(method))
     plan = context.plan
 
@@ -87,7 +94,7 @@ def loss_and_grads(
         forward = microbatched(type(method).forward, plan.num_microbatches if plan else 1)
         return method.objective(forward(method, views), key=objective_key(key))
 
-    # Gradients are float32, as the parameters are.
+    # Gradients are float32, as the parameters are: the cast is inside the function that is differentiated.
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     return loss, metrics, grads
 
@@ -101,7 +108,7 @@ def update(
     updates, opt_state = optimizer.update(grads, opt_state, params, step)
     method = eqx.combine(eqx.apply_updates(params, updates), frozen)
 
-    # The EMA teacher moves. Its metrics are computed at logged steps alone: see monitor.py.
+    # The EMA teacher moves. Its metrics are dropped here and computed only at logged steps: `track_update_norms`.
     method, _ = method.after_update(step)
     return method, opt_state
 
@@ -110,10 +117,10 @@ def update(
 def jit_train_step(
     state: TrainState, batch: Any, base_key: PRNGKeyArray, context: TrainContext
 ) -> tuple[TrainState, Metrics]:
-    """The training program of a run, compiled once (`jit_train_step._cache_size()` counts). Donates the old state.
+    """The training program of a run, compiled once (`jit_train_step._cache_size()` counts).
 
-    Plain `jax.jit`: `eqx.filter_jit` waits for every result, so an accelerator would idle, and flattening the
-    state costs a third of the host's time per step.
+    The old state is donated: the new one is written into its memory. Plain `jax.jit`: `eqx.filter_jit` waits for every
+    result, so an accelerator would idle, and flattening the state costs a third of the host's time per step.
     """
     state, metrics = train_step(state, batch, base_key, context)
 
@@ -136,13 +143,13 @@ def init_train_state(method: Method, optimizer: Optimizer) -> TrainState:
 
     Raises `TypeError` if a leaf of the method is neither an array nor a static field.
     """
-    # A compiled program takes arrays only, and a checkpoint stores arrays only.
+    # A compiled program accepts only arrays, and a checkpoint stores only arrays.
     for path, leaf in jax.tree_util.tree_leaves_with_path(method):
         if not hasattr(leaf, "dtype"):
             where = jax.tree_util.keystr(path)
             raise TypeError(f"{type(method).__name__}{where} is {leaf!r}, not an array: use eqx.field(static=True)")
 
-    # Everything but what lies beneath an EMA is trained.
+    # Everything is trained except what is beneath an EMA.
     params = eqx.filter(method, trainable(method))
     return TrainState(method, optimizer.init(params), jnp.int32(0), GradGuardState.new())
 
@@ -167,5 +174,5 @@ def grad_norms(grads: Method) -> Metrics:
 
 
 def _owner(path: tuple) -> str:
-    """`encoder` for the path `.encoder.stack`."""
+    """Name a stack by the fields above it: `encoder` for the path `.encoder.stack`."""
     return "_".join(str(getattr(entry, "name", getattr(entry, "idx", ""))) for entry in path[:-1])

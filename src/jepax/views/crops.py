@@ -83,7 +83,7 @@ def random_resized_crop(images: ImageBatch, keys: Key[Array, "batch"], config: C
 
 def random_crop_unnormalized(images: ImageBatch, keys: Key[Array, "batch"], config: CropConfig) -> ViewBatch:
     """`random_resized_crop` without the normalization: values in [0, 1]."""
-    # The flip has a key of its own, so changing `hflip_prob` does not move the boxes.
+    # Two keys per image, (batch, 2) -> (2, batch). The flip has its own: changing `hflip_prob` does not move the boxes.
     key_box, key_flip = jnp.moveaxis(jax.vmap(jr.split)(keys), 1, 0)
     box = sample_boxes(key_box, images.size, config)
     flip = jax.vmap(lambda key: jr.bernoulli(key, config.hflip_prob))(key_flip)
@@ -176,7 +176,7 @@ def resize_crop(
     canvas: UInt8[AnyArray, "batch rows columns channels"],
     box: Real[Array, "batch 4"],
     size: tuple[int, int],
-    filter: Interpolation,
+    interpolation: Interpolation,
     *,
     flip: Bool[Array, "batch"] | None = None,
     limits: Real[Array, "batch 4"] | None = None,
@@ -191,16 +191,18 @@ def resize_crop(
     """
     limits = box if limits is None else limits
 
-    # One weight matrix per image and axis; a flip reverses the matrix of the columns, not the pixels.
+    # One weight matrix per image and axis: R and C of this file's first lines. `0::2` is (top, height), `1::2` (left,
+    # width). A flip reverses the matrix of the columns, not the pixels.
     rows, columns = canvas.shape[1:3]
-    row_weights = _resize_weights(box[:, 0::2], limits[:, 0::2], rows, size[0], filter)
-    column_weights = _resize_weights(box[:, 1::2], limits[:, 1::2], columns, size[1], filter)
+    row_weights = _resize_weights(box[:, 0::2], limits[:, 0::2], rows, size[0], interpolation)
+    column_weights = _resize_weights(box[:, 1::2], limits[:, 1::2], columns, size[1], interpolation)
     if flip is not None:
         column_weights = jnp.where(flip[:, None, None], column_weights[:, ::-1], column_weights)
 
-    # The clip between passes makes bicubic's order matter: columns first, as in Pillow. Else the cheaper order.
+    # The clip between passes makes bicubic's order matter: columns first, as in Pillow. Else the order with fewer
+    # multiplications. In the products, o and p are rows and columns of the view; r, y and x those that come in.
     (height, width), passes = size, [("bor,brxc->boxc", row_weights), ("bpx,byxc->bypc", column_weights)]
-    if filter == "bicubic" or width * rows * (columns + height) < height * columns * (rows + width):
+    if interpolation == "bicubic" or width * rows * (columns + height) < height * columns * (rows + width):
         passes.reverse()
 
     # Integers up to 255 are exact in every matrix format an accelerator may choose, so the division comes last.
@@ -211,7 +213,7 @@ def resize_crop(
 
 
 def _resize_weights(
-    span: Real[Array, "batch 2"], limits: Real[Array, "batch 2"], pixels: int, out: int, filter: Interpolation
+    span: Real[Array, "batch 2"], limits: Real[Array, "batch 2"], pixels: int, out: int, interpolation: Interpolation
 ) -> Float[Array, "batch out pixels"]:
     """Weight of each input pixel in each output pixel along one axis; spans are (start, length). Rows sum to one."""
     start, length = (side[:, None, None].astype(jnp.float32) for side in span.T)
@@ -225,7 +227,7 @@ def _resize_weights(
 
     # Weights outside the limits are zero; the others are normalized, so a flat image stays flat.
     is_inside = (pixel + 1 > first) & (pixel < first + extent)
-    kernel = jnp.maximum(0, 1 - distance) if filter == "bilinear" else _cubic_kernel(distance)
+    kernel = jnp.maximum(0, 1 - distance) if interpolation == "bilinear" else _cubic_kernel(distance)
     weights = jnp.where(is_inside, kernel, 0)
     return weights / jnp.sum(weights, axis=2, keepdims=True)
 

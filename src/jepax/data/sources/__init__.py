@@ -1,4 +1,4 @@
-"""The contract of a data source, and of those that hold labeled images. One format, one file in this folder."""
+"""The contract of a data source, and of sources of labeled images. One format, one file in this folder."""
 
 import abc
 import contextlib
@@ -52,7 +52,7 @@ class Source(abc.ABC):
     def collate(self, examples: Iterable[Example], index: Int32[np.ndarray, " batch"]) -> Batch:
         """Makes a batch of `len(index)` examples, of the same shapes every time, and keeps `index` in it.
 
-        `examples` reads each example when it is asked for it, so that a batch need not be in memory twice.
+        `examples` reads each example when the iteration reaches it, so that a batch need not be in memory twice.
         """
 
     @property
@@ -205,7 +205,7 @@ def short_hash(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
-def val_mask(labels: Int32[np.ndarray, " examples"], share: float) -> Bool[np.ndarray, " examples"]:
+def val_mask(labels: Int32[np.ndarray, " examples"], fraction: float) -> Bool[np.ndarray, " examples"]:
     """Marks this fraction of each class (rounded) at random, the same rows at every call.
 
     Drawn from raw Philox words, whose stream NumPy promises to keep: the split outlives NumPy's releases.
@@ -215,22 +215,22 @@ def val_mask(labels: Int32[np.ndarray, " examples"], share: float) -> Bool[np.nd
     _, starts, inverse, counts = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)
     rank = np.arange(len(labels)) - starts[inverse]
     mask = np.empty(len(labels), bool)
-    mask[order] = rank < np.rint(share * counts)[inverse]
+    mask[order] = rank < np.rint(fraction * counts)[inverse]
     return mask
 
 
-def split_rows(split: SplitName, labels: Int32[np.ndarray, " examples"], share: float) -> Int[np.ndarray, " rows"]:
+def split_rows(split: SplitName, labels: Int32[np.ndarray, " examples"], fraction: float) -> Int[np.ndarray, " rows"]:
     """Returns the split's rows, ascending, of the pool with these labels.
 
     Raises `UserError` where the held-out fraction leaves nothing for validation or for training.
     """
     if split == "test":
         return np.arange(len(labels))
-    mask = val_mask(labels, share)
+    mask = val_mask(labels, fraction)
     rows = np.flatnonzero(mask if split == "validation" else ~mask)
     if not len(rows):
         raise UserError(
-            f"data.val_fraction={share} leaves no image for the {split} split out of {len(labels)}.\n"
+            f"data.val_fraction={fraction} leaves no image for the {split} split out of {len(labels)}.\n"
             "It is a fraction of each class of the training images; try 0.1, or add images."
         )
     return rows

@@ -18,7 +18,7 @@ MAX_REASONS = 5
 
 @dataclass(frozen=True, eq=False)
 class ImageFolder(ImageSource):
-    """Files below `folder`, decoded when they are asked for."""
+    """Files below `folder`, decoded each time they are loaded."""
 
     folder: Path
     files: tuple[str, ...]
@@ -40,7 +40,7 @@ class ImageFolder(ImageSource):
     def fingerprint(self) -> dict[str, str]:
         """`{"class cat": "1300 files, 3f2a9c..."}`: of each class the number of files and a digest of their names.
 
-        Of all of train/, which holds the training and the validation split, or of val/. No file is opened: one that
+        The folder is train/, for the training and the validation split together, or val/. No file is opened: one that
         was overwritten under its name is not noticed.
         """
         return self.listing
