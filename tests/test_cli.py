@@ -69,7 +69,7 @@ def fails(capsys, *argv, code=2):
         ("train ijepa_fashion_mnist --rundir x", ["--rundir", "--run-dir"]),
         ("train ijepa_fashion_mnist --xyzzy 4", ["--xyzzy", "--help"]),
         ("train ijepa_fashion_mnist --seed 1 --optim.peak-lr fast", ["--optim.peak-lr", "fast", "float"]),
-        ("train ijepa_fashion_mnist --optim.peak-lr nan", ["optim.peak_lr", "nan", "float"]),
+        ("train ijepa_fashion_mnist --optim.peak-lr nan", ["optim.peak_lr=nan", "above 0"]),
         ("train ijepa_fashion_mnist --train.epochs inf", ["train.epochs", "inf", "float"]),
         ("train ijepa_fashion_mnist --train.batch-size 1.5", ["--train.batch-size", "1.5", "int"]),
         ("train ijepa_fashion_mnist --method.crop.size 28", ["--method.crop.size", "28", "2 values"]),

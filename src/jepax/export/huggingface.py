@@ -105,7 +105,8 @@ def load_hf_config(folder: Path) -> tuple[ViTConfig, CropConfig]:
             execution = {name: getattr(own, name) for name in ("init_std", "scan_layers", "remat", "fast")}
         else:
             crop = _read_crop_config(folder / PREPROCESSOR_FILE, size)
-        config = ViTConfig(patch, channels, width, depth, heads, hidden / width, **execution)
+        sizes = {"width": width, "depth": depth, "num_heads": heads, "mlp_ratio": hidden / width}
+        config = ViTConfig(patch_size=patch, in_channels=channels, **sizes, **execution)
         config.grid(crop.size), sincos_2d((1, 1), config.width)  # refuse sizes that have no such positions
     if crop.size != size:
         raise UserError(f"{path}: image_size={values['image_size']}, but jepax.crop.size={crop.size}; make them equal")

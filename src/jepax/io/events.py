@@ -22,7 +22,7 @@ class Events:
         if self.writes:
             record = {"event": event, "step": step, "time": round(time.time(), 3)}
             record |= ({"step_bound": True} if step_bound else {}) | details
-            atomic.append_text(self.path, json.dumps(record) + "\n")
+            append_jsonl(self.path, record)
 
     def truncate_from(self, start: int) -> None:
         """Drop the step-bound events of steps from `start` on, which are repeated, and corrupt lines."""
@@ -43,6 +43,11 @@ def read_jsonl(path: Path) -> list[dict]:
 def count_corrupt_lines(path: Path) -> int:
     """Number of lines that `read_jsonl` leaves out."""
     return _parse_lines(path).count(None)
+
+
+def append_jsonl(path: Path, record: dict) -> None:
+    """Append a record to a JSON Lines file, which is created if it is missing."""
+    atomic.append_text(path, json.dumps(record) + "\n")
 
 
 def rewrite_jsonl(path: Path, records: Iterable[dict]) -> None:
