@@ -36,6 +36,9 @@ def group(config):
 FIRST = {group(config): name for name, config in reversed(DISTINCT.items())}
 """One recipe of each method, and one that scans; others differ by sizes and choices alone: `make test-long`."""
 NAMES = [pytest.param(name, marks=[pytest.mark.long] * (name not in FIRST.values())) for name in DISTINCT]
+QUICK = [FIRST[name] for name in ("ijepa", "scanned", "lejepa", "byol")]
+OVERFITTED = [pytest.param(name, marks=[pytest.mark.long] * (name not in QUICK)) for name in DISTINCT]
+"""With and without a teacher, unrolled and scanned; the others in the long run."""
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -184,6 +187,7 @@ def test_a_teacher_has_no_gradient_and_no_optimiser_state(config):
     assert len(kept) == len(moments) and set(kept) == names
 
 
+@pytest.mark.parametrize("config", OVERFITTED, indirect=True)
 def test_one_batch_is_overfitted(standing_still, batches):
     """A hundred and fifty updates, or fewer, explain most of what the first could not."""
     setup, state = fresh(standing_still)
