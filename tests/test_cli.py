@@ -106,6 +106,7 @@ def test_an_error_of_the_user_is_a_few_lines(argv, words, capsys, tmp_path, monk
         ("--optim.warmup-epochs 100", ["optim.warmup_epochs=100.0", "3"]),
         ("--method.encoder.num-heads 5", ["--method.encoder.num-heads: num_heads=5", "width"]),
         ("--seed -1", ["seed=-1"]),
+        ("--seed 4294967296", ["seed=4294967296", "2^32 - 1"]),
         ("--eval.linear.epochs 0 --seed 3", ["--eval.linear.epochs: linear.epochs=0", "at least 1"]),
         ("--data.val-fraction 0", ["data.val_fraction=0.0", "validation split"]),
     ],

@@ -10,10 +10,12 @@ import jax
 import jax.random as jr
 import numpy as np
 import pytest
+from PIL import Image
 
 from jepax import cli
 from jepax.commands.evaluate import Evaluate
-from jepax.commands.train import finalize
+from jepax.commands.train import finalize, reason_not_to_evaluate
+from jepax.data import DataConfig, open_source
 from jepax.evals import report
 from jepax.export import weights
 from jepax.flops import tree_bytes
@@ -155,10 +157,33 @@ def test_floors_are_measured_once(finished, capsys, tmp_path, monkeypatch):
 def test_a_run_may_end_without_an_evaluation(finished, capsys, tmp_path):
     run, config, state = finished
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evals"))
-    finalize(replace(config, eval=replace(config.eval, protocols=())), state, tmp_path / "run")
+    config = replace(config, eval=replace(config.eval, protocols=()))
+    finalize(config, state, tmp_path / "run", reason_not_to_evaluate(config, classes=4))
     out = capsys.readouterr().out
     assert f"not evaluated: eval.protocols is empty; jepax evaluate {tmp_path / 'run'}" in out and "curves.png" in out
     assert not (tmp_path / "run" / "evals").exists()
+
+
+def test_images_of_one_class_have_no_score(finished, capsys, tmp_path):
+    """A probe would be right by saying the only answer."""
+    run, config, state = finished
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "cat").mkdir(parents=True)
+        for number in range(8):
+            pixels = np.random.default_rng(number).integers(0, 256, (24, 24), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / split / "cat" / f"{number}.png")
+    unlabeled = DataConfig("image_folder", str(tmp_path / "data"), canvas_size=24, channels=1, val_fraction=0.5)
+
+    # Training goes on without scores, and names the way to some.
+    assert train_config.can_evaluate_online(config, open_source(config.data, "train"))
+    assert not train_config.can_evaluate_online(config, open_source(unlabeled, "train"))
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evals"))
+    finalize(config, state, tmp_path / "run", reason_not_to_evaluate(config, classes=1))
+    assert "not evaluated: all images are of one class" in capsys.readouterr().out
+
+    # An evaluation that is asked for is refused.
+    words = f"--data.dataset image_folder --data.root {tmp_path / 'data'} --data.val-fraction 0.5"
+    test_errors_name_the_way_out(finished, capsys, words, ["one class", "--data.root FOLDER"])
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,9 @@ class Train(RecipeCommand):
         with multihost.peer_guard():
             # Evaluation after the last step needs all splits: fail now if one is missing.
             with multihost.collective_errors():
-                names = ("train", "validation", "test") if config.eval.protocols else ("train",)
-                splits = {name: open_source(config.data, name) for name in names}
+                splits = {"train": open_source(config.data, "train")}
+                if not (unscored := reason_not_to_evaluate(config, splits["train"].classes)):
+                    splits |= {name: open_source(config.data, name) for name in ("validation", "test")}
             notes = [f"{name}: {source.describe()}" for name, source in splits.items()]
             state = training.train(config, folder, source=splits["train"], allow_changes=allowed, notes=notes)
             # Evaluations read the method alone, in one process.
@@ -78,19 +79,27 @@ class Train(RecipeCommand):
         if not multihost.is_main_process():
             return
         with lock.run_lock(folder):
-            finalize(config, state, folder)
+            finalize(config, state, folder, unscored)
         print(f"done in {(time.perf_counter() - start) / 60:.1f} min; {alerts.summarize_alerts(folder)}")
 
 
-def finalize(config: "Config", state: "TrainState", folder: Path) -> None:
-    """Evaluate, draw the figures, and print the table and the paths of all files."""
+def reason_not_to_evaluate(config: "Config", classes: int) -> str:
+    """Why the run ends without an evaluation; empty if it ends with one."""
+    if not config.eval.protocols:
+        return "eval.protocols is empty"
+    return "" if classes > 1 else "all images are of one class, and a probe needs two"
+
+
+def finalize(config: "Config", state: "TrainState", folder: Path, unscored: str = "") -> None:
+    """Evaluate, or print why not, draw the figures, and print the table and the paths of all files."""
     from jepax.commands.evaluate import evaluate_and_print
     from jepax.training import evaluation
     from jepax.viz import figures
 
-    if config.eval.protocols:
-        print(evaluate_and_print(evaluation.target_from_run(config, state, folder)))
+    if unscored:
+        labeled = "" if "eval.protocols" in unscored else " --data.root LABELED_IMAGES"
+        print(f"not evaluated: {unscored}; jepax evaluate {folder} --protocols linear knn{labeled}")
     else:
-        print(f"not evaluated: eval.protocols is empty; jepax evaluate {folder} --protocols linear knn")
+        print(evaluate_and_print(evaluation.target_from_run(config, state, folder)))
     for path in figures.draw_figures(config, folder):
         print(path)

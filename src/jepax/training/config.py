@@ -80,8 +80,8 @@ class Config:
     """Evaluation protocols."""
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed} must not be negative")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} must be from 0 to 2^32 - 1: jax takes 32 bits of it")
 
 
 def compute_total_steps(config: Config, examples: int) -> int:
@@ -192,9 +192,10 @@ def validate(config: Config, source: Source) -> None:
 
 
 def can_evaluate_online(config: Config, source: Source) -> bool:
-    """True if the encoder is evaluated during training: it is enabled and the run is on labeled images."""
-    on_images = isinstance(config.method, ImageMethodConfig) and isinstance(source, ImageSource)
-    return on_images and config.eval.online.every_steps > 0
+    """True if the encoder is evaluated during training: it is enabled, and the run's images are of several classes."""
+    if not (isinstance(config.method, ImageMethodConfig) and isinstance(source, ImageSource)):
+        return False
+    return config.eval.online.every_steps > 0 and source.classes > 1
 
 
 def check_eval_splits(data: DataConfig) -> None:

@@ -121,6 +121,11 @@ def evaluate(
     config = target.config
     sources = {split: open_source(config.data, split) for split in SPLIT_NAMES}
     check_channels(target, sources["train"].canvas_shape[2])
+    if sources["train"].classes < 2:
+        raise UserError(
+            f"data.root={config.data.root}: all images are of one class, and a probe needs two;\n"
+            "evaluate on labeled images: --data.root FOLDER, with train/CLASS and val/CLASS"
+        )
     results = report.evaluate(
         feature_extractors(target),
         sources,
