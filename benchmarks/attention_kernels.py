@@ -3,7 +3,7 @@
     python benchmarks/attention_kernels.py [--seconds 55] [--quick] [--json FILE]
     python benchmarks/attention_kernels.py --step [--best FILE] [--rounds 8] [--batch 128] [--json FILE]
 
-Shapes are those of the recipe at batch 128. A program computes `LAYERS` layers, each of its own arrays, as a step does.
+Shapes are those of the recipe at batch 128. A program computes `LAYERS` layers on different arrays, as a step does.
 Every way must agree with cuDNN to `MAX_ERROR`; one that fails is reported, and the others go on. `--step` times the
 recipe's whole training step with either kernel, in turn, in one process.
 """
@@ -182,7 +182,7 @@ def fused_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
 
 
 def measure_step(rounds: int, batch: int, quick: bool) -> dict[str, Any]:
-    """Seconds of the recipe's step with either kernel, in turn; each has a program and a state of its own."""
+    """Time the recipe's step, in seconds, with cuDNN's and with the Pallas kernel in turn, each from its own state."""
     from gpu import Case
     from jepax.bench.timing import median_ratio
     from jepax.distributed import sharding

@@ -22,13 +22,13 @@ def user_message(error: BaseException) -> str | None:
         return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
         return "the device ran out of memory; lower train.batch_size (see --dry-run), or a protocol's"
-    if isinstance(error, (AssertionError, RuntimeError)) and "JAX_PLATFORMS" in os.environ and is_of_platform(error):
+    if isinstance(error, (AssertionError, RuntimeError)) and "JAX_PLATFORMS" in os.environ and is_platform_error(error):
         chosen = os.environ["JAX_PLATFORMS"]
         return f"JAX_PLATFORMS={chosen}: jax finds no such device here; unset it, or install {CUDA_INSTALL}"
     return None
 
 
-def is_of_platform(error: BaseException) -> bool:
+def is_platform_error(error: BaseException) -> bool:
     """True if jax raised the error while it looked for devices: a missing one is an `AssertionError` there."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and frames[-1].filename.endswith("xla_bridge.py")

@@ -40,5 +40,16 @@ class MaskedViews(eqx.Module):
     masks: Masks
 
 
-__all__ = ["AnyArray", "Array", "Bool", "Float", "ImageBatch", "Int", "MaskedViews", "Masks", "Metrics"]
-__all__ += ["PRNGKeyArray", "UserError"]
+__all__ = [
+    "AnyArray",
+    "Array",
+    "Bool",
+    "Float",
+    "ImageBatch",
+    "Int",
+    "MaskedViews",
+    "Masks",
+    "Metrics",
+    "PRNGKeyArray",
+    "UserError",
+]

@@ -158,7 +158,7 @@ def test_a_run_may_end_without_an_evaluation(finished, capsys, tmp_path):
     run, config, state = finished
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evals"))
     config = replace(config, eval=replace(config.eval, protocols=()))
-    finalize(config, state, tmp_path / "run", reason_not_to_evaluate(config, classes=4))
+    finalize(config, state, tmp_path / "run", reason_not_to_evaluate(config, 4, tmp_path / "run"))
     out = capsys.readouterr().out
     assert f"not evaluated: eval.protocols is empty; jepax evaluate {tmp_path / 'run'}" in out and "curves.png" in out
     assert not (tmp_path / "run" / "evals").exists()
@@ -178,7 +178,7 @@ def test_images_of_one_class_have_no_score(finished, capsys, tmp_path):
     assert train_config.can_evaluate_online(config, open_source(config.data, "train"))
     assert not train_config.can_evaluate_online(config, open_source(unlabeled, "train"))
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evals"))
-    finalize(config, state, tmp_path / "run", reason_not_to_evaluate(config, classes=1))
+    finalize(config, state, tmp_path / "run", reason_not_to_evaluate(config, 1, tmp_path / "run"))
     assert "not evaluated: all images are of one class" in capsys.readouterr().out
 
     # An evaluation that is asked for is refused.

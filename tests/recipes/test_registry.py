@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from jepax.methods.ijepa import IJEPAConfig
+from jepax.methods.ijepa_no_teacher import IJEPANoTeacherConfig
 from jepax.methods.lejepa import LeJEPAConfig
 from jepax.methods.visreg import VISRegConfig
 from jepax.nn import ViTConfig
@@ -52,3 +53,9 @@ def test_another_method_keeps_the_fields_that_both_have():
     changed = with_method(base, VISRegConfig, scale_weight=2.0)
     assert changed == replace(base, method=VISRegConfig(encoder=BASE.method.encoder, num_slices=64, scale_weight=2.0))
     assert with_method(base, VISRegConfig, num_slices=8).method.num_slices == 8
+
+
+def test_a_method_that_needs_what_the_other_lacks_gets_its_default():
+    """A variant without a teacher has no schedule of one to pass on."""
+    base = with_method(BASE, IJEPANoTeacherConfig)
+    assert base.method.ema is None and with_method(base, IJEPAConfig).method.ema == IJEPAConfig().ema

@@ -22,7 +22,7 @@ Flags = Sequence[Sequence[str]]
 def split_words(words: Sequence[str], switches: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
     """`x --a 1 2 --b=3` as ["x"] and [["--a", "1", "2"], ["--b", "3"]]. `switches`: flags that take no value.
 
-    A leading ~ is the user's home in every word: a shell leaves that of --run-dir=~/runs as it is.
+    A leading ~ in any word becomes the home folder: a shell does not expand that of --run-dir=~/runs.
     """
     arguments: list[str] = []
     groups: list[list[str]] = []

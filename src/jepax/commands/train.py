@@ -69,7 +69,7 @@ class Train(RecipeCommand):
             # Evaluation after the last step needs all splits: fail now if one is missing.
             with multihost.collective_errors():
                 splits = {"train": open_source(config.data, "train")}
-                if not (unscored := reason_not_to_evaluate(config, splits["train"].classes)):
+                if not (unscored := reason_not_to_evaluate(config, splits["train"].classes, folder)):
                     splits |= {name: open_source(config.data, name) for name in ("validation", "test")}
             notes = [f"{name}: {source.describe()}" for name, source in splits.items()]
             state = training.train(config, folder, source=splits["train"], allow_changes=allowed, notes=notes)
@@ -83,11 +83,14 @@ class Train(RecipeCommand):
         print(f"done in {(time.perf_counter() - start) / 60:.1f} min; {alerts.summarize_alerts(folder)}")
 
 
-def reason_not_to_evaluate(config: "Config", classes: int) -> str:
-    """Why the run ends without an evaluation; empty if it ends with one."""
+def reason_not_to_evaluate(config: "Config", classes: int, folder: Path) -> str:
+    """The reason why the run ends without an evaluation, and a command that evaluates it; empty if it ends with one."""
+    command = f"jepax evaluate {folder} --protocols linear knn"
     if not config.eval.protocols:
-        return "eval.protocols is empty"
-    return "" if classes > 1 else "all images are of one class, and a probe needs two"
+        return f"eval.protocols is empty; {command}"
+    if classes < 2:
+        return f"all images are of one class, and a probe needs two; {command} --data.root LABELED_IMAGES"
+    return ""
 
 
 def finalize(config: "Config", state: "TrainState", folder: Path, unscored: str = "") -> None:
@@ -97,8 +100,7 @@ def finalize(config: "Config", state: "TrainState", folder: Path, unscored: str 
     from jepax.viz import figures
 
     if unscored:
-        labeled = "" if "eval.protocols" in unscored else " --data.root LABELED_IMAGES"
-        print(f"not evaluated: {unscored}; jepax evaluate {folder} --protocols linear knn{labeled}")
+        print(f"not evaluated: {unscored}")
     else:
         print(evaluate_and_print(evaluation.target_from_run(config, state, folder)))
     for path in figures.draw_figures(config, folder):

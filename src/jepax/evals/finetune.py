@@ -135,7 +135,7 @@ def finetune(data: ProtocolData, config: FinetuneConfig) -> list[FittedProbe]:
     if not isinstance(extractor, ViTFeatures):
         raise UserError(f"finetune needs an encoder, and {type(extractor).__name__} has none; leave it out")
 
-    # One training after the other, each of its own copy of the encoder.
+    # Train once for each setting, each time from a copy of the encoder.
     tried, best = [], None
     for rate in config.learning_rates:
         classifier = train_on_images(make_task(data, rate, config), data, f"fine-tuning, lr {rate:g}")

@@ -115,7 +115,7 @@ def _per_head(function: Callable, hparams: HeadHparams) -> Callable:
 
 @eval_jit
 def init_state(task: HeadTask, key: PRNGKeyArray) -> HeadsState:
-    """Parameters of all heads before the first update, each with optimizer state of its own."""
+    """Parameters of all heads before the first update, each with its own optimizer state."""
     params = task.init(key)
     init = _per_head(lambda head, hparams: make_optimizer(task.schedule, hparams).init(head), task.hparams)
     return HeadsState(params, init(params, task.hparams))

@@ -47,6 +47,6 @@ def override(config: C, changes: Mapping[str, Any]) -> C:
 def with_method(config: Config, method: type[MethodConfig], **settings: Any) -> Config:
     """The experiment with another method: it keeps the fields that both methods have, except those in `settings`."""
     # `replace` cannot change the class, so the shared fields are copied by name.
-    names = [field.name for field in fields(method) if hasattr(config.method, field.name)]
+    names = {field.name for field in fields(method)} & {field.name for field in fields(config.method)}
     shared = {name: getattr(config.method, name) for name in names}
     return replace(config, method=method(**shared | settings))
