@@ -94,12 +94,16 @@ class IJEPA(ImageMethod):
         key_encoder, key_predictor = jr.split(key)
         width = config.encoder.width
         self.encoder = ViT(config.encoder, key=key_encoder)
-        if config.ema is not None:  # ijepa_no_teacher.py has none
-            self.target_encoder = init_ema(self.encoder, config.ema.dtype)
+        self.target_encoder = self.init_teacher(self.encoder, config)
         self.predictor = Predictor(config.predictor, width, num_outputs=num_target_layers, key=key_predictor)
         self.prediction_norm = LayerNorm(width) if config.prediction_norm == "affine" else None
         self.masks = MultiBlock(config.masks, config.encoder.grid(config.crop.size))
         self.config, self.total_steps = config, total_steps
+
+    @staticmethod
+    def init_teacher(encoder: ViT, config: IJEPAConfig) -> EMA[ViT] | None:
+        """f_ema before the first update: a copy of f. A variant without a teacher returns None."""
+        return init_ema(encoder, config.ema.dtype)
 
     def draw(self, batch: ImageBatch, keys: Key[Array, "batch"]) -> MaskedViews:
         """One crop and one mask per image, each from the image's own key."""

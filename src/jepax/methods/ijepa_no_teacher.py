@@ -49,8 +49,12 @@ class IJEPANoTeacherConfig(IJEPAConfig, name="ijepa_no_teacher"):
 class IJEPANoTeacher(IJEPA):
     """I-JEPA whose targets come from the encoder itself."""
 
-    target_encoder: ClassVar[None] = None
+    target_encoder: None
     config: IJEPANoTeacherConfig = eqx.field(static=True)
+
+    @staticmethod
+    def init_teacher(encoder: ViT, config: IJEPAConfig) -> None:
+        return None
 
     def forward(self, views: MaskedViews) -> Outputs:
         x, masks = views.image, views.masks
