@@ -73,8 +73,11 @@ def block_sizes(
     ratio = aspect[0] + r * (aspect[1] - aspect[0])
     height = np.clip(np.rint(np.sqrt(patches * ratio)), 1, max(grid[0] - margin, 1))
     width = np.clip(np.rint(np.sqrt(patches / ratio)), 1, max(grid[1] - margin, 1))
-    sizes, counts = np.unique(np.stack([height, width], axis=1).astype(np.int32), axis=0, return_counts=True)
-    return sizes, counts / counts.sum()
+    # Each pair as one integer, which orders them by height, then width: counting them needs no sort.
+    counts = np.bincount((height * (grid[1] + 1) + width).astype(np.int64))
+    found = np.flatnonzero(counts)
+    sizes = np.stack(np.divmod(found, grid[1] + 1), axis=1).astype(np.int32)
+    return sizes, counts[found] / counts.sum()
 
 
 class MultiBlock(eqx.Module):
