@@ -1,8 +1,10 @@
 """Checkpoints: whole or not there, checked on the way back."""
 
+import os
 import shutil
 import threading
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import jax
@@ -38,6 +40,28 @@ def test_round_trip_with_dtypes(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, (restored["a"], restored["b"][0]), (tree()["a"], tree()["b"][0]))
     assert restored["b"][0].dtype == tree()["b"][0].dtype
     assert checkpoint.metadata(tmp_path, 3) == {"shift": 2}
+
+
+NAMES = ["My [2024] project", "exp[lr=1e-3]", "[!a]", "a*b?", "back\\slash", "100%#{x};$HOME", "a\nb"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, os.fsdecode(b"raw \xff")])
+def test_a_folders_name_is_taken_literally(name, tmp_path):
+    """Orbax globs, and TensorStore reads a backslash as a slash and refuses other bytes than UTF-8's."""
+    folder = tmp_path / name / "checkpoints"
+    checkpoint.save(folder, 3, tree())
+    restored = checkpoint.restore(folder, 3, tree(0.0))
+    np.testing.assert_array_equal(restored["a"], tree()["a"])
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_what_cannot_be_read_back_is_no_checkpoint(tmp_path, monkeypatch):
+    """Orbax reports success here: it takes the folder for a pattern that matches none."""
+    monkeypatch.setattr(checkpoint, "_literal_path", nullcontext)
+    folder = tmp_path / "exp[1]"
+    with pytest.raises(UserError, match="it was written, but cannot be read"):
+        checkpoint.save(folder, 3, tree())
+    assert checkpoint.list_steps(folder) == [] and list(folder.iterdir()) == []
 
 
 def test_the_tree_may_be_donated_while_it_is_written(tmp_path):

@@ -6,11 +6,13 @@ unfinished, and a STEP that differs from its manifest was corrupted later.
 
 import json
 import os
+import re
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,8 +47,8 @@ def save_async(
     thread. `metadata`: JSON, saved with the arrays. Raises, here or as the future's exception, `UserError` if the
     checkpoint could not be written (nothing of it remains), `PeerLostError` if another process is gone.
     """
-    path, forms = step_dir(folder, step).absolute(), _array_signatures(tree)
-    part = path.with_name(path.name + PARTIAL_SUFFIX)
+    path, names = step_dir(folder, step).absolute(), named_arrays(tree)
+    part, forms, link = path.with_name(path.name + PARTIAL_SUFFIX), _signatures(names), ExitStack()
 
     # Orbax copies the arrays to the host here, in the caller's thread, and writes them in its own.
     with _cleaned_up_on_error(path, part):
@@ -56,14 +58,17 @@ def save_async(
         multihost.all_gather_str("")  # the folder exists from here on
         context = ocp.Context()
         context.array.saving.use_compression = False  # weights compress by a tenth only
+        arrays = link.enter_context(_literal_path(part)) / ARRAYS_DIR
         with context:
-            response = ocp.save_async(part / ARRAYS_DIR, named_arrays(tree))
+            response = ocp.save_async(arrays, names)
 
-    # The manifest comes last; the rename makes the checkpoint count.
+    # Once written, the arrays' headers are read. The manifest comes last; the rename makes the checkpoint count.
     def finish() -> Path:
-        with _cleaned_up_on_error(path, part):
+        with _cleaned_up_on_error(path, part), link:
             response.result()
             if multihost.is_main_process():
+                if _signatures(ocp.metadata(arrays).metadata or {}) != forms:
+                    raise OSError("it was written, but cannot be read")
                 before_commit()
                 (part / METADATA_FILE).write_text(json.dumps(metadata or {}) + "\n")
                 checksums.write_manifest(part, {"step": step, "arrays": forms})
@@ -78,6 +83,21 @@ def save_async(
     future = executor.submit(finish)
     executor.shutdown(wait=False)  # it ends with its only task
     return future
+
+
+@contextmanager
+def _literal_path(folder: Path) -> Iterator[Path]:
+    """The folder, or a link to it if Orbax or TensorStore would read its name as another one.
+
+    Orbax takes a path as a glob pattern; TensorStore takes a backslash as a slash, and refuses what is not UTF-8.
+    """
+    if not re.search(r"[*?\[\\\udc80-\udcff]", str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="jepax-") as temporary:
+        link = Path(temporary) / "checkpoint"
+        link.symlink_to(folder)
+        yield link
 
 
 def save(folder: Path, step: int, tree: object, metadata: dict[str, Any] | None = None) -> Path:
@@ -129,7 +149,7 @@ def restore(folder: Path, step: int, like: T, *, check: bool = True, only: tuple
         )
 
     # The same model: names, types and shapes of all arrays.
-    saved, expected = checksums.read_content(path)["arrays"], _array_signatures(like)
+    saved, expected = checksums.read_content(path)["arrays"], _signatures(named_arrays(like))
     if different := sorted(name for name in saved | expected if saved.get(name) != expected.get(name)):
         name = different[0]
         raise UserError(
@@ -143,8 +163,8 @@ def restore(folder: Path, step: int, like: T, *, check: bool = True, only: tuple
     names = named_arrays(shapes)
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with context:
-        loaded = ocp.load(path / ARRAYS_DIR, {name: x for name, x in names.items() if name.startswith(only)})
+    with context, _literal_path(path) as literal:
+        loaded = ocp.load(literal / ARRAYS_DIR, {name: x for name, x in names.items() if name.startswith(only)})
     restored = jax.tree.unflatten(jax.tree.structure(shapes), [loaded.get(name) for name in names])
     return eqx.combine(restored, rest)
 
@@ -213,6 +233,6 @@ def _is_array(x: object) -> bool:
     return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
-def _array_signatures(tree: object) -> dict[str, str]:
-    """Type and shape of each named array, such as `float32[192,576]`."""
-    return {name: f"{leaf.dtype}{list(leaf.shape)}".replace(" ", "") for name, leaf in named_arrays(tree).items()}
+def _signatures(arrays: Mapping[str, Any]) -> dict[str, str]:
+    """Type and shape of each array, such as `float32[192,576]`."""
+    return {name: f"{leaf.dtype}{list(leaf.shape)}".replace(" ", "") for name, leaf in arrays.items()}
