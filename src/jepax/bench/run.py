@@ -15,6 +15,7 @@ from jepax.bench.step_bench import StepBenchmark
 from jepax.io import atomic, config_yaml
 from jepax.training.config import Config, resolve_compute_dtype
 from jepax.training.dry_run import LogFn, make_dry_setup
+from jepax.training.speed import save_peak
 
 MAX_IDLE_LOAD = 0.5
 """Largest load average per core of an idle machine."""
@@ -56,6 +57,8 @@ def measure_step(config: Config, repeats: int, print: LogFn = print) -> dict[str
     # Another program may have used the CPU during the first measurement of the peak.
     if jax.default_backend() == "cpu":
         peak = max(peak, peak_flops(dtype))
+    else:  # for `perf/mfu_measured` of runs on such a device
+        save_peak(jax.devices()[0].device_kind, jnp.dtype(dtype).name, peak / 1e12)
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return {
         "what": f"{config.recipe}, batch {config.train.batch_size}, {jnp.dtype(dtype).name}, {devices}",

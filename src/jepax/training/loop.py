@@ -34,6 +34,7 @@ from jepax.training.monitor import (
     track_update_norms,
 )
 from jepax.training.setup import Setup, make_setup
+from jepax.training.speed import make_speed_metrics
 from jepax.training.step import TrainState, is_log_step, run_train_step
 from jepax.trees import all_finite
 
@@ -102,7 +103,7 @@ def fit(
         write_alerts(run_dir, watchdog.alarms)
         last_logged = log.previous_lines[-1]["step"] if log.previous_lines else -1
         online = OnlineScores(config, make_online_eval(config, setup.source, total_steps), last_logged)
-        any_process = multihost.CollectiveFlag(mesh)
+        any_process, speed_metrics = multihost.CollectiveFlag(mesh), make_speed_metrics(setup)
         try:
             for step, batch in enumerate(batches, start):
                 is_last = step + 1 == total_steps
@@ -128,8 +129,7 @@ def fit(
                 is_best = False
                 if should_log:
                     inspector.flush()
-                    values = log_values(metrics, log.seconds_per_step(step), config.train.batch_size)
-                    values |= inspector.take_peaks()
+                    values = log_values(metrics) | speed_metrics(log.seconds_per_step(step)) | inspector.take_peaks()
                     if online.is_due(step):
                         with log.pause_timer():
                             values |= online(step, state.method)
@@ -210,8 +210,9 @@ def find_checkpoint(run_dir: Path, folder: Path) -> int:
 
 def record_start(setup: Setup, run_dir: Path, start: int) -> Events:
     """Write config.yaml and the first event; warn if the precision differs from that of the run so far."""
-    # The folder's config is the one of the newest command.
-    changed = write_run_config(run_dir, setup.config, setup.source) if multihost.is_main_process() else []
+    # The folder's config is the one of the newest command that trained.
+    writes = multihost.is_main_process() and start < setup.total_steps
+    changed = write_run_config(run_dir, setup.config, setup.source) if writes else []
 
     # Events of steps that are repeated are dropped, as their records in metrics.jsonl are.
     event_log, dtype = Events(run_dir), jnp.dtype(resolve_compute_dtype(setup.config)).name

@@ -110,14 +110,14 @@ def diverged(step: int, what: str) -> DivergedError:
     return DivergedError(step, f"{what}: training stopped, nothing was saved after it;\n{ADVICE}")
 
 
-def log_values(metrics: Metrics, seconds_per_step: float, batch_size: int) -> MetricValues:
+def log_values(metrics: Metrics) -> MetricValues:
     """A step's metrics as they are logged, with collapse metrics of its embeddings and projections."""
     values = {name: to_json_value(x) for name, x in metrics.items() if name not in NOT_LOGGED.union(PER_IMAGE_METRICS)}
     for name, prefix in PER_IMAGE_METRICS.items():
         rows = sharding.to_host(metrics[name]) if name in metrics else None
         if rows is not None and np.isfinite(rows).all():
             values |= collapse_metrics(rows, prefix)
-    return values | {"perf/step_time": seconds_per_step, "perf/images_per_sec": batch_size / seconds_per_step}
+    return values
 
 
 MeasureFn = Callable[[Method, Int[Array, ""]], Metrics]

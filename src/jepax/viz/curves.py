@@ -92,6 +92,11 @@ PANELS = (
         },
     ),
     Panel("images per second", {"perf/images_per_sec": ("speed", INK)}, "zero"),
+    Panel(
+        "utilization (MFU)",
+        {"perf/mfu": ("of the nominal peak", INK), "perf/mfu_measured": ("of the measured peak", ORANGE)},
+        "zero",
+    ),
     Panel("learning rate", {"optim/lr": ("learning rate", INK)}, "zero"),
     Panel("momentum", {"ema/momentum": ("momentum", INK)}, "linear"),
     Panel("weight decay", {"optim/weight_decay": ("weight decay", INK)}, "zero"),
@@ -102,7 +107,7 @@ PANELS = (
     ),
 )
 """Panels in reading order. Metrics that were not logged are left out, and so are panels without any."""
-NOT_DRAWN = {"step", "perf/step_time", "val/seconds"}
+NOT_DRAWN = {"step", "perf/step_time", "perf/tflops", "val/seconds"}
 
 
 def choose_panels(lines: list[dict]) -> tuple[Panel, ...]:
