@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from jepax.commands import COMMANDS
 from jepax.distributed import preemption
-from jepax.distributed.compile_cache import enable_compile_cache
+from jepax.distributed.compile_cache import SlowCompilations, enable_compile_cache
 from jepax.distributed.malloc import run_cpu_synchronously, tune_malloc
 from jepax.errors import CUDA_INSTALL, UserError, user_message
 from jepax.io.config_yaml import suggest
@@ -57,7 +57,21 @@ def run_command(argv: list[str]) -> None:
     command = COMMANDS[name].read(name, arguments)
     if command is not None:
         run_cpu_synchronously()
-        command.run()
+        with slow_compilations():
+            command.run()
+
+
+@contextlib.contextmanager
+def slow_compilations() -> Iterator[None]:
+    """Within, programs that take long to compile are named on stderr."""
+    import jax
+
+    listener = SlowCompilations(lambda text: print(text, file=sys.stderr))
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 def print_commands() -> None:

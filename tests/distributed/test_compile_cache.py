@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jepax.distributed import compile_cache
@@ -60,3 +63,37 @@ def test_a_second_command_reads_what_the_first_compiled(home):
     )
     first, second = (int(subprocess.check_output([sys.executable, "-c", code])) for _ in range(2))
     assert first == 0 and second >= 1
+
+
+def test_programs_that_compile_slowly_are_named(monkeypatch):
+    monkeypatch.setattr(compile_cache, "SLOW_COMPILE_S", 0.05)
+    printed = []
+    listener = compile_cache.SlowCompilations(printed.append)
+    lowered, compiled = compile_cache.LOWERED_EVENT, compile_cache.COMPILED_EVENT
+    listener(lowered, 0.1, fun_name="jit(_slow_step)")
+    time.sleep(0.2)
+    assert printed == ["compiling slow step ..."]
+    listener(compiled, 3.2, fun_name="jit(_slow_step)")
+    assert printed[1:] == ["compiled slow step in 3 s"]
+    listener(lowered, 0.1, fun_name="jit(quick)")
+    listener(compiled, 0.01, fun_name="jit(quick)")
+    time.sleep(0.2)
+    assert len(printed) == 2
+
+
+def test_jax_reports_the_events_by_these_names():
+    events = []
+
+    def listener(event, seconds, **metadata):
+        if event in (compile_cache.LOWERED_EVENT, compile_cache.COMPILED_EVENT):
+            events.append((event, metadata.get("fun_name")))
+
+    def some_program(x):
+        return jnp.sin(x) @ x
+
+    x = jnp.ones((8, 8))
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    jax.jit(some_program)(x)
+    jax.monitoring.unregister_event_duration_listener(listener)
+    name = "jit(some_program)"
+    assert events == [(compile_cache.LOWERED_EVENT, name), (compile_cache.COMPILED_EVENT, name)]

@@ -1,6 +1,8 @@
 """JAX's persistent compilation cache in the user's cache folder, and XLA options for training programs."""
 
 import os
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +15,11 @@ QUICK_COMPILE_OPTIONS = COMPILER_OPTIONS | {"xla_gpu_autotune_level": 0}
 """XLA options for programs that run for seconds. On GPU: take cuBLAS's first choice for every matrix product; to time
 the alternatives takes longer than it saves."""
 MAX_BYTES = 4 * 10**9
+SLOW_COMPILE_S = 2.0
+"""Seconds after which a program that is being compiled is named."""
+LOWERED_EVENT = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+COMPILED_EVENT = "/jax/core/compile/backend_compile_duration"
+"""JAX's events before and after XLA compiles a program, or reads it from the cache."""
 
 
 def enable_compile_cache() -> None:
@@ -45,3 +52,29 @@ def prune(folder: Path, max_bytes: int) -> None:
         if total > max_bytes:
             with suppress(FileNotFoundError):  # another process removed it
                 os.remove(path)
+
+
+class SlowCompilations:
+    """Names each program that takes longer than `SLOW_COMPILE_S` to compile, and prints its seconds when it is done.
+
+    A listener of JAX's events: `jax.monitoring.register_event_duration_secs_listener`.
+    """
+
+    def __init__(self, print: Callable[[str], None]):
+        self.print = print
+        self._timers: dict[int, threading.Timer] = {}
+        """By thread: several may compile at a time."""
+
+    def __call__(self, event: str, seconds: float, **metadata: object) -> None:
+        if event not in (LOWERED_EVENT, COMPILED_EVENT):
+            return
+        name = str(metadata.get("fun_name", "a program")).removeprefix("jit(").removesuffix(")")
+        name, thread = name.strip("_").replace("_", " "), threading.get_ident()
+        if timer := self._timers.pop(thread, None):
+            timer.cancel()
+        if event == LOWERED_EVENT:
+            self._timers[thread] = timer = threading.Timer(SLOW_COMPILE_S, self.print, [f"compiling {name} ..."])
+            timer.daemon = True
+            timer.start()
+        elif seconds > SLOW_COMPILE_S:
+            self.print(f"compiled {name} in {seconds:.0f} s")

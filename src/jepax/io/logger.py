@@ -67,6 +67,9 @@ class Log:
         with atomic.with_path_in_error(self.path):
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
         speed = f"loss {values['train/loss']:.4f}  {values['perf/images_per_sec']:.0f} examples/s"
+        if "perf/tflops" in values:
+            mfu = f" ({100 * values['perf/mfu']:.0f}% MFU)" if "perf/mfu" in values else ""
+            speed += f"  {values['perf/tflops']:.3g} TFLOP/s{mfu}"
         self.progress.update(self._task, speed=speed)
         if self.progress.disable and (time.monotonic() - self._printed > PRINT_EVERY_S or step + 1 == self.steps):
             self._printed = time.monotonic()
@@ -90,8 +93,6 @@ class Log:
         sharded = f", {layout}" if jax.device_count() > 1 else ""
         resumed = f", continuing after step {self.start}" if self.start else ""
         self.print(f"{run}: {self.steps} steps of {batch_size} examples on {where}{sharded}{resumed}")
-        if self.start < self.steps:
-            self.print("compiling the training step, once ...")
         self._time, self._timed_step = time.perf_counter(), self.start
 
     def report_compile_time(self, loss: jax.Array) -> None:
