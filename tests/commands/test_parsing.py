@@ -24,7 +24,7 @@ def test_a_flag_ends_at_its_values_and_a_switch_has_none():
         ("export ~/x out", "run_folder"),
         ("export runs/a ~/x", "folder"),
         ("sweep family_fashion_mnist --run-dir=~/x", "run_dir"),
-        ("doctor ~/x", "run_folder"),
+        ("doctor ~/x", "folder"),
         ("replay ~/x", "dump"),
         ("bench ijepa_fashion_mnist --json=~/x", "json"),
         ("pack ~/x pack", "src"),

@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from jepax import cli
 from jepax.data import CorruptLog, DataConfig, batches, iter_once, open_source
 from jepax.data.decode import CorruptExampleError
 from jepax.data.loader import epoch_permutation
@@ -264,6 +266,27 @@ def test_too_many_end_the_run_and_name_setting_count_and_list(source, tmp_path):
     assert len(listed(path)) == 3  # the last one too
     with pytest.raises(UserError, match="but 3 are"):  # nor does resuming get past it
         CorruptLog(source, path, 2 / 24, print)(np.array([3]))
+
+
+def test_what_an_error_advises_is_enough(source, tmp_path, capsys):
+    """The files are all named by one command; repaired or removed, and the list deleted, reading goes on."""
+    path = tmp_path / "corrupt.jsonl"
+    with pytest.raises(UserError, match=rf"`jepax doctor DATA_ROOT`(.|\n)*and delete {path}"):
+        CorruptLog(source, path, 2 / 24, print)(np.array(BAD))
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", str(source.folder.parent)])
+    out = capsys.readouterr().out
+    assert [source.display_name(row) for row in BAD] == re.findall(r"(\S+) cannot be read: its content is none of", out)
+    assert out.endswith("3 of 24 images cannot be read\n")
+    (source.folder / source.files[BAD[0]]).unlink()
+    for row in BAD[1:]:
+        Image.new("L", (4, 4), gray(row)).save(source.folder / source.files[row])
+    path.unlink()
+    again = opened(source.folder.parent)
+    CorruptLog(again, path, 0.0, print)
+    assert not again.load_batch(np.arange(23))[1].any()
+    cli.main(["doctor", str(source.folder.parent)])
+    assert capsys.readouterr().out.endswith("all 23 images can be read\n")
 
 
 def test_what_every_process_has_listed_counts(source, tmp_path):

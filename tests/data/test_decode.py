@@ -50,6 +50,18 @@ def test_jpeg_equals_pillow_bit_for_bit(photo, settings, channels):
     np.testing.assert_array_equal(decode(data, channels).squeeze(), expected)
 
 
+@pytest.mark.parametrize("suffix", [".heic", ".avif", ".jxl"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_formats_of_the_extra(suffix, channels, tmp_path):
+    """Files of these formats, opened by their content, whatever their name."""
+    pixels = np.asarray(Image.open(PHOTOS[0]).convert("RGB").crop((0, 0, 64, 48)))
+    Image.fromarray(pixels).save(tmp_path / f"a{suffix}", quality=95)
+    (tmp_path / f"a{suffix}").rename(tmp_path / "a.jpg")
+    image = read_image(tmp_path / "a.jpg", (64, 64, channels))
+    expected = np.asarray(Image.fromarray(pixels).convert("L" if channels == 1 else "RGB")).reshape(image.shape)
+    assert np.abs(image.astype(int) - expected).mean() < 4
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("format, mode", [(format, mode) for format, modes in HOLDS.items() for mode in modes.split()])
 def test_modes_and_formats(format, mode, channels):

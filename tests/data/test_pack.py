@@ -171,12 +171,12 @@ def test_names_that_are_not_utf8_are_packed_and_printed(photos, tmp_path):
     for number in range(100):  # one of them may then be corrupt
         photo(photos / f"val/cat/more_{number}.jpg", (8, 8))
     Path(os.fsdecode(bytes(photos / "train/cat") + b"/caf\xe9.jpg")).write_bytes(b"")
-    (photos / "train/cat/a.heic").write_bytes(b"")
+    (photos / "train/cat/a.psd").write_bytes(b"")
     command = [sys.executable, "-m", "jepax.cli", "pack", str(photos), str(tmp_path / "pack"), "--canvas-size", "48"]
     ended = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
     assert ended.returncode == 0, ended.stderr
     assert rb"warning: train/cat/caf\udce9.jpg cannot be read (it is empty)" in ended.stdout
-    assert b"train: 19 images of 2 classes; left out of train/: 1 .heic (not a format that is read)" in ended.stdout
+    assert b"train: 19 images of 2 classes; left out of train/: 1 .psd (not a format that is read)" in ended.stdout
     assert open_("packed", tmp_path / "pack").fingerprint.items() >= open_("image_folder", photos).fingerprint.items()
 
 
@@ -298,3 +298,19 @@ def test_its_contents_are_the_folders_and_the_shards(photos, tmp_path):
 def test_what_is_not_understood_is_named(words, said):
     with pytest.raises(UserError, match=said):
         Pack.read("pack", words)
+
+
+@pytest.mark.parametrize("side", [40, 120])
+def test_12_bit_images_are_packed_as_they_are_read(side, photos, tmp_path):
+    """One that fits is copied, with its 16 bits; a larger one is scaled down."""
+    values = np.linspace(0, 4095, side * side).reshape(side, side).astype(np.uint16)
+    Image.fromarray(values).save(photos / "train/cat/deep.png")
+    folder = packed(photos, tmp_path / "pack", bit_depth=12)
+    settings = {"canvas_size": CANVAS, "val_fraction": 0.0, "channels": 1}
+    sources = [
+        open_source(DataConfig(dataset="packed", root=str(folder), **settings), "train"),
+        open_source(DataConfig(dataset="image_folder", root=str(photos), bit_depth=12, **settings), "train"),
+    ]
+    images = [source.load(source.files.index("cat/deep.png")).image.astype(int) for source in sources]
+    np.testing.assert_allclose(*images, atol=4)
+    assert images[0].max() > 250

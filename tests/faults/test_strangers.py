@@ -152,7 +152,7 @@ TAGGED = "!!python/object/apply:os.mkdir ['MARKER']"
         ("[" * 100_000, "deeper than 32"),
         ("{a: " * 100_000, "deeper than 32"),
         ("- " * 100_000, "deeper than 32"),
-        ("seed: [" + "1," * 300_000 + "]", "more than 20000 values"),
+        ("seed: [" + "1," * 300_000 + "]", "more than 5000 values"),
         ("recipe: " + "a" * 500_000, "longer than 2000"),
         ("seed: " + "9" * 1900, "seed=999"),
         ("seed: 0x" + "f" * 1900, "seed=672"),

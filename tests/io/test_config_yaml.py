@@ -65,6 +65,17 @@ def test_defaults_may_be_left_out_and_numbers_written_as_people_do(tmp_path):
     assert isinstance(loaded.inner.clip, float) and isinstance(loaded.inner.rates[0], float)
 
 
+@pytest.mark.parametrize("word", ["off", "on", "yes", "No"])
+def test_words_that_yaml_1_1_reads_as_booleans_are_text(word, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {grad_guard: {on_spike: off}}\ndata: {synthetic_variable_size: true}\n")
+    assert configs.load(Config, path).train.grad_guard.on_spike == "off"
+    assert configs.load(Config, path).data.synthetic_variable_size is True
+    path.write_text(f"data: {{synthetic_variable_size: {word}}}\n")
+    with pytest.raises(UserError, match=f"synthetic_variable_size='{word}' is invalid: expected bool: True or False"):
+        configs.load(Config, path)
+
+
 def test_a_registered_class_is_built_by_its_name():
     assert read(shape={"name": "round", "radius": 2}).shape == Round(2.0)
     assert configs.to_dict(Outer(1))["shape"] == {"name": "round", "radius": 1.0}

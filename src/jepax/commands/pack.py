@@ -31,10 +31,14 @@ class Pack(Command):
     """Images in one file."""
     num_threads: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: one per core)")] = None
     """Files that are written at the same time."""
+    bit_depth: int = 16
+    """Bits of the values in 16-bit gray images, from 8 to 16."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.quality <= 100:
             raise UserError(f"--quality {self.quality} is not in [1, 100]; try 95")
+        if not 8 <= self.bit_depth <= 16:
+            raise UserError(f"--bit-depth {self.bit_depth} is not in [8, 16]; try 12")
         for name in ("canvas_size", "images_per_shard", "num_threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
@@ -44,5 +48,5 @@ class Pack(Command):
         from jepax.distributed import multihost
 
         threads = self.num_threads or multihost.cores()
-        config = pack.PackConfig(self.canvas_size, self.quality, self.images_per_shard, threads)
+        config = pack.PackConfig(self.canvas_size, self.quality, self.images_per_shard, threads, self.bit_depth)
         pack.pack(self.src, self.dst, config)

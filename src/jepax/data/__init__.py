@@ -26,6 +26,9 @@ class DataConfig:
     """Side of the canvas in pixels; larger photos are scaled down onto it. fashion_mnist always has 28."""
     channels: Literal[1, 3] | None = None
     """1: gray, 3: RGB. None: the source's default, 1 for fashion_mnist and 3 for the others."""
+    bit_depth: int = 16
+    """Bits of the values in 16-bit gray images of an image_folder, from 8 to 16: 12 for many microscopes and scanners.
+    The highest 8 are used."""
     val_fraction: float = 0.1
     """Fraction of each class's training images held out as the validation split; in [0, 1)."""
     max_corrupt_fraction: float = 0.01
@@ -49,6 +52,7 @@ class DataConfig:
         self._check(
             "max_corrupt_fraction", 0 <= self.max_corrupt_fraction <= 1, "is not a fraction in [0, 1]; try 0.01"
         )
+        self._check("bit_depth", 8 <= self.bit_depth <= 16, "must be from 8 to 16")
         lowest = {"canvas_size": 1, "synthetic_size": 1, "synthetic_seed": 0, "num_threads": 0, "num_workers": 0}
         for name, least in lowest.items():
             self._check(name, getattr(self, name) >= least, f"must be at least {least}")
@@ -76,10 +80,12 @@ def open_source(config: DataConfig, split: SplitName) -> ImageSource:
             seed=config.synthetic_seed,
             varied=config.synthetic_variable_size,
         )
-    photos, needed = (image_folder, "train/ and val/") if config.dataset == "image_folder" else (packed, PACK_FILE)
     if root is None:
+        needed = "train/ and val/" if config.dataset == "image_folder" else PACK_FILE
         raise UserError(f"data.root=None, but data.dataset={config.dataset} needs the folder that holds {needed}.")
-    return photos.open_split(root, split, config.val_fraction, canvas_shape)
+    if config.dataset == "image_folder":
+        return image_folder.open_split(root, split, config.val_fraction, canvas_shape, config.bit_depth)
+    return packed.open_split(root, split, config.val_fraction, canvas_shape)
 
 
 __all__ = [

@@ -1,7 +1,8 @@
 """Reports each corrupt file once, and stops the run if there are too many."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from jepax.types import UserError
 
 MAX_PRINTED = 10
 """Number of first files that are printed; after them, every hundredth is."""
-MAX_SHOWN = 3
+MAX_SHOWN = 2
 """Number of files that an error shows."""
+CHUNK = 4096
+"""Examples that `find_corrupt` queues at a time."""
 
 
 class CorruptLog:
@@ -58,24 +61,39 @@ class CorruptLog:
         where, delete = "", ""
         if self.path is not None:
             lists = describe_lists(self.path.parent)
-            where, delete = f"; all are listed in {lists}", f", and delete {lists}"
+            where, delete = f"; all are listed in {lists}", f" and delete {lists}"
         shown = "\n".join(f"{file}: {why}" for file, why in list(self.why.items())[-MAX_SHOWN:])
         return (
             f"data.max_corrupt_fraction={self.share} of {len(self.source)} examples may be corrupt, but"
             f" {len(self.why)} are"
             f"{where}:\n{shown}\n"
-            f"Repair or remove them{delete}; or raise data.max_corrupt_fraction."
+            f"`jepax doctor DATA_ROOT` lists every such file of an image_folder. Repair them{delete};\n"
+            "or remove them as well and rerun with --allow-config-change data; or raise data.max_corrupt_fraction."
         )
 
 
+def find_corrupt(source: Source, num_threads: int) -> Iterator[tuple[str, str]]:
+    """Reads every example, and yields name and reason of each that cannot be read."""
+    with ThreadPoolExecutor(num_threads) as threads:
+        for first in range(0, len(source), CHUNK):
+            rows = range(first, min(first + CHUNK, len(source)))
+            for row, error in zip(rows, threads.map(lambda row: _read_error(source, row), rows), strict=True):
+                if error:
+                    yield source.display_name(row), error
+
+
 def _reason(source: Source, row: int) -> str:
-    """Reads the example again, and returns the error on one line."""
+    return _read_error(source, row) or "could be read when it was tried again"
+
+
+def _read_error(source: Source, row: int) -> str:
+    """Reads the example, and returns the error on one line; empty if there is none."""
     try:
         source.load(row)
     except CorruptExampleError as error:
         cause = error.__cause__ or error
         return " ".join(str(cause).split()) or type(cause).__name__
-    return "could be read when it was tried again"
+    return ""
 
 
 def corrupt_file(process: int = 0) -> str:

@@ -5,7 +5,7 @@ import math
 import stat
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,29 +15,41 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jepax.data.sources import CorruptExampleError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# Registers every format now. Otherwise Pillow does so at the first unusual file, in several threads at a time.
+Image.init()
+with suppress(ImportError):  # these and AVIF, which Pillow itself may have, come with the extra `formats`
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+with suppress(ImportError):
+    import pillow_jxl  # noqa: F401
+
+OPTIONAL_SUFFIXES = {".heic": "HEIF", ".heif": "HEIF", ".avif": "AVIF", ".jxl": "JXL"}
+"""Extensions of Pillow's optional formats."""
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *({"HEIF", "AVIF", "JXL"} & set(Image.OPEN)))
 """Formats that are opened, whatever a file's name: some of Pillow's other formats start external programs."""
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    | {suffix for suffix, name in OPTIONAL_SUFFIXES.items() if name in PILLOW_FORMATS}
+)
 EXIF_ORIENTATION = 0x0112
 MIN_SIDE = 2
 """Least side in pixels. A shorter one means a page's spacer, or a failed download."""
 MAX_FILE_BYTES = 2**30
 """Largest file that is read: twice an uncompressed 16-bit RGB image of as many pixels as Pillow allows."""
 
-# Registers every format now. Otherwise Pillow does so at the first unusual file, in several threads at a time.
-Image.init()
-
-# Some of ImageNet's photos have corrupt EXIF, which is then ignored. The warning names no file, and silencing it around
-# each call is not safe with threads.
+# Some of ImageNet's photos have corrupt EXIF, which is then ignored; images over Pillow's limit are refused by
+# `open_header`. The warnings name no file, and silencing them around each call is not safe with threads.
 warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning, r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 Pixels = UInt8[np.ndarray, "height width channels"]
 
 
-def read_image(path: Path, canvas_shape: tuple[int, int, int]) -> Pixels:
+def read_image(path: Path, canvas_shape: tuple[int, int, int], bit_depth: int = 16) -> Pixels:
     """Decodes a file, scaled down to fit the canvas. Raises `CorruptExampleError`, naming path and cause."""
     with wrap_decode_errors(str(path)):
-        return decode_to_fit(read_file(path), *canvas_shape)
+        return decode_to_fit(read_file(path), *canvas_shape, bit_depth)
 
 
 @contextmanager
@@ -62,23 +74,24 @@ def read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def decode_to_fit(data: bytes, rows: int, columns: int, channels: int) -> Pixels:
+def decode_to_fit(data: bytes, rows: int, columns: int, channels: int, bit_depth: int = 16) -> Pixels:
     """Decodes an image to at most rows x columns pixels, aspect kept; a smaller one keeps its size.
 
     A larger JPEG is decoded to as many eighths of its size as fit, which costs less than decoding all of it; scaling
     pixels afterwards costs several times as much. Other formats, and images more than eight times too large, are
     scaled by `downscale`. Raises as `decode` does.
     """
-    return downscale(decode(data, channels, (rows, columns)), rows, columns)
+    return downscale(decode(data, channels, (rows, columns), bit_depth), rows, columns)
 
 
-def decode(data: bytes, channels: int, fit: tuple[int, int] | None = None) -> Pixels:
+def decode(data: bytes, channels: int, fit: tuple[int, int] | None = None, bit_depth: int = 16) -> Pixels:
     """Decodes an image, upright by its EXIF orientation, to gray (`channels=1`) or RGB (3).
 
     `fit`: rows and columns to which a JPEG may be scaled down while decoding, by eighths; None: it keeps its size.
 
-    Transparent images are blended on white, as pages and browsers show them. 16-bit gray keeps its high byte, as Pillow
-    does for 16-bit color. Only an animation's first frame is decoded. Gray is Pillow's 0.299 R + 0.587 G + 0.114 B.
+    Transparent images are blended on white, as pages and browsers show them. 16-bit gray keeps the highest 8 of its
+    `bit_depth` bits, values above them 255; of 16-bit color Pillow keeps the high byte. Only an animation's first frame
+    is decoded. Gray is Pillow's 0.299 R + 0.587 G + 0.114 B.
 
     Raises whatever the decoder raises for corrupt data; ValueError for no data, for a side below `MIN_SIDE` and for
     pixels without a known range (32-bit, float); and, before anything is decoded, Pillow's DecompressionBombWarning or
@@ -88,7 +101,7 @@ def decode(data: bytes, channels: int, fit: tuple[int, int] | None = None) -> Pi
     pixels = _decode_jpeg_turbo(image, data, fit)
     if pixels is not None and pixels.shape[2] == channels:
         return pixels
-    image = _to_rgb8(image) if pixels is None else _to_pillow(pixels)
+    image = _to_rgb8(image, bit_depth) if pixels is None else _to_pillow(pixels)
     pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     return pixels.reshape(*pixels.shape[:2], channels)
 
@@ -146,14 +159,24 @@ def _dct_size(size: tuple[int, int], fit: tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def _to_rgb8(image: Image.Image) -> Image.Image:
+def max_value_16bit(data: bytes) -> int:
+    """Returns the largest value of a 16-bit gray image, 0 for any other. Raises as `decode` does."""
+    image = open_header(data)
+    return int(np.asarray(image).max()) if _is_16bit(image) else 0
+
+
+def _is_16bit(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+
+
+def _to_rgb8(image: Image.Image, bit_depth: int) -> Image.Image:
     """Makes the image upright, opaque and 8-bit, in a mode that `convert` maps to L and RGB exactly."""
-    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    sixteen = _is_16bit(image)
     if not sixteen and image.mode in ("I", "F"):
         raise ValueError(f"its pixels (mode {image.mode}) have no known range; save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
     if sixteen:
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+        return Image.fromarray(np.minimum(np.asarray(image).astype(np.uint32) >> (bit_depth - 8), 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -43,6 +43,7 @@ class PackConfig:
     quality: int = 95
     images_per_shard: int = 4096
     num_threads: int = 1
+    bit_depth: int = 16
 
 
 def pack(photos: Path, folder: Path, config: PackConfig, print: Callable[[str], None] = print) -> None:
@@ -53,11 +54,13 @@ def pack(photos: Path, folder: Path, config: PackConfig, print: Callable[[str], 
     file cannot be opened, and as `image_folder` does.
     """
     canvas = (config.canvas_size, config.canvas_size, 3)
-    sources = {"train": open_split(photos, "train", 0.0, canvas), "val": open_split(photos, "test", 0.0, canvas)}
+    parts = {"train": "train", "val": "test"}
+    sources = {part: open_split(photos, split, 0.0, canvas, config.bit_depth) for part, split in parts.items()}
     files = {part: list(source.files) for part, source in sources.items()}
     settings = {
         "version": PACK_VERSION,
         "canvas": config.canvas_size,
+        "bit_depth": config.bit_depth,
         "quality": config.quality,
         "records": config.images_per_shard,
         "classes": list(sources["train"].class_names),
@@ -174,7 +177,7 @@ def encode_record(path: Path, config: PackConfig) -> bytes:
         data = read_file(path)
         header = open_header(data)
         gray = header.mode in ("1", "L") or header.mode.startswith("I")
-        small = decode_to_fit(data, config.canvas_size, config.canvas_size, 1 if gray else 3)
+        small = decode_to_fit(data, config.canvas_size, config.canvas_size, 1 if gray else 3, config.bit_depth)
         if max(header.size) <= config.canvas_size:
             return data
         colors, subsampling = ("GRAY", "Gray") if gray else ("RGB", "444")

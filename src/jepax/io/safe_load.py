@@ -1,6 +1,7 @@
 """Reads untrusted text files, with limits on size and depth, as plain values, without running code."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from jepax.errors import UserError
 
 MAX_YAML_BYTES = 1_000_000
 """Most bytes of a file; our own have a few thousand."""
-MAX_DEPTH, MAX_NODES, MAX_SCALAR_CHARS = 32, 20_000, 2_000
+MAX_DEPTH, MAX_NODES, MAX_SCALAR_CHARS = 32, 5_000, 2_000
 """Most levels and values of a YAML file, each of which needs about a kilobyte of memory, and characters of a value."""
 
 
@@ -49,6 +50,15 @@ class _StrictYamlLoader(yaml.SafeLoader):
         if self.values > MAX_NODES:
             return f"there are more than {MAX_NODES} values"
         return f"it is nested deeper than {MAX_DEPTH} levels" if self.depth > MAX_DEPTH else ""
+
+
+# As in YAML 1.2. PyYAML follows 1.1, where on, off, yes and no are booleans too: `on_spike: off` would be False.
+_BOOL = "tag:yaml.org,2002:bool"
+_StrictYamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in found if tag != _BOOL]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictYamlLoader.add_implicit_resolver(_BOOL, re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def read_yaml(path: Path) -> Any:

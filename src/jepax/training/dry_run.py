@@ -45,8 +45,8 @@ def dry_run(config: Config, print: LogFn = print, *, source: Source | None = Non
     `source` replaces the training data that the config names. Raises `UserError` for whatever `train` would refuse,
     except for a missing `data.root` of an image folder.
     """
-    print(config_yaml.to_yaml(config))
     setup = make_dry_setup(config, print, source)
+    print(config_yaml.to_yaml(config))
     print_parameters(setup, print)
     print_flops(setup, print)
     print_memory(setup, print)

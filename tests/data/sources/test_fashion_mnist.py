@@ -129,6 +129,13 @@ def test_missing_under_root_is_refused_without_looking_elsewhere(tmp_path):
         open_source(DataConfig(root=str(tmp_path / "empty")), "train")
 
 
+@pytest.mark.parametrize("found, words", [("train/cat", "folder of photos.*image_folder"), ("pack.json", "packed")])
+def test_data_of_another_kind_is_named(found, words, tmp_path):
+    (tmp_path / found).mkdir(parents=True) if "/" in found else (tmp_path / found).write_text("{}")
+    with pytest.raises(UserError, match=rf"train-images-idx3-ubyte.gz is not in(.|\n)*{words}"):
+        open_source(DataConfig(root=str(tmp_path)), "train")
+
+
 def test_fetched_once_into_the_cache(tmp_path, monkeypatch, capsys):
     serve(monkeypatch, published)
     assert len(open_source(DataConfig(), "test")) == COUNT

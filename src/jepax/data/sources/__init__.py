@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -229,8 +230,11 @@ def split_rows(split: SplitName, labels: Int32[np.ndarray, " examples"], fractio
     mask = val_mask(labels, fraction)
     rows = np.flatnonzero(mask if split == "validation" else ~mask)
     if not len(rows):
+        # A fraction that holds out one image of the largest class.
+        largest = int(np.bincount(labels).max())
+        way_out = f"try {math.ceil(100 / largest) / 100:g}, or add images" if largest > 1 else "add images"
         raise UserError(
             f"data.val_fraction={fraction} leaves no image for the {split} split out of {len(labels)}.\n"
-            "It is a fraction of each class of the training images; try 0.1, or add images."
+            f"It is a fraction of each class of the training images, rounded to images; {way_out}."
         )
     return rows

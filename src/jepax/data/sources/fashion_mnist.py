@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from jepax.data.sources import ArraySource, SplitName, split_rows
+from jepax.data.sources.packed import PACK_FILE
 from jepax.types import UserError
 
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -62,10 +63,12 @@ def _find_files(root: Path | None, names: list[str]) -> list[bytes]:
         try:
             return [_read_file(root, name) for name in names]
         except (OSError, ChecksumError) as error:
-            raise UserError(
-                f"data.root={root}: {error}.\n"
-                "It must hold Fashion-MNIST's four idx files, plain or .gz; without data.root they are downloaded."
-            ) from error
+            needed = "It must hold Fashion-MNIST's four idx files, plain or .gz; without data.root they are downloaded."
+            if (root / "train").is_dir():
+                needed = "It looks like a folder of photos, train/CLASS/*.jpg: --data.dataset image_folder"
+            elif (root / PACK_FILE).is_file():
+                needed = "It looks like a pack: --data.dataset packed"
+            raise UserError(f"data.root={root}: {error}.\n{needed}") from error
     cache = cache_dir()
     for folder in (SYSTEM_DIR, cache):
         try:

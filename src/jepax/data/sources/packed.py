@@ -12,11 +12,11 @@ from grain.sources import ArrayRecordDataSource
 from jaxtyping import Int
 
 from jepax.data.decode import MAX_FILE_BYTES, decode_to_fit, wrap_decode_errors
-from jepax.data.sources import ImageExample, SplitName, short_hash, split_rows
+from jepax.data.sources import ImageExample, ImageSource, SplitName, short_hash, split_rows
 from jepax.data.sources.image_folder import ImageFolder, describe_classes
 from jepax.types import UserError
 
-PACK_FILE, PACK_VERSION = "pack.json", 1
+PACK_FILE, PACK_VERSION = "pack.json", 2
 """Describes the pack; written when everything else is there."""
 
 
@@ -42,7 +42,10 @@ class Packed(ImageFolder):
             data = self.reader[self.records[row]]
             if len(data) > MAX_FILE_BYTES:
                 raise ValueError(f"its {len(data)} bytes are over the limit of {MAX_FILE_BYTES}")
-            return ImageExample(decode_to_fit(data, *self.canvas_shape), self.labels[row])
+            return ImageExample(decode_to_fit(data, *self.canvas_shape, self.bit_depth), self.labels[row])
+
+    def describe(self) -> str:
+        return ImageSource.describe(self)  # `jepax pack` printed the rest
 
 
 def open_split(root: Path, split: SplitName, validation: float, canvas_shape: tuple[int, int, int]) -> Packed:
@@ -70,7 +73,8 @@ def open_split(root: Path, split: SplitName, validation: float, canvas_shape: tu
         folder=root / part,
         files=tuple(files[row] for row in rows),
         listing=_describe(files, names, shards),
-        left_out="",  # `jepax pack` printed it
+        left_out="",
+        bit_depth=pack["bit_depth"],
         shards=paths,
         records=rows,
     )
@@ -90,7 +94,11 @@ def read_pack_info(folder: Path) -> dict[str, Any]:
         raise UserError(f"data.root={folder} is a pack of version {version}; this jepax reads {PACK_VERSION}")
     try:
         shards = [shard for part in ("train", "val") for shard in pack["shards"][part]]
-        numbers = [pack["canvas"], *(shard[name] for shard in shards for name in ("records", "bytes"))]
+        numbers = [
+            pack["canvas"],
+            pack["bit_depth"],
+            *(shard[name] for shard in shards for name in ("records", "bytes")),
+        ]
         texts = [*pack["classes"], *(shard["sha256"] for shard in shards)]
         if {type(x) for x in numbers} != {int} or {type(x) for x in texts} != {str}:
             raise TypeError("a number or a text has another type")
