@@ -12,7 +12,7 @@ demo: setup
 
 test:
 	@PYTHON="$(PYTHON)" scripts/setup.sh test
-	.venv/bin/python -m pytest -n 2 --dist worksteal
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-faults:
 	@PYTHON="$(PYTHON)" scripts/setup.sh test
@@ -20,7 +20,7 @@ test-faults:
 
 test-long:
 	@PYTHON="$(PYTHON)" scripts/setup.sh test
-	.venv/bin/python -m pytest -n 2 --dist worksteal -m long
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m long
 
 lint:
 	@PYTHON="$(PYTHON)" scripts/setup.sh test

@@ -70,6 +70,7 @@ def test_pytorchs_step_is_that_of_ijepa(compare_torch):
         compare_torch.compare_with_torch(RECIPES["lejepa_fashion_mnist"](), 1)
 
 
+@pytest.mark.long
 def test_our_step_takes_the_given_views_and_masks_and_trains_on_them(compare_torch, tiny):
     method = compare_torch.make_method(tiny)
     one, other = compare_torch.make_batches(method, 4)

@@ -36,9 +36,9 @@ def group(config):
 FIRST = {group(config): name for name, config in reversed(DISTINCT.items())}
 """One recipe of each method, and one that scans; others differ by sizes and choices alone: `make test-long`."""
 NAMES = [pytest.param(name, marks=[pytest.mark.long] * (name not in FIRST.values())) for name in DISTINCT]
-QUICK = [FIRST[name] for name in ("ijepa", "scanned", "lejepa", "byol")]
-OVERFITTED = [pytest.param(name, marks=[pytest.mark.long] * (name not in QUICK)) for name in DISTINCT]
-"""With and without a teacher, unrolled and scanned; the others in the long run."""
+QUICK = [FIRST[name] for name in ("ijepa", "lejepa")]
+SOME = [pytest.param(name, marks=[pytest.mark.long] * (name not in QUICK)) for name in DISTINCT]
+"""With a teacher and masks, and with neither; the others in the long run."""
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -131,15 +131,22 @@ def reads(method, views, name):
     return abs(float(after - before)) > 1e-4 * abs(float(before))
 
 
-def test_every_trained_parameter_gets_a_finite_gradient_and_eight_devices_give_the_same(config, batches, drawn):
-    """The loss and the gradients, not parameters after Adam, which divides the noise of a zero gradient by itself.
+def test_every_trained_parameter_gets_a_finite_gradient(drawn):
+    """A bias may have none if the loss cannot read it: a BatchNorm, or statistics about the mean, remove any shift."""
+    grads = named_gradients(*drawn)[1]
+    largest = max(np.abs(grad).max() for grad in grads.values())
+    for name, grad in grads.items():
+        if name.endswith(".bias") and np.abs(grad).max() < 1e-6 * largest:
+            assert not reads(*drawn, name), f"{name} is read, but not trained"
+        else:
+            assert np.isfinite(grad).all() and np.abs(grad).max() > 0, f"{name} is not trained"
 
-    A bias may have none if the loss cannot read it: a BatchNorm, or statistics about the mean, remove any shift.
-    """
+
+@pytest.mark.parametrize("config", SOME, indirect=True)
+def test_eight_devices_give_the_same_views_loss_and_gradients(config, batches, drawn):
+    """Gradients, not parameters after Adam, which divides the noise of a zero gradient by itself."""
     loss, one = named_gradients(*drawn)
     largest = max(np.abs(grad).max() for grad in one.values())
-
-    # Eight devices draw the same views, and get the same loss and gradients.
     setup, state = fresh(config, devices=8)
     views = draw(state.method, sharding.shard_batch(batches[0], setup.plan.mesh))
     for ours, theirs in zip(jax.tree.leaves(views), jax.tree.leaves(drawn[1]), strict=True):
@@ -147,13 +154,9 @@ def test_every_trained_parameter_gets_a_finite_gradient_and_eight_devices_give_t
     loss_of_all, together = named_gradients(state.method, views)
     assert loss_of_all == pytest.approx(loss, rel=1e-5)
     for name, grad in one.items():
-        size = max(np.abs(grad).max(), np.abs(together[name]).max())
-        if name.endswith(".bias") and size < 1e-6 * largest:
-            assert not reads(*drawn, name), f"{name} is read, but not trained"
-            continue
-        assert np.isfinite(grad).all() and np.abs(grad).max() > 0, f"{name} is not trained"
         tolerance = 1e-4 * max(np.abs(grad).max(), 1e-3 * largest)  # so that no parameter hides behind the others
-        np.testing.assert_allclose(together[name], grad, atol=tolerance, err_msg=name)
+        if not name.endswith(".bias") or np.abs(grad).max() >= 1e-6 * largest:
+            np.testing.assert_allclose(together[name], grad, atol=tolerance, err_msg=name)
     apart = np.sqrt(sum(np.square(together[name] - grad).sum() for name, grad in one.items()))
     whole = np.sqrt(sum(np.square(grad).sum() for grad in one.values()))
     assert apart <= 1e-5 * whole, f"{apart / whole:.1e}"
@@ -187,7 +190,7 @@ def test_a_teacher_has_no_gradient_and_no_optimiser_state(config):
     assert len(kept) == len(moments) and set(kept) == names
 
 
-@pytest.mark.parametrize("config", OVERFITTED, indirect=True)
+@pytest.mark.parametrize("config", SOME, indirect=True)
 def test_one_batch_is_overfitted(standing_still, batches):
     """A hundred and fifty updates, or fewer, explain most of what the first could not."""
     setup, state = fresh(standing_still)
@@ -198,6 +201,7 @@ def test_one_batch_is_overfitted(standing_still, batches):
         losses.append(float(metrics["train/loss"]))
 
 
+@pytest.mark.parametrize("config", SOME, indirect=True)
 def test_two_builds_compile_once(standing_still, batches):
     counts = []
     for seed in (0, 1):
@@ -207,10 +211,9 @@ def test_two_builds_compile_once(standing_still, batches):
     assert counts[0] == counts[1] > 0
 
 
-def test_a_checkpoint_round_trips(standing_still, batches, tmp_path):
-    setup, state = fresh(standing_still)
-    state, _ = step(setup, state, batches[0])
+def test_a_checkpoint_round_trips(config, tmp_path):
+    state = jax.tree.map(lambda x: x + 0.5 if eqx.is_inexact_array(x) else x, fresh(config)[1])
     checkpoint.save(tmp_path, 1, state)
-    restored = checkpoint.restore(tmp_path, 1, fresh(standing_still, seed=5)[1])
+    restored = checkpoint.restore(tmp_path, 1, fresh(config, seed=5)[1])
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, *(eqx.filter(tree, eqx.is_array) for tree in (state, restored)))

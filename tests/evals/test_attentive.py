@@ -82,6 +82,7 @@ def test_attention_heads_are_about_64_wide(dim, heads):
     assert choose_num_heads(dim) == heads
 
 
+@pytest.mark.long
 def test_together_is_alone():
     train, _ = splits(row())
     together = train_heads(train, SETTINGS)

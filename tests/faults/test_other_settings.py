@@ -38,13 +38,13 @@ def half_of(whole, folder):
     return run
 
 
+ALLOW_SIZE = ["--allow-config-change", "train.batch_size"]
 REFUSED = {
     "seed": ("seed: 0 -> 7", ["--seed", "7"]),
     "optim.peak_lr": ("optim.peak_lr: 0.004 -> 0.0005", ["--optim.peak-lr", "5e-4"]),
     "data.synthetic_seed": ("data.synthetic_seed: 0 -> 3", ["--data.synthetic-seed", "3"]),
     "data.val_fraction": ("data.val_fraction: 0.2 -> 0.3", ["--data.val-fraction", "0.3"]),
     "method.predictor.depth": ("method.predictor.depth: 2 -> 1", ["--method.predictor.depth", "1"]),
-    "train.batch_size": ("train.batch_size: 16 -> 8", ["--train.batch-size", "8"]),
     "train.steps": ("train.steps: 4 -> 5", ["--train.steps", "5"]),
     "train.grad_guard.on_spike": ("train.grad_guard.on_spike: clip -> skip", ["--train.grad-guard.on-spike", "skip"]),
 }
@@ -72,6 +72,30 @@ def test_who_insists_goes_on_with_them(whole, digests, tmp_path, capsys):
     assert last["event"] == "resumed" and last["changed"] == ["optim.peak_lr: 0.004 -> 0.0005"]
     command(capsys, *words, code=0)  # it is the run's own from now on
     assert "optim.peak_lr: 0.0005 -> 0.004" in refused(capsys, "train", wanted, "--run-dir", run)
+
+
+@pytest.mark.fault(17, "other settings in a folder that holds a run")
+@pytest.mark.parametrize("size, allowed", [(8, []), (32, ["--allow-config-change", "train"])])
+def test_another_batch_size_is_refused_also_to_who_insists(size, allowed, whole, tmp_path, capsys):
+    """Steps count batches: half of the images would be left out, or seen twice, and the schedules would jump."""
+    run, wanted = half_of(whole, tmp_path), limits.written(tiny(), tmp_path)
+    before = contents(run)
+    said = refused(capsys, "train", wanted, "--run-dir", run, "--train.batch-size", size, *allowed)
+    assert f"train.batch_size: 16 -> {size}" in said and "resume with that size" in said
+    assert contents(run) == before
+    shutil.rmtree(run / "checkpoints")  # nothing is trained, so nothing is counted in steps
+    command(capsys, "train", wanted, "--run-dir", run, "--train.batch-size", size, *(allowed or ALLOW_SIZE), code=0)
+
+
+@pytest.mark.fault(17, "other settings in a folder that holds a run")
+def test_a_finished_run_keeps_its_config(whole, tmp_path, capsys):
+    """No step is taken, so the config that trained stays."""
+    run = tmp_path / "run"
+    shutil.copytree(whole.run, run)
+    before = (run / "config.yaml").read_bytes()
+    words = ["--train.log-every-steps", "3", "--run-dir", run]
+    command(capsys, "train", limits.written(tiny(), tmp_path), *words, code=0)
+    assert (run / "config.yaml").read_bytes() == before
 
 
 @pytest.mark.fault(17, "other settings in a folder that holds a run")
@@ -220,6 +244,9 @@ def test_other_pictures_are_refused_and_who_insists_goes_on(change, root, tmp_pa
     train(config, run)
     for step in (3, 4):
         shutil.rmtree(run / f"checkpoints/{step:08d}")
+    begun = tmp_path / "begun"
+    shutil.copytree(run, begun)
+    shutil.rmtree(begun / "checkpoints")
     before, (old, new) = contents(run), change(root)
     wanted = limits.written(config, tmp_path)
     said = refused(capsys, "train", wanted, "--run-dir", run)
@@ -228,3 +255,4 @@ def test_other_pictures_are_refused_and_who_insists_goes_on(change, root, tmp_pa
     command(capsys, "train", wanted, "--run-dir", run, "--allow-config-change", "data", code=0)
     assert sound(run) == [1, 2, 3, 4] and len(digests) == 1
     command(capsys, "train", wanted, "--run-dir", run, code=0)  # they are the run's own from now on
+    command(capsys, "train", wanted, "--run-dir", begun, code=0)  # nothing was trained on the others

@@ -129,15 +129,23 @@ def check_run_dir(run: Path, config: Config, source: Source | None = None, allow
 
     Fields in `RESUMABLE_FIELDS` and `allow` may differ. Writes nothing: `write_run_config` does.
     """
-    if not (run / CONFIG_FILE).exists() and checkpoint.list_steps(run / "checkpoints"):
+    trained = bool(checkpoint.list_steps(run / "checkpoints"))
+    if trained and not (run / CONFIG_FILE).exists():
         raise UserError(f"{run} has checkpoints, but no {CONFIG_FILE}: restore it, or choose another --run-dir")
+    batch_size = [line for line in diff_from_run(run, config) if line.startswith("train.batch_size: ")]
+    if trained and batch_size:
+        raise UserError(
+            f"{batch_size[0]}: {run} has steps of the first size, and its schedules and order of images count steps;\n"
+            "resume with that size (train.grad_accum_steps saves memory), or choose another --run-dir"
+        )
     if different := diff_from_run(run, config, (*RESUMABLE_FIELDS, *allow))[:3]:
         names = " ".join(line.split(": ")[0] for line in different)
         raise UserError(
             "\n".join((f"{run} contains a run with a different config (saved -> requested):", *different))
             + f"\nchoose another --run-dir, or the folder's own config.yaml, or --allow-config-change {names}"
         )
-    if source is not None and not matches_prefix("data", allow):
+    # Without a checkpoint nothing is trained yet, so other images do no harm.
+    if trained and source is not None and not matches_prefix("data", allow):
         check_same_data(run, source)
 
 
