@@ -4,6 +4,7 @@ python -m tests.faults.limits ARGUMENTS is the command line in a process of its 
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,8 +108,17 @@ def digests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return state
 
     monkeypatch.setattr(training, "train", train)
-    monkeypatch.setattr("jepax.commands.train.finalize", lambda config, state, folder: None)
+    monkeypatch.setattr("jepax.commands.train.finalize", lambda *given: None)
     return found
+
+
+def half_of(whole: "Whole", folder: Path) -> Path:
+    """A copy of the tiny run that was cut off after two of its four steps."""
+    run = folder / "run"
+    shutil.copytree(whole.run, run)
+    for step in (3, 4):
+        shutil.rmtree(run / f"checkpoints/{step:08d}")
+    return run
 
 
 def contents(run: Path) -> dict[str, bytes]:

@@ -26,6 +26,7 @@ from tests.faults.limits import (
     contents,
     digests,
     disk,
+    half_of,
     kept_programs,
     parts,
     refused,
@@ -100,8 +101,7 @@ def test_a_full_disk_spoils_no_other_file(moment, disk, whole, digests, tmp_path
 @pytest.mark.fault(7, "the disk is full when a run goes on")
 @pytest.mark.parametrize("name", ["config.yaml", "data.json", "metrics.jsonl", "health.json", "events.jsonl"])
 def test_what_was_there_stays_where_its_new_self_does_not_fit(name, disk, whole, tmp_path, capsys, monkeypatch):
-    run, other = disk.path / "run", tiny(log_every_steps=2)
-    shutil.copytree(whole.run, run)
+    run, other = half_of(whole, disk.path), tiny(log_every_steps=2)
     before = contents(run)
     fills(disk, monkeypatch, atomic, "atomic_write", lambda path, text: path.name == name)
     said = refused(capsys, "train", limits.written(other, tmp_path), "--run-dir", run)

@@ -22,20 +22,11 @@ from jepax.training.loop import train
 from tests.contracts.shrink import SIDE
 from tests.digest import state_digest
 from tests.faults import limits
-from tests.faults.limits import STEPS, command, contents, digests, kept_programs, refused, sound, tiny, whole
+from tests.faults.limits import STEPS, command, contents, digests, half_of, kept_programs, refused, sound, tiny, whole
 
 pytestmark = pytest.mark.slow_fault  # each trains; together they take minutes
 
 fixtures = digests, kept_programs, whole
-
-
-def half_of(whole, folder):
-    """A copy of the tiny run that was cut off after two of its four steps."""
-    run = folder / "run"
-    shutil.copytree(whole.run, run)
-    for step in (3, 4):
-        shutil.rmtree(run / f"checkpoints/{step:08d}")
-    return run
 
 
 ALLOW_SIZE = ["--allow-config-change", "train.batch_size"]

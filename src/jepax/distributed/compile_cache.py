@@ -1,6 +1,7 @@
 """JAX's persistent compilation cache in the user's cache folder, and XLA options for training programs."""
 
 import os
+import re
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -68,8 +69,9 @@ class SlowCompilations:
     def __call__(self, event: str, seconds: float, **metadata: object) -> None:
         if event not in (LOWERED_EVENT, COMPILED_EVENT):
             return
-        name = str(metadata.get("fun_name", "a program")).removeprefix("jit(").removesuffix(")")
-        name, thread = name.strip("_").replace("_", " "), threading.get_ident()
+        name = re.sub(r"^jit\((.*)\)$", r"\1", str(metadata.get("fun_name", "")))  # "jit(_train_step)"
+        name = "a program" if name in ("", "<lambda>") else name.removeprefix("jit_").strip("_").replace("_", " ")
+        thread = threading.get_ident()
         if timer := self._timers.pop(thread, None):
             timer.cancel()
         if event == LOWERED_EVENT:

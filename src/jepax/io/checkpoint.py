@@ -79,7 +79,7 @@ def save_async(
                 after_commit()
         return path
 
-    executor = ThreadPoolExecutor(1)
+    executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     future = executor.submit(finish)
     executor.shutdown(wait=False)  # it ends with its only task
     return future
