@@ -56,6 +56,18 @@ def test_the_benchmark_of_regularizers_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
+def test_the_benchmark_of_a_command_counts_its_programs_cold_and_warm(tmp_path):
+    file, words = tmp_path / "found.json", ["--eval.linear.epochs", "1"]
+    command = [sys.executable, str(BENCHMARKS / "demo.py"), "--json", str(file), "--"]
+    subprocess.run([*command, "train", "ijepa_fashion_mnist", *TINY, *words], check=True, cwd=tmp_path)
+    found = json.loads(file.read_text())
+    cold, warm = found["cold"], found["warm"]
+    assert cold["programs"] == warm["programs"] > 20 and cold["slowest"][0][0] == "jit(jit_train_step)"
+    assert warm["compile_s"] < 0.5 * cold["compile_s"] and warm["seconds"] < cold["seconds"]
+    assert any("raw pixels" in line for _, line in warm["lines"])
+
+
+@pytest.mark.long
 def test_the_benchmark_of_gpus_runs_without_one(tmp_path):
     file, tasks = tmp_path / "found.json", ("128", "attention")
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--quick", "--json", str(file)]

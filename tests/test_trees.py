@@ -27,7 +27,7 @@ def test_nothing_beneath_an_ema_is_trained():
 
 def test_a_teacher_moves_by_its_momentum():
     both = pair()
-    moved = both.teacher.towards(both.online, 0.75)
+    moved = both.teacher.update(both.online, 0.75)
     expected = 0.75 * both.teacher.average.weight + 0.25 * both.online.weight
     np.testing.assert_allclose(moved.average.weight, expected, rtol=1e-6)
 
@@ -36,7 +36,7 @@ def test_a_slow_teacher_does_not_stall():
     """1 - momentum = 1e-4 is far below bfloat16's epsilon; in float32 a thousand steps still move 10% of the way."""
     teacher, online = EMA(jnp.ones(())), jnp.zeros(())
     for _ in range(1000):
-        teacher = teacher.towards(online, 1 - 1e-4)
+        teacher = teacher.update(online, 1 - 1e-4)
     np.testing.assert_allclose(teacher.average, (1 - 1e-4) ** 1000, rtol=1e-3)
 
 

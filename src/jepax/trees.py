@@ -16,7 +16,7 @@ class EMA(eqx.Module, Generic[T]):
 
     average: T
 
-    def towards(self, online: T, momentum: Float[Array, ""] | float) -> "EMA[T]":
+    def update(self, online: T, momentum: Float[Array, ""] | float) -> "EMA[T]":
         """average <- momentum * average + (1 - momentum) * online, in the average's precision.
 
         In bfloat16 it stalls, since 1 - 0.996 is about that type's epsilon.

@@ -336,9 +336,9 @@ def test_arrays_are_described_by_number_shape_and_digests():
         return ArraySource((2, 2, 1), ("a", "b"), np.array(labels, np.int32), pictures).fingerprint
 
     before = contents(pictures, [0, 1, 0])
-    assert before["pictures"].startswith("3 of 2 x 2 x 1, ") and before["labels"].startswith("2 classes, ")
+    assert before["images"].startswith("3 of 2 x 2 x 1, ") and before["labels"].startswith("2 classes, ")
     assert contents(np.asfortranarray(pictures), [0, 1, 0]) == before
     (line,) = configs.diff(before, contents(pictures, [0, 1, 1]))
     assert line.startswith("labels: ")
     (line,) = configs.diff(before, contents(pictures + np.uint8(1), [0, 1, 0]))
-    assert line.startswith("pictures: ")
+    assert line.startswith("images: ")

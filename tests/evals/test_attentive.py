@@ -12,7 +12,7 @@ from scipy.special import erf, softmax
 from jepax.evals.attentive import AttentiveConfig, AttentiveHead, attentive, choose_num_heads, make_task
 from jepax.evals.eval_dataset import EvalDataset, without_labels
 from jepax.evals.feature_extractor import PixelFeatures
-from jepax.evals.head_training import init_state, loader_seed, train_on_images, train_step
+from jepax.evals.head_training import init_heads, loader_seed, train_heads_step, train_on_images
 from jepax.evals.scoring import ProtocolData, top1_accuracy
 from jepax.types import UserError
 from tests.evals.made import run
@@ -99,7 +99,7 @@ def inputs_of_a_step(settings, config):
     images = next(iter(train.shuffled(BATCH, 1, loader_seed(jr.key(0)))))
     task = make_task(ProtocolData(train, train, CLASSES, jr.key(0)), settings, config)
     task = replace(task, schedule=replace(task.schedule, total_steps=10, warmup_steps=1))
-    return init_state(task, jr.key(1)), task, replace(images, label=None), images.label, jr.key(2)
+    return init_heads(task, jr.key(1)), task, replace(images, label=None), images.label, jr.key(2)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def stepped():
     """Two heads, the second with weight decay, before and after one step at learning rate 1e-2, and their losses."""
     state, *inputs = inputs_of_a_step([(1e-2, 0.0), (1e-2, 0.5)], CONFIG)
     start = jax.tree.map(np.array, state.params)
-    after, losses = train_step(state, *inputs)
+    after, losses = train_heads_step(state, *inputs)
     return start, jax.tree.map(np.array, after.params), losses
 
 
@@ -132,7 +132,7 @@ def test_heads_begin_alike_and_every_array_of_theirs_is_trained(stepped):
 
 @pytest.mark.parametrize("train_views", ["center", "augmented"])
 def test_only_augmented_views_draw_random_numbers(train_views):
-    program = jax.make_jaxpr(train_step.__wrapped__)(
+    program = jax.make_jaxpr(train_heads_step.__wrapped__)(
         *inputs_of_a_step([(1e-3, 0.0)], replace(CONFIG, train_views=train_views))
     )
     assert ("random_bits" in str(program)) == (train_views == "augmented")
@@ -164,9 +164,9 @@ def test_labels_of_the_test_split_are_not_read(fitted):
 def test_one_program_for_all_rows_of_one_shape():
     train, other = (split(row(seed), 200, 0) for seed in (0, 1))
     first = train_heads(train, SETTINGS)
-    before = train_step._cache_size()
+    before = train_heads_step._cache_size()
     second = train_heads(other, SETTINGS)
-    assert train_step._cache_size() == before
+    assert train_heads_step._cache_size() == before
     assert np.abs(np.asarray(first.classify.weight - second.classify.weight)).max() > 1e-3
     again = train_heads(train, SETTINGS)
     jax.tree.map(np.testing.assert_array_equal, first, again)

@@ -11,7 +11,7 @@ import pytest
 from jepax.evals.eval_dataset import EvalDataset, without_labels
 from jepax.evals.feature_extractor import PixelFeatures, augmented
 from jepax.evals.finetune import FinetuneConfig, finetune, make_task
-from jepax.evals.head_training import init_state, train_on_images, train_step
+from jepax.evals.head_training import init_heads, train_heads_step, train_on_images
 from jepax.evals.scoring import ProtocolData, top1_accuracy
 from jepax.types import UserError
 from tests.evals.made import run
@@ -49,9 +49,9 @@ def one_step(**changes):
     task, _ = task_of(train, 1e-2, replace(CONFIG, **changes))
     schedule = replace(task.schedule, total_steps=10, warmup_steps=1)  # the first step is at the peak
     task = replace(task, schedule=schedule)
-    state = init_state(task, jr.key(1))
+    state = init_heads(task, jr.key(1))
     start = jax.tree.map(np.array, state.params)
-    after, loss = train_step(state, task, replace(images, label=None), images.label, jr.key(2))
+    after, loss = train_heads_step(state, task, replace(images, label=None), images.label, jr.key(2))
     return start, jax.tree.map(np.array, after.params), images, loss
 
 
@@ -78,7 +78,7 @@ def test_each_layer_has_its_share_of_the_learning_rate():
 
 def test_shares_of_a_deeper_stack_by_the_formula():
     task, _ = task_of(splits(row())[0], 1e-3, CONFIG)
-    shares = task.lr_scale(init_state(task, jr.key(0)).params)
+    shares = task.lr_scale(init_heads(task, jr.key(0)).params)
     assert shares.head.weight == 1 and shares.encoder.norm.bias == 1
     assert shares.encoder.embed.weight == pytest.approx(0.75**3)
     np.testing.assert_allclose(shares.encoder.stack.blocks.mlp.fc1.weight.ravel(), [0.75**2, 0.75])
@@ -94,7 +94,7 @@ def test_with_a_tiny_decay_only_the_top_moves():
 
 def test_weights_decay_by_their_own_rate_and_nothing_else_does():
     task, _ = task_of(splits(row())[0], 1e-3, replace(CONFIG, layer_decay=0.5))
-    start = init_state(task, jr.key(1)).params
+    start = init_heads(task, jr.key(1)).params
     kept, less = changes(weight_decay=0.0, layer_decay=0.5), changes(weight_decay=0.5, layer_decay=0.5)
     shares = task.lr_scale(start)
 
@@ -154,9 +154,9 @@ def test_labels_of_the_test_split_are_not_read(fitted):
 
 def test_one_program_for_every_learning_rate_and_every_row():
     first = train_once(splits(row())[0], 1e-3)
-    before = train_step._cache_size()
+    before = train_heads_step._cache_size()
     second = train_once(splits(row(1))[0], 2e-3)
-    assert train_step._cache_size() == before
+    assert train_heads_step._cache_size() == before
     assert np.abs(np.asarray(first.encoder.embed.weight - second.encoder.embed.weight)).max() > 1e-3
     again = train_once(splits(row())[0], 1e-3)
     jax.tree.map(np.testing.assert_array_equal, first, again)

@@ -20,11 +20,11 @@ from jepax.evals.head_training import (
     HeadHparams,
     HeadTask,
     TrainSchedule,
-    init_state,
+    init_heads,
     loader_seed,
     train_cached_epoch,
+    train_heads_step,
     train_on_images,
-    train_step,
     warmup_schedule,
 )
 from jepax.evals.linear import LinearConfig
@@ -168,10 +168,10 @@ def test_updates_equal_optax_adamw_with_biases_and_norms_left_alone():
     settings = [(0.03, 0.5), (0.01, 0.0)]
     hparams = HeadHparams(*np.asarray(settings, np.float32).T)
     task = Sines(hparams, TrainSchedule("adamw", "step", 1, 100, 100))
-    start = jax.tree.map(np.array, init_state(task, jr.key(0)).params)
-    state, labels = init_state(task, jr.key(0)), jnp.zeros(1, jnp.int32)
+    start = jax.tree.map(np.array, init_heads(task, jr.key(0)).params)
+    state, labels = init_heads(task, jr.key(0)), jnp.zeros(1, jnp.int32)
     for step in range(3):
-        state, _ = train_step(state, task, jnp.float32(step), labels, jr.key(0))
+        state, _ = train_heads_step(state, task, jnp.float32(step), labels, jr.key(0))
     ours = state.params
     for head, (rate, decay) in enumerate(settings):
         theirs = jax.tree.map(lambda leaf, head=head: jnp.asarray(leaf[head]), start)
@@ -225,7 +225,7 @@ def test_an_epoch_over_cached_features_shows_each_example_once_but_those_of_an_i
     features, labels, key = np.arange(10, dtype=np.float32)[None, :, None], np.zeros(10, np.int32), jr.key(0)
     for size, shown in ((5, 10), (4, 8)):
         task = Seen(ONE, replace(STEPS, batch_size=size, steps_per_epoch=10 // size))
-        state = train_cached_epoch(init_state(task, key), task, jnp.asarray(features), labels, key)
+        state = train_cached_epoch(init_heads(task, key), task, jnp.asarray(features), labels, key)
         assert (np.asarray(state.params["seen"]) > 0).sum() == shown
 
 

@@ -64,7 +64,7 @@ def test_rows_of_one_shape_share_their_programs(rows):
     sources = {"train": source(150, 0), "validation": source(60, 1), "test": source(70, 2)}
     with compiled_programs() as names:
         evaluate(rows, sources, CONFIG, step=0, key=jr.key(0))
-    large = ["embed", "init_state", "add_moments", "train_cached_epoch", "predict_all", "_nearest_neighbors"]
+    large = ["embed", "init_heads", "add_moments", "train_cached_epoch", "predict_all", "_nearest_neighbors"]
     for name in large:  # one for encoders, one for pixels, whose features are wider
         assert sum(name in each for each in names) == 2, (name, names)
     for name in ("center_crop", "augmented", "_normals"):

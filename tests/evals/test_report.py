@@ -114,7 +114,7 @@ def test_test_pictures_planted_in_training_are_told(rows, sources):
         key=jr.key(0),
         progress=Progress(lines.append),
     )
-    assert found["rows"]["trained"]["shared_pictures"]["train/test"] == 10
+    assert found["rows"]["trained"]["duplicate_images"]["train/test"] == 10
     assert [line for line in lines if "warning" in line] == ["warning: 10 images of train and test are identical"]
 
 

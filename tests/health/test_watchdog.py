@@ -291,7 +291,7 @@ def test_a_resumed_run_raises_the_same_alarms_at_the_same_steps():
     for cut in range(len(lines)):
         again = Watchdog(lines[:cut])
         for line in lines[cut:]:
-            again.see(json.loads(json.dumps(line)))
+            again.update(json.loads(json.dumps(line)))
         assert again.alarms == whole.alarms
     assert [alarm.kind for alarm in whole.alarms] == ["collapse", "spike"]
 

@@ -98,7 +98,7 @@ class HeadsState(eqx.Module):
     opt_state: optax.OptState
 
 
-def make_optimizer(schedule: TrainSchedule, hparams: HeadHparams) -> optax.GradientTransformation:
+def make_head_optimizer(schedule: TrainSchedule, hparams: HeadHparams) -> optax.GradientTransformation:
     """Optimizer of one head. Weight decay and LARS's trust ratio apply to weight matrices only, as in SimCLR."""
     decay = optax.add_decayed_weights(hparams.weight_decay, weight_decay_mask)
     rate = optax.scale_by_schedule(lambda count: -hparams.learning_rate * schedule.factor(count))
@@ -114,10 +114,10 @@ def _per_head(function: Callable, hparams: HeadHparams) -> Callable:
 
 
 @eval_jit
-def init_state(task: HeadTask, key: PRNGKeyArray) -> HeadsState:
+def init_heads(task: HeadTask, key: PRNGKeyArray) -> HeadsState:
     """Parameters of all heads before the first update, each with its own optimizer state."""
     params = task.init(key)
-    init = _per_head(lambda head, hparams: make_optimizer(task.schedule, hparams).init(head), task.hparams)
+    init = _per_head(lambda head, hparams: make_head_optimizer(task.schedule, hparams).init(head), task.hparams)
     return HeadsState(params, init(params, task.hparams))
 
 
@@ -134,7 +134,7 @@ def _step(
 
     # The optimizer is per head, since its hyper-parameters are; `lr_scale` is for layers of a fine-tuned encoder.
     def update(params: PyTree, grads: PyTree, opt_state: optax.OptState, hparams: HeadHparams) -> tuple:
-        updates, opt_state = make_optimizer(task.schedule, hparams).update(grads, opt_state, params)
+        updates, opt_state = make_head_optimizer(task.schedule, hparams).update(grads, opt_state, params)
         updates = jax.tree.map(jnp.multiply, updates, task.lr_scale(params))
         return optax.apply_updates(params, updates), opt_state
 
@@ -143,7 +143,7 @@ def _step(
     return HeadsState(*update(state.params, grads, state.opt_state, task.hparams)), losses
 
 
-train_step = jax.jit(_step, donate_argnames=("state",), compiler_options=COMPILER_OPTIONS)
+train_heads_step = jax.jit(_step, donate_argnames=("state",), compiler_options=COMPILER_OPTIONS)
 
 
 @partial(eval_jit, donate_argnames=("state",))
@@ -171,12 +171,12 @@ def train_cached_epoch(
 def train_on_images(task: HeadTask, data: ProtocolData, title: str) -> PyTree:
     """Trains on shuffled images from the task's initial parameters. Returns the trained ones."""
     key_init, key_order, key_views = jr.split(data.key, 3)
-    state, schedule, previous = init_state(task, key_init), task.schedule, None
+    state, schedule, previous = init_heads(task, key_init), task.schedule, None
     batches = data.train.shuffled(schedule.batch_size, schedule.total_steps, loader_seed(key_order))
     with data.progress.bar(title, schedule.total_steps) as update:
         for count, images in enumerate(batches, 1):
             images = shard_if_possible(images)
-            state, losses = train_step(state, task, replace(images, label=None), images.label, key_views)
+            state, losses = train_heads_step(state, task, replace(images, label=None), images.label, key_views)
             # The host is at most one step ahead of the device: otherwise batches would pile up in memory.
             if previous is not None:
                 jax.block_until_ready(previous)

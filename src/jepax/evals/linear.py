@@ -14,7 +14,7 @@ from jepax.evals.checks import check_training
 from jepax.evals.eval_dataset import EvalDataset
 from jepax.evals.feature_extractor import LayerChoice, TrainViews
 from jepax.evals.features import Features, chunks, empty_aligned, extract_features, map_chunks
-from jepax.evals.head_training import HeadHparams, OptimizerName, TrainSchedule, init_state, train_cached_epoch
+from jepax.evals.head_training import HeadHparams, OptimizerName, TrainSchedule, init_heads, train_cached_epoch
 from jepax.evals.linear_heads import (
     CANDIDATES,
     CONTROLS,
@@ -144,7 +144,7 @@ class LinearProbeSweep:
         scale = np.float32(size / BASE_BATCH if config.optimizer == "lars" else 1.0)
         hparams = HeadHparams(scale * rates, decays)
         self.task = LinearTask(hparams, standardized, moments, projections, schedule, data.classes)
-        self.state = init_state(self.task, key_heads)
+        self.state = init_heads(self.task, key_heads)
 
     def _embed(self, epoch: int) -> Features:
         """Cached features of the center views, or the features of new crops for each epoch."""

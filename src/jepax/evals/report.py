@@ -80,7 +80,7 @@ class Evaluation:
                 row[protocol] = self._score(fitted, data["test"])
         row |= health_metrics(data["validation"], jr.fold_in(self.key, HEALTH_KEY))
         # Duplicates are the same for every row, so they are counted once.
-        return row if name in BASELINES else row | {"shared_pictures": self._count_duplicates(data)}
+        return row if name in BASELINES else row | {"duplicate_images": self._count_duplicates(data)}
 
     def _count_duplicates(self, data: dict[str, EvalDataset]) -> dict[str, int]:
         duplicates = count_duplicates(data)

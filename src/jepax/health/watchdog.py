@@ -229,9 +229,9 @@ class Watchdog:
     def __init__(self, lines: Iterable[MetricsLine] = ()):
         self.past, self.episodes, self.alarms = History(), {}, []
         for line in lines:
-            self.see(line)
+            self.update(line)
 
-    def see(self, line: MetricsLine) -> list[Alert]:
+    def update(self, line: MetricsLine) -> list[Alert]:
         """Adds a record, and returns the alarms that it raises."""
         new = []
         for kind, rule in RULES.items():

@@ -55,7 +55,7 @@ def ema_update(teacher: EMA[T], online: T, momentum: Float[Array, ""]) -> tuple[
     - ema/update_norm: |moved - teacher|, expected: ema/expected_update_norm = (1 - momentum) |online - teacher|.
     """
     # The two norms differ if the teacher stalls, as in bfloat16: the watchdog compares them.
-    moved = teacher.towards(online, momentum)
+    moved = teacher.update(online, momentum)
     distance = global_norm(_subtract_float32(online, teacher.average))
     return moved, {
         "ema/momentum": momentum,

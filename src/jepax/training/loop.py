@@ -135,7 +135,7 @@ def fit(
                             values |= online(step, state.method)
                     record = log.write(step, values)
                     trackers.send(step, record)
-                    if alerts := watchdog.see(record):
+                    if alerts := watchdog.update(record):
                         write_alerts(run_dir, watchdog.alarms)
                     for alert in alerts:
                         log.print(f"warning: {alert}; try {alert.advice}")
@@ -229,7 +229,7 @@ def record_start(setup: Setup, run_dir: Path, start: int) -> Events:
 
 def record_stop(run_dir: Path, watchdog: Watchdog, inspector: StepInspector, error: DivergedError) -> None:
     """Write to health.json why training stopped, with alerts on the steps since the last log step."""
-    watchdog.see({"step": error.step, **inspector.take_peaks()})
+    watchdog.update({"step": error.step, **inspector.take_peaks()})
     write_alerts(run_dir, watchdog.alarms, ended=str(error).splitlines()[0])
 
 

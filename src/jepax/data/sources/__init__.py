@@ -172,7 +172,7 @@ class ArraySource(ImageSource):
         """Number, shape and digest of the images, and a digest of their labels: of this split."""
         shape = " x ".join(map(str, self.images.shape[1:]))
         return {
-            "pictures": f"{len(self)} of {shape}, {short_hash(np.ascontiguousarray(self.images).data)}",
+            "images": f"{len(self)} of {shape}, {short_hash(np.ascontiguousarray(self.images).data)}",
             "labels": f"{self.classes} classes, {short_hash(self.labels.astype('<i4').tobytes())}",
         }
 
