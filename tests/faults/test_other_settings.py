@@ -105,7 +105,7 @@ def test_what_is_allowed_must_be_a_setting(name, whole, tmp_path, capsys):
         "--allow-config-change",
         name,
     )
-    assert f"--allow-config-change {name} : no field or group of fields" in said
+    assert f"--allow-config-change {name}: no field or group of fields" in said
     assert contents(run) == before
 
 
