@@ -36,6 +36,14 @@ def pytest_unconfigure(config):
         del os.environ[CACHE]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_slow_compilations():
+    """On a busy machine any program may compile slowly; a command's output does not depend on it here."""
+    from jepax.distributed import compile_cache
+
+    compile_cache.SLOW_COMPILE_S = 3600.0
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Drops every compiled program after its module: each holds memory maps, and a process may have 65,530 of them."""
