@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with preemption.install_handlers(), format_warnings():
             run_command(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
+        # Objects that it caught in their constructor, such as Grain's iterators, would complain when they are deleted.
+        sys.unraisablehook = lambda _: None
         exit_with("stopped on request; rerun the same command to resume", preemption.EXIT_RETRY)
     except preemption.Preempted as ended:
         exit_with(str(ended), preemption.EXIT_RETRY)
