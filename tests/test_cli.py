@@ -166,6 +166,7 @@ def test_a_recipes_help_shows_every_field_with_type_default_and_meaning(capsys):
 
 def test_interruption_takes_one_line(capsys, monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # it is replaced
+
     def interrupted(self):
         raise KeyboardInterrupt
 

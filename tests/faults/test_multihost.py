@@ -322,9 +322,8 @@ def test_one_clock_decides_and_every_process_tells_of_pictures(processes, tmp_pa
     assert checkpoint.list_steps(run / "checkpoints") == [8]
     mine, others = (path.read_text().splitlines() for path in corrupt.find_lists(run))
     assert min(len(mine), len(others)) > 3
-    for line in others:
-        file = json.loads(line)["file"]
-        assert f"warning: {file}" in said[1] or f"warning: {root / 'train' / file}" in said[1]
+    printed = [file for line in others if f"warning: {(file := json.loads(line)['file'])}" in said[1]]
+    assert len(printed) > 3  # the first ten of both processes together
 
 
 @pytest.mark.slow_fault
