@@ -1,4 +1,4 @@
-"""I-JEPA on Fashion-MNIST in plain JAX and optax: no trainer, no config files. Two minutes on two CPU cores.
+"""I-JEPA on Fashion-MNIST in plain JAX and optax: no trainer, no config files. Under three minutes on two CPU cores.
 
     python examples/ijepa_from_scratch.py
     python examples/ijepa_from_scratch.py --steps 3000
