@@ -217,6 +217,16 @@ def test_a_bomb_is_refused_by_its_header(root, side):
 
 
 @pytest.mark.fault(14, "a small file that decodes to gigabytes")
+def test_pillow_prints_no_warning_of_its_own(tmp_path):
+    (tmp_path / "a.png").write_bytes(bomb(12_000))
+    program = "import sys, pathlib, jepax.data.decode as d; d.read_image(pathlib.Path(sys.argv[1]), (8, 8, 3))"
+    environment = os.environ | {"PYTHONPATH": str(Path(jepax.__file__).parents[1])}
+    command = [sys.executable, "-c", program, str(tmp_path / "a.png")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert "are over the limit of" in done.stderr and "DecompressionBombWarning" not in done.stderr
+
+
+@pytest.mark.fault(14, "a small file that decodes to gigabytes")
 def test_a_bomb_is_listed_with_its_size(root, tmp_path):
     victim(root).write_bytes(bomb(30_000))
     stands_in(root, tmp_path / "run", "900000000 pixels")

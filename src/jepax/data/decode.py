@@ -26,7 +26,9 @@ with suppress(ImportError):
 
 OPTIONAL_SUFFIXES = {".heic": "HEIF", ".heif": "HEIF", ".avif": "AVIF", ".jxl": "JXL"}
 """Extensions of Pillow's optional formats."""
-PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *({"HEIF", "AVIF", "JXL"} & set(Image.OPEN)))
+PILLOW_FORMATS = tuple(
+    name for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "HEIF", "AVIF", "JXL") if name in Image.OPEN
+)
 """Formats that are opened, whatever a file's name: some of Pillow's other formats start external programs."""
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}

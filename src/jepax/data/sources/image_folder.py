@@ -54,7 +54,7 @@ class ImageFolder(ImageSource):
         bits = max(largest.bit_length(), 8)
         return (
             f"\nwarning: the largest value of the 16-bit images is {largest:,} of {2**self.bit_depth - 1:,}, so they"
-            f" become dark; if their values have {bits} bits: --data.bit-depth {bits}"
+            f" become dark; if their values have {bits} bits: --data.bit-depth {bits} (jepax pack: --bit-depth {bits})"
         )
 
     def display_name(self, row: int) -> str:
