@@ -41,6 +41,7 @@ def distance(a, b):
     return float(global_norm(jax.tree.map(lambda x, y: x - y, a, b)))
 
 
+@pytest.mark.long
 def test_training_moves_both_encoders(example, source, capsys):
     start, method = example.METHOD.build(total_steps=3, key=jr.key(0)), example.train(source, 3)
     moved, followed = (

@@ -139,6 +139,7 @@ def test_every_protocol_runs(finished, capsys):
     assert "low shot: 2 per class" in out and "±" in out
 
 
+@pytest.mark.long
 def test_floors_are_measured_once(finished, capsys, tmp_path, monkeypatch):
     """Another step of the run, or the same evaluation after it was interrupted, takes them from where they lie."""
     run, _, _ = finished

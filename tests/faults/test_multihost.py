@@ -78,7 +78,7 @@ def messages(processes: Processes, process) -> list[str]:
 
 
 @pytest.mark.fault(12, "several processes end together")
-@pytest.mark.parametrize("slow", [0, 1], ids=["coordinator", "other"])
+@pytest.mark.parametrize("slow", [0, pytest.param(1, marks=pytest.mark.slow_fault)], ids=["coordinator", "other"])
 @pytest.mark.parametrize("how", ENDS)
 def test_all_end_with_the_code_and_the_message_of_the_one(processes, how, slow):
     code, own, others = ENDS[how]

@@ -34,6 +34,7 @@ def left(reader: subprocess.Popen, names: set[str], seconds: float) -> tuple[lis
         time.sleep(0.1)
 
 
+@pytest.mark.slow_fault
 @pytest.mark.fault(11, "a data worker is killed")
 def test_a_killed_worker_ends_the_reader_with_a_line_and_leaves_nothing(processes):
     reader = reading(processes)

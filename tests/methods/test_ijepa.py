@@ -29,11 +29,11 @@ def smooth_l1(error):
         {"smooth_l1_beta": 0.3},
         {"target_norm": "none"},
         {"prediction_norm": "affine"},
-        {"prediction_norm": "no_affine"},
+        pytest.param({"prediction_norm": "no_affine"}, marks=pytest.mark.long),
         {"regularizer": RegularizerConfig("vicreg")},
         pytest.param({"regularizer": RegularizerConfig("visreg", num_slices=8)}, marks=pytest.mark.long),
         pytest.param({"regularizer": RegularizerConfig("sigreg", num_slices=8)}, marks=pytest.mark.long),
-        {"regularizer": RegularizerConfig("rdmreg", num_slices=8)},
+        pytest.param({"regularizer": RegularizerConfig("rdmreg", num_slices=8)}, marks=pytest.mark.long),
     ],
 )
 def test_each_setting_changes_the_loss_and_stays_finite(images, settings):

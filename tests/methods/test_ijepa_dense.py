@@ -43,6 +43,7 @@ def test_by_default_it_is_ijepa(images):
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_layers_are_those_blocks_outputs_and_their_losses_are_weighed(images):
     views = drawn(images, 0)
     single = {layers: targets_of(dense(target_layers=layers), views) for layers in ((1,), (2,), (1, 2), (2, 1))}

@@ -42,7 +42,9 @@ def objective(config, groups, key):
         return method.objective(embeddings, key=key)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name != "lejepa")) for name in CONFIGS]
+)
 def test_a_loss_reads_every_view_and_no_label(name, images):
     config = CONFIGS[name]
     method = config.build(total_steps=10, key=jr.key(0))

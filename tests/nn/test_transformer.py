@@ -89,7 +89,7 @@ def test_tokens_beyond_the_length_change_nothing(tokens, fast):
     ("scan", "remat", "num_outputs"),
     some_quick(
         product((False, True), ("none", "dots", "full"), (1, 2, 3)),
-        quick={(0, "none", 3), (1, "none", 2), (0, "dots", 1), (1, "dots", 3), (0, "full", 2), (1, "full", 1)},
+        quick={(0, "none", 3), (1, "none", 2), (0, "full", 2), (1, "dots", 3)},
     ),
 )
 def test_every_execution_computes_the_same(tokens, scan, remat, num_outputs):

@@ -276,6 +276,7 @@ def test_a_run_that_diverges_is_told_and_does_not_stop_the_others(tmp_path, caps
     assert "run 1 of 2" not in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_baselines_of_another_protocol_are_not_taken(finished, tmp_path, monkeypatch):
     """A baseline is named by what decides it: other versions or neighbors, another baseline."""
     folder, words = finished

@@ -212,6 +212,7 @@ def test_memory_of_the_state_is_exact():
     assert flops.tree_bytes(abstract.opt_state) == sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
 
 
+@pytest.mark.long
 def test_the_memory_of_the_other_plan_is_printed():
     """As under that plan itself: a CPU's devices share one memory, so that `auto` replicates everything."""
 

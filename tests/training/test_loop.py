@@ -254,6 +254,7 @@ def test_the_best_of_what_is_not_measured_is_refused(config, tmp_path):
         train(replace(wanted, eval=replace(config.eval, online=replace(config.eval.online, every_steps=0))), tmp_path)
 
 
+@pytest.mark.long
 def test_a_teacher_in_bfloat16_is_saved_and_restored_as_it_is(tmp_path):
     """It trains, too, with the state's buffers donated; everything else stays in float32."""
     config = shrunk("ijepa_fashion_mnist")

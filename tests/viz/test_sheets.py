@@ -56,6 +56,7 @@ def test_images_and_patches_are_the_draw_of_the_first_step(config, images, views
     assert not np.any(shown.context[:, None] & shown.targets)
 
 
+@pytest.mark.long
 def test_the_key_and_the_images_are_those_of_the_first_training_step(config, monkeypatch, tmp_path):
     steps = train_config.TrainConfig(batch_size=16, steps=300)
     optim = OptimConfig(warmup_epochs=0.0)
