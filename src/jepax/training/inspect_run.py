@@ -1,5 +1,6 @@
 """`jepax doctor RUN`: prints what is in a run's folder, what of it is valid, and what the next command would do."""
 
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -137,7 +138,7 @@ def print_health(run: Path, row: PrintRow) -> bool:
 
 def describe_next_command(run: Path, checkpoints: dict[int, str], total_steps: int, evaluated: bool) -> str:
     """Describe what `jepax train` on this folder would do."""
-    command = f"jepax train {run / CONFIG_FILE} --run-dir {run}"
+    command = shlex.join(["jepax", "train", str(run / CONFIG_FILE), "--run-dir", str(run)])
     # It looks for the newest valid checkpoint, and meets those that are newer.
     newest = max((step for step, state in checkpoints.items() if state == "ok"), default=None)
     newer = {state for step, state in checkpoints.items() if newest is None or step > newest}

@@ -21,6 +21,7 @@ from jepax.training.setup import Setup
 from jepax.trees import trainable
 
 NOMINAL_TFLOPS = {
+    "NVIDIA H200 NVL": 835.5,
     "NVIDIA H200": 989.5,
     "NVIDIA H100 PCIe": 756.0,
     "NVIDIA H100 NVL": 835.5,
@@ -38,7 +39,7 @@ NOMINAL_TFLOPS = {
     "TPU v6 lite": 918.0,
 }
 """Peak of dense bfloat16 matrix products with float32 sums, in TFLOP/s, from the vendors' data sheets. The first name
-that the device's own begins with counts."""
+whose words the device's own begins with counts."""
 
 
 def make_speed_metrics(setup: Setup) -> Callable[[float], MetricValues]:
@@ -49,7 +50,8 @@ def make_speed_metrics(setup: Setup) -> Callable[[float], MetricValues]:
     """
     batch_size = setup.config.train.batch_size
     dtype, kind = jnp.dtype(setup.context.compute_dtype).name, jax.devices()[0].device_kind
-    nominal = next((peak for name, peak in NOMINAL_TFLOPS.items() if kind.startswith(name)), None)
+    nominal = next((peak for name, peak in NOMINAL_TFLOPS.items() if f"{kind} ".startswith(f"{name} ")), None)
+    nominal = None if "Laptop" in kind else nominal  # slower than the card of the same name
     peaks = {"perf/mfu": nominal if dtype == "bfloat16" else None, "perf/mfu_measured": load_peak(kind, dtype)}
     # Counted at the first call, when the device computes already.
     tflop = cache(lambda: gradient_flops(setup) / jax.device_count() / 1e12)
