@@ -58,6 +58,8 @@ def save_async(
         multihost.all_gather_str("")  # the folder exists from here on
         context = ocp.Context()
         context.array.saving.use_compression = False  # weights compress by a tenth only
+        # Each device of a replica copies a slice, and each slice compiles a program of its own: large arrays only.
+        context.array.saving.min_slice_bytes_for_replica_parallel = 2**22
         arrays = link.enter_context(_literal_path(part)) / ARRAYS_DIR
         with context:
             response = ocp.save_async(arrays, names)

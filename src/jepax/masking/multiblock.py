@@ -6,6 +6,7 @@ lists the intended differences.
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 
 import equinox as eqx
 import jax
@@ -98,13 +99,10 @@ class MultiBlock(eqx.Module):
     attempts: int = eqx.field(static=True)
     """Draws per image; the probability that none is valid is below 1e-9 (estimated from `NUM_TRIAL_MASKS` masks)."""
 
-    def __init__(self, config: MultiBlockConfig, grid: tuple[int, int]):
+    def __init__(self, config: MultiBlockConfig, grid: tuple[int, int], attempts: int | None = None):
         self.config, self.grid = config, grid
         self.largest = int(self._sizes(target=True)[0].prod(axis=1).max())
-        # Failure rate of one draw, plus 3 / n: the 95% upper bound after 0 failures in n.
-        failure_rate = min(1 - self._acceptance_rate() + 3 / NUM_TRIAL_MASKS, 1 - MIN_ACCEPTANCE_RATE)
-        # The smallest n with failure_rate^n <= MAX_FAILURE_PROB.
-        self.attempts = math.ceil(math.log(MAX_FAILURE_PROB) / math.log(failure_rate))
+        self.attempts = num_attempts(config, grid) if attempts is None else attempts
 
     def __call__(self, keys: Key[Array, "batch"]) -> Masks:
         """One mask per key of the batch."""
@@ -203,17 +201,25 @@ class MultiBlock(eqx.Module):
         """Number of allowed context patches in each image's first draw, before a fixed number is chosen."""
         return jax.vmap(lambda key: jnp.sum(self._sample_blocks(key)[1]))(keys)
 
-    def _acceptance_rate(self) -> float:
-        """Fraction of first draws with enough context patches. Raises `UserError` below `MIN_ACCEPTANCE_RATE`."""
-        c = self.config
-        with jax.ensure_compile_time_eval():  # the method may be built from abstract shapes
-            counts = np.asarray(self.context_sizes(jr.split(jr.key(0), NUM_TRIAL_MASKS)))
-        accepted = np.mean(counts >= c.num_context_patches)
-        if accepted < MIN_ACCEPTANCE_RATE:
-            raise UserError(
-                f"masks.num_context_patches={c.num_context_patches} cannot be met on a {self.grid[0]}x{self.grid[1]}"
-                f" grid: {c.num_targets} targets of masks.target_scale={c.target_scale} leave"
-                f" {counts.mean():.0f} patches on average, {counts.max()} at most;\n"
-                f"try masks.num_context_patches={max(int(np.percentile(counts, 5)), 1)}, or fewer or smaller targets"
-            )
-        return float(accepted)
+
+@cache
+def num_attempts(config: MultiBlockConfig, grid: tuple[int, int]) -> int:
+    """The draws per image after which none is valid with a probability below `MAX_FAILURE_PROB`.
+
+    Raises `UserError` if fewer than `MIN_ACCEPTANCE_RATE` of the draws leave enough context patches.
+    """
+    sampler = MultiBlock(config, grid, attempts=1)
+    with jax.ensure_compile_time_eval():  # the method may be built from abstract shapes
+        counts = np.asarray(sampler.context_sizes(jr.split(jr.key(0), NUM_TRIAL_MASKS)))
+    accepted = float(np.mean(counts >= config.num_context_patches))
+    if accepted < MIN_ACCEPTANCE_RATE:
+        raise UserError(
+            f"masks.num_context_patches={config.num_context_patches} cannot be met on a {grid[0]}x{grid[1]}"
+            f" grid: {config.num_targets} targets of masks.target_scale={config.target_scale} leave"
+            f" {counts.mean():.0f} patches on average, {counts.max()} at most;\n"
+            f"try masks.num_context_patches={max(int(np.percentile(counts, 5)), 1)}, or fewer or smaller targets"
+        )
+    # Failure rate of one draw, plus 3 / n: the 95% upper bound after 0 failures in n.
+    failure_rate = min(1 - accepted + 3 / NUM_TRIAL_MASKS, 1 - MIN_ACCEPTANCE_RATE)
+    # The smallest n with failure_rate^n <= MAX_FAILURE_PROB.
+    return math.ceil(math.log(MAX_FAILURE_PROB) / math.log(failure_rate))
