@@ -12,6 +12,7 @@ import abc
 from typing import ClassVar
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 
 State = Float[Array, "state"]
@@ -52,3 +53,8 @@ class Environment(eqx.Module):
     @abc.abstractmethod
     def expert(self, state: State, goal: State) -> Action:
         """An action toward the goal, without noise: the policy that data is collected with, and a ceiling."""
+
+
+def unit_vector(vector: Float[Array, "dim"]) -> Float[Array, "dim"]:
+    """The vector with length 1; zero stays zero."""
+    return vector / jnp.maximum(jnp.linalg.norm(vector), jnp.finfo(vector.dtype).tiny)
