@@ -8,7 +8,7 @@ import pytest
 
 import jepax
 
-LOWER = ("nn", "objectives", "masking", "views", "methods")
+LOWER = ("nn", "objectives", "masking", "views", "planners", "methods")
 UPPER = ("training", "io", "distributed", "health", "export", "commands", "data", "evals", "viz", "sweeps", "bench")
 
 
