@@ -93,13 +93,13 @@ def test_a_warm_start_helps(name):
 @every_planner
 def test_a_cost_that_is_not_finite_counts_as_the_largest(name):
     @jax.jit
-    def plan_where(limit):
-        cost = lambda actions: jnp.where(actions[:, 0, 0] > limit, jnp.nan, distance_to(TARGET)(actions))  # noqa: E731
+    def plan_where(limit, bad):
+        cost = lambda actions: jnp.where(actions[:, 0, 0] > limit, bad, distance_to(TARGET)(actions))  # noqa: E731
         return make(name).plan(cost, jr.key(0), start=ZEROS)
 
-    found = plan_where(0.1)
+    found = plan_where(0.1, -np.inf)
     assert found.actions[0, 0] <= 0.1 and found.cost < 3
-    assert plan_where(-99.0).cost == np.finfo(np.float32).max
+    assert plan_where(-99.0, np.nan).cost == np.finfo(np.float32).max
 
 
 @every_planner

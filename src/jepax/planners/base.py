@@ -84,7 +84,7 @@ class Planner(abc.ABC):
 
         def finite_cost(candidates: Candidates) -> Costs:
             costs = cost(candidates).astype(start.dtype)
-            return jnp.nan_to_num(costs, nan=jnp.finfo(start.dtype).max)
+            return jnp.where(jnp.isfinite(costs), costs, jnp.finfo(start.dtype).max)
 
         return self.search(finite_cost, key, clip_to(start, bounds), bounds)
 
