@@ -8,7 +8,7 @@ import pytest
 
 import jepax
 
-LOWER = ("nn", "objectives", "masking", "views", "envs", "methods")
+LOWER = ("nn", "objectives", "masking", "views", "envs", "planners", "methods")
 UPPER = ("training", "io", "distributed", "health", "export", "commands", "data", "evals", "viz", "sweeps", "bench")
 
 
