@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 State = Float[Array, "state"]
 Action = Float[Array, "action"]
@@ -58,3 +58,7 @@ class Environment(eqx.Module):
 def unit_vector(vector: Float[Array, "dim"]) -> Float[Array, "dim"]:
     """The vector with length 1; zero stays zero."""
     return vector / jnp.maximum(jnp.linalg.norm(vector), jnp.finfo(vector.dtype).tiny)
+
+    def region(self, state: State) -> Int[Array, ""]:
+        """The part of the world that a state is in, such as a room; 0 everywhere in a world without parts."""
+        return jnp.int32(0)

@@ -15,7 +15,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jepax.envs.base import Action, Environment, Image, State, unit_vector
 from jepax.errors import UserError, check_fields
@@ -139,6 +139,10 @@ class TwoRoom(Environment):
     def reached(self, state: State, goal: State) -> Bool[Array, ""]:
         return self.distance(state, goal) < GOAL_RADIUS
 
+    def region(self, state: State) -> Int[Array, ""]:
+        """0 and 1 for the two rooms."""
+        return (state[self.layout.across] > WALL).astype(jnp.int32)
+
     def expert(self, state: State, goal: State) -> Action:
         """The unit vector to the goal; if that is in the other room, to the nearest door that fits, until there."""
         layout = self.layout
@@ -149,7 +153,7 @@ class TwoRoom(Environment):
         to_doors = doors - state
         distances = jnp.linalg.norm(to_doors, axis=1)
 
-        behind = (state[layout.across] > WALL) != (goal[layout.across] > WALL)
+        behind = self.region(state) != self.region(goal)
         via_door = behind & (jnp.min(distances) > AT_DOOR)
         return unit_vector(jnp.where(via_door, to_doors[jnp.argmin(distances)], goal - state))
 

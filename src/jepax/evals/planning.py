@@ -1,0 +1,239 @@
+"""Success of planning: how often an agent brings an environment to a goal, and what that number is worth.
+
+    pairs   = select_pairs(env, goals_in_data(...), ...)   starts and goals, the same for every agent
+    act     = planner_agent(...) | policy_agent(...)
+    reached = run_agent(env, act, task, key)      (episodes, steps): inside the goal after each step
+    success = summarize(...)                      at any step, at the last step, by distance, with 95% intervals
+
+The published protocol of LeWorldModel takes goals 25 steps ahead in the data and gives 50 steps. There a random policy
+succeeds in a quarter of the episodes, some of which begin inside the goal; so every task states its share of these,
+leaves them out of its score, and stands beside agents that know nothing (a random policy, an untrained model) and
+agents that know everything (the true state, the expert).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jepax.envs import Environment, Policy
+from jepax.envs.base import Action, State
+from jepax.planners import Cost, Planner
+from jepax.types import UserError
+
+DISTANCE_BINS = 3
+"""Groups of episodes by the distance from start to goal, equally large."""
+
+Act = Callable[[State, State, Action, PRNGKeyArray], Float[Array, "steps action"]]
+"""The next actions of an agent, from state, goal, last action and key; as many of them each time."""
+
+
+class Task(NamedTuple):
+    """Episodes to solve: from a start to a goal within a number of steps."""
+
+    start: Float[np.ndarray, "episodes state"]
+    goal: Float[np.ndarray, "episodes state"]
+    budget: int
+    """Steps that an agent has."""
+
+
+# ---- Agents ----
+
+
+def policy_agent(env: Environment, policy: Policy) -> Act:
+    """A policy chooses one action at a time."""
+    return lambda state, goal, last_action, key: policy(env, state, goal, last_action, key)[None]
+
+
+@dataclass(frozen=True)
+class ActionScale:
+    """Blocks of standardized actions, as models and planners see them, and the environment's actions."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    frame_skip: int
+    """Actions in a block, side by side."""
+
+    @property
+    def block(self) -> int:
+        return self.frame_skip * len(self.mean)
+
+    def to_env(self, blocks: Float[Array, "*batch horizon block"]) -> Float[Array, "*batch steps action"]:
+        """The single actions of a plan, in the environment's unit."""
+        *batch, horizon, _ = blocks.shape
+        actions = blocks.reshape(*batch, horizon * self.frame_skip, len(self.mean))
+        return actions * jnp.asarray(self.std) + jnp.asarray(self.mean)
+
+
+def planner_agent(planner: Planner, scale: ActionScale, cost_to: Callable[[State, State], Cost]) -> Act:
+    """Plans from the current state, and executes the whole plan before it plans again.
+
+    `cost_to(state, goal)` is the cost of candidates that start there: by a model, or by the true dynamics.
+    """
+
+    def act(state: State, goal: State, last_action: Action, key: PRNGKeyArray) -> Float[Array, "steps action"]:
+        plan = planner.plan(cost_to(state, goal), key, start=planner.cold_start(scale.block))
+        return scale.to_env(plan.actions)
+
+    return act
+
+
+def model_cost(env: Environment, model: Any) -> Callable[[State, State], Cost]:
+    """The model's cost: it sees the images of state and goal, nothing else. `model`: a method such as `LeWM`."""
+
+    def cost_to(state: State, goal: State) -> Cost:
+        z, z_goal = model.embed(jnp.stack([env.render(state), env.render(goal)]))
+        return lambda candidates: model.goal_cost(z, z_goal, candidates)
+
+    return cost_to
+
+
+def true_cost(env: Environment, scale: ActionScale) -> Callable[[State, State], Cost]:
+    """The squared distance from the goal after the plan, by the environment itself: the ceiling of a planner."""
+
+    def cost_to(state: State, goal: State) -> Cost:
+        def final_distance(candidate: Float[Array, "horizon block"]) -> Float[Array, ""]:
+            def step(state: State, action: Action) -> tuple[State, None]:
+                return env.step(state, action, jr.key(0)), None
+
+            return env.distance(lax.scan(step, state, scale.to_env(candidate))[0], goal) ** 2
+
+        return jax.vmap(final_distance)
+
+    return cost_to
+
+
+# ---- Episodes ----
+
+
+class Outcome(eqx.Module):
+    """What happened in the episodes of a task."""
+
+    states: Float[Array, "episodes states state"]
+    """Every state, from the start on."""
+    reached: Bool[Array, "episodes steps"]
+    """Inside the goal after each step."""
+
+
+@eqx.filter_jit
+def run_agent(env: Environment, act: Act, task: Task, key: PRNGKeyArray, chunk: int = 64) -> Outcome:
+    """Acts in every episode, through its whole budget, `chunk` episodes at a time: a planner's memory grows with it."""
+
+    def episode(given: tuple[State, State, PRNGKeyArray]) -> Outcome:
+        start, goal, key = given
+
+        # One round: the agent chooses its next actions, and all of them are executed.
+        def play(carry: tuple[State, Action], key: PRNGKeyArray) -> tuple[tuple[State, Action], Array]:
+            state, last_action = carry
+            key_act, key_step = jr.split(key)
+            actions = jnp.clip(act(state, goal, last_action, key_act), -1, 1)
+
+            def step(state: State, given: tuple[Action, PRNGKeyArray]) -> tuple[State, State]:
+                after = env.step(state, *given)
+                return after, after
+
+            state, states = lax.scan(step, state, (actions, jr.split(key_step, len(actions))))
+            return (state, actions[-1]), states
+
+        # As many rounds as fill the budget; what is beyond it does not count.
+        first = start, jnp.zeros(env.action_dim)
+        size = jax.eval_shape(act, start, goal, first[1], key).shape[0]
+        _, states = lax.scan(play, first, jr.split(key, math.ceil(task.budget / size)))
+        states = states.reshape(-1, env.state_dim)[: task.budget]
+        return Outcome(jnp.concatenate([start[None], states]), jax.vmap(env.reached, (0, None))(states, goal))
+
+    start, goal = jnp.asarray(task.start), jnp.asarray(task.goal)
+    return lax.map(episode, (start, goal, jr.split(key, len(start))), batch_size=min(chunk, len(start)))
+
+
+def summarize(env: Environment, task: Task, outcome: Outcome) -> dict[str, Any]:
+    """Success in percent, at any step and at the last one, with 95% intervals; the rest as measured.
+
+    Episodes that start inside the goal are left out, except in "published", which counts all as the paper does.
+    """
+    inside, distance = starts_inside(env, task)
+    any_step, last_step = (np.asarray(hits) for hits in (outcome.reached.any(axis=1), outcome.reached[:, -1]))
+    counted = ~inside
+    return {
+        "any_step": rate(any_step[counted]),
+        "last_step": rate(last_step[counted]),
+        "published": rate(any_step),
+        "by_distance": [
+            {"from": float(distance[part].min()), "to": float(distance[part].max()), **rate(any_step[part])}
+            for part in np.array_split(np.argsort(distance, kind="stable"), DISTANCE_BINS)
+            if len(part)
+        ],
+        "start_inside": 100 * float(inside.mean()),
+    }
+
+
+def starts_inside(env: Environment, task: Task) -> tuple[Bool[np.ndarray, "episodes"], Float[np.ndarray, "episodes"]]:
+    """True for episodes whose start counts as the goal already, and the distances from start to goal."""
+    reached, distance = (
+        jax.vmap(f)(jnp.asarray(task.start), jnp.asarray(task.goal)) for f in (env.reached, env.distance)
+    )
+    return np.asarray(reached), np.asarray(distance)
+
+
+def rate(hits: Bool[np.ndarray, "episodes"]) -> dict[str, Any]:
+    """Percent of successes, their number, and Wilson's 95% interval, which holds near 0 and 100 too (Wilson 1927)."""
+    n = len(hits)
+    if not n:
+        return {"percent": None, "episodes": 0, "ci95": None}
+    p, z = float(np.mean(hits)), 1.959964
+    center, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = ((center + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
+    return {"percent": 100 * p, "episodes": n, "ci95": [100 * low, 100 * high]}
+
+
+# ---- Tasks ----
+
+Pairs = tuple[Float[np.ndarray, "n state"], Float[np.ndarray, "n state"]]
+"""Starts and goals."""
+
+
+def goals_in_data(
+    states: Float[np.ndarray, "rows state"],
+    starts: Int[np.ndarray, "episodes"],
+    lengths: Int[np.ndarray, "episodes"],
+    ahead: int,
+) -> Pairs:
+    """All pairs of states of one episode that are `ahead` steps apart.
+
+    `starts`, `lengths`: first row and number of rows of each episode.
+    """
+    rows = np.concatenate([first + np.arange(max(n - ahead, 0)) for first, n in zip(starts, lengths, strict=True)])
+    return states[rows], states[rows + ahead]
+
+
+def random_goals(env: Environment, count: int, seed: int) -> Pairs:
+    """Starts and goals as the environment draws them: the goals of no data, near or far."""
+    start, goal = jax.jit(jax.vmap(env.reset))(jr.split(jr.key(seed), count))
+    return np.asarray(start), np.asarray(goal)
+
+
+def select_pairs(
+    env: Environment, pairs: Pairs, count: int, seed: int, *, min_distance: float = 0.0, same_region: bool | None = None
+) -> Pairs:
+    """At most `count` pairs, drawn without replacement from those at least `min_distance` apart, in one region or two.
+
+    `same_region=None` takes both. Raises `UserError` if no pair is left.
+    """
+    start, goal = pairs
+    distance = np.asarray(jax.jit(jax.vmap(env.distance))(start, goal))
+    alike = np.asarray(jax.jit(jax.vmap(env.region))(start)) == np.asarray(jax.jit(jax.vmap(env.region))(goal))
+    chosen = np.flatnonzero((distance >= min_distance) & (same_region is None or alike == same_region))
+    if not len(chosen):
+        raise UserError(
+            f"no pair of start and goal is at least {min_distance:g} apart in the data that plans are tried on"
+        )
+    chosen = np.sort(np.random.default_rng(seed).choice(chosen, min(count, len(chosen)), replace=False))
+    return start[chosen], goal[chosen]
