@@ -58,14 +58,14 @@ def test_the_page_on_methods_shows_a_method_that_works():
 def test_the_pages_commands_are_understood(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len(commands("train")) > 5
-    for name in ("train", "sweep", "bench", "bench-data", "pack"):
+    for name in ("train", "sweep", "bench", "bench-data", "pack", "collect"):
         assert commands(name), name
         for words in commands(name):
             words = [word.replace("PATH", "/data").replace("RECIPE", "ijepa_fashion_mnist") for word in words]
             command = COMMANDS[name].read(name, words)
             if name == "sweep":
                 assert command.plan().jobs
-            elif name != "pack":
+            elif name not in ("pack", "collect"):
                 assert command.config()
 
 

@@ -1,4 +1,4 @@
-"""Types shared by all modules: image batches, masks, metrics, and `UserError`."""
+"""Types shared by all modules: batches of images and of clips, masks, metrics, and `UserError`."""
 
 import equinox as eqx
 import jax
@@ -24,6 +24,16 @@ class ImageBatch(eqx.Module):
     """Class, for probes only; no method's loss reads it."""
 
 
+class ClipBatch(eqx.Module):
+    """One batch of clips from the host: frames, and what was done between them."""
+
+    frames: UInt8[AnyArray, "batch clip height width channels"]
+    actions: Float[AnyArray, "batch clip action"]
+    """The block of z-scored actions that leaves each frame: frame_skip * action_dim numbers, in order of the steps."""
+    index: Int[AnyArray, "batch"]
+    """Position in the run's order of examples, over all steps and hosts; seeds the example's key."""
+
+
 class Masks(eqx.Module):
     """Row-major patch indices of static size."""
 
@@ -44,6 +54,7 @@ __all__ = [
     "AnyArray",
     "Array",
     "Bool",
+    "ClipBatch",
     "Float",
     "ImageBatch",
     "Int",

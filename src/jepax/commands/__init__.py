@@ -5,6 +5,7 @@ These files import only tyro at the top, so that `--help` does not wait for jax;
 
 from jepax.commands.base import Command
 from jepax.commands.bench import Bench, BenchData
+from jepax.commands.collect import Collect
 from jepax.commands.doctor import Doctor
 from jepax.commands.evaluate import Evaluate
 from jepax.commands.export import Export
@@ -25,6 +26,7 @@ COMMANDS: dict[str, type[Command]] = {
     "bench": Bench,
     "bench-data": BenchData,
     "pack": Pack,
+    "collect": Collect,
 }
 
 __all__ = ["COMMANDS", "Command"]

@@ -54,6 +54,9 @@ SYNONYMS = {
     "data.val_fraction": "val_split validation validation_split valid_split val_ratio val_pct",
     "data.num_workers": "workers n_workers dataloader_num_workers",
     "data.num_threads": "threads n_threads",
+    "data.num_episodes": "n_episodes episodes",
+    "data.clip_frames": "num_frames clip_length sequence_length seq_len num_steps_per_clip",
+    "data.frame_skip": "frameskip frame_stride action_repeat",
     # networks: timm, HF, nanoGPT, flax, MaxText, I-JEPA
     "encoder.width": "width embed_dim hidden_size hidden_dim dim d_model n_embd emb_dim embedding_dim model_dim",
     "encoder.depth": "depth num_layers n_layers num_hidden_layers n_layer num_blocks",

@@ -56,7 +56,7 @@ class Train(RecipeCommand):
             return
         import equinox as eqx
 
-        from jepax.data import open_source
+        from jepax.data import ImageSource, open_source
         from jepax.distributed import multihost, sharding
         from jepax.health import alerts
         from jepax.io import lock
@@ -68,8 +68,9 @@ class Train(RecipeCommand):
         with multihost.peer_guard():
             # Evaluation after the last step needs all splits: fail now if one is missing.
             with multihost.collective_errors():
-                splits = {"train": open_source(config.data, "train")}
-                if not (unscored := reason_not_to_evaluate(config, splits["train"].classes, folder)):
+                train = open_source(config.data, "train")
+                splits, classes = {"train": train}, train.classes if isinstance(train, ImageSource) else 0
+                if not (unscored := reason_not_to_evaluate(config, classes, folder)):
                     splits |= {name: open_source(config.data, name) for name in ("validation", "test")}
             notes = [f"{name}: {source.describe()}" for name, source in splits.items()]
             state = training.train(config, folder, source=splits["train"], allow_changes=allowed, notes=notes)
@@ -86,6 +87,8 @@ class Train(RecipeCommand):
 def reason_not_to_evaluate(config: "Config", classes: int, folder: Path) -> str:
     """The reason why the run ends without an evaluation, and a command that evaluates it; empty if it ends with one."""
     command = f"jepax evaluate {folder} --protocols linear knn"
+    if not classes:
+        return f"data.dataset={config.data.dataset} has no labels, and a probe needs them"
     if not config.eval.protocols:
         return f"eval.protocols is empty; {command}"
     if classes < 2:

@@ -111,6 +111,8 @@ class ImageMethodConfig(MethodConfig):
     def check_data(self, source: Any) -> None:
         """Raise `UserError` if the images' channels differ from those of the encoder or of the normalization."""
         # Here, so that the error names the field: the networks would raise one about shapes.
+        if not hasattr(source, "canvas_shape"):
+            raise UserError(f"method {self.name} reads images, but the data has {source.describe()}; see data.dataset")
         found = source.canvas_shape[2]
         for name, channels in (("encoder.in_channels", self.encoder.in_channels), ("crop.mean", len(self.crop.mean))):
             if channels != found:

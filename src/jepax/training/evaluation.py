@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.random as jr
 
-from jepax.data import open_source
+from jepax.data import CLIP_DATASETS, open_source
 from jepax.distributed import sharding
 from jepax.evals import report
 from jepax.evals.feature_extractor import FeatureExtractor, PixelFeatures, ViTFeatures, select_encoder
@@ -119,6 +119,8 @@ def evaluate(
     Returns the results and the file in evals/ that contains them. `baseline_cache`: see `report.evaluate`.
     """
     config = target.config
+    if config.data.dataset in CLIP_DATASETS:
+        raise UserError(f"data.dataset={config.data.dataset} has no labels, which a probe needs; name labeled images")
     sources = {split: open_source(config.data, split) for split in SPLIT_NAMES}
     check_channels(target, sources["train"].canvas_shape[2])
     if sources["train"].classes < 2:

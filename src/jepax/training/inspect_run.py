@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from jepax.data import Source, corrupt, open_source
+from jepax.data import ImageSource, Source, corrupt, open_source
 from jepax.health import alerts
 from jepax.io import checkpoint, events, lock, logger
 from jepax.io import config_yaml as configs
@@ -66,7 +66,8 @@ def print_data(run: Path, config: Config, row: PrintRow) -> Source | None:
         row("data", " ".join(str(error).split()))
         return None
     same = "as when the run began" if (run / DATA_FILE).exists() else "not recorded in the run"
-    row("data", f"{config.data.dataset}, {len(source)} training images, {same}")
+    kind = "images" if isinstance(source, ImageSource) else "clips"
+    row("data", f"{config.data.dataset}, {len(source)} training {kind}, {same}")
     return source
 
 

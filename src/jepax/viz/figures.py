@@ -15,7 +15,7 @@ from jepax.health import alerts
 from jepax.io import logger
 from jepax.methods.base import example_keys
 from jepax.training.config import Config
-from jepax.types import ImageBatch
+from jepax.types import ClipBatch, ImageBatch
 from jepax.views import MaskedViews, MultiCropViews
 from jepax.viz.curves import plot_curves
 from jepax.viz.sheets import masked_examples, plot_masks, plot_views
@@ -47,13 +47,13 @@ def draw_figures(config: Config, run: Path) -> list[Path]:
     return [save_figure(figure, run / "figures" / name) for name, figure in figures.items()]
 
 
-def load_first_images(config: Config) -> ImageBatch:
-    """Load the first images in the run's order."""
+def load_first_images(config: Config) -> ImageBatch | ClipBatch:
+    """Load the first images, or clips, in the run's order."""
     source = open_source(config.data, "train")
     return next(batches(source, batch_size=NUM_IMAGES, steps=1, seed=config.seed, num_threads=0))
 
 
-def first_views(config: Config, images: ImageBatch) -> PyTree:
+def first_views(config: Config, images: ImageBatch | ClipBatch) -> PyTree:
     """Draw the views of these images as the run's first step does; no network is built."""
     # The key of step 0, derived from the seed as in training.
     key = jr.fold_in(jr.fold_in(jr.key(config.seed), 1), 0)
