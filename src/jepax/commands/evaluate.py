@@ -10,8 +10,11 @@ from jepax.commands.base import ConfigCommand
 from jepax.errors import UserError
 
 if TYPE_CHECKING:  # jax takes seconds to import
+    from rich.table import Table
+
     from jepax.training.config import Config
     from jepax.training.evaluation import EvalTarget
+    from jepax.training.step import TrainState
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,15 @@ class Evaluate(ConfigCommand):
         return replace(target, folder=self.run_dir, name=f"{target.metadata['folder']}-{target.name}")
 
     def run(self) -> None:
-        print(evaluate_and_print(self.target()))
+        from jepax.training import evaluation
+
+        config = self.own_config()
+        settings = self.settings(config)
+        if settings.eval.is_planning:
+            state = evaluation.load_state(config, self.run_folder, self.step)
+            print(plan_and_print(config, state, self.run_dir or self.run_folder, settings))
+        else:
+            print(evaluate_and_print(self.target()))
 
 
 def evaluate_and_print(target: "EvalTarget") -> Path:
@@ -88,16 +99,30 @@ def evaluate_and_print(target: "EvalTarget") -> Path:
 
     Baselines are kept in a folder next to it: an interrupted evaluation, and other steps of the run, reuse them.
     """
-    from rich.console import Console
-
     from jepax.evals import report
     from jepax.evals.progress import Progress
     from jepax.training import evaluation
 
     results, written = evaluation.evaluate(target, Progress(), target.folder / "evals" / "baselines")
+    print_tables(report.results_table(results), report.controls_table(results))
+    return written
+
+
+def plan_and_print(config: "Config", state: "TrainState", folder: Path, settings: "Config | None" = None) -> Path:
+    """Evaluate a world model by planning, print the tables, and return the file of the results."""
+    from jepax.training import planning
+
+    results, written = planning.evaluate_planning(config, state, folder, settings)
+    print_tables(planning.planning_table(results), planning.health_table(results))
+    return written
+
+
+def print_tables(*tables: "Table | None") -> None:
+    """Print those that there are, as wide as the terminal; 160 columns in a file."""
+    from rich.console import Console
+
     console = Console()
     console = console if console.is_terminal else Console(width=160)
-    for table in (report.results_table(results), report.controls_table(results)):
+    for table in tables:
         if table is not None:
             console.print(table)
-    return written

@@ -61,6 +61,7 @@ class Train(RecipeCommand):
         from jepax.health import alerts
         from jepax.io import lock
         from jepax.training import loop as training
+        from jepax.training import planning
 
         folder = self.folder(config)
         if self.distributed:
@@ -70,7 +71,10 @@ class Train(RecipeCommand):
             with multihost.collective_errors():
                 train = open_source(config.data, "train")
                 splits, classes = {"train": train}, train.classes if isinstance(train, ImageSource) else 0
-                if not (unscored := reason_not_to_evaluate(config, classes, folder)):
+                unscored = reason_not_to_evaluate(config, classes, folder)
+                if config.eval.is_planning:
+                    splits |= {"held out": planning.open_held_out(config)}
+                elif not unscored:
                     splits |= {name: open_source(config.data, name) for name in ("validation", "test")}
             notes = [f"{name}: {source.describe()}" for name, source in splits.items()]
             state = training.train(config, folder, source=splits["train"], allow_changes=allowed, notes=notes)
@@ -87,6 +91,8 @@ class Train(RecipeCommand):
 def reason_not_to_evaluate(config: "Config", classes: int, folder: Path) -> str:
     """The reason why the run ends without an evaluation, and a command that evaluates it; empty if it ends with one."""
     command = f"jepax evaluate {folder} --protocols linear knn"
+    if config.eval.is_planning:
+        return ""
     if not classes:
         return f"data.dataset={config.data.dataset} has no labels, and a probe needs them"
     if not config.eval.protocols:
@@ -98,12 +104,14 @@ def reason_not_to_evaluate(config: "Config", classes: int, folder: Path) -> str:
 
 def finalize(config: "Config", state: "TrainState", folder: Path, unscored: str = "") -> None:
     """Evaluate, or print why not, draw the figures, and print the table and the paths of all files."""
-    from jepax.commands.evaluate import evaluate_and_print
+    from jepax.commands.evaluate import evaluate_and_print, plan_and_print
     from jepax.training import evaluation
     from jepax.viz import figures
 
     if unscored:
         print(f"not evaluated: {unscored}")
+    elif config.eval.is_planning:
+        print(plan_and_print(config, state, folder))
     else:
         print(evaluate_and_print(evaluation.target_from_run(config, state, folder)))
     for path in figures.draw_figures(config, folder):

@@ -27,6 +27,8 @@ class Environment(eqx.Module):
     """Numbers in a state."""
     action_dim: ClassVar[int]
     """Numbers in an action, each in [-1, 1]; larger ones are clipped by `step`."""
+    num_regions: ClassVar[int] = 1
+    """Parts of the world, such as rooms; see `region`."""
     image_size: eqx.AbstractVar[int]
     """Height and width of an image, in pixels."""
 

@@ -87,6 +87,7 @@ class TwoRoom(Environment):
 
     state_dim: ClassVar[int] = 2
     action_dim: ClassVar[int] = 2
+    num_regions: ClassVar[int] = 2
     image_size: int = eqx.field(static=True, default=224)
     layout: TwoRoomLayout = eqx.field(static=True, default=TwoRoomLayout())
 

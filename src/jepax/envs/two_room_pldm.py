@@ -13,7 +13,7 @@ from typing import ClassVar
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jepax.envs.base import Action, Environment, Image, State, unit_vector
 
@@ -41,6 +41,7 @@ class TwoRoomPLDM(Environment):
 
     state_dim: ClassVar[int] = 4
     action_dim: ClassVar[int] = 2
+    num_regions: ClassVar[int] = 2
     image_size: int = eqx.field(static=True, default=IMAGE_SIZE, init=False)
     random_walls: bool = eqx.field(static=True, default=False)
     """Draw the wall and the door of each episode; else they are `FIXED`."""
@@ -81,6 +82,10 @@ class TwoRoomPLDM(Environment):
 
     def reached(self, state: State, goal: State) -> Bool[Array, ""]:
         return self.distance(state, goal) < GOAL_RADIUS
+
+    def region(self, state: State) -> Int[Array, ""]:
+        """0 left of the wall, 1 right of it."""
+        return (state[0] > state[2]).astype(jnp.int32)
 
     def expert(self, state: State, goal: State) -> Action:
         """The unit vector to the goal; if that is in the other room, to this end of the door, then to the other."""

@@ -13,8 +13,8 @@ agents that know everything (the true state, the expert).
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -26,14 +26,56 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jepax.envs import Environment, Policy
 from jepax.envs.base import Action, State
-from jepax.planners import Cost, Planner
+from jepax.errors import check_fields
+from jepax.methods.base import WorldModel
+from jepax.planners import PLANNERS, Cost, Planner
 from jepax.types import UserError
 
 DISTANCE_BINS = 3
 """Groups of episodes by the distance from start to goal, equally large."""
 
+SAME_REGION_DISTANCE, OTHER_REGION_DISTANCE = 50.0, 32.0
+"""Least distance from start to goal of two tasks, in the environment's unit: of Two-Room, 3 and 2 goal radii."""
+RANDOM_GOALS = 20
+"""Pairs drawn for each one that a task of random goals keeps."""
+
 Act = Callable[[State, State, Action, PRNGKeyArray], Float[Array, "steps action"]]
 """The next actions of an agent, from state, goal, last action and key; as many of them each time."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Episodes and planner of `plan`. The planner of the paper: 300 samples, 30 iterations, 30 elites."""
+
+    num_episodes: int = 200
+    """Episodes of each task; at most as many as there are."""
+    goal_steps: int = 25
+    """Steps in the data from the start to the goal."""
+    budget: int = 50
+    """Steps that an agent has."""
+    planner: Literal["cem", "mppi", "gradient", "random_shooting"] = "cem"
+    """Search for actions."""
+    horizon: int = 5
+    """Blocks of actions in a plan; all of them are executed before the next plan."""
+    num_samples: int = 128
+    """Candidates in each iteration."""
+    num_iterations: int = 10
+    """Iterations of the search."""
+    num_elites: int = 16
+    """Candidates that cem and mppi fit their next ones to."""
+    seed: int = 42
+    """Seed of the episodes and of the planner: every agent and every model meets the same ones."""
+
+    def __post_init__(self) -> None:
+        names = ("num_episodes", "goal_steps", "budget", "horizon", "num_samples", "num_iterations", "num_elites")
+        check_fields("eval.plan", self, "at least 1", *names)
+        self.make_planner()  # checks its own fields
+
+    def make_planner(self) -> Planner:
+        """The planner with these settings."""
+        kind = PLANNERS[self.planner]
+        names = {field.name for field in fields(kind)} & {field.name for field in fields(self)}
+        return kind(**{name: getattr(self, name) for name in names})
 
 
 class Task(NamedTuple):
@@ -86,12 +128,17 @@ def planner_agent(planner: Planner, scale: ActionScale, cost_to: Callable[[State
     return act
 
 
-def model_cost(env: Environment, model: Any) -> Callable[[State, State], Cost]:
-    """The model's cost: it sees the images of state and goal, nothing else. `model`: a method such as `LeWM`."""
+def model_cost(env: Environment, model: WorldModel) -> Callable[[State, State], Cost]:
+    """Squared distance of the last predicted embedding from the goal's. The model sees two images, nothing else."""
 
     def cost_to(state: State, goal: State) -> Cost:
         z, z_goal = model.embed(jnp.stack([env.render(state), env.render(goal)]))
-        return lambda candidates: model.goal_cost(z, z_goal, candidates)
+
+        def cost(candidates: Float[Array, "samples horizon block"]) -> Float[Array, "samples"]:
+            predicted = model.rollout(z[None], jnp.zeros((0, candidates.shape[-1])), candidates)
+            return jnp.sum(jnp.square(predicted[:, -1] - z_goal), axis=-1)
+
+        return cost
 
     return cost_to
 
@@ -237,3 +284,21 @@ def select_pairs(
         )
     chosen = np.sort(np.random.default_rng(seed).choice(chosen, min(count, len(chosen)), replace=False))
     return start[chosen], goal[chosen]
+
+
+def make_tasks(env: Environment, in_data: Pairs, config: PlanConfig) -> dict[str, Task]:
+    """The episodes by name. `in_data`: pairs `config.goal_steps` apart, of held-out episodes.
+
+    published: these pairs, as they are; other_region: those of two regions, such as rooms; same_region: random starts
+    and goals in one region. In a world without regions, there is no other_region.
+    """
+    count, seed = config.num_episodes, config.seed
+    drawn = random_goals(env, RANDOM_GOALS * count, seed)
+    pairs = {
+        "published": select_pairs(env, in_data, count, seed),
+        "same_region": select_pairs(env, drawn, count, seed, min_distance=SAME_REGION_DISTANCE, same_region=True),
+    }
+    if env.num_regions > 1:
+        apart = {"min_distance": OTHER_REGION_DISTANCE, "same_region": False}
+        pairs["other_region"] = select_pairs(env, in_data, count, seed, **apart)
+    return {name: Task(*pair, config.budget) for name, pair in pairs.items()}

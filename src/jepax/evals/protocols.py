@@ -12,10 +12,11 @@ from jepax.evals.linear import PUBLISHED, LinearConfig, linear
 from jepax.evals.logistic import LogisticConfig, logistic
 from jepax.evals.low_shot import LowShotConfig, low_shot
 from jepax.evals.online import OnlineConfig
+from jepax.evals.planning import PlanConfig
 from jepax.evals.scoring import FittedProbe
 from jepax.types import UserError
 
-ProtocolName = Literal["linear", "linear_vissl", "knn", "logistic", "low_shot", "attentive", "finetune"]
+ProtocolName = Literal["linear", "linear_vissl", "knn", "logistic", "low_shot", "attentive", "finetune", "plan"]
 PROTOCOLS: dict[str, Callable[..., list[FittedProbe]]] = {
     "linear": linear,
     "linear_vissl": linear,
@@ -25,7 +26,7 @@ PROTOCOLS: dict[str, Callable[..., list[FittedProbe]]] = {
     "attentive": attentive,
     "finetune": finetune,
 }
-"""Each is called with a `ProtocolData` and its settings."""
+"""Probes of images: each is called with a `ProtocolData` and its settings. `plan` is for world models."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class EvalConfig:
     """Attentive probe."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """Fine-tuning."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """Planning with a world model."""
     online: OnlineConfig = field(default_factory=OnlineConfig)
     """Evaluation during training."""
 
@@ -62,6 +65,15 @@ class EvalConfig:
             raise UserError(f"batch_size={self.batch_size} must be at least 1")
         if len(set(self.protocols)) < len(self.protocols):
             raise UserError(f"protocols={self.protocols} must name none twice")
+        if "plan" in self.protocols and len(self.protocols) > 1:
+            raise UserError(
+                f"protocols={self.protocols}: plan is for world models, the others probe images; name it alone"
+            )
+
+    @property
+    def is_planning(self) -> bool:
+        """True if a world model is evaluated by planning, not images by probes."""
+        return self.protocols == ("plan",)
 
 
 def supports(protocol: str, extractor: FeatureExtractor) -> bool:

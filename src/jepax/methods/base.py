@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.random as jr
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree, UInt8
 
 from jepax.nn import ViT, ViTConfig
 from jepax.types import AnyArray, Metrics, UserError
@@ -130,3 +130,23 @@ class ImageMethod(Method):
     @abc.abstractmethod
     def encoders(self) -> dict[str, ViT]:
         """Encoders that probes may read, named "target" and "context"; the first is the default."""
+
+
+class WorldModel(Method):
+    """A method that predicts what actions do to the embeddings of images, so that a planner can use it."""
+
+    @abc.abstractmethod
+    def embed(self, frames: UInt8[Array, "batch height width channels"]) -> Float[Array, "batch dim"]:
+        """The embedding of each frame, as planning sees it: nothing random, no statistics of the batch."""
+
+    @abc.abstractmethod
+    def rollout(
+        self,
+        context: Float[Array, "context dim"],
+        past: Float[Array, "past action"],
+        candidates: Float[Array, "candidates horizon action"],
+    ) -> Float[Array, "candidates frames dim"]:
+        """The embeddings that follow each candidate's blocks of actions: `context`, then `horizon` predictions.
+
+        `past` are the blocks between the frames of `context`, one fewer than these.
+        """

@@ -1,0 +1,157 @@
+"""Evaluates a world model's run by planning: every agent in the same episodes, and the model's health."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax.random as jr
+import numpy as np
+from rich.table import Table
+
+from jepax.data import ClipSource, open_source
+from jepax.data.simulate import POLICIES, make_environment
+from jepax.envs import Environment, Expert, RandomPolicy
+from jepax.evals.planning import (
+    Act,
+    ActionScale,
+    goals_in_data,
+    make_tasks,
+    model_cost,
+    planner_agent,
+    policy_agent,
+    run_agent,
+    summarize,
+    true_cost,
+)
+from jepax.evals.report import software_versions, write_report
+from jepax.evals.world_model import diagnose
+from jepax.io import config_yaml as configs
+from jepax.methods.base import WorldModel
+from jepax.training.config import Config
+from jepax.training.evaluation import EVALUATION_KEY, eval_tag
+from jepax.training.setup import init_method
+from jepax.training.step import TrainState
+from jepax.types import UserError
+
+AGENTS = {
+    "trained": "trained model",
+    "untrained": "untrained model",
+    "random": "random policy",
+    "behavior": "policy of the data",
+    "true_state": "planner with the true state",
+    "expert": "expert",
+}
+"""Rows of the table, by their titles: the model, what knows nothing, and what knows everything."""
+DIAGNOSED_CLIPS = 1024
+"""Held-out clips that the health of the model is measured on."""
+
+
+def evaluate_planning(
+    config: Config, state: TrainState, run: Path, settings: Config | None = None, print: Callable[[str], None] = print
+) -> tuple[dict[str, Any], Path]:
+    """Runs every agent in every task; returns the results and the file in evals/ that contains them.
+
+    `settings`: the config whose `eval` and `data` are used; None: the run's own. Episodes are held out of training.
+    """
+    settings = config if settings is None else settings
+    source = open_held_out(settings)
+    env, plan = open_environment(settings), settings.eval.plan
+    scale = ActionScale(tuple(source.action_mean.tolist()), tuple(source.action_std.tolist()), source.frame_skip)
+
+    # The models, and the agents.
+    models = {"trained": state.method, "untrained": init_method(config.method, 1, jr.key(config.seed))}
+    agents = make_agents(env, models, scale, settings)
+
+    # The same episodes for all.
+    episodes, key = source.episodes, jr.fold_in(jr.key(plan.seed), EVALUATION_KEY)
+    tasks = make_tasks(env, goals_in_data(episodes.states, episodes.starts, episodes.lengths, plan.goal_steps), plan)
+    rows: dict[str, Any] = {}
+    for name, act in agents.items():
+        print(f"planning: {AGENTS[name]} ...")
+        rows[name] = {"plan": {t: summarize(env, task, run_agent(env, act, task, key)) for t, task in tasks.items()}}
+
+    # The health of the models.
+    clips, states = held_out_clips(source)
+    for name, model in models.items():
+        rows[name]["health"] = diagnose(model, env, clips, states)
+
+    results = {
+        "step": int(state.step),
+        "rows": rows,
+        "protocol": {"protocols": ["plan"], **asdict(plan), "episodes": {n: len(t.start) for n, t in tasks.items()}},
+        "versions": software_versions(),
+        "target": {"folder": run.resolve().name, "recipe": config.recipe},
+        "data": configs.to_dict(settings.data),
+    }
+    return results, write_report(results, run, f"step_{int(state.step):08d}{eval_tag(config, settings)}")
+
+
+def make_agents(
+    env: Environment, models: dict[str, WorldModel], scale: ActionScale, settings: Config
+) -> dict[str, Act]:
+    """The agents by the names of `AGENTS`."""
+    planner = settings.eval.plan.make_planner()
+    costs = {name: model_cost(env, model) for name, model in models.items()} | {"true_state": true_cost(env, scale)}
+    policies = {"random": RandomPolicy(), "behavior": POLICIES["expert"], "expert": Expert()}
+    agents = {name: planner_agent(planner, scale, cost) for name, cost in costs.items()}
+    agents |= {name: policy_agent(env, policy) for name, policy in policies.items()}
+    return {name: agents[name] for name in AGENTS}
+
+
+def open_held_out(config: Config) -> ClipSource:
+    """Episodes that were not trained on: the test split, or the validation split of a folder, which has no other."""
+    source = open_source(config.data, "test" if config.data.dataset != "episodes" else "validation")
+    if not isinstance(source, ClipSource):
+        raise UserError(f"plan needs episodes with actions; data.dataset={config.data.dataset} has none")
+    return source
+
+
+def open_environment(config: Config) -> Environment:
+    """The environment that the data comes from."""
+    return make_environment(config.data.dataset, config.data.canvas_size)
+
+
+def held_out_clips(source: ClipSource) -> tuple[Any, np.ndarray]:
+    """Clips spread over the source, in its order, and the states at their first frames."""
+    rows = np.unique(np.linspace(0, len(source) - 1, min(DIAGNOSED_CLIPS, len(source))).astype(int))
+    clips, _ = source.load_batch(rows)
+    return clips, np.asarray(source.episodes.states[source.first_rows[rows]])
+
+
+def planning_table(results: dict[str, Any]) -> Table:
+    """Success at any step in percent, with 95% intervals, by agent and task."""
+    rows = results["rows"]
+    tasks = list(rows["trained"]["plan"])
+    inside = rows["trained"]["plan"]["published"]["start_inside"]
+    title = (
+        f"step {results['step']}: success (%) at any step and its 95% interval; published: all episodes,"
+        f" {inside:.0f}% of which start inside the goal"
+    )
+    out = Table("agent", title=title)
+    for task in tasks:
+        out.add_column(task.replace("_", " "), justify="right")
+    for name, label in AGENTS.items():
+        cells = (rows[name]["plan"][task]["published" if task == "published" else "any_step"] for task in tasks)
+        out.add_row(label, *map(format_rate, cells))
+    return out
+
+
+def health_table(results: dict[str, Any]) -> Table:
+    """What the models know, without planning."""
+    out = Table("model", title="held-out clips")
+    columns = ("error after 1 block", "copying", "others' actions", "R2", "px", "rank", "rank correlation")
+    for column in columns:
+        out.add_column(column, justify="right")
+    for name in ("trained", "untrained"):
+        health = results["rows"][name]["health"]
+        errors = [health["prediction_error"][kind][0] for kind in ("model", "copy", "shuffled_actions")]
+        probe = health["position_probe"]
+        values = [*errors, min(probe["r2"]), probe["error"], health["effective_rank"], health["rank_correlation"]]
+        out.add_row(AGENTS[name], *(f"{value:.3g}" for value in values))
+    return out
+
+
+def format_rate(rate: dict[str, Any]) -> str:
+    """`91.5 (86.8-94.6)`; empty without an episode."""
+    return "" if rate["percent"] is None else "{:.1f} ({:.1f}-{:.1f})".format(rate["percent"], *rate["ci95"])
