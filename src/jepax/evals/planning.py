@@ -243,7 +243,7 @@ def rate(hits: Bool[np.ndarray, "episodes"]) -> dict[str, Any]:
 
 # ---- Tasks ----
 
-Pairs = tuple[Float[np.ndarray, "n state"], Float[np.ndarray, "n state"]]
+Pairs = tuple[Float[np.ndarray, "_n state"], Float[np.ndarray, "_n state"]]
 """Starts and goals."""
 
 

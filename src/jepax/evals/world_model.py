@@ -26,7 +26,7 @@ RIDGE = 1e-3
 def diagnose(
     model: WorldModel, env: Environment, clips: ClipBatch, states: Float[np.ndarray, "clips state"]
 ) -> dict[str, Any]:
-    """Measures on held-out clips. `states`: the state at each clip's first frame; clips of one episode are not split."""
+    """Measures on held-out clips, in their order. `states`: the state at each first frame."""
     z = embed_clips(model, np.asarray(clips.frames))
     first = z[:, 0]
     return {
