@@ -1,9 +1,9 @@
 """Success of planning: how often an agent brings an environment to a goal, and what that number is worth.
 
-    pairs   = select_pairs(env, goals_in_data(...), ...)   starts and goals, the same for every agent
-    act     = planner_agent(...) | policy_agent(...)
-    reached = run_agent(env, act, task, key)      (episodes, steps): inside the goal after each step
-    success = summarize(...)                      at any step, at the last step, by distance, with 95% intervals
+    tasks   = make_tasks(env, goals_in_data(...), config)   starts and goals, the same for every agent
+    agent   = PlannerAgent(planner, scale, ModelCost(env, model)) | PolicyAgent(env, policy)
+    outcome = run_agent(env, agent, task, key)    inside the goal or not, after each step of each episode
+    success = summarize(env, task, outcome)       at any step, at the last step, by distance, with 95% intervals
 
 The published protocol of LeWorldModel takes goals 25 steps ahead in the data and gives 50 steps. There a random policy
 succeeds in a quarter of the episodes, some of which begin inside the goal; so every task states its share of these,
@@ -11,8 +11,8 @@ leaves them out of its score, and stands beside agents that know nothing (a rand
 agents that know everything (the true state, the expert).
 """
 
+import abc
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -38,9 +38,6 @@ SAME_REGION_DISTANCE, OTHER_REGION_DISTANCE = 50.0, 32.0
 """Least distance from start to goal of two tasks, in the environment's unit: of Two-Room, 3 and 2 goal radii."""
 RANDOM_GOALS = 20
 """Pairs drawn for each one that a task of random goals keeps."""
-
-Act = Callable[[State, State, Action, PRNGKeyArray], Float[Array, "steps action"]]
-"""The next actions of an agent, from state, goal, last action and key; as many of them each time."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +84,7 @@ class Task(NamedTuple):
     """Steps that an agent has."""
 
 
-# ---- Agents ----
-
-
-def policy_agent(env: Environment, policy: Policy) -> Act:
-    """A policy chooses one action at a time."""
-    return lambda state, goal, last_action, key: policy(env, state, goal, last_action, key)[None]
+# ---- Agents: trees of arrays, so that models of one size share a program ----
 
 
 @dataclass(frozen=True)
@@ -106,56 +98,88 @@ class ActionScale:
 
     @property
     def block(self) -> int:
+        """Numbers in a block."""
         return self.frame_skip * len(self.mean)
 
-    def to_env(self, blocks: Float[Array, "*batch horizon block"]) -> Float[Array, "*batch steps action"]:
+    def to_env(self, blocks: Float[Array, "horizon block"]) -> Float[Array, "_steps action"]:
         """The single actions of a plan, in the environment's unit."""
-        *batch, horizon, _ = blocks.shape
-        actions = blocks.reshape(*batch, horizon * self.frame_skip, len(self.mean))
+        actions = blocks.reshape(len(blocks) * self.frame_skip, len(self.mean))
         return actions * jnp.asarray(self.std) + jnp.asarray(self.mean)
 
 
-def planner_agent(planner: Planner, scale: ActionScale, cost_to: Callable[[State, State], Cost]) -> Act:
-    """Plans from the current state, and executes the whole plan before it plans again.
+class Agent(eqx.Module):
+    """Chooses actions."""
 
-    `cost_to(state, goal)` is the cost of candidates that start there: by a model, or by the true dynamics.
-    """
-
-    def act(state: State, goal: State, last_action: Action, key: PRNGKeyArray) -> Float[Array, "steps action"]:
-        plan = planner.plan(cost_to(state, goal), key, start=planner.cold_start(scale.block))
-        return scale.to_env(plan.actions)
-
-    return act
+    @abc.abstractmethod
+    def __call__(
+        self, state: State, goal: State, last_action: Action, key: PRNGKeyArray
+    ) -> Float[Array, "_steps action"]:
+        """The next actions, in the environment's unit; as many of them each time."""
 
 
-def model_cost(env: Environment, model: WorldModel) -> Callable[[State, State], Cost]:
+class PolicyAgent(Agent):
+    """A policy chooses one action at a time."""
+
+    env: Environment
+    policy: Policy
+
+    def __call__(
+        self, state: State, goal: State, last_action: Action, key: PRNGKeyArray
+    ) -> Float[Array, "_steps action"]:
+        return self.policy(self.env, state, goal, last_action, key)[None]
+
+
+class GoalCost(eqx.Module):
+    """Makes the cost of candidates for a state and a goal."""
+
+    @abc.abstractmethod
+    def __call__(self, state: State, goal: State) -> Cost: ...
+
+
+class PlannerAgent(Agent):
+    """Plans from the current state, and executes the whole plan before it plans again."""
+
+    planner: Planner = eqx.field(static=True)
+    scale: ActionScale = eqx.field(static=True)
+    cost: GoalCost
+
+    def __call__(
+        self, state: State, goal: State, last_action: Action, key: PRNGKeyArray
+    ) -> Float[Array, "_steps action"]:
+        start = self.planner.cold_start(self.scale.block)
+        return self.scale.to_env(self.planner.plan(self.cost(state, goal), key, start=start).actions)
+
+
+class ModelCost(GoalCost):
     """Squared distance of the last predicted embedding from the goal's. The model sees two images, nothing else."""
 
-    def cost_to(state: State, goal: State) -> Cost:
-        z, z_goal = model.embed(jnp.stack([env.render(state), env.render(goal)]))
+    env: Environment
+    model: WorldModel
+
+    def __call__(self, state: State, goal: State) -> Cost:
+        z, z_goal = self.model.embed(jnp.stack([self.env.render(state), self.env.render(goal)]))
 
         def cost(candidates: Float[Array, "samples horizon block"]) -> Float[Array, "samples"]:
-            predicted = model.rollout(z[None], jnp.zeros((0, candidates.shape[-1])), candidates)
+            predicted = self.model.rollout(z[None], jnp.zeros((0, candidates.shape[-1])), candidates)
             return jnp.sum(jnp.square(predicted[:, -1] - z_goal), axis=-1)
 
         return cost
 
-    return cost_to
 
-
-def true_cost(env: Environment, scale: ActionScale) -> Callable[[State, State], Cost]:
+class TrueCost(GoalCost):
     """The squared distance from the goal after the plan, by the environment itself: the ceiling of a planner."""
 
-    def cost_to(state: State, goal: State) -> Cost:
+    env: Environment
+    scale: ActionScale = eqx.field(static=True)
+
+    def __call__(self, state: State, goal: State) -> Cost:
         def final_distance(candidate: Float[Array, "horizon block"]) -> Float[Array, ""]:
             def step(state: State, action: Action) -> tuple[State, None]:
-                return env.step(state, action, jr.key(0)), None
+                return self.env.step(state, action, jr.key(0)), None
 
-            return env.distance(lax.scan(step, state, scale.to_env(candidate))[0], goal) ** 2
+            return self.env.distance(lax.scan(step, state, self.scale.to_env(candidate))[0], goal) ** 2
 
         return jax.vmap(final_distance)
-
-    return cost_to
 
 
 # ---- Episodes ----
@@ -164,14 +188,14 @@ def true_cost(env: Environment, scale: ActionScale) -> Callable[[State, State], 
 class Outcome(eqx.Module):
     """What happened in the episodes of a task."""
 
-    states: Float[Array, "episodes states state"]
+    states: Float[Array, "*episodes states state"]
     """Every state, from the start on."""
-    reached: Bool[Array, "episodes steps"]
+    reached: Bool[Array, "*episodes steps"]
     """Inside the goal after each step."""
 
 
 @eqx.filter_jit
-def run_agent(env: Environment, act: Act, task: Task, key: PRNGKeyArray, chunk: int = 64) -> Outcome:
+def run_agent(env: Environment, agent: Agent, task: Task, key: PRNGKeyArray, chunk: int = 64) -> Outcome:
     """Acts in every episode, through its whole budget, `chunk` episodes at a time: a planner's memory grows with it."""
 
     def episode(given: tuple[State, State, PRNGKeyArray]) -> Outcome:
@@ -181,7 +205,7 @@ def run_agent(env: Environment, act: Act, task: Task, key: PRNGKeyArray, chunk: 
         def play(carry: tuple[State, Action], key: PRNGKeyArray) -> tuple[tuple[State, Action], Array]:
             state, last_action = carry
             key_act, key_step = jr.split(key)
-            actions = jnp.clip(act(state, goal, last_action, key_act), -1, 1)
+            actions = jnp.clip(agent(state, goal, last_action, key_act), -1, 1)
 
             def step(state: State, given: tuple[Action, PRNGKeyArray]) -> tuple[State, State]:
                 after = env.step(state, *given)
@@ -192,7 +216,7 @@ def run_agent(env: Environment, act: Act, task: Task, key: PRNGKeyArray, chunk: 
 
         # As many rounds as fill the budget; what is beyond it does not count.
         first = start, jnp.zeros(env.action_dim)
-        size = jax.eval_shape(act, start, goal, first[1], key).shape[0]
+        size = jax.eval_shape(agent, start, goal, first[1], key).shape[0]
         _, states = lax.scan(play, first, jr.split(key, math.ceil(task.budget / size)))
         states = states.reshape(-1, env.state_dim)[: task.budget]
         return Outcome(jnp.concatenate([start[None], states]), jax.vmap(env.reached, (0, None))(states, goal))

@@ -13,16 +13,16 @@ from jepax.data import ClipSource, open_source
 from jepax.data.simulate import POLICIES, make_environment
 from jepax.envs import Environment, Expert, RandomPolicy
 from jepax.evals.planning import (
-    Act,
     ActionScale,
+    Agent,
+    ModelCost,
+    PlannerAgent,
+    PolicyAgent,
+    TrueCost,
     goals_in_data,
     make_tasks,
-    model_cost,
-    planner_agent,
-    policy_agent,
     run_agent,
     summarize,
-    true_cost,
 )
 from jepax.evals.report import software_versions, write_report
 from jepax.evals.world_model import diagnose
@@ -67,9 +67,9 @@ def evaluate_planning(
     episodes, key = source.episodes, jr.fold_in(jr.key(plan.seed), EVALUATION_KEY)
     tasks = make_tasks(env, goals_in_data(episodes.states, episodes.starts, episodes.lengths, plan.goal_steps), plan)
     rows: dict[str, Any] = {}
-    for name, act in agents.items():
+    for name, agent in agents.items():
         print(f"planning: {AGENTS[name]} ...")
-        rows[name] = {"plan": {t: summarize(env, task, run_agent(env, act, task, key)) for t, task in tasks.items()}}
+        rows[name] = {"plan": {t: summarize(env, task, run_agent(env, agent, task, key)) for t, task in tasks.items()}}
 
     # The health of the models.
     clips, states = held_out_clips(source)
@@ -89,13 +89,13 @@ def evaluate_planning(
 
 def make_agents(
     env: Environment, models: dict[str, WorldModel], scale: ActionScale, settings: Config
-) -> dict[str, Act]:
+) -> dict[str, Agent]:
     """The agents by the names of `AGENTS`."""
     planner = settings.eval.plan.make_planner()
-    costs = {name: model_cost(env, model) for name, model in models.items()} | {"true_state": true_cost(env, scale)}
+    costs = {name: ModelCost(env, model) for name, model in models.items()} | {"true_state": TrueCost(env, scale)}
     policies = {"random": RandomPolicy(), "behavior": POLICIES["expert"], "expert": Expert()}
-    agents = {name: planner_agent(planner, scale, cost) for name, cost in costs.items()}
-    agents |= {name: policy_agent(env, policy) for name, policy in policies.items()}
+    agents = {name: PlannerAgent(planner, scale, cost) for name, cost in costs.items()}
+    agents |= {name: PolicyAgent(env, policy) for name, policy in policies.items()}
     return {name: agents[name] for name in AGENTS}
 
 
