@@ -13,6 +13,7 @@ import pytest
 from jepax.nn.conditioned import ActionEncoder, CausalPredictor, CausalPredictorConfig, ConditionedBlock
 from jepax.nn.projector import Head
 from jepax.nn.transformer import FAST, PLAIN
+from jepax.objectives.sigreg import epps_pulley, sigreg_by_group
 from tests.parity.worldmodel import (
     assert_gradients,
     assert_outputs,
@@ -124,3 +125,18 @@ def test_action_encoder(bits, ops, dtype):
     options = {"width": c["smooth_width"], "expansion": c["mlp_scale"]}
     make = partial(ActionEncoder, c["input_width"], c["output_width"], **options)
     check(golden, bits, "action", make, lambda m, x: m(x, ops), dtype)
+
+
+@forms("f64", "f32-fast")
+def test_sigreg(bits, ops, dtype):
+    golden = recorded("sigreg")
+    noise = jnp.asarray(golden["in.noise"], dtype)
+    directions = noise / jnp.linalg.norm(noise, axis=0)
+    z = jnp.asarray(golden["in.embeddings"], dtype)
+    knots = sizes(golden)["knots"]
+    loss, grad = jax.value_and_grad(lambda z: sigreg_by_group(jnp.swapaxes(z, 0, 1), directions, knots))(z)
+    assert_outputs(loss, golden[f"loss.{bits}"], "loss")
+    assert_gradients({"embeddings": np.asarray(grad)}, under(golden, f"grad.{bits}."))
+    if bits == "f64":
+        statistic = jax.vmap(lambda frame: epps_pulley(frame @ directions, knots))(jnp.swapaxes(z, 0, 1))
+        assert_outputs(statistic, golden["statistic.f64"], "statistic")
