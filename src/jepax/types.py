@@ -24,6 +24,17 @@ class ImageBatch(eqx.Module):
     """Class, for probes only; no method's loss reads it."""
 
 
+class ClipBatch(eqx.Module):
+    """One batch of short videos from the host, with what was done between their frames."""
+
+    frames: UInt8[AnyArray, "batch clip height width channels"]
+    actions: Float[AnyArray, "batch clip action"]
+    """The block of actions that leaves each frame, side by side, each number normalized by the data's mean and
+    standard deviation."""
+    index: Int[AnyArray, "batch"]
+    """As in `ImageBatch`."""
+
+
 class Masks(eqx.Module):
     """Row-major patch indices of static size."""
 
@@ -44,6 +55,7 @@ __all__ = [
     "AnyArray",
     "Array",
     "Bool",
+    "ClipBatch",
     "Float",
     "ImageBatch",
     "Int",

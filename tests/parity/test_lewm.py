@@ -1,6 +1,7 @@
 """LeWorldModel's parts against recorded numbers of the public one, in both precisions, with gradients."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import equinox as eqx
@@ -10,17 +11,23 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+from jepax.methods import lewm
+from jepax.methods.lewm import Clips, LeWMConfig, RunningStatistics, goal_cost
+from jepax.nn import ViTConfig
 from jepax.nn.conditioned import ActionEncoder, CausalPredictor, CausalPredictorConfig, ConditionedBlock
 from jepax.nn.projector import Head
 from jepax.nn.transformer import FAST, PLAIN
 from jepax.objectives.sigreg import epps_pulley, sigreg_by_group
+from jepax.trees import trainable
 from tests.parity.worldmodel import (
     assert_gradients,
     assert_outputs,
     named,
+    named_vit,
     recorded,
     sizes,
     under,
+    with_vit_weights,
     with_weights,
 )
 
@@ -140,3 +147,138 @@ def test_sigreg(bits, ops, dtype):
     if bits == "f64":
         statistic = jax.vmap(lambda frame: epps_pulley(frame @ directions, knots))(jnp.swapaxes(z, 0, 1))
         assert_outputs(statistic, golden["statistic.f64"], "statistic")
+
+
+PARTS = {"projector": "head", "pred_head": "head", "action": "action", "predictor": "predictor"}
+OURS = {"projector": "projector", "pred_head": "head", "action": "action_encoder", "predictor": "predictor"}
+
+
+def recorded_method(golden, dtype, ops, **settings):
+    """LeWM with the file's sizes and weights, without dropout."""
+    c = sizes(golden)
+    vit = {"width": c["vit_width"], "depth": c["vit_depth"], "num_heads": c["vit_heads"], "patch_size": c["patch"]}
+    grid = (c["image"] // c["patch"],) * 2
+    predictor = predictor_config(c | {"frames": c["history"]}, c["width"])
+    config = LeWMConfig(
+        encoder=ViTConfig(**vit, class_token=True, learned_grid=grid, norm_epsilon=1e-12, fast=ops is FAST),
+        predictor=replace(predictor, dropout=0.0),
+        action_dim=c["action_width"],
+        embed_dim=c["width"],
+        head_dim=c["head_hidden"],
+        sigreg_weight=c["sigreg_weight"],
+        num_slices=c["slices"],
+        knots=c["knots"],
+        **settings,
+    )
+    method = with_statistics(blank(partial(config.build, total_steps=1), dtype), golden, "w.{0}.bn.running_{1}", dtype)
+    vit = with_vit_weights(method.encoder, under(golden, "w.vit."), dtype)
+    method = eqx.tree_at(lambda m: m.encoder, method, vit)
+    for part, kind in PARTS.items():
+        module = with_weights(getattr(method, OURS[part]), kind, under(golden, f"w.{part}."), dtype)
+        method = eqx.tree_at(lambda m, part=part: getattr(m, OURS[part]), method, module)
+    return method
+
+
+def with_statistics(method, golden, name, dtype):
+    """The method with the running statistics of this name in the file."""
+    parts = [[golden[name.format(part, each)] for each in ("mean", "var")] for part in ("projector", "pred_head")]
+    running = RunningStatistics(*(jnp.asarray(np.stack(pair), dtype) for pair in parts))
+    return eqx.tree_at(lambda m: m.statistics.average, method, running)
+
+
+def clips(golden, dtype):
+    pixels = golden["in.pixels"].transpose(0, 1, 3, 4, 2)
+    return Clips(jnp.asarray(pixels, dtype), jnp.asarray(golden["in.actions"], dtype))
+
+
+@pytest.fixture
+def given_noise(monkeypatch):
+    """The recorded directions of SIGReg in place of random ones."""
+
+    def give(noise):
+        monkeypatch.setattr(lewm, "random_unit_directions", lambda *_: noise / jnp.linalg.norm(noise, axis=0))
+
+    return give
+
+
+def loss_and_gradients(method, views):
+    @eqx.filter_jit
+    def run(params, frozen, views):
+        def loss(params):
+            method = eqx.combine(params, frozen)
+            return method.objective(method.forward(views), key=jr.key(0))
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    return run(*eqx.partition(method, trainable(method)), views)
+
+
+def named_method(grads):
+    """All gradients under the recorded names."""
+    found = {f"vit.{name}": x for name, x in named_vit(grads.encoder).items()}
+    for part, kind in PARTS.items():
+        found |= {f"{part}.{name}": x for name, x in named(getattr(grads, OURS[part]), kind).items()}
+    return found
+
+
+@forms("f64", "f32-fast")
+def test_loss_and_gradients_of_the_method(bits, ops, dtype, given_noise):
+    golden = recorded("lewm_step")
+    method, views = recorded_method(golden, dtype, ops), clips(golden, dtype)
+    given_noise(jnp.asarray(golden["in.noise"], dtype))
+
+    (loss, metrics), grads = loss_and_gradients(method, views)
+    for name, value in (("", loss), *((f"_{n}", metrics[f"train/{n}_loss"]) for n in ("prediction", "sigreg"))):
+        assert_outputs(value, golden[f"loss{name}.{bits}"], f"loss{name}")
+    assert_gradients(named_method(grads), under(golden, f"grad.{bits}."))
+
+    # The embeddings, and the statistics that planning uses.
+    @eqx.filter_jit
+    def embed(method, views):
+        return method.project(method.forward(views).tokens)[0], method.action_encoder(views.actions, ops)
+
+    for name, value in zip(("embeddings", "action_embeddings"), embed(method, views), strict=True):
+        assert_outputs(value, golden[f"{name}.{bits}"], name)
+    moved, _ = method.after_update(jnp.int32(0), metrics)
+    running = moved.statistics.average
+    for part, ours in (("projector", running.projector), ("pred_head", running.head)):
+        theirs = [golden[f"running_{name}_after.{part}.{bits}"] for name in ("mean", "var")]
+        assert_outputs(ours, np.stack(theirs), part)
+
+
+@forms("f64")
+def test_gradients_with_a_detached_target(bits, ops, dtype, given_noise):
+    golden = recorded("lewm_step")
+    given_noise(jnp.asarray(golden["in.noise"], dtype))
+    views = clips(golden, dtype)
+    detached = recorded_method(golden, dtype, ops, detach_target=True)
+    ours = named_method(loss_and_gradients(detached, views)[1])
+    theirs = under(golden, f"grad_target_detached.{bits}.")
+    assert_gradients({name: ours[name] for name in theirs}, theirs)
+    for name, value in theirs.items():
+        attached = golden[f"grad.{bits}.{name}"]
+        assert np.linalg.norm(value - attached) > 0.5 * np.linalg.norm(attached)
+
+
+@forms("f64")
+@pytest.mark.parametrize("context", ["one_frame", "full_history"])
+def test_rollout(context, bits, ops, dtype):
+    step, golden = recorded("lewm_step"), recorded("rollout")
+    method = with_statistics(recorded_method(step, dtype, ops), step, "running_{1}_after.{0}.f32", dtype)
+
+    @eqx.filter_jit
+    def embed(method, pixels):
+        tokens = method.forward(Clips(pixels, jnp.zeros((*pixels.shape[:2], 1), dtype))).tokens
+        return method.project(tokens, method.statistics.average.projector)[0]
+
+    pixels = [golden[f"in.{name}_pixels"].transpose(0, 1, 3, 4, 2) for name in ("context", "goal")]
+    frames, goal = (embed(method, jnp.asarray(x, dtype)) for x in pixels)
+    past, candidates = (jnp.asarray(golden[f"in.{name}"], dtype) for name in ("past_actions", "candidates"))
+    if context == "one_frame":
+        frames, past = frames[:, -1:], past[:, :0]
+    goal = goal[:, 0]
+    embeddings = eqx.filter_jit(eqx.filter_vmap(method.rollout))(frames, past, candidates)
+    assert_outputs(goal, golden[f"{context}.goal_embedding.{bits}"], "goal")
+    assert_outputs(embeddings, golden[f"{context}.embeddings.{bits}"], "embeddings")
+    costs = jax.vmap(goal_cost)(embeddings, goal)
+    assert_outputs(costs, golden[f"{context}.cost.{bits}"], "cost", 1e-4 if bits == "f32" else None)
