@@ -58,14 +58,14 @@ def make_train_step(optimizer: optax.GradientTransformation) -> Step:
         def loss_fn(params):
             return eqx.combine(params, frozen).loss(batch, key=key)
 
-        (loss, _), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(params)
+        (loss, metrics), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(params)
 
         # The optimizer.
         updates, opt_state = optimizer.update(grads, opt_state, params)
         method = eqx.combine(eqx.apply_updates(params, updates), frozen)
 
         # The target encoder follows the context encoder, slowly.
-        method, _ = method.after_update(step)
+        method, _ = method.after_update(step, metrics)
         return method, opt_state, loss
 
     return train_step

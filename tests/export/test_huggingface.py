@@ -57,6 +57,12 @@ def test_our_own_files_are_read_back(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["jepax"]["step"] == 7
 
 
+@pytest.mark.parametrize("change", [{"class_token": True}, {"learned_grid": (2, 2)}, {"norm_epsilon": 1e-12}])
+def test_an_encoder_that_the_layout_cannot_describe_is_refused(tmp_path, change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        huggingface.write_hf_config(tmp_path, replace(OURS, **change), CROP, recipe="mine", step=7, name="context")
+
+
 def test_files_of_others(tmp_path):
     encoder = replace(OURS, init_std=ViTConfig().init_std, scan_layers=False)
     assert read(tmp_path) == (encoder, CropConfig(size=(8, 8)))

@@ -73,7 +73,7 @@ def test_byols_teacher_gets_no_gradient_and_follows(images):
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads.target))
     assert all(np.any(leaf) for leaf in jax.tree.leaves((grads.encoder.stack, grads.projector, grads.predictor)))
     other = eqx.tree_at(lambda m: m.encoder.norm.bias, method, method.encoder.norm.bias + 1.0)
-    moved, metrics = other.after_update(jnp.int32(0))
+    moved, metrics = other.after_update(jnp.int32(0), {})
     np.testing.assert_allclose(moved.target.average[0].norm.bias, 0.5)
     assert metrics["ema/momentum"] == 0.5
 

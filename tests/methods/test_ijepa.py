@@ -136,7 +136,7 @@ def test_new_keys_give_new_views(images):
 def test_the_teacher_moves_after_the_update():
     method = masked_method(ema=EMAConfig(start=0.5, end=0.5))
     method = eqx.tree_at(lambda m: m.encoder.norm.bias, method, method.encoder.norm.bias + 1.0)
-    moved, metrics = method.after_update(jnp.int32(0))
+    moved, metrics = method.after_update(jnp.int32(0), {})
     np.testing.assert_allclose(moved.target_encoder.average.norm.bias, 0.5)
     np.testing.assert_array_equal(moved.encoder.norm.bias, method.encoder.norm.bias)
     np.testing.assert_allclose(metrics["ema/update_norm"], 0.5 * np.sqrt(32), rtol=1e-5)

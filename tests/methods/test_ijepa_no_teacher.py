@@ -39,7 +39,7 @@ def test_there_is_no_teacher_and_no_setting_of_one():
     method = no_teacher()
     assert not any(isinstance(node, EMA) for node in jax.tree.leaves(method, is_leaf=lambda n: isinstance(n, EMA)))
     assert "momentum" not in {field.name for field in fields(IJEPANoTeacherConfig)}
-    moved, metrics = method.after_update(jnp.int32(0))
+    moved, metrics = method.after_update(jnp.int32(0), {})
     assert moved is method and metrics == {}
     assert list(method.encoders()) == ["context"]
 

@@ -59,9 +59,9 @@ def test_a_plain_loop_learns_and_the_teacher_follows(method):
     batch = toy_batch(64)
     first, state = None, method
     for step in range(60):
-        (loss, _), grads = loss_and_gradients(state, batch, jr.fold_in(jr.key(4), step))
+        (loss, metrics), grads = loss_and_gradients(state, batch, jr.fold_in(jr.key(4), step))
         first = loss if first is None else first
         state = eqx.apply_updates(state, jax.tree.map(lambda g: -0.3 * g, grads))
-        state, metrics = state.after_update(jnp.int32(0))
+        state, metrics = state.after_update(jnp.int32(0), metrics)
     assert loss < 0.7 * first and metrics["ema/momentum"] == pytest.approx(0.9)
     assert np.abs(state.target_encoder.average.weight - method.target_encoder.average.weight).max() > 0.01

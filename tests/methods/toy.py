@@ -105,9 +105,10 @@ class Toy(Method):
         metrics = {"train/prediction_loss": error, "train/variance_loss": spread, "embeddings": outputs.embedding}
         return error + spread, metrics | {"train/explained_variance": explained}
 
-    def after_update(self, step: Int[Array, ""]) -> tuple["Toy", Metrics]:
-        moved, metrics = ema_update(self.target_encoder, self.encoder, self.config.momentum.at(step, self.total_steps))
-        return eqx.tree_at(lambda method: method.target_encoder, self, moved), metrics
+    def after_update(self, step: Int[Array, ""], metrics: Metrics) -> tuple["Toy", Metrics]:
+        momentum = self.config.momentum.at(step, self.total_steps)
+        moved, ema_metrics = ema_update(self.target_encoder, self.encoder, momentum)
+        return eqx.tree_at(lambda method: method.target_encoder, self, moved), ema_metrics
 
 
 def toy_batch(count: int, *, start: int = 0, time: int = 5, config: ToyConfig | None = None) -> ToyBatch:

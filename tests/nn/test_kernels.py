@@ -43,6 +43,11 @@ CASES = {
     "residual": (FAST.residual, PLAIN.residual, (normal(0, 3, 5, 8), normal(1, 3, 5, 8))),
     "gelu": (gelu, PLAIN.gelu, (normal(0, 3, 5),)),
     "layer norm": (layer_norm, PLAIN.layer_norm, (normal(0, 2, 3, 8) + 1.0, normal(1, 8), normal(2, 8))),
+    "layer norm, small epsilon": (
+        partial(layer_norm, epsilon=1e-12),
+        partial(PLAIN.layer_norm, epsilon=1e-12),
+        (normal(0, 2, 3, 8) * 1e-3, normal(1, 8), normal(2, 8)),
+    ),
     "attention": (attention, plain_attention, HEADS),
     "attention of the last": (attention, plain_attention, (normal(0, 2, 3, 2, 4), *HEADS[1:])),
     "masked attention": (lambda *x: attention(*x, LENGTHS), lambda *x: plain_attention(*x, LENGTHS), HEADS),

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jepax.distributed.sharding import make_mesh
-from jepax.nn.projector import BatchNorm, Projector, ProjectorConfig
+from jepax.nn.projector import BatchNorm, Head, Projector, ProjectorConfig
 from jepax.types import UserError
 
 
@@ -46,3 +46,18 @@ def test_only_the_last_linear_map_has_a_bias():
 def test_widths_are_checked():
     with pytest.raises(UserError, match=r"projector\.out_dim=0"):
         ProjectorConfig(out_dim=0)
+
+
+def test_a_head_reads_given_statistics_and_returns_those_of_the_batch():
+    head = Head(6, 16, 4, key=jr.key(0))
+    x = 2 * jr.normal(jr.key(1), (32, 6)) + 1
+    z, (mean, variance) = head(x)
+    hidden = np.asarray(head.fc1(x), np.float64)
+    np.testing.assert_allclose(mean, hidden.mean(0), atol=1e-5)
+    np.testing.assert_allclose(variance, hidden.var(0, ddof=1), rtol=1e-4)
+
+    # With the batch's own statistics nothing changes; then a row no longer depends on the others.
+    own = jnp.stack([mean, variance * 31 / 32])
+    np.testing.assert_allclose(head(x, own)[0], z, atol=1e-5)
+    np.testing.assert_allclose(head(x[:1], own)[0], z[:1], atol=1e-5)
+    np.testing.assert_array_equal(head.initial_statistics(), [[0.0] * 16, [1.0] * 16])

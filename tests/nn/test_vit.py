@@ -104,3 +104,39 @@ def test_a_patch_that_does_not_divide_the_image_is_refused():
 def test_a_width_without_positions_is_refused():
     with pytest.raises(UserError, match="width=18"):
         sincos_2d((2, 2), 18)
+
+
+WITH_CLASS = {"class_token": True, "learned_grid": (2, 3), "norm_epsilon": 1e-12}
+
+
+def test_a_class_token_sees_all_patches():
+    vit, images = tiny(**WITH_CLASS), jr.normal(jr.key(1), (2, 8, 12, 3))
+    token = vit.embed_images(images)
+    assert token.shape == (2, 16) and vit.positions.shape == (7, 16)
+    assert vit(images).shape == (2, 6, 16) and vit.intermediate_layers(images, 2).shape == (2, 2, 6, 16)
+    assert np.abs(token - vit.embed_images(images.at[:, :4, :4].add(1.0))).min(axis=1).max() > 1e-4
+    plain = tiny(**WITH_CLASS, fast=False)
+    np.testing.assert_allclose(token, plain.embed_images(images), atol=1e-5)
+    np.testing.assert_allclose(vit(images), plain(images), atol=1e-5)
+
+    # It is the last token: the stack's output there, with all tokens as queries.
+    tokens = vit.add_class_token(vit.embed_patches(images))
+    np.testing.assert_allclose(token, vit.norm(vit.stack(tokens)[0][:, -1]), atol=1e-5)
+
+
+def test_options_leave_the_other_parameters_as_they_are():
+    vit, other = tiny(), tiny(**WITH_CLASS)
+    np.testing.assert_array_equal(vit.embed.weight, other.embed.weight)
+    np.testing.assert_array_equal(vit.stack.blocks.mlp.fc1.weight, other.stack.blocks.mlp.fc1.weight)
+    assert vit.positions is None and vit.class_token is None
+
+
+def test_the_published_encoder_of_a_world_model():
+    config = ViTConfig(patch_size=14, **VIT_SIZES["tiny"], class_token=True, learned_grid=(16, 16), norm_epsilon=1e-12)
+    vit = eqx.filter_eval_shape(lambda key: ViT(config, key=key), jr.key(0))
+    assert count_parameters(vit) == 5_501_376
+
+
+def test_learned_positions_are_for_one_grid():
+    with pytest.raises(UserError, match=r"learned_grid=\(2, 3\), but images of \(8, 8\) have \(2, 2\)"):
+        tiny(**WITH_CLASS)(jnp.zeros((1, 8, 8, 3)))

@@ -56,6 +56,10 @@ class Provenance:
 
 def write_hf_config(folder: Path, encoder: ViTConfig, crop: CropConfig, *, recipe: str, step: int, name: str) -> None:
     """Writes both files for an encoder called `name` by its method."""
+    for field in ("class_token", "learned_grid", "norm_epsilon"):
+        found, needed = getattr(encoder, field), getattr(ViTConfig, field)
+        if found != needed:
+            raise UserError(f"encoder.{field}={found}: the layout of transformers' I-JEPA needs the default, {needed}")
     height, width = crop.size
     hidden = round(encoder.width * encoder.mlp_ratio)
     sides = (encoder.patch_size, encoder.in_channels, encoder.width, encoder.depth, encoder.num_heads, hidden)

@@ -1,9 +1,9 @@
 """The contract of a method: three verbs and a teacher.
 
-    views   = draw(batch, keys)        per example: crops, colors, masks; all randomness of an example
-    outputs = forward(views)           per example: the networks; the trainer may run it in micro-batches
-    loss    = objective(outputs, key)  the global batch: distances, regularizers, heads with batch statistics
-    method  = after_update(step)       what gradients do not change: move the EMA teacher
+    views   = draw(batch, keys)            per example: crops, colors, masks; all randomness of an example
+    outputs = forward(views)               per example: the networks; the trainer may run it in micro-batches
+    loss    = objective(outputs, key)      the global batch: distances, regularizers, heads with batch statistics
+    method  = after_update(step, metrics)  what gradients do not change: move the EMA teacher
 
 A method is one file. Devices, precision and micro-batches are not its concern: the trainer composes the verbs.
 """
@@ -75,12 +75,15 @@ class Method(eqx.Module):
         `key` is the step's own, for what the batch shares (directions of projection). `Metrics` are scalars to log,
         and two optional matrices read for collapse: "embeddings" (batch, dim), one vector per example, and
         "projections" (batch, dim), a head's output for one view. The watchdog reads "train/explained_variance",
-        "health/target_norm" and "health/prediction_norm".
+        "health/target_norm" and "health/prediction_norm". Arrays named "state/..." are for `after_update`, not logged.
         """
 
     @abc.abstractmethod
-    def after_update(self, step: Int[Array, ""]) -> tuple["Method", Metrics]:
-        """Change what gradients do not, after the update of `step`: move the teacher, or `return self, {}`."""
+    def after_update(self, step: Int[Array, ""], metrics: Metrics) -> tuple["Method", Metrics]:
+        """Change what gradients do not, after the update of `step`: move the teacher, or `return self, {}`.
+
+        `metrics` are those that `objective` returned at this step, such as the statistics of the batch.
+        """
 
     def loss(self, batch: Any, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
         """draw -> forward -> objective: what a notebook differentiates. `batch.index` seeds each example's key."""

@@ -92,10 +92,10 @@ class BYOL(MultiView):
             "train/explained_variance": explained_fraction(loss, cosine_distance_of_mean(targets)),
         }
 
-    def after_update(self, step: Int[Array, ""]) -> tuple["BYOL", Metrics]:
+    def after_update(self, step: Int[Array, ""], metrics: Metrics) -> tuple["BYOL", Metrics]:
         momentum = self.config.ema.at(step, self.total_steps)
-        moved, metrics = ema_update(self.target, (self.encoder, self.projector), momentum)
-        return eqx.tree_at(lambda method: method.target, self, moved), metrics
+        moved, ema_metrics = ema_update(self.target, (self.encoder, self.projector), momentum)
+        return eqx.tree_at(lambda method: method.target, self, moved), ema_metrics
 
     def encoders(self) -> dict[str, ViT]:
         return super().encoders() | {"target": self.target.average[0]}  # the paper probes the online encoder

@@ -127,10 +127,10 @@ class IJEPA(ImageMethod):
         penalty, terms = regularize(self.config.regularizer, outputs.pooled, key=key)
         return loss + penalty, metrics | terms
 
-    def after_update(self, step: Int[Array, ""]) -> tuple["IJEPA", Metrics]:
+    def after_update(self, step: Int[Array, ""], metrics: Metrics) -> tuple["IJEPA", Metrics]:
         momentum = self.config.ema.at(step, self.total_steps)
-        moved, metrics = ema_update(self.target_encoder, self.encoder, momentum)
-        return eqx.tree_at(lambda method: method.target_encoder, self, moved), metrics
+        moved, ema_metrics = ema_update(self.target_encoder, self.encoder, momentum)
+        return eqx.tree_at(lambda method: method.target_encoder, self, moved), ema_metrics
 
     def encoders(self) -> dict[str, ViT]:
         return {"target": self.target_encoder.average, "context": self.encoder}

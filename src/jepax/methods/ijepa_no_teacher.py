@@ -66,7 +66,7 @@ class IJEPANoTeacher(IJEPA):
         regularized = z if self.config.regularize_on == "context" else h
         return Outputs(pool(regularized), self.normalize_predictions(predictions), h, masks)
 
-    def after_update(self, step: Int[Array, ""]) -> tuple["IJEPANoTeacher", Metrics]:
+    def after_update(self, step: Int[Array, ""], metrics: Metrics) -> tuple["IJEPANoTeacher", Metrics]:
         return self, {}  # no teacher moves
 
     def encoders(self) -> dict[str, ViT]:

@@ -9,13 +9,12 @@ The views share SIGReg's directions, which are new at each step. No teacher, no 
 from dataclasses import dataclass
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jepax.errors import check_fields
 from jepax.methods.multiview import Embeddings, MultiView, MultiViewConfig, invariance_loss, view_metrics
-from jepax.objectives.sigreg import sigreg
+from jepax.objectives.sigreg import sigreg_by_group
 from jepax.objectives.slicing import random_unit_directions
 from jepax.types import Metrics
 
@@ -52,7 +51,7 @@ class LeJEPA(MultiView):
 
         # Each view's projections, along any direction, are a standard normal.
         directions = random_unit_directions(key, z.shape[2], self.config.num_slices)
-        sigreg_loss = jnp.mean(jax.vmap(lambda z_v: sigreg(z_v, directions))(z))
+        sigreg_loss = sigreg_by_group(z, directions)
 
         loss = (1 - w) * inv + w * sigreg_loss
         return loss, view_metrics(outputs, groups) | {"train/invariance_loss": inv, "train/sigreg_loss": sigreg_loss}

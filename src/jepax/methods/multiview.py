@@ -79,7 +79,7 @@ class MultiView(ImageMethod):
         """Every view's `Embeddings`; a subclass may add what else its objective reads."""
         return tuple(embed(self.encoder, group) for group in views.groups)
 
-    def after_update(self, step: Int[Array, ""]) -> tuple["MultiView", Metrics]:
+    def after_update(self, step: Int[Array, ""], metrics: Metrics) -> tuple["MultiView", Metrics]:
         return self, {}  # no teacher
 
     def encoders(self) -> dict[str, ViT]:

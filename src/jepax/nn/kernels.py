@@ -3,13 +3,13 @@
 On a CPU the gain is mostly memory: left to XLA, a training step stores GELU's erf, every stage of a LayerNorm and
 attention's weights twice, 1.3 to 1.6 times the temporary memory. The gradients below store the operands of matrix
 products, the inputs of LayerNorm and GELU, and attention's weights; the rest is recomputed, and `barrier_after` keeps
-XLA from doing that early. On a GPU the gain is time. "Measured" means on two CPU cores or on an H200:
-benchmarks/kernels.py, benchmarks/README.md and docs/log.md.
+XLA from doing that early. On a GPU the gain is time. "Measured": on two CPU cores or an H200, benchmarks/, docs/log.md.
 
 This file imports nothing of the model. A change of the model starts in transformer.py with `fast=False`.
 """
 
 import math
+from functools import partial
 from typing import Literal
 
 import jax
@@ -24,7 +24,7 @@ Tokens = Float[Array, "batch tokens dim"]
 Lengths = Int[Array, "batch"] | None
 """Number of real tokens in each sequence, the rest being padding at its end; None: no padding."""
 EPSILON = 1e-6
-"""Added to LayerNorm's variance."""
+"""Added to LayerNorm's variance, by default."""
 ATTN_OUT = "attention output"
 """Name of attention's result, for rematerialization policies."""
 PHI_CUTOFF = 4.0
@@ -138,20 +138,20 @@ def _normal_cdf(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*s
 # ---- LayerNorm ----
 
 
-@jax.custom_vjp
-def layer_norm(x: Float[Array, "*batch dim"], weight: Array, bias: Array) -> Float[Array, "*batch dim"]:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: Float[Array, "*batch dim"], weight: Array, bias: Array, epsilon: float = EPSILON) -> Array:
     """n(x) w + b, n(x) of mean 0 and variance 1: float32 inside, the result in the dtype of x."""
-    return _layer_norm_forward(x, weight, bias)[0]
+    return _layer_norm_forward(x, weight, bias, epsilon)[0]
 
 
-def _layer_norm_forward(x: Array, weight: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
+def _layer_norm_forward(x: Array, weight: Array, bias: Array, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
     """Saves x and two numbers for each row of it, where XLA would save every stage."""
     wide = x.astype(jnp.float32)
-    mean, scale = _mean_and_scale(wide)
+    mean, scale = _mean_and_scale(wide, epsilon)
     return ((wide - mean) * scale * weight + bias).astype(x.dtype), (x, mean, scale, weight, bias)
 
 
-def _layer_norm_backward(residuals: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
+def _layer_norm_backward(_: float, residuals: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
     """By x: s (h - mean(h) - n mean(h n)), with h = g w, n the normalized x, and s one over its deviation."""
     *saved, weight, bias = residuals
     gradient, x, mean, scale = barrier_after(gradient, *saved)
@@ -169,13 +169,13 @@ def _layer_norm_backward(residuals: tuple[Array, ...], gradient: Array) -> tuple
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-def _mean_and_scale(x: Array) -> tuple[Float[Array, "*batch 1"], Float[Array, "*batch 1"]]:
+def _mean_and_scale(x: Array, epsilon: float) -> tuple[Float[Array, "*batch 1"], Float[Array, "*batch 1"]]:
     """Mean of each row and one over its deviation; on a GPU in one pass over x."""
     if not on_gpu():
         mean = jnp.mean(x, axis=-1, keepdims=True)
-        return mean, lax.rsqrt(jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True) + EPSILON)
+        return mean, lax.rsqrt(jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True) + epsilon)
     mean, square = (total / x.shape[-1] for total in _row_sums(x, jnp.square(x)))
-    return mean, lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + EPSILON)
+    return mean, lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + epsilon)
 
 
 def _row_sums(*arrays: Array) -> tuple[Float[Array, "*batch 1"], ...]:

@@ -47,7 +47,7 @@ class Predictor(eqx.Module):
         self.embed = Linear(encoder_width, config.width, std=std, key=key_embed)
         self.mask_token = init_weight(key_mask, (1, config.width), 0.02 if std is None else std)
         self.stack = init_stack(config, key=key_stack)
-        self.norm = LayerNorm(config.width)
+        self.norm = LayerNorm(config.width, config.norm_epsilon)
         self.proj = Linear(config.width, num_outputs * encoder_width, std=std, key=key_proj)
         self.config = config
 

@@ -9,16 +9,21 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jepax.nn.transformer import FAST, Linear
+from jepax.nn.transformer import FAST, PLAIN, Linear, Ops, widen
 from jepax.types import UserError
 
 BATCH_NORM_EPSILON = 1e-5
 
 
+Statistics = Float[Array, "2 dim"]
+"""Mean and variance of each dimension, over rows."""
+
+
 class BatchNorm(eqx.Module):
     """Scales each dimension to mean 0 and variance 1 over the global batch, then by weight and bias; float32 inside.
 
-    No running averages: a projector is dropped after training, so it never sees a single example.
+    It has no running averages: most heads are dropped after training, so they never see a single example. Others keep
+    theirs where nothing is trained, and give them as `statistics`: `Head`.
     """
 
     weight: Float[Array, "dim"]
@@ -27,10 +32,12 @@ class BatchNorm(eqx.Module):
     def __init__(self, dim: int):
         self.weight, self.bias = jnp.ones((dim,)), jnp.zeros((dim,))
 
-    def __call__(self, x: Float[Array, "batch dim"]) -> Float[Array, "batch dim"]:
-        centered = x.astype(jnp.float32) - jnp.mean(x, axis=0, dtype=jnp.float32)
-        normal = centered * lax.rsqrt(jnp.mean(jnp.square(centered), axis=0) + BATCH_NORM_EPSILON)
-        return (normal * self.weight + self.bias).astype(x.dtype)
+    def __call__(self, x: Float[Array, "batch dim"], statistics: Statistics | None = None) -> Float[Array, "batch dim"]:
+        x, dtype = widen(x), x.dtype
+        centered = x - (jnp.mean(x, axis=0) if statistics is None else statistics[0])
+        variance = jnp.mean(jnp.square(centered), axis=0) if statistics is None else statistics[1]
+        normal = centered * lax.rsqrt(variance + BATCH_NORM_EPSILON)
+        return (normal * self.weight + self.bias).astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -79,3 +86,33 @@ class Projector(eqx.Module):
         # The projection, in float32 for the loss: (batch, dim)
         x = self.linears[-1](x, FAST).astype(jnp.float32)
         return jax.nn.relu(x) if self.final_relu else x
+
+
+class Head(eqx.Module):
+    """z = W_2 gelu(BN(W_1 x + b_1)) + b_2: a head that is used after training too, on any number of rows.
+
+    In training, BatchNorm reads the rows of the global batch. Later it reads running means of their statistics, which
+    the method keeps in an `EMA`: `initial_statistics`, moved towards those that each call returns.
+    """
+
+    fc1: Linear
+    norm: BatchNorm
+    fc2: Linear
+
+    def __init__(self, inputs: int, hidden_dim: int, outputs: int, *, key: PRNGKeyArray):
+        key_fc1, key_fc2 = jr.split(key)
+        self.fc1 = Linear(inputs, hidden_dim, std=None, key=key_fc1)
+        self.norm = BatchNorm(hidden_dim)
+        self.fc2 = Linear(hidden_dim, outputs, std=None, key=key_fc2)
+
+    def initial_statistics(self) -> Statistics:
+        """Mean 0 and variance 1."""
+        return jnp.stack([jnp.zeros_like(self.norm.bias), jnp.ones_like(self.norm.weight)])
+
+    def __call__(
+        self, x: Float[Array, "rows inputs"], statistics: Statistics | None = None, ops: Ops = PLAIN
+    ) -> tuple[Float[Array, "rows outputs"], Statistics]:
+        """z in float32, and the rows' own mean and unbiased variance. Normalizes by `statistics`, if given."""
+        hidden = self.fc1(x, ops)
+        own = jnp.stack([jnp.mean(widen(hidden), axis=0), jnp.var(widen(hidden), axis=0, ddof=min(1, len(x) - 1))])
+        return widen(self.fc2(ops.gelu(self.norm(hidden, statistics)), ops)), own

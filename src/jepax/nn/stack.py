@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jepax.errors import check_fields
-from jepax.nn.kernels import ATTN_OUT, Lengths, Tokens
+from jepax.nn.kernels import ATTN_OUT, EPSILON, Lengths, Tokens
 from jepax.nn.transformer import FAST, PLAIN, Block, Ops
 from jepax.types import UserError
 
@@ -37,6 +37,8 @@ class StackConfig:
     """Hidden width of the MLP over the width."""
     init_std: float | None = 0.02
     """Standard deviation of the initial weights (0.02 as published); None means 1 / sqrt(fan in), for small widths."""
+    norm_epsilon: float = EPSILON
+    """Added to the variance in every LayerNorm."""
     scan_layers: bool = False
     """Run the blocks by a scan: compiles in seconds at any depth, costs 15 to 30% per step on a CPU."""
     remat: Remat = "none"
@@ -46,7 +48,7 @@ class StackConfig:
     """Use the fast kernels (nn/kernels.py). Set fast=False to change the model in nn/transformer.py."""
 
     def __post_init__(self) -> None:
-        check_fields("", self, "above 0", "width", "depth", "num_heads", "mlp_ratio")
+        check_fields("", self, "above 0", "width", "depth", "num_heads", "mlp_ratio", "norm_epsilon")
         # The error proposes the divisor of the width that is nearest to the number given.
         if self.width % self.num_heads:
             divisors = [n for n in range(1, self.width + 1) if self.width % n == 0]
@@ -133,7 +135,8 @@ def init_stack(config: StackConfig, *, key: PRNGKeyArray) -> BlockStack:
     hidden_dim = round(config.width * config.mlp_ratio)
 
     def init_block(key: PRNGKeyArray) -> Block:
-        return Block(config.width, config.num_heads, hidden_dim, std=config.init_std, key=key)
+        options = {"std": config.init_std, "norm_epsilon": config.norm_epsilon}
+        return Block(config.width, config.num_heads, hidden_dim, **options, key=key)
 
     # One key per layer; `vmap` stacks the layers' arrays on their first axis.
     blocks = eqx.filter_vmap(init_block)(jr.split(key, config.depth))

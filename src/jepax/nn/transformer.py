@@ -34,23 +34,37 @@ def linear(x: Float[Array, "*batch inputs"], weight: Array, bias: Array | None) 
     return y if bias is None else y + bias
 
 
-def normalize(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-    """LayerNorm without parameters: mean 0 and variance 1 over the last axis (epsilon 1e-6), in float32."""
-    x = x.astype(jnp.float32)
+def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x in float32; float64 stays, for tests that compare to more digits."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def normalize(x: Float[Array, "*batch dim"], epsilon: float = EPSILON) -> Float[Array, "*batch dim"]:
+    """LayerNorm without parameters: mean 0 and variance 1 over the last axis, in float32."""
+    x = widen(x)
     mean = jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
-    return (x - mean) * lax.rsqrt(variance + EPSILON)
+    return (x - mean) * lax.rsqrt(variance + epsilon)
 
 
-def layer_norm(x: Float[Array, "*batch dim"], weight: Array, bias: Array) -> Float[Array, "*batch dim"]:
+def layer_norm(
+    x: Float[Array, "*batch dim"], weight: Array, bias: Array, epsilon: float = EPSILON
+) -> Float[Array, "*batch dim"]:
     """normalize(x) w + b: float32 inside, the result in the dtype of x."""
-    return (normalize(x) * weight + bias).astype(x.dtype)
+    return (normalize(x, epsilon) * weight + bias).astype(x.dtype)
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Exact GELU, x Phi(x) with Phi the normal distribution: float32 inside, the result in the dtype of x."""
-    wide = x.astype(jnp.float32)
+    wide = widen(x)
     return (wide * 0.5 * (1.0 + lax.erf(wide / math.sqrt(2.0)))).astype(x.dtype)
+
+
+def dropout(x: Float[Array, "*shape"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*shape"]:
+    """x with a fraction `rate` of its numbers set to 0 and the others divided by 1 - rate; x itself without a key."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jr.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
 def attention(
@@ -58,18 +72,30 @@ def attention(
     k: Float[Array, "batch tokens heads channels"],
     v: Float[Array, "batch tokens heads channels"],
     lengths: Lengths = None,
+    *,
+    causal: bool = False,
+    dropout_rate: float = 0.0,
+    key: PRNGKeyArray | None = None,
 ) -> Float[Array, "batch queries heads channels"]:
-    """softmax(q k^T / sqrt(channels)) v for each head, the softmax in float32. Tokens from `lengths` on are ignored."""
-    # How much each query attends to each token: (batch, heads, queries, tokens)
-    scores = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    """softmax(q k^T / sqrt(channels)) v for each head, the softmax in float32. Tokens from `lengths` on are ignored.
 
-    # Padding gets no weight. A causal mask goes here.
+    The queries are the last tokens; if `causal`, none attends to a later token. With a key, weights are dropped out.
+    """
+    # How much each query attends to each token: (batch, heads, queries, tokens)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=wide) / math.sqrt(q.shape[-1])
+
+    # Padding gets no weight, nor do later tokens.
     if lengths is not None:
         is_token = jnp.arange(k.shape[1]) < lengths[:, None]  # (batch, tokens)
         scores = jnp.where(is_token[:, None, None, :], scores, -jnp.inf)
 
+    if causal:
+        queries, tokens = scores.shape[2:]
+        scores = jnp.where(jnp.tri(queries, tokens, tokens - queries, dtype=bool), scores, -jnp.inf)
+
     # The weighted mean of the values: (batch, queries, heads, channels)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, key).astype(v.dtype)
     return jnp.einsum("bhqk,bkhc->bqhc", weights, v)
 
 
@@ -122,6 +148,11 @@ def init_weight(key: PRNGKeyArray, shape: tuple[int, ...], std: float | None) ->
     return std * jr.truncated_normal(key, -bound, bound, shape)
 
 
+def split_key(key: PRNGKeyArray | None, count: int) -> list[PRNGKeyArray | None]:
+    """`count` keys, or as many times None: an evaluation has no key."""
+    return [None] * count if key is None else list(jr.split(key, count))
+
+
 class Linear(eqx.Module):
     """y = x W + b, or x W without a bias."""
 
@@ -137,17 +168,19 @@ class Linear(eqx.Module):
 
 
 class LayerNorm(eqx.Module):
-    """LayerNorm with weight and bias; statistics in float32, epsilon 1e-6."""
+    """LayerNorm with weight and bias; statistics in float32."""
 
     weight: Float[Array, "dim"]
     bias: Float[Array, "dim"]
+    epsilon: float = eqx.field(static=True)
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, epsilon: float = EPSILON):
         self.weight = jnp.ones((dim,))
         self.bias = jnp.zeros((dim,))
+        self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*batch dim"], ops: Ops = PLAIN) -> Float[Array, "*batch dim"]:
-        return ops.layer_norm(x, self.weight, self.bias)
+        return ops.layer_norm(x, self.weight, self.bias, self.epsilon)
 
 
 class Attention(eqx.Module):
@@ -172,7 +205,7 @@ class Attention(eqx.Module):
 
 
 class MLP(eqx.Module):
-    """Two linear layers with a GELU between them."""
+    """Two linear layers with a GELU between them; with a key, dropout after the GELU and at the end."""
 
     fc1: Linear
     fc2: Linear
@@ -182,8 +215,12 @@ class MLP(eqx.Module):
         self.fc1 = Linear(dim, hidden_dim, std=std, key=key_fc1)
         self.fc2 = Linear(hidden_dim, dim, std=std, key=key_fc2)
 
-    def __call__(self, x: Tokens, ops: Ops = PLAIN) -> Tokens:
-        return self.fc2(ops.gelu(self.fc1(x, ops)), ops)
+    def __call__(
+        self, x: Tokens, ops: Ops = PLAIN, *, dropout_rate: float = 0.0, key: PRNGKeyArray | None = None
+    ) -> Tokens:
+        key_hidden, key_out = split_key(key, 2)
+        hidden = dropout(ops.gelu(self.fc1(x, ops)), dropout_rate, key_hidden)
+        return dropout(self.fc2(hidden, ops), dropout_rate, key_out)
 
 
 class Block(eqx.Module):
@@ -194,11 +231,20 @@ class Block(eqx.Module):
     norm2: LayerNorm
     mlp: MLP
 
-    def __init__(self, dim: int, num_heads: int, hidden_dim: int, *, std: float | None, key: PRNGKeyArray):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        hidden_dim: int,
+        *,
+        std: float | None,
+        norm_epsilon: float = EPSILON,
+        key: PRNGKeyArray,
+    ):
         key_attention, key_mlp = jr.split(key)
-        self.norm1 = LayerNorm(dim)
+        self.norm1 = LayerNorm(dim, norm_epsilon)
         self.attention = Attention(dim, num_heads, std=std, key=key_attention)
-        self.norm2 = LayerNorm(dim)
+        self.norm2 = LayerNorm(dim, norm_epsilon)
         self.mlp = MLP(dim, hidden_dim, std=std, key=key_mlp)
 
     def __call__(

@@ -1,5 +1,9 @@
-"""The vision transformer of I-JEPA: no class token, fixed positions, and only the selected patches are embedded."""
+"""The vision transformer of I-JEPA: no class token, fixed positions, and only the selected patches are embedded.
 
+A class token and learned positions are options.
+"""
+
+import math
 from dataclasses import dataclass, replace
 
 import equinox as eqx
@@ -11,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jepax.errors import check_fields
 from jepax.nn.pos_embed import sincos_2d
 from jepax.nn.stack import BlockStack, StackConfig, init_stack
-from jepax.nn.transformer import LayerNorm, Linear
+from jepax.nn.transformer import LayerNorm, Linear, init_weight
 from jepax.types import UserError
 
 Images = Float[Array, "batch height width channels"]
@@ -35,6 +39,10 @@ class ViTConfig(StackConfig):
     """Side of a square patch, in pixels."""
     in_channels: int = 3
     """Color channels of the image: 1 or 3."""
+    class_token: bool = False
+    """Add a learned token that sees all patches: `ViT.embed_images` returns it, one vector per image."""
+    learned_grid: tuple[int, int] | None = None
+    """Learn the positions, for images of so many rows and columns of patches; None: fixed sine-cosine positions."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,7 +52,8 @@ class ViTConfig(StackConfig):
 
     def tiny(self) -> "ViTConfig":
         """The same encoder at the size that tests run: 6 x 6 patches of a 24 x 24 view."""
-        return replace(self, patch_size=4, width=32, depth=2, num_heads=2)
+        grid = self.learned_grid and (6, 6)
+        return replace(self, patch_size=4, width=32, depth=2, num_heads=2, learned_grid=grid)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of patches of an image of `size` (height, width)."""
@@ -56,7 +65,10 @@ class ViTConfig(StackConfig):
                     f"the view's {name} {side} is not a multiple of patch_size={self.patch_size};"
                     f" try a patch_size of {' or '.join(map(str, near))}"
                 )
-        return size[0] // self.patch_size, size[1] // self.patch_size
+        grid = (size[0] // self.patch_size, size[1] // self.patch_size)
+        if self.learned_grid not in (None, grid):
+            raise UserError(f"learned_grid={self.learned_grid}, but images of {size} have {grid} patches; set that")
+        return grid
 
 
 def patchify(images: Images, size: int) -> Float[Array, "batch patches pixels"]:
@@ -85,12 +97,15 @@ class ViT(eqx.Module):
     """An encoder of patches: one token of `width` per patch, after the final LayerNorm.
 
     Source: Dosovitskiy et al. 2021, as trimmed by Assran et al. 2023 (no class token, fixed 2-D sine-cosine
-    positions, truncated normal initialization).
+    positions, truncated normal initialization). The class token and learned positions are those of the former.
     """
 
     embed: Linear
     stack: BlockStack
     norm: LayerNorm
+    class_token: Float[Array, "1 dim"] | None
+    positions: Float[Array, "tokens dim"] | None
+    """Learned: one for each patch, then the class token's, if there is one."""
     config: ViTConfig = eqx.field(static=True)
 
     def __init__(self, config: ViTConfig, *, key: PRNGKeyArray):
@@ -98,31 +113,56 @@ class ViT(eqx.Module):
         pixels = config.patch_size**2 * config.in_channels
         self.embed = Linear(pixels, config.width, std=config.init_std, key=key_embed)
         self.stack = init_stack(config, key=key_stack)
-        self.norm = LayerNorm(config.width)
+        self.norm = LayerNorm(config.width, config.norm_epsilon)
         self.config = config
+
+        # Optional parameters, from keys of their own: without them, the other parameters are the same.
+        std = 0.02 if config.init_std is None else config.init_std
+        key_class, key_positions = jr.split(jr.fold_in(key, 2))
+        self.class_token = init_weight(key_class, (1, config.width), std) if config.class_token else None
+        count = math.prod(config.learned_grid or ()) + config.class_token
+        self.positions = init_weight(key_positions, (count, config.width), std) if config.learned_grid else None
 
     def embed_patches(self, images: Images, patch_indices: Int[Array, "batch context"] | None = None) -> Tokens:
         """Embedded patches with their positions: all of them, or those at the row-major `patch_indices`."""
         # (batch, patches, pixels) and (patches, dim)
         grid = self.config.grid(images.shape[1:3])
         patches = patchify(images, self.config.patch_size)
-        positions = jnp.asarray(sincos_2d(grid, self.config.width))
+        learned = self.positions
+        positions = jnp.asarray(sincos_2d(grid, self.config.width)) if learned is None else learned[: patches.shape[1]]
 
         # Select before embedding: what the context encoder does not see costs nothing.
         if patch_indices is not None:
             patches = take_patches(patches, patch_indices)
             positions = positions[patch_indices]
 
-        # (batch, tokens, dim). A class token or registers go in front of these.
+        # (batch, tokens, dim)
         tokens = self.embed(patches, self.stack.ops)
         return tokens + positions.astype(tokens.dtype)
+
+    def add_class_token(self, tokens: Tokens) -> Float[Array, "batch _ dim"]:
+        """The tokens with the class token as the last one, if there is one."""
+        if self.class_token is None:
+            return tokens
+        token = self.class_token if self.positions is None else self.class_token + self.positions[-1:]
+        token = jnp.broadcast_to(token, (len(tokens), *token.shape)).astype(tokens.dtype)
+        return jnp.concatenate([tokens, token], axis=1)
 
     def __call__(self, images: Images, patch_indices: Int[Array, "batch context"] | None = None) -> Tokens:
         """One token per patch; only those at `patch_indices` are seen, if given."""
         tokens = self.embed_patches(images, patch_indices)
-        return self.norm(self.stack(tokens)[0], self.stack.ops)
+        outputs = self.stack(self.add_class_token(tokens))[0][:, : tokens.shape[1]]
+        return self.norm(outputs, self.stack.ops)
+
+    def embed_images(self, images: Images) -> Float[Array, "batch dim"]:
+        """The class token of each image. Requires `class_token`."""
+        assert self.class_token is not None
+        # It is last, so that the last layer computes nothing else.
+        outputs = self.stack(self.add_class_token(self.embed_patches(images)), num_queries=1)[0]
+        return self.norm(outputs[:, 0], self.stack.ops)
 
     def intermediate_layers(self, images: Images, n: int) -> Float[Array, "layers batch patches dim"]:
         """Outputs of the last `n` layers (of all, if there are fewer), each after the final LayerNorm."""
-        outputs = self.stack(self.embed_patches(images), num_outputs=min(n, self.config.depth))
-        return self.norm(jnp.stack(outputs), self.stack.ops)
+        tokens = self.embed_patches(images)
+        outputs = self.stack(self.add_class_token(tokens), num_outputs=min(n, self.config.depth))
+        return self.norm(jnp.stack(outputs)[:, :, : tokens.shape[1]], self.stack.ops)

@@ -1,5 +1,6 @@
 """SIGReg: match the embeddings along any direction to a standard normal (Balestriero & LeCun 2025)."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -34,9 +35,21 @@ def sigreg(
     embeddings: Float[Array, "batch dim"],
     directions: Float[Array, "dim directions"],
     chunk: int | None = DIRECTIONS_PER_CHUNK,
+    *,
+    knots: int = NUM_KNOTS,
 ) -> Float[Array, ""]:
     """Mean over unit `directions` of the Epps-Pulley statistic of the projected embeddings, `chunk` at a time.
 
     Scale: proportional to the global batch N away from the optimum. Source: Balestriero & LeCun 2025, SIGReg.
     """
-    return sliced_mean(lambda part: epps_pulley(project_onto_directions(embeddings, part)), directions, chunk)
+    return sliced_mean(lambda part: epps_pulley(project_onto_directions(embeddings, part), knots), directions, chunk)
+
+
+def sigreg_by_group(
+    groups: Float[Array, "groups batch dim"], directions: Float[Array, "dim directions"], knots: int = NUM_KNOTS
+) -> Float[Array, ""]:
+    """Mean of `sigreg` over groups, such as views or the frames of a clip; each is normal by itself.
+
+    The groups share the directions. Source: Balestriero & LeCun 2025, LeJEPA; Maes et al. 2026, LeWorldModel.
+    """
+    return jnp.mean(jax.vmap(lambda group: sigreg(group, directions, knots=knots))(groups))

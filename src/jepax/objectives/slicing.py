@@ -47,4 +47,4 @@ def sliced_mean(
         directions, valid = part
         return total + jnp.sum(jnp.where(valid, statistic(directions), 0.0)), None
 
-    return jax.lax.scan(add, jnp.float32(0), (padded.transpose(1, 0, 2), valid))[0] / count
+    return jax.lax.scan(add, jnp.zeros((), directions.dtype), (padded.transpose(1, 0, 2), valid))[0] / count

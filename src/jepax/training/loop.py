@@ -112,7 +112,7 @@ def fit(
                 # Step. An accelerator computes while the host goes on, so nothing here may read this step's results.
                 measure = track_update_norms(state.method, step) if should_log else None
                 state, metrics = run_train_step(state, sharding.shard_batch(batch, mesh), base_key, context)
-                metrics |= measure(state.method, metrics["guard/action"]) if measure else {}
+                metrics |= measure(state.method, metrics) if measure else {}
 
                 # All processes stop and save after the same step. With several, the flags are those of the step before.
                 stop, timer_expired = any_process(

@@ -27,6 +27,8 @@ from jepax.types import Metrics, UserError
 NOT_LOGGED = {"guard/action", "guard/consecutive_nonfinite", "guard/grad_norm_limit"}
 PER_IMAGE_METRICS = {"embeddings": "health/embedding", "projections": "health/projection"}
 """Metrics with one row per example, and the prefix of the collapse metrics computed from them at logged steps."""
+STATE_PREFIX = "state/"
+"""Metrics that `after_update` reads, and nobody else."""
 ADVICE = "try a lower optim.peak_lr, a longer optim.warmup_epochs, or optim.grad_clip_norm=1.0"
 
 
@@ -112,7 +114,8 @@ def diverged(step: int, what: str) -> DivergedError:
 
 def log_values(metrics: Metrics) -> MetricValues:
     """A step's metrics as they are logged, with collapse metrics of its embeddings and projections."""
-    values = {name: to_json_value(x) for name, x in metrics.items() if name not in NOT_LOGGED.union(PER_IMAGE_METRICS)}
+    hidden = NOT_LOGGED.union(PER_IMAGE_METRICS, (name for name in metrics if name.startswith(STATE_PREFIX)))
+    values = {name: to_json_value(x) for name, x in metrics.items() if name not in hidden}
     for name, prefix in PER_IMAGE_METRICS.items():
         rows = sharding.to_host(metrics[name]) if name in metrics else None
         if rows is not None and np.isfinite(rows).all():
@@ -120,7 +123,7 @@ def log_values(metrics: Metrics) -> MetricValues:
     return values
 
 
-MeasureFn = Callable[[Method, Int[Array, ""]], Metrics]
+MeasureFn = Callable[[Method, Metrics], Metrics]
 
 
 def track_update_norms(method: Method, step: int) -> MeasureFn:
@@ -131,7 +134,7 @@ def track_update_norms(method: Method, step: int) -> MeasureFn:
     of the step, ViT-B/16, four images, two CPU cores).
     """
     before = _copy_arrays(method)
-    return lambda after, action: _update_norms(before, after, jnp.int32(step), action)
+    return lambda after, metrics: _update_norms(before, after, jnp.int32(step), metrics)
 
 
 @eqx.filter_jit
@@ -140,13 +143,14 @@ def _copy_arrays(method: Method) -> Method:
 
 
 @eqx.filter_jit
-def _update_norms(before: Method, after: Method, step: Int[Array, ""], action: Int[Array, ""]) -> Metrics:
+def _update_norms(before: Method, after: Method, step: Int[Array, ""], metrics: Metrics) -> Metrics:
     old, frozen = eqx.partition(before, trainable(before))
     new = eqx.filter(after, trainable(after))
     # The teacher moves once more from where it was, to measure its step.
-    _, metrics = eqx.combine(new, frozen).after_update(step)
-    metrics |= {"optim/update_norm": global_norm(jax.tree.map(jnp.subtract, new, old))}
-    return {name: jnp.where(was_applied(action), value, jnp.nan) for name, value in metrics.items()}
+    _, moves = eqx.combine(new, frozen).after_update(step, metrics)
+    moves |= {"optim/update_norm": global_norm(jax.tree.map(jnp.subtract, new, old))}
+    applied = was_applied(metrics["guard/action"])
+    return {name: jnp.where(applied, value, jnp.nan) for name, value in moves.items()}
 
 
 class OnlineScores:

@@ -57,7 +57,7 @@ def train_step(
 
     # Optimizer and EMA teacher: see `update` below. `guarded` skips this, or scales the gradients of a spike first.
     def apply(old: tuple[Method, optax.OptState], grads: Method) -> tuple[Method, optax.OptState]:
-        return update(*old, grads, state.step, context.optimizer)
+        return update(*old, grads, state.step, metrics, context.optimizer)
 
     (method, opt_state), guard, guard_metrics = guarded(apply)(
         (state.method, state.opt_state), grads, loss=loss, step=state.step, guard=state.guard, config=context.guard
@@ -100,7 +100,12 @@ def loss_and_grads(
 
 
 def update(
-    method: Method, opt_state: optax.OptState, grads: Method, step: Int[Array, ""], optimizer: Optimizer
+    method: Method,
+    opt_state: optax.OptState,
+    grads: Method,
+    step: Int[Array, ""],
+    metrics: Metrics,
+    optimizer: Optimizer,
 ) -> tuple[Method, optax.OptState]:
     """Change the parameters by their gradients, then what gradients do not reach."""
     # AdamW or Muon on everything that is not beneath an EMA.
@@ -109,7 +114,7 @@ def update(
     method = eqx.combine(eqx.apply_updates(params, updates), frozen)
 
     # The EMA teacher moves. Its metrics are dropped here and computed only at logged steps: `track_update_norms`.
-    method, _ = method.after_update(step)
+    method, _ = method.after_update(step, metrics)
     return method, opt_state
 
 
