@@ -148,8 +148,10 @@ class WorldModel(Method):
         context: Float[Array, "context dim"],
         past: Float[Array, "past action"],
         candidates: Float[Array, "candidates horizon action"],
+        window: int | None = None,
     ) -> Float[Array, "candidates frames dim"]:
         """The embeddings that follow each candidate's blocks of actions: `context`, then `horizon` predictions.
 
-        `past` are the blocks between the frames of `context`, one fewer than these.
+        `past` are the blocks between the frames of `context`, one fewer than these. A prediction sees the last `window`
+        frames; None: as many as in training.
         """

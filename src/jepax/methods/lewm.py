@@ -166,7 +166,7 @@ class LeWM(WorldModel):
 
         metrics = clip_metrics(z, predictions, prediction_loss) | {
             "train/sigreg_loss": sigreg_loss,
-            "embeddings": outputs.tokens[:, 0],
+            "embeddings": z[:, 0],
             "state/projector": projector_statistics,
             "state/head": head_statistics,
         }
@@ -260,7 +260,6 @@ def clip_metrics(z: Clip, predictions: Clip, prediction_loss: Float[Array, ""]) 
         "train/explained_variance": explained_fraction(prediction_loss, of_the_mean),
         "health/target_norm": jnp.mean(jnp.linalg.norm(targets, axis=-1)),
         "health/prediction_norm": jnp.mean(jnp.linalg.norm(predictions, axis=-1)),
-        "projections": z[:, 0],
     }
 
 

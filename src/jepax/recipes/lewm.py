@@ -48,7 +48,7 @@ def lewm_two_room_224() -> Config:
         "data.num_episodes": 10_000,
         "optim": adamw(peak_lr=5e-5, warmup_epochs=0.1),
         "train": TrainConfig(batch_size=128, epochs=10.0),
-        "eval.plan": PlanConfig(num_samples=300, num_iterations=30, num_elites=30),
+        "eval.plan": PlanConfig(num_samples=300, num_iterations=30, num_elites=30, window=3),
     }
     return override(lewm_two_room(), changes)
 

@@ -92,7 +92,9 @@ def make_agents(
 ) -> dict[str, Agent]:
     """The agents by the names of `AGENTS`."""
     planner = settings.eval.plan.make_planner()
-    costs = {name: ModelCost(env, model) for name, model in models.items()} | {"true_state": TrueCost(env, scale)}
+    costs = {name: ModelCost(env, model, settings.eval.plan.window) for name, model in models.items()} | {
+        "true_state": TrueCost(env, scale)
+    }
     policies = {"random": RandomPolicy(), "behavior": POLICIES["expert"], "expert": Expert()}
     agents = {name: PlannerAgent(planner, scale, cost) for name, cost in costs.items()}
     agents |= {name: PolicyAgent(env, policy) for name, policy in policies.items()}
