@@ -78,12 +78,12 @@ def test_a_run_may_resume_sharded_or_replicated(tmp_path):
 @pytest.fixture(
     scope="module",
     params=[
-        "ijepa_vith14_in1k",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("ijepa_fashion_mnist", "lejepa_fashion_mnist")),
+        "lejepa_fashion_mnist",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("ijepa_vith14_in1k", "ijepa_fashion_mnist")),
     ],
 )
 def config(request):
-    """Scanned, rematerialized and with AdamW, as large recipes are; unrolled and with Muon."""
+    """Unrolled and with Muon; scanned, rematerialized and with AdamW, as large recipes are."""
     return wide(request.param)
 
 

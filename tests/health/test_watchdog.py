@@ -227,7 +227,7 @@ FAULTS = {
 CASES = [(kind, fault, short) for kind, cases in FAULTS.items() for fault, short in cases]
 
 
-@pytest.mark.parametrize("every", [1, 10, 50])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.long), 10, 50])
 @pytest.mark.parametrize(("kind", "fault", "short"), CASES)
 def test_each_rule_has_its_bounds_however_often_lines_are_written(kind, fault, short, every):
     said = kinds(made(500 if every == 50 else 320, every, **fault))

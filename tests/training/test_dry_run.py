@@ -135,6 +135,7 @@ def test_a_dry_run_of_a_method_that_compares_views(steps):
         assert word in text, text
 
 
+@pytest.mark.long
 def test_the_flops_of_a_method_that_compares_views():
     """ViT-L/14: the networks' forward pass is a third of a step without a teacher."""
     flops = dry_run.flops_by_verb(make_dry_setup(RECIPES["lejepa_vitl14_in1k"]()))
@@ -145,7 +146,7 @@ def test_the_flops_of_a_method_that_compares_views():
     assert 0 < flops["draw: views and masks"] + flops["objective: loss over the batch"] < 0.01 * step
 
 
-@pytest.mark.parametrize(("stop_gradient", "ratio"), [(True, 1.0), (False, 1.2)])
+@pytest.mark.parametrize(("stop_gradient", "ratio"), [pytest.param(True, 1.0, marks=pytest.mark.long), (False, 1.2)])
 def test_a_shared_encoders_backward_pass_is_counted(stop_gradient, ratio):
     """Where gradients reach the targets, their pass over all patches is run backward too."""
     config = small()
