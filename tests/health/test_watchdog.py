@@ -130,7 +130,7 @@ def test_targets_that_run_away_are_named(tmp_path):
     assert set(first) <= {"loss_divergence", "collapse"} and first.count("loss_divergence") >= 2, first
 
 
-@pytest.mark.parametrize(("recipe", "optim", "seed"), each_seed(HEALTHY, quick={307}))
+@pytest.mark.parametrize(("recipe", "optim", "seed"), each_seed(HEALTHY, quick=set()))
 def test_a_healthy_run_raises_no_alarm(recipe, optim, seed, tmp_path):
     lines, said = watched(tiny(recipe, seed, 80, optim), tmp_path / "run")
     assert said == [] and len(lines) == 9

@@ -48,8 +48,9 @@ def test_the_family_holds_every_cell():
     assert cells <= names
 
 
-def test_parts_share_out_the_runs():
-    name = "family_fashion_mnist"
+def test_parts_share_out_the_runs(tmp_path):
+    name, rows = str(tmp_path / "mine.yaml"), [Variant(row, "vicreg_fashion_mnist") for row in "abc"]
+    configs.save(Sweep("mine", "", tuple(rows), seeds=(0, 1)), tmp_path / "mine.yaml")
     whole = plan(name).jobs
     parts = [plan(name, "--shard", f"{i}/3").jobs for i in (1, 2, 3)]
     assert [job.folder for job in parts[1]] == [job.folder for job in whole[1::3]]
