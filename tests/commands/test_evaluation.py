@@ -155,6 +155,7 @@ def test_floors_are_measured_once(finished, capsys, tmp_path, monkeypatch):
     assert other["rows"]["untrained"] == first["rows"]["untrained"] and other["step"] == 4
 
 
+@pytest.mark.long
 def test_a_run_may_end_without_an_evaluation(finished, capsys, tmp_path):
     run, config, state = finished
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evals"))

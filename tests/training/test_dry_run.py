@@ -113,6 +113,7 @@ def test_a_first_step_that_is_not_finite_is_an_error(name, monkeypatch):
         dry_run.run_one_step(make_setup(small()), lambda line: None)
 
 
+@pytest.mark.long
 def test_published_settings_cost_what_their_networks_do():
     """ViT-B/16 on 224 x 224: the teacher on all patches, the context encoder and the predictor forward and back."""
     flops = dry_run.flops_by_verb(make_dry_setup(RECIPES["ijepa_vitb16_in1k"]()))
