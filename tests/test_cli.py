@@ -211,7 +211,7 @@ def test_a_setting_known_to_collapse_is_warned_of_once(capsys):
 
 def test_a_run_trains_evaluates_continues_and_is_trained_again(capsys, tmp_path, monkeypatch):
     run, again = tmp_path / "My [2024] project" / "exp[lr=1e-3]", tmp_path / "again"
-    cli.main(["train", "ijepa_fashion_mnist", *TINY, "--run-dir", str(run)])
+    cli.main(["train", "ijepa_fashion_mnist", *TINY, "--eval.protocols", "knn", "--run-dir", str(run)])
     out, error = capsys.readouterr()
     read = ["train: 64 images of 8 classes", "validation: 16 images of 8 classes", "test: 16 images of 8 classes"]
     assert [line for line in error.splitlines() if "images of" in line] == read
@@ -233,7 +233,7 @@ def test_a_run_trains_evaluates_continues_and_is_trained_again(capsys, tmp_path,
 
     finished = []
     monkeypatch.setattr(train, "finalize", lambda *given: finished.append(given))  # its work is seen above
-    cli.main(["train", "ijepa_fashion_mnist", *TINY, "--run-dir", str(run)])
+    cli.main(["train", "ijepa_fashion_mnist", *TINY, "--eval.protocols", "knn", "--run-dir", str(run)])
     assert [(given[0], int(given[1].step), given[2]) for given in finished] == [(config, 3, run)]
     assert "first step" not in capsys.readouterr().err  # it was done already
 

@@ -155,6 +155,7 @@ def test_floors_are_measured_once(finished, capsys, tmp_path, monkeypatch):
     assert other["rows"]["untrained"] == first["rows"]["untrained"] and other["step"] == 4
 
 
+@pytest.mark.long
 def test_a_run_may_end_without_an_evaluation(finished, capsys, tmp_path):
     run, config, state = finished
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evals"))
@@ -210,8 +211,8 @@ def test_errors_name_the_way_out(finished, capsys, words, said):
     assert all(word in error for word in said), error
 
 
-def test_training_never_opens_the_test_split(finished, tmp_path, monkeypatch):
-    _, config, _ = finished
+def test_online_evaluation_never_opens_the_test_split_and_changes_nothing_of_training(finished, tmp_path, monkeypatch):
+    _, config, state = finished
     opened, real = [], train_config.open_source
 
     def noted(data, split):
@@ -221,17 +222,11 @@ def test_training_never_opens_the_test_split(finished, tmp_path, monkeypatch):
     for module in (train_config, setup, monitor):
         monkeypatch.setattr(module, "open_source", noted)
     online = replace(config.eval.online, every_steps=2, train_images=20, validation_images=10)
-    training.train(replace(config, eval=replace(config.eval, online=online)), tmp_path)
+    beside = training.train(replace(config, eval=replace(config.eval, online=online)), tmp_path)
     assert "train" in opened and "validation" in opened and "test" not in opened
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val/probe_top1" in line] == [1, 3, 5]
     assert all(line["val/seconds"] > 0 for line in lines if "val/probe_top1" in line)
-
-
-def test_online_evaluation_changes_nothing_of_training(finished, tmp_path):
-    _, config, state = finished
-    online = replace(config.eval.online, every_steps=2, train_images=20, validation_images=10)
-    beside = training.train(replace(config, eval=replace(config.eval, online=online)), tmp_path)
     for ours, its in zip(jax.tree.leaves(state), jax.tree.leaves(beside), strict=True):
         np.testing.assert_array_equal(ours, its)
 

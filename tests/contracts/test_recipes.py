@@ -15,6 +15,7 @@ from jepax.io import checkpoint
 from jepax.io import config_yaml as configs
 from jepax.methods.base import example_keys, objective_key
 from jepax.methods.ema import EMAConfig
+from jepax.nn.stack import StackConfig
 from jepax.optim import Optimizer
 from jepax.recipes import RECIPES
 from jepax.training.setup import Setup
@@ -66,12 +67,13 @@ def step(setup, state, batch):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_a_program_at_its_full_size(name):
-    """Traced with abstract shapes: sizes fit each other, and nothing is computed."""
+    """Traced with abstract shapes, the blocks by a scan: sizes fit each other, and nothing is computed."""
     config = RECIPES[name]()
+    method = replace_all(config.method, StackConfig, lambda stack: replace(stack, scan_layers=True))
     pictures = np.zeros((8, 64, 64, config.method.encoder.in_channels), np.uint8)
     images = ImageBatch(canvas=pictures, size=np.full((8, 2), 64, np.int32), index=np.arange(8, dtype=np.int32))
-    method = eqx.filter_eval_shape(lambda: config.method.build(total_steps=10, key=jr.key(0)))
-    loss = eqx.filter_eval_shape(lambda method: method.loss(images, key=jr.key(0))[0], method)
+    built = eqx.filter_eval_shape(lambda: method.build(total_steps=10, key=jr.key(0)))
+    loss = eqx.filter_eval_shape(lambda built: built.loss(images, key=jr.key(0))[0], built)
     assert config.recipe == name and loss.shape == () and loss.dtype == jnp.float32
 
 

@@ -161,6 +161,7 @@ def test_labels_of_the_test_split_are_not_read(fitted):
     )
 
 
+@pytest.mark.long
 def test_one_program_for_all_rows_of_one_shape():
     train, other = (split(row(seed), 200, 0) for seed in (0, 1))
     first = train_heads(train, SETTINGS)

@@ -137,6 +137,7 @@ def test_it_learns_and_validation_chooses(fitted):
         np.testing.assert_array_equal(old, new)  # the row's own encoder, and its arrays still live
 
 
+@pytest.mark.long
 def test_of_equals_the_first_is_chosen():
     (answer,) = run(finetune, *splits(row()), CLASSES, SHORT, key=jr.key(0))
     assert answer.trials[0]["validation_top1"] == answer.trials[1]["validation_top1"]

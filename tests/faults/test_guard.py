@@ -23,6 +23,7 @@ from jepax.training.nan_dump import replay
 from tests.contracts.shrink import BATCH, shrunk
 from tests.faults.injected import spoilt
 
+pytestmark = pytest.mark.slow_fault
 STEPS, SPIKE = 44, 36
 BAD = {"nan_activations": (3,), "inf_loss": (5,), "inf_gradient": (7,), "nan_gradient": (40, 41, 42)}
 
@@ -120,7 +121,6 @@ def test_as_many_in_a_row_as_the_guard_bears_end_the_run(ended):
     assert json.loads((folder / "health.json").read_text())["ended"].startswith("3 consecutive steps")
 
 
-@pytest.mark.slow_fault
 @pytest.mark.fault(15, "less patience than a run has used up already")
 def test_a_run_that_goes_on_with_less_patience_ends_at_once(ended):
     config = run_of(GradGuardConfig(max_consecutive_nonfinite=1), large_gradient=(SPIKE,), **BAD)
@@ -129,7 +129,6 @@ def test_a_run_that_goes_on_with_less_patience_ends_at_once(ended):
     assert end.value.step == 41
 
 
-@pytest.mark.slow_fault
 @pytest.mark.fault(15, "the step that ended a run, again")
 def test_its_last_step_can_be_replayed(ended, capsys):
     folder = ended[0] / "dumps" / "step_00000042"
@@ -154,7 +153,6 @@ def spike(action, batches=(40,)):
     return run_of(GradGuardConfig(max_consecutive_nonfinite=2, on_spike=action), large_gradient=batches)
 
 
-@pytest.mark.slow_fault
 @pytest.mark.fault(16, "a gradient times 1000: skipped, or let pass")
 def test_a_spike_is_skipped_or_let_pass(tmp_path):
     skipped = train(spike("skip"), tmp_path / "skip")

@@ -79,7 +79,7 @@ def messages(processes: Processes, process) -> list[str]:
 
 @pytest.mark.fault(12, "several processes end together")
 @pytest.mark.parametrize("slow", [0, pytest.param(1, marks=pytest.mark.slow_fault)], ids=["coordinator", "other"])
-@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.parametrize("how", [pytest.param(how, marks=[pytest.mark.slow_fault] * (how == "all")) for how in ENDS])
 def test_all_end_with_the_code_and_the_message_of_the_one(processes, how, slow):
     code, own, others = ENDS[how]
     group = processes.group("failing", how, str(slow), count=3)
@@ -91,7 +91,11 @@ def test_all_end_with_the_code_and_the_message_of_the_one(processes, how, slow):
 
 @pytest.mark.fault(12, "one of several processes fails alone")
 @pytest.mark.parametrize("failing", [0, 1], ids=["coordinator", "other"])
-@pytest.mark.parametrize("how, message", [("alone", "no pictures here"), ("system", FULL)])
+@pytest.mark.parametrize(
+    "how, message",
+    [("alone", "no pictures here"), pytest.param("system", FULL, marks=pytest.mark.slow_fault)],
+    ids=["alone", "system"],
+)
 def test_one_that_fails_says_why_and_the_others_end(processes, how, message, failing):
     group = processes.group("failing", how, str(failing), count=3)
     codes = [process.wait(60) for process in group]

@@ -17,7 +17,9 @@ def draw(grid, count=200, seed=0, **settings):
     return sampler, jax.tree.map(np.asarray, jax.jit(sampler)(jr.split(jr.key(seed), count)))
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    "grid", [pytest.param(grid, marks=[pytest.mark.long] * (grid[0] == grid[1] != 14)) for grid in GRIDS]
+)
 def test_every_draw(grid):
     sampler, masks = draw(grid)
     sizes = {tuple(size) for size in block_sizes(grid, (0.15, 0.2), (0.75, 1.5), 1)[0]}

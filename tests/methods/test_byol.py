@@ -45,6 +45,7 @@ def test_the_mean_explains_what_one_prediction_for_all_images_can(groups):
     np.testing.assert_allclose(cosine_distance(everywhere, groups[0] + 0.1), expected, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_what_byol_logs_of_its_loss(images):
     method = CONFIG.build(total_steps=10, key=jr.key(0))
     loss, metrics = loss_of(method, images, jr.key(1))

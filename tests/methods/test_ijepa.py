@@ -26,11 +26,11 @@ def smooth_l1(error):
     "settings",
     [
         {"loss": "l2"},
-        {"smooth_l1_beta": 0.3},
+        pytest.param({"smooth_l1_beta": 0.3}, marks=pytest.mark.long),
         {"target_norm": "none"},
         {"prediction_norm": "affine"},
         pytest.param({"prediction_norm": "no_affine"}, marks=pytest.mark.long),
-        {"regularizer": RegularizerConfig("vicreg")},
+        pytest.param({"regularizer": RegularizerConfig("vicreg")}, marks=pytest.mark.long),
         pytest.param({"regularizer": RegularizerConfig("visreg", num_slices=8)}, marks=pytest.mark.long),
         pytest.param({"regularizer": RegularizerConfig("sigreg", num_slices=8)}, marks=pytest.mark.long),
         pytest.param({"regularizer": RegularizerConfig("rdmreg", num_slices=8)}, marks=pytest.mark.long),

@@ -25,10 +25,10 @@ def targets_of(method, views):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"target_layers": (1, 2)},
+        pytest.param({"target_layers": (1, 2)}, marks=pytest.mark.long),
         pytest.param({"target_layers": (1,)}, marks=pytest.mark.long),
         {"target_layers": (1, 2), "target_layer_weights": (1.0, 3.0)},
-        {"context_loss_weight": 0.5},
+        pytest.param({"context_loss_weight": 0.5}, marks=pytest.mark.long),
     ],
 )
 def test_each_setting_changes_the_loss_and_stays_finite(images, settings):

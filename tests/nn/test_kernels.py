@@ -75,6 +75,7 @@ def test_values_and_gradients_are_those_of_the_plain_formula(name, backend):
         np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-6 * max(1.0, float(jnp.abs(wanted).max())))
 
 
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("gpu", marks=pytest.mark.long)], indirect=True)
 @pytest.mark.parametrize("name", CASES)
 def test_in_bfloat16_gradients_keep_the_type_and_are_near(name, backend):
     """Eight bits, and a difference in the softmax's gradient: 0.5 to 3.3%."""
@@ -100,7 +101,10 @@ def test_the_distribution_of_16_bits_is_near_and_ends_at_0_and_1(monkeypatch):
     np.testing.assert_allclose(gelu(wide).astype(jnp.float32), [0.0, 1e4, jnp.inf, jnp.nan], atol=0.01, rtol=0.01)
 
 
-@pytest.mark.parametrize(("num_queries", "tokens"), [(8, 8), (4, 8), (7, 7), (3, 8), (4, 7)])
+@pytest.mark.parametrize(
+    ("num_queries", "tokens"),
+    [(3, 8), *(pytest.param(*n, marks=pytest.mark.long) for n in ((8, 8), (4, 8), (7, 7), (4, 7)))],
+)
 @pytest.mark.parametrize("lengths", [None, jnp.array([7, 3])])
 def test_fused_attention_is_attention_also_of_odd_numbers_of_tokens(num_queries, tokens, lengths):
     """As the GPU's kernel is called, here with JAX's plain one in its place."""

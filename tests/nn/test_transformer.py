@@ -21,7 +21,7 @@ DIM, HEADS, TOKENS = 16, 2, 7
 TOKENS_GIVEN = jr.normal(jr.key(1), (2, TOKENS, DIM))
 
 
-def stack(depth=3, *, std=None, dim=DIM, **execution):
+def stack(depth=2, *, std=None, dim=DIM, **execution):
     config = StackConfig(width=dim, depth=depth, num_heads=HEADS, init_std=std, **execution)
     return init_stack(config, key=jr.key(0))
 
@@ -88,8 +88,8 @@ def test_tokens_beyond_the_length_change_nothing(tokens, fast):
 @pytest.mark.parametrize(
     ("scan", "remat", "num_outputs"),
     some_quick(
-        product((False, True), ("none", "dots", "full"), (1, 2, 3)),
-        quick={(0, "none", 3), (1, "none", 2), (0, "full", 2), (1, "dots", 3)},
+        product((False, True), ("none", "dots", "full"), (1, 2)),
+        quick={(0, "full", 2), (1, "dots", 1)},
     ),
 )
 def test_every_execution_computes_the_same(tokens, scan, remat, num_outputs):
@@ -104,7 +104,7 @@ def test_every_execution_computes_the_same(tokens, scan, remat, num_outputs):
     ("num_queries", "lengths"),
     some_quick(
         product((None, 1, 3), (None, (TOKENS, 4), (5, 5))),
-        quick={(None, None), (1, (TOKENS, 4)), (3, (5, 5)), (None, (TOKENS, 4)), (3, None)},
+        quick={(None, None), (1, (TOKENS, 4)), (3, (5, 5))},
     ),
 )
 def test_the_fast_form_is_the_plain_form(tokens, num_queries, lengths):
@@ -113,7 +113,7 @@ def test_the_fast_form_is_the_plain_form(tokens, num_queries, lengths):
     assert_close(fast, plain)
 
 
-@pytest.mark.parametrize("num_queries", [None, 3])
+@pytest.mark.parametrize("num_queries", [pytest.param(None, marks=pytest.mark.long), 3])
 def test_in_bfloat16_the_fast_form_is_as_near_to_float32_as_the_plain_form(tokens, num_queries):
     arguments = {"num_queries": num_queries, "lengths": jnp.array([TOKENS, 4])}
 
@@ -152,11 +152,11 @@ def test_the_stack_can_be_replaced_field_by_field(tokens):
         return jax.tree.map(lambda x: 2 * x, block)
 
     doubled = eqx.tree_at(lambda s: s.blocks, stack(), jax.tree.map(lambda x: 2 * x, stack().blocks))
-    for scan, remat in ((False, "none"), (False, "full"), (True, "full")):
+    for scan, remat in ((False, "none"), (True, "full")):
         hooked = dataclasses.replace(stack(scan_layers=scan), gather=double, remat=remat, fast=False)
         calls.clear()
         np.testing.assert_allclose(hooked(tokens)[0], doubled(tokens)[0], atol=1e-4)
-        assert set(calls) == {(DIM, 4 * DIM)} and len(calls) == (2 if scan else 3)
+        assert set(calls) == {(DIM, 4 * DIM)} and len(calls) == 2
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -169,7 +169,7 @@ def test_rematerialization_saves_no_more_than_it_says(tokens, remat, widths, fas
     assert sum(leaf.size for leaf in kept if leaf.shape[0] in (2, 2 * TOKENS)) == 2 * TOKENS * widths * DIM
 
 
-@pytest.mark.parametrize("num_queries", [None, 3])
+@pytest.mark.parametrize("num_queries", [None, pytest.param(3, marks=pytest.mark.long)])
 def test_arithmetic_is_counted_once_however_blocks_are_executed(tokens, num_queries):
     def gradient(stack, tokens):
         return jax.grad(lambda s: jnp.sum(s(tokens, num_queries=num_queries)[0] ** 2))(stack)

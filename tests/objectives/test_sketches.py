@@ -63,7 +63,7 @@ def test_sigreg_grows_with_the_batch_only_away_from_the_normal(directions):
     assert wide[1] == pytest.approx(4 * wide[0], rel=0.2)
 
 
-@pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 50.0])
+@pytest.mark.parametrize("p", [0.5, *(pytest.param(p, marks=pytest.mark.long) for p in (1.0, 2.0, 50.0))])
 def test_rectified_samples_have_their_moments_and_share_of_nonzeros(p):
     for mu in (-0.5, 0.0, 0.7):
         sigma = rdmreg.sigma_before_relu(p)

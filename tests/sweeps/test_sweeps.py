@@ -48,8 +48,9 @@ def test_the_family_holds_every_cell():
     assert cells <= names
 
 
-def test_parts_share_out_the_runs():
-    name = "family_fashion_mnist"
+def test_parts_share_out_the_runs(tmp_path):
+    name, rows = str(tmp_path / "mine.yaml"), [Variant(row, "vicreg_fashion_mnist") for row in "abc"]
+    configs.save(Sweep("mine", "", tuple(rows), seeds=(0, 1)), tmp_path / "mine.yaml")
     whole = plan(name).jobs
     parts = [plan(name, "--shard", f"{i}/3").jobs for i in (1, 2, 3)]
     assert [job.folder for job in parts[1]] == [job.folder for job in whole[1::3]]
@@ -142,8 +143,7 @@ def test_runs_of_another_config_are_not_put_into_one_table(tmp_path, monkeypatch
 def finished(tmp_path_factory):
     """A sweep of a file with two rows and two seeds, run from the command line in two parts; no run draws figures."""
     folder = tmp_path_factory.mktemp("sweep")
-    masked = Variant("masked", "ijepa_fashion_mnist", ("--method.predictor.depth", "1"))
-    rows = (masked, Variant("views", "byol_fashion_mnist"))
+    rows = (Variant("lejepa", "lejepa_fashion_mnist"), Variant("vicreg", "vicreg_fashion_mnist"))
     configs.save(Sweep("mine", "two rows", rows, seeds=(0, 1)), folder / "mine.yaml")
     words = ["sweep", str(folder / "mine.yaml"), *TINY, "--run-dir", str(folder / "out")]
     drawn = []
@@ -152,7 +152,7 @@ def finished(tmp_path_factory):
         patch.setattr(run, "clear_jit_caches", lambda: None)
         for part in ("1/2", "2/2"):
             cli.main([*words, "--shard", part])
-    assert [path.name for path in drawn] == ["masked-seed0", "masked-seed1", "views-seed0", "views-seed1"]
+    assert [path.name for path in drawn] == ["lejepa-seed0", "lejepa-seed1", "vicreg-seed0", "vicreg-seed1"]
     return folder / "out", words
 
 
@@ -160,13 +160,13 @@ def test_a_sweep_ends_in_one_table_and_one_figure(finished):
     folder, _ = finished
     lines = (folder / "grid.md").read_text().splitlines()
     assert lines[:2] == ["two rows", ""]
-    assert [line.split(" | ")[0] for line in lines[4:]] == ["| masked", "| views"]
+    assert [line.split(" | ")[0] for line in lines[4:]] == ["| lejepa", "| vicreg"]
     assert all(line.count("|") == lines[2].count("|") for line in lines[2:])
     assert (folder / "grid.png").read_bytes().startswith(b"\x89PNG")
     with (folder / "grid.csv").open() as file:
         found = list(csv.DictReader(file))
     order = [(each["row"], each["seed"]) for each in found]
-    assert order == [("masked", "0"), ("masked", "1"), ("views", "0"), ("views", "1")]
+    assert order == [("lejepa", "0"), ("lejepa", "1"), ("vicreg", "0"), ("vicreg", "1")]
     for each in found:
         result = json.loads((folder / f"{each['row']}-seed{each['seed']}/evals/step_00000003.json").read_text())
         assert float(each["linear"]) == result["rows"]["trained"]["linear"]["top1"]
@@ -182,7 +182,7 @@ def test_baselines_are_measured_once_per_seed_and_no_score_is_shared(finished):
     assert kept == ["pixels", "pixels", "untrained", "untrained"]
     rows = [
         json.loads((folder / f"{name}-seed0/evals/step_00000003.json").read_text())["rows"]
-        for name in ("masked", "views")
+        for name in ("lejepa", "vicreg")
     ]
     assert rows[0]["untrained"] == rows[1]["untrained"] and rows[0]["pixels"] == rows[1]["pixels"]
     assert rows[0]["trained"]["effective_rank"] != rows[1]["trained"]["effective_rank"]
@@ -205,7 +205,7 @@ def test_the_same_command_again_trains_nothing_and_another_config_is_refused(fin
     _, words = finished
     monkeypatch.setattr(run.training, "train", lambda *given: pytest.fail("trained again"))
     cli.main(words)
-    assert "| masked |" in capsys.readouterr().out
+    assert "| lejepa |" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main([*words, "--optim.peak-lr", "0.1"])
     assert "optim.peak_lr" in capsys.readouterr().err
@@ -215,7 +215,7 @@ def test_the_same_command_again_trains_nothing_and_another_config_is_refused(fin
 def test_a_run_without_its_evaluation_is_continued(finished, capsys, tmp_path):
     words = [*finished[1][:-1], str(tmp_path / "out")]
     folder = shutil.copytree(finished[0], tmp_path / "out")
-    lost = folder / "views-seed1" / "evals" / "step_00000003.json"
+    lost = folder / "vicreg-seed1" / "evals" / "step_00000003.json"
     before = json.loads(lost.read_text())["rows"]["trained"]
     lost.unlink()
     assert len(table.load_results(load_sweep(words[1]), folder)) == 3
@@ -239,21 +239,21 @@ def test_the_table_says_what_is_missing(finished, tmp_path):
     assert not any("missing" in line for line in said(sweep, folder))
     copy = tmp_path / "out"
     shutil.copytree(folder, copy)
-    (copy / "views-seed1" / "evals" / "step_00000003.json").unlink()
+    (copy / "vicreg-seed1" / "evals" / "step_00000003.json").unlink()
     assert said(sweep, copy)[-1] == "1 of 4 runs are missing"
     one_seed = dataclasses.replace(sweep, seeds=(0,))
     assert len(table.load_results(one_seed, copy)) == 3  # of whatever seeds: nothing that is done leaves the table
     assert not any("missing" in line for line in said(one_seed, copy))
-    (copy / "views-seed1" / table.DIVERGED_FILE).write_text("why\n")
-    assert said(one_seed, copy)[-1] == "views, seed 1: why"
-    (copy / "masked-seed0" / "evals" / "step_00000003.json").unlink()
-    assert said(one_seed, copy)[-2:] == ["views, seed 1: why", "1 of 2 runs are missing"]  # of the seeds asked for
+    (copy / "vicreg-seed1" / table.DIVERGED_FILE).write_text("why\n")
+    assert said(one_seed, copy)[-1] == "vicreg, seed 1: why"
+    (copy / "lejepa-seed0" / "evals" / "step_00000003.json").unlink()
+    assert said(one_seed, copy)[-2:] == ["vicreg, seed 1: why", "1 of 2 runs are missing"]  # of the seeds asked for
 
 
 def test_an_evaluation_on_the_way_does_not_finish_a_run(finished, tmp_path):
     folder, words = finished
-    run_folder = tmp_path / "masked-seed0"
-    shutil.copytree(folder / "masked-seed0", run_folder)
+    run_folder = tmp_path / "lejepa-seed0"
+    shutil.copytree(folder / "lejepa-seed0", run_folder)
     whole = run_folder / "evals" / "step_00000003.json"
     whole.rename(run_folder / "evals" / "step_00000002.json")
     assert table.find_evaluation(run_folder) is None

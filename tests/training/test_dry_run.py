@@ -113,6 +113,7 @@ def test_a_first_step_that_is_not_finite_is_an_error(name, monkeypatch):
         dry_run.run_one_step(make_setup(small()), lambda line: None)
 
 
+@pytest.mark.long
 def test_published_settings_cost_what_their_networks_do():
     """ViT-B/16 on 224 x 224: the teacher on all patches, the context encoder and the predictor forward and back."""
     flops = dry_run.flops_by_verb(make_dry_setup(RECIPES["ijepa_vitb16_in1k"]()))
@@ -135,6 +136,7 @@ def test_a_dry_run_of_a_method_that_compares_views(steps):
         assert word in text, text
 
 
+@pytest.mark.long
 def test_the_flops_of_a_method_that_compares_views():
     """ViT-L/14: the networks' forward pass is a third of a step without a teacher."""
     flops = dry_run.flops_by_verb(make_dry_setup(RECIPES["lejepa_vitl14_in1k"]()))
@@ -145,7 +147,7 @@ def test_the_flops_of_a_method_that_compares_views():
     assert 0 < flops["draw: views and masks"] + flops["objective: loss over the batch"] < 0.01 * step
 
 
-@pytest.mark.parametrize(("stop_gradient", "ratio"), [(True, 1.0), (False, 1.2)])
+@pytest.mark.parametrize(("stop_gradient", "ratio"), [pytest.param(True, 1.0, marks=pytest.mark.long), (False, 1.2)])
 def test_a_shared_encoders_backward_pass_is_counted(stop_gradient, ratio):
     """Where gradients reach the targets, their pass over all patches is run backward too."""
     config = small()

@@ -180,7 +180,8 @@ def tamper(monkeypatch, changes, lost=None):
     return calls
 
 
-@pytest.mark.parametrize(("last", "line"), [pytest.param(14, 9, marks=pytest.mark.long), (4, 3)])
+@pytest.mark.long
+@pytest.mark.parametrize(("last", "line"), [(14, 9), (4, 3)])
 def test_a_step_between_two_lines_is_not_overlooked(last, line, config, tmp_path, monkeypatch):
     """The loss of the third step alone, of ten to a line, leaps; the run ends later, or at once: both are named."""
     leap = {3: lambda metrics: {"train/loss": 100 * metrics["train/loss"]}}

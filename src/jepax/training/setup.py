@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import equinox as eqx
@@ -121,8 +122,9 @@ def make_plan(config: Config, optimizer: Optimizer, devices: int | None = None) 
     return sharding.choose_plan(config.train.sharding, mesh, size, config.train.grad_accum_steps)
 
 
+@lru_cache(maxsize=32)
 def abstract_state(config: MethodConfig, optimizer: Optimizer) -> TrainState:
-    """The state of a run as abstract shapes."""
+    """The state of a run as abstract shapes. Kept: tracing a method takes a second, and a run asks several times."""
     return eqx.filter_eval_shape(_init_state, config, optimizer, jr.key(0))
 
 
