@@ -1,0 +1,204 @@
+"""Plots what a world model does when it plans: its episodes, its distances, and what it imagines.
+
+Nothing is chosen by its looks: of every task, the first episode that reaches the goal and the first that does not.
+Positions are the first two numbers of a state, x to the right and y down; worlds with fewer numbers have no maps.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy.stats import spearmanr
+
+from jepax.data.simulate import render
+from jepax.evals.planning import ModelCost, starts_inside
+from jepax.evals.world_model import embed_frames
+from jepax.training.planning import Played
+from jepax.viz.curves import BLUE, INK, ORANGE
+from jepax.viz.figures import save_atomically, save_figure
+from jepax.viz.sheets import DPI, MASK_INCHES, draw_image, make_sheet
+
+MAP_INCHES, MAP_CELLS = 3.0, 32
+"""Width of a map in inches, and of its cells in fractions of the map."""
+GIF_PIXELS, GIF_GAP, GIF_MS, GIF_END_MS = 224, 16, 80, 1500
+"""Least width of an animated image, the gap before the goal in pixels, and milliseconds of a frame and of the last."""
+
+
+class Shown(NamedTuple):
+    """One episode."""
+
+    task: str
+    states: Float[np.ndarray, "states state"]
+    goal: Float[np.ndarray, "state"]
+    actions: Float[np.ndarray, "steps action"]
+    reached: int | None
+    """Steps until the goal is reached; None: never."""
+
+    @property
+    def result(self) -> str:
+        return "never reached" if self.reached is None else f"reached at step {self.reached}"
+
+
+def draw_planning(played: Played, run: Path) -> list[Path]:
+    """Draws the figures of the trained model's plans into `run`/figures, each atomically, and returns their paths.
+
+    - episode.png: images of some episodes, after each plan; episode.gif: every image of one of them.
+    - distance.png: the distance to three goals, as the model and as the world has it.
+    - imagined.png: the first plan of some episodes, as imagined and as it happened.
+    """
+    shown, folder = choose_episodes(played), run / "figures"
+    one = next((each for each in reversed(shown) if each.reached is not None), shown[-1])
+    figures = {"episode.png": plot_episodes(played, shown)}
+    if played.agent.cost.env.state_dim >= 2:
+        z = embed_frames(played.agent.cost.model, played.frames)
+        figures |= {"distance.png": plot_distances(played, z), "imagined.png": plot_imagined(played, shown, z)}
+    paths = [save_figure(figure, folder / name) for name, figure in figures.items()]
+    return [*paths, save_gif(animate(played, one), folder / "episode.gif")]
+
+
+def choose_episodes(played: Played) -> list[Shown]:
+    """Of every task the first success and the first failure, if there are any, that start outside the goal."""
+    shown = []
+    for name, task in played.tasks.items():
+        outcome = jax.tree.map(np.asarray, played.outcomes[name])
+        inside, _ = starts_inside(played.agent.cost.env, task)
+        success = outcome.reached.any(axis=1)
+        chosen = [i for kind in (success, ~success) for i in np.flatnonzero(kind & ~inside)[:1]]
+        for i in chosen or [0]:
+            reached = int(outcome.reached[i].argmax()) + 1 if success[i] else None
+            title = name.replace("_", " ")
+            shown.append(Shown(title, outcome.states[i], task.goal[i], outcome.actions[i], reached))
+    return shown
+
+
+# ---- Images ----
+
+
+def plot_episodes(played: Played, shown: list[Shown]) -> Figure:
+    """One row per episode: the start, what each plan led to, and the goal."""
+    agent, budget = played.agent, len(shown[0].actions)
+    steps = [*range(0, budget, agent.planner.horizon * agent.scale.frame_skip), budget]
+    figure, axes = make_sheet(len(shown), len(steps) + 1, MASK_INCHES, MASK_INCHES + 0.22)
+    for row, each in zip(axes, shown, strict=True):
+        images = to_rgb(render(agent.cost.env, np.stack([*each.states[steps], each.goal])))
+        names = [f"{each.task}: start", *(f"plan {i}: step {step}" for i, step in enumerate(steps[1:], 1))]
+        for cell, image, title in zip(row, images, [*names, f"goal: {each.result}"], strict=True):
+            draw_image(cell, image, MASK_INCHES)
+            cell.set_title(title, fontsize=8, pad=2)
+    return figure
+
+
+def animate(played: Played, shown: Shown) -> list[Image.Image]:
+    """Every image of an episode, with the goal on its right."""
+    *images, goal = to_rgb(render(played.agent.cost.env, np.stack([*shown.states, shown.goal])))
+    factor = -(-GIF_PIXELS // goal.shape[1])
+    gap = np.full((len(goal) * factor, GIF_GAP, 3), 255, np.uint8)
+    goal, *images = (image.repeat(factor, axis=0).repeat(factor, axis=1) for image in (goal, *images))
+    return [Image.fromarray(np.concatenate([image, gap, goal], axis=1)) for image in images]
+
+
+def save_gif(images: list[Image.Image], path: Path) -> Path:
+    """Write an animated GIF atomically, which repeats and rests at its end."""
+    durations = [GIF_MS] * (len(images) - 1) + [GIF_END_MS]
+    first, *others = images
+    options = {"save_all": True, "append_images": others, "duration": durations, "loop": 0}
+    return save_atomically(path, lambda part: first.save(part, format="GIF", **options))
+
+
+def to_rgb(
+    images: UInt8[np.ndarray, "n height width channels"],
+) -> UInt8[np.ndarray, "n height width 3"]:
+    """Gray is repeated, a missing third channel is black, and channels after the third are left out."""
+    if images.shape[-1] == 1:
+        return images.repeat(3, axis=-1)
+    missing = max(0, 3 - images.shape[-1])
+    return np.pad(images, [(0, 0)] * 3 + [(0, missing)])[..., :3]
+
+
+# ---- Maps ----
+
+
+def plot_distances(played: Played, z: Float[np.ndarray, "frames dim"]) -> Figure:
+    """One column per goal: the mean distance from it of the frames in each cell, of embeddings and of states."""
+    env, model = played.agent.cost.env, played.agent.cost.model
+    goals = played.tasks["same_region"].goal[:3]  # drawn at random, not from the data
+    embedded = np.linalg.norm(z - embed_frames(model, render(env, goals))[:, None], axis=2)
+    true = np.stack([jax.vmap(env.distance, (0, None))(played.states, goal) for goal in goals])
+
+    figure, axes = _maps(2, len(goals))
+    for row, values, name in zip(axes, (embedded, true), ("of embeddings", "in the world"), strict=True):
+        for cell, goal, value in zip(row, goals, values, strict=True):
+            style = {"gridsize": MAP_CELLS, "cmap": "viridis", "linewidths": 0.2, "vmin": 0, "vmax": values.max()}
+            drawn = cell.hexbin(*played.states[:, :2].T, C=value, **style)
+            cell.plot(*goal[:2], "*", color="white", markeredgecolor=INK, markersize=14)
+        figure.colorbar(drawn, ax=row, label=f"distance {name}", shrink=0.9)
+    for cell, ours, theirs in zip(axes[0], embedded, true, strict=True):
+        cell.set_title(f"rank correlation {spearmanr(ours, theirs).statistic:.2f}", fontsize=9)
+    return figure
+
+
+def plot_imagined(played: Played, shown: list[Shown], z: Float[np.ndarray, "frames dim"]) -> Figure:
+    """The first plan of each episode: the states it led to, and those whose embeddings are the nearest to predictions.
+
+    Gray: the states of held-out frames, among which the nearest is looked for.
+    """
+    env, skip = played.agent.cost.env, played.agent.scale.frame_skip
+    size = min(played.agent.planner.horizon, len(shown[0].actions) // skip) * skip
+    figure, axes = _maps(-(-len(shown) // 3), min(len(shown), 3))
+    for cell, each in zip(axes.flat, shown, strict=False):
+        real = each.states[: size + 1]
+        predicted = np.asarray(imagine(played, real[0], each.actions[:size]))
+        nearest = np.argmin(np.linalg.norm(predicted[:, None] - z, axis=2), axis=1)
+        imagined = played.states[nearest]
+        error = float(jnp.mean(jax.vmap(env.distance)(jnp.asarray(imagined[1:]), jnp.asarray(real[skip::skip]))))
+
+        cell.plot(*played.states[:, :2].T, ".", color="0.88", markersize=2)
+        cell.plot(*real[:, :2].T, color=INK, linewidth=1.4, marker="o", markersize=4, markevery=skip, label="real")
+        cell.plot(*imagined[:, :2].T, color=ORANGE, linewidth=1.4, marker="o", markersize=4, label="imagined")
+        cell.plot(*each.goal[:2], "*", color=BLUE, markersize=12, label="goal")
+        cell.set_title(f"{each.task}: {each.result}; {error:.1f} apart", fontsize=9)
+    for cell in axes.flat[len(shown) :]:
+        cell.set_axis_off()
+    axes[0, 0].legend(fontsize=8, frameon=False, loc="best")
+    return figure
+
+
+def imagine(
+    played: Played, start: Float[np.ndarray, "state"], actions: Float[np.ndarray, "steps action"]
+) -> Float[Array, "frames dim"]:
+    """The embedding of a start, and the model's predictions after each block of these actions."""
+    scale, cost = played.agent.scale, played.agent.cost
+    blocks = (actions - np.asarray(scale.mean)) / np.asarray(scale.std)
+    return _imagine(cost, jnp.asarray(start), jnp.asarray(blocks.reshape(-1, scale.block), jnp.float32))
+
+
+@eqx.filter_jit
+def _imagine(
+    cost: ModelCost, start: Float[Array, "state"], blocks: Float[Array, "horizon block"]
+) -> Float[Array, "frames dim"]:
+    z = cost.model.embed(cost.env.render(start)[None])
+    return cost.model.rollout(z, blocks[:0], blocks[None], cost.window)[0]
+
+
+def _maps(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    """A figure of square maps, y down."""
+    size = (columns * MAP_INCHES + 0.8, rows * (MAP_INCHES + 0.2))
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for cell in axes.flat:
+        _style_map(cell)
+    return figure, axes
+
+
+def _style_map(axes: Axes) -> None:
+    axes.set_box_aspect(1)
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
