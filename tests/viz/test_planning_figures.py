@@ -15,7 +15,8 @@ from jepax.nn import CausalPredictorConfig, ViTConfig
 from jepax.planners import CEM
 from jepax.training.planning import Played
 from jepax.viz import planning
-from jepax.viz.planning import animate, choose_episodes, draw_planning, imagine, plot_distances, plot_imagined, to_rgb
+from jepax.viz.episodes import GIF_GAP, animate, choose_episodes, plot_episodes, to_rgb
+from jepax.viz.planning import draw_planning, imagine, plot_distances, plot_imagined
 
 ENV = TwoRoom(image_size=32)
 SCALE = ActionScale((0.1, -0.1), (0.8, 0.9), 5)
@@ -53,7 +54,7 @@ def test_the_run_gets_its_figures(played, tmp_path):
         with Image.open(path) as image:
             assert image.format == path.suffix[1:].upper() and min(image.size) >= 224
     with Image.open(tmp_path / "figures/episode.gif") as gif:
-        assert gif.n_frames > 1 and gif.size == (2 * 224 + planning.GIF_GAP, 224)
+        assert gif.n_frames > 1 and gif.size == (2 * 224 + GIF_GAP, 224)
 
 
 def test_the_first_success_and_the_first_failure_outside_the_goal_are_shown(played):
@@ -69,7 +70,7 @@ def test_the_first_success_and_the_first_failure_outside_the_goal_are_shown(play
 
 def test_a_row_shows_the_start_what_each_plan_led_to_and_the_goal(played):
     shown = choose_episodes(with_reached(played, np.zeros((4, 15))))
-    cells = planning.plot_episodes(played, shown).axes
+    cells = plot_episodes(played, shown).axes
     names = ["same region: start", "plan 1: step 10", "plan 2: step 15", "goal: never reached"]
     assert [cell.get_title() for cell in cells] == names
     expected = render(ENV, np.stack([*shown[0].states[[0, 10, 15]], GOAL[1]]))
@@ -85,7 +86,7 @@ def test_the_animation_has_every_state_with_the_goal_on_the_right(played):
     for image, state in zip(images, expected, strict=False):
         np.testing.assert_array_equal(image[:, :32], state)
         np.testing.assert_array_equal(image[0, 34], expected[-1][0, -1] * 0 + 255)
-    np.testing.assert_array_equal(np.asarray(animate(played, shown)[3])[::7, 224 + planning.GIF_GAP :: 7], expected[-1])
+    np.testing.assert_array_equal(np.asarray(animate(played, shown)[3])[::7, 224 + GIF_GAP :: 7], expected[-1])
 
 
 def test_imagined_embeddings_are_those_that_the_plan_was_chosen_by(played):
