@@ -52,13 +52,13 @@ class Environment(eqx.Module):
     def reached(self, state: State, goal: State) -> Bool[Array, ""]:
         """True if the state counts as the goal."""
 
-    def region(self, state: State) -> Int[Array, ""]:
-        """The part of the world that a state is in, such as a room; 0 everywhere in a world without parts."""
-        return jnp.int32(0)
-
     @abc.abstractmethod
     def expert(self, state: State, goal: State) -> Action:
         """An action toward the goal, without noise: the policy that data is collected with, and a ceiling."""
+
+    def region(self, state: State) -> Int[Array, ""]:
+        """The part of the world that a state is in, such as a room; 0 everywhere in a world without parts."""
+        return jnp.int32(0)
 
 
 def unit_vector(vector: Float[Array, "dim"]) -> Float[Array, "dim"]:
