@@ -18,8 +18,9 @@ from jepax import cli
 from jepax.commands import COMMANDS
 from jepax.commands.sweep import Sweep
 from jepax.commands.train import Train
-from jepax.data.episodes import open_episodes
-from jepax.data.simulate import POLICIES, render, simulate
+from jepax.data import open_source
+from jepax.data.episodes import open_episodes, read_info
+from jepax.data.simulate import POLICIES, make_environment, render, simulate
 from jepax.envs import ENVIRONMENTS, Expert
 from jepax.evals.planning import PlanConfig, PolicyAgent, goals_in_data, make_tasks, run_agent, summarize
 from jepax.io import config_yaml as configs
@@ -27,7 +28,6 @@ from jepax.methods import MethodConfig
 from jepax.planners import PLANNERS
 from jepax.recipes import RECIPES
 from jepax.sweeps import Sweep as SweepDefinition
-from jepax.training.planning import open_environment, open_held_out, reason_not_to_plan
 from jepax.types import ImageBatch
 
 ROOT = Path(__file__).parent.parent
@@ -158,8 +158,9 @@ def test_the_page_on_world_models_collects_and_opens_its_environment(windy_field
     assert "20 episodes of windy_field" in capsys.readouterr().out
     config = RECIPES["lewm_two_room"]()
     config = replace(config, data=replace(config.data, dataset="episodes", root=str(tmp_path / "windy")))
-    source = open_held_out(config)
-    assert open_environment(config, source) == windy_field and config.method.action_dim == source.frame_skip * 2
+    source = open_source(config.data, "validation")
+    assert source.load(0).frames.shape == (4, 32, 32, 3) and config.method.action_dim == source.frame_skip * 2
+    assert make_environment(read_info(tmp_path / "windy")["environment"], 32) == windy_field
 
 
 def test_the_page_on_world_models_shows_a_planner_that_works():
@@ -184,7 +185,5 @@ def test_the_page_on_world_models_shows_a_planner_that_works():
 def test_the_page_on_world_models_writes_episodes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(examples_of("Collect your own episodes"), "docs/world_models.md", "exec"), {"__name__": "mine"})
-    assert len(open_episodes(tmp_path / "episodes/mine")) == 2
-    data = replace(RECIPES["lewm_two_room"]().data, dataset="episodes", root=str(tmp_path / "episodes/mine"))
-    reason = reason_not_to_plan(replace(RECIPES["lewm_two_room"](), data=data))
-    assert "episodes of mine, and jepax has no such environment" in reason
+    found = open_episodes(tmp_path / "episodes/mine")
+    assert len(found) == 2 and found.frames.shape == (30, 32, 32, 3)

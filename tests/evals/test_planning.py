@@ -64,7 +64,7 @@ class Seer(WorldModel):
         total = jnp.sum(weight, axis=(1, 2)) + 1e-6
         return jnp.stack([jnp.sum(weight * x, axis=(1, 2)) / total for x in (columns, rows)], axis=1)
 
-    def rollout(self, context, past, candidates):
+    def rollout(self, context, past, candidates, window=None):
         def move(candidate):
             def step(state, action):
                 return ENV.step(state, action, jr.key(0)), None

@@ -11,9 +11,9 @@ from jaxtyping import Float, UInt8
 from rich.table import Table
 
 from jepax.data import ClipSource, open_source
-from jepax.data.episodes import concatenate_ranges, read_info
+from jepax.data.episodes import concatenate_ranges
 from jepax.data.simulate import POLICIES, make_environment
-from jepax.envs import ENVIRONMENTS, Environment, Expert, RandomPolicy
+from jepax.envs import Environment, Expert, RandomPolicy
 from jepax.evals.planning import (
     ActionScale,
     Agent,
@@ -81,7 +81,7 @@ def evaluate_planning(
     """
     settings = config if settings is None else settings
     source = open_held_out(settings)
-    env, plan = open_environment(settings, source), settings.eval.plan
+    env, plan = open_environment(settings), settings.eval.plan
     scale = ActionScale(tuple(source.action_mean.tolist()), tuple(source.action_std.tolist()), source.frame_skip)
 
     # The models, and the agents.
@@ -89,10 +89,11 @@ def evaluate_planning(
     agents = make_agents(env, models, scale, settings)
 
     # The same episodes for all.
-    episodes, members = source.episodes, source.members
-    held_out = episodes.starts[members], episodes.lengths[members]
-    tasks = make_tasks(env, goals_in_data(episodes.states, *held_out, plan.goal_steps), plan)
-    key, rows, outcomes = jr.fold_in(jr.key(plan.seed), EVALUATION_KEY), {}, {}
+    episodes, key = source.episodes, jr.fold_in(jr.key(plan.seed), EVALUATION_KEY)
+    starts, lengths = episodes.starts[source.members], episodes.lengths[source.members]
+    tasks = make_tasks(env, goals_in_data(episodes.states, starts, lengths, plan.goal_steps), plan)
+    rows: dict[str, Any] = {}
+    outcomes: dict[str, dict[str, Outcome]] = {}
     for name, agent in agents.items():
         print(f"planning: {AGENTS[name]} ...")
         outcomes[name] = {t: run_agent(env, agent, task, key) for t, task in tasks.items()}
@@ -138,29 +139,9 @@ def open_held_out(config: Config) -> ClipSource:
     return source
 
 
-def open_environment(config: Config, source: ClipSource) -> Environment:
-    """The environment that the data comes from, with images of the same size. Raises `UserError` if there is none."""
-    if reason := reason_not_to_plan(config):
-        raise UserError(reason)
-    return make_environment(environment_name(config), source.episodes.frames.shape[1])
-
-
-def reason_not_to_plan(config: Config) -> str:
-    """The reason why no plan can be tried; empty if there is none."""
-    name = environment_name(config)
-    if name in ENVIRONMENTS:
-        return ""
-    return (
-        f"data.root={config.data.root} has episodes of {name}, and jepax has no such environment to plan in;"
-        f" it has {', '.join(ENVIRONMENTS)}: docs/world_models.md"
-    )
-
-
-def environment_name(config: Config) -> str:
-    """The name of the environment that the data comes from; a folder's description has it."""
-    if config.data.dataset != "episodes":
-        return config.data.dataset
-    return str(read_info(Path(config.data.root or "").expanduser()).get("environment"))
+def open_environment(config: Config) -> Environment:
+    """The environment that the data comes from."""
+    return make_environment(config.data.dataset, config.data.canvas_size)
 
 
 def held_out_clips(source: ClipSource) -> tuple[Any, np.ndarray]:

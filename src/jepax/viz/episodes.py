@@ -18,8 +18,10 @@ from jepax.training.planning import Played
 from jepax.viz.figures import save_atomically
 from jepax.viz.sheets import MASK_INCHES, draw_image, make_sheet
 
-GIF_PIXELS, GIF_GAP, GIF_MS, GIF_END_MS = 224, 16, 80, 1500
-"""Least width of an animated image, the gap before the goal in pixels, and milliseconds of a frame and of the last."""
+GIF_PIXELS, GIF_GAP, GIF_GRAY = 224, 16, 200
+"""Least width of an animated image, width and gray of the gap before the goal."""
+GIF_MS, GIF_END_MS = 80, 1500
+"""Milliseconds of a frame, and of the last one."""
 
 
 class Shown(NamedTuple):
@@ -56,12 +58,12 @@ def plot_episodes(played: Played, shown: list[Shown]) -> Figure:
     """One row per episode: the start, what each plan led to, and the goal."""
     agent, budget = played.agent, len(shown[0].actions)
     steps = [*range(0, budget, agent.planner.horizon * agent.scale.frame_skip), budget]
-    figure, axes = make_sheet(len(shown), len(steps) + 1, MASK_INCHES, MASK_INCHES + 0.22)
+    figure, axes = make_sheet(len(shown), len(steps) + 1, MASK_INCHES, MASK_INCHES + 0.1)
     for row, each in zip(axes, shown, strict=True):
         images = to_rgb(render(agent.cost.env, np.stack([*each.states[steps], each.goal])))
         names = [f"{each.task}: start", *(f"plan {i}: step {step}" for i, step in enumerate(steps[1:], 1))]
         for cell, image, title in zip(row, images, [*names, f"goal: {each.result}"], strict=True):
-            draw_image(cell, image, MASK_INCHES)
+            draw_image(cell, image / 255, MASK_INCHES)
             cell.set_title(title, fontsize=8, pad=2)
     return figure
 
@@ -70,7 +72,7 @@ def animate(played: Played, shown: Shown) -> list[Image.Image]:
     """Every image of an episode, with the goal on its right."""
     *images, goal = to_rgb(render(played.agent.cost.env, np.stack([*shown.states, shown.goal])))
     factor = -(-GIF_PIXELS // goal.shape[1])
-    gap = np.full((len(goal) * factor, GIF_GAP, 3), 255, np.uint8)
+    gap = np.full((len(goal) * factor, GIF_GAP, 3), GIF_GRAY, np.uint8)
     goal, *images = (image.repeat(factor, axis=0).repeat(factor, axis=1) for image in (goal, *images))
     return [Image.fromarray(np.concatenate([image, gap, goal], axis=1)) for image in images]
 

@@ -23,7 +23,7 @@ from jepax.viz.episodes import Shown, animate, choose_episodes, plot_episodes, s
 from jepax.viz.figures import save_figure
 from jepax.viz.sheets import DPI
 
-MAP_INCHES, MAP_CELLS = 3.0, 32
+MAP_INCHES, MAP_CELLS = 3.0, 24
 """Width of a map in inches, and the number of its cells across."""
 
 
@@ -45,7 +45,10 @@ def draw_planning(played: Played, run: Path) -> list[Path]:
 
 
 def plot_distances(played: Played, z: Float[np.ndarray, "frames dim"]) -> Figure:
-    """One column per goal: the mean distance from it of the frames in each cell, of embeddings and of states."""
+    """One column per goal: the mean distance from it of the frames in each cell, of embeddings and of states.
+
+    The rank correlation of both is inside the goal's region: a planner relies on it there.
+    """
     env, model = played.agent.cost.env, played.agent.cost.model
     goals = played.tasks["same_region"].goal[:3]  # drawn at random, not from the data
     embedded = np.linalg.norm(z - embed_frames(model, render(env, goals))[:, None], axis=2)
@@ -58,9 +61,13 @@ def plot_distances(played: Played, z: Float[np.ndarray, "frames dim"]) -> Figure
             style = {"gridsize": MAP_CELLS, "cmap": "viridis", "linewidths": 0.2, "vmin": 0, "vmax": values.max()}
             drawn = cell.hexbin(*played.states[:, :2].T, C=value, **style)
             cell.plot(*goal[:2], "*", color="white", markeredgecolor=INK, markersize=14)
-        figure.colorbar(drawn, ax=row, label=f"distance {name}", shrink=0.9)
-    for cell, ours, theirs in zip(axes[0], embedded, true, strict=True):
-        cell.set_title(f"rank correlation {spearmanr(ours, theirs).statistic:.2f}", fontsize=9)
+        bar = figure.colorbar(drawn, ax=row, shrink=0.9)
+        bar.set_label(f"distance {name}", fontsize=9)
+        bar.ax.tick_params(labelsize=8)
+    for cell, goal, *distances in zip(axes[0], goals, embedded, true, strict=True):
+        here = jax.vmap(env.region)(states) == env.region(jnp.asarray(goal))
+        correlation = spearmanr(*(np.asarray(each)[here] for each in distances)).statistic
+        cell.set_title(f"rank correlation {correlation:.2f} in the goal's region", fontsize=9)
     return figure
 
 
@@ -83,7 +90,7 @@ def plot_imagined(played: Played, shown: list[Shown], z: Float[np.ndarray, "fram
         cell.plot(*real[:, :2].T, color=INK, linewidth=1.4, marker="o", markersize=4, markevery=skip, label="real")
         cell.plot(*imagined[:, :2].T, color=ORANGE, linewidth=1.4, marker="o", markersize=4, label="imagined")
         cell.plot(*each.goal[:2], "*", color=BLUE, markersize=12, label="goal")
-        cell.set_title(f"{each.task}: {each.result}; {error:.1f} apart", fontsize=9)
+        cell.set_title(f"{each.task}: {each.result}; error {error:.1f}", fontsize=9)
     for cell in axes.flat[len(shown) :]:
         cell.set_axis_off()
     axes[0, 0].legend(fontsize=8, frameon=False, loc="best")
