@@ -64,7 +64,7 @@ class Seer(WorldModel):
         total = jnp.sum(weight, axis=(1, 2)) + 1e-6
         return jnp.stack([jnp.sum(weight * x, axis=(1, 2)) / total for x in (columns, rows)], axis=1)
 
-    def rollout(self, context, past, candidates):
+    def rollout(self, context, past, candidates, window=None):
         def move(candidate):
             def step(state, action):
                 return ENV.step(state, action, jr.key(0)), None
@@ -106,7 +106,7 @@ def test_starts_inside_the_goal_count_in_the_published_number_alone():
     start = np.array([[30, 30], [30, 30], [30, 30], [150, 150]], np.float32)
     goal = np.array([[35, 30], [100, 30], [100, 30], [150, 100]], np.float32)
     reached = np.array([[1, 1], [1, 0], [0, 0], [1, 1]], bool)
-    outcome = Outcome(jnp.zeros((4, 3, 2)), jnp.asarray(reached))
+    outcome = Outcome(jnp.zeros((4, 3, 2)), jnp.asarray(reached), jnp.zeros((4, 2, 2)))
     found = summarize(ENV, Task(start, goal, 2), outcome)
     assert found["start_inside"] == 25 and found["published"]["percent"] == 75
     assert found["any_step"]["percent"] == pytest.approx(200 / 3) and found["any_step"]["episodes"] == 3

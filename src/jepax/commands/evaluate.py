@@ -109,11 +109,18 @@ def evaluate_and_print(target: "EvalTarget") -> Path:
 
 
 def plan_and_print(config: "Config", state: "TrainState", folder: Path, settings: "Config | None" = None) -> Path:
-    """Evaluate a world model by planning, print the tables, and return the file of the results."""
+    """Evaluate a world model by planning, print the tables and the figures' paths, and return the results' file."""
     from jepax.training import planning
+    from jepax.viz.planning import draw_planning
 
-    results, written = planning.evaluate_planning(config, state, folder, settings)
+    def draw(played: planning.Played) -> None:
+        figures.extend(draw_planning(played, folder))
+
+    figures: list[Path] = []
+    results, written = planning.evaluate_planning(config, state, folder, settings, draw=draw)
     print_tables(planning.planning_table(results), planning.health_table(results))
+    for path in figures:
+        print(path)
     return written
 
 

@@ -204,6 +204,8 @@ class Outcome(eqx.Module):
     """Every state, from the start on."""
     reached: Bool[Array, "*episodes steps"]
     """Inside the goal after each step."""
+    actions: Float[Array, "*episodes steps action"]
+    """What the agent chose for each step, not clipped yet."""
 
 
 @eqx.filter_jit
@@ -214,24 +216,26 @@ def run_agent(env: Environment, agent: Agent, task: Task, key: PRNGKeyArray, chu
         start, goal, key = given
 
         # One round: the agent chooses its next actions, and all of them are executed.
-        def play(carry: tuple[State, Action], key: PRNGKeyArray) -> tuple[tuple[State, Action], Array]:
+        def play(carry: tuple[State, Action], key: PRNGKeyArray) -> tuple[tuple[State, Action], tuple[Array, Array]]:
             state, last_action = carry
             key_act, key_step = jr.split(key)
-            actions = jnp.clip(agent(state, goal, last_action, key_act), -1, 1)
+            chosen = agent(state, goal, last_action, key_act)
+            actions = jnp.clip(chosen, -1, 1)
 
             def step(state: State, given: tuple[Action, PRNGKeyArray]) -> tuple[State, State]:
                 after = env.step(state, *given)
                 return after, after
 
             state, states = lax.scan(step, state, (actions, jr.split(key_step, len(actions))))
-            return (state, actions[-1]), states
+            return (state, actions[-1]), (states, chosen)
 
         # As many rounds as fill the budget; what is beyond it does not count.
         first = start, jnp.zeros(env.action_dim)
         size = jax.eval_shape(agent, start, goal, first[1], key).shape[0]
-        _, states = lax.scan(play, first, jr.split(key, math.ceil(task.budget / size)))
-        states = states.reshape(-1, env.state_dim)[: task.budget]
-        return Outcome(jnp.concatenate([start[None], states]), jax.vmap(env.reached, (0, None))(states, goal))
+        _, rounds = lax.scan(play, first, jr.split(key, math.ceil(task.budget / size)))
+        states, chosen = (rows.reshape(-1, rows.shape[-1])[: task.budget] for rows in rounds)
+        reached = jax.vmap(env.reached, (0, None))(states, goal)
+        return Outcome(jnp.concatenate([start[None], states]), reached, chosen)
 
     start, goal = jnp.asarray(task.start), jnp.asarray(task.goal)
     return lax.map(episode, (start, goal, jr.split(key, len(start))), batch_size=min(chunk, len(start)))

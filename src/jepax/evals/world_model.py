@@ -73,12 +73,12 @@ def prediction_errors(
     model: WorldModel, z: Float[np.ndarray, "clips clip dim"], actions: Float[np.ndarray, "clips clip block"]
 ) -> dict[str, list[float]]:
     """Mean squared error after 1, 2, ... blocks of actions: of the model, of the last frame as the prediction, and of
-    the model with the actions of another clip."""
+    the model with the actions of a clip half of them further on: those of the next may be of the same episode."""
     actions, future = actions[:, : z.shape[1] - 1], z[:, 1:]
     predicted = {
         "model": _predict(model, z[:, 0], actions),
         "copy": np.broadcast_to(z[:, :1], future.shape),
-        "shuffled_actions": _predict(model, z[:, 0], np.roll(actions, 1, axis=0)),
+        "shuffled_actions": _predict(model, z[:, 0], np.roll(actions, len(actions) // 2, axis=0)),
     }
     return {name: np.square(x - future).mean(axis=(0, 2)).tolist() for name, x in predicted.items()}
 
@@ -103,11 +103,13 @@ def probe_states(
 
 
 def rank_correlation(env: Environment, z: Float[np.ndarray, "n dim"], states: Float[np.ndarray, "n state"]) -> float:
-    """Spearman correlation of distances between embeddings and between states, over pairs of one region."""
-    one, other = jnp.asarray(states[:-1:2]), jnp.asarray(states[1::2])
-    pairs = min(len(one), len(other))
-    one, other = one[:pairs], other[:pairs]
+    """Spearman correlation of distances between embeddings and between states, over pairs of one region.
+
+    Each row of the first half is paired with one of the second: neighbors may be of one episode, and close together.
+    """
+    half = len(z) // 2
+    one, other = jnp.asarray(states[:half]), jnp.asarray(states[half : 2 * half])
     alike = np.asarray(jax.vmap(env.region)(one)) == np.asarray(jax.vmap(env.region)(other))
     true = np.asarray(jax.vmap(env.distance)(one, other))[alike]
-    ours = np.linalg.norm(z[:-1:2][:pairs] - z[1::2][:pairs], axis=1)[alike]
+    ours = np.linalg.norm(z[:half] - z[half : 2 * half], axis=1)[alike]
     return float(spearmanr(ours, true).statistic)

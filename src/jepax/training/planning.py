@@ -3,21 +3,25 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.random as jr
 import numpy as np
+from jaxtyping import Float, UInt8
 from rich.table import Table
 
 from jepax.data import ClipSource, open_source
+from jepax.data.episodes import concatenate_ranges
 from jepax.data.simulate import POLICIES, make_environment
 from jepax.envs import Environment, Expert, RandomPolicy
 from jepax.evals.planning import (
     ActionScale,
     Agent,
     ModelCost,
+    Outcome,
     PlannerAgent,
     PolicyAgent,
+    Task,
     TrueCost,
     goals_in_data,
     make_tasks,
@@ -45,14 +49,35 @@ AGENTS = {
 """Rows of the table, by their titles: the model, what knows nothing, and what knows everything."""
 DIAGNOSED_CLIPS = 1024
 """Held-out clips that the health of the model is measured on."""
+SHOWN_FRAMES = 4096
+"""Held-out frames that figures show the model on."""
+
+
+class Played(NamedTuple):
+    """The trained model's episodes, and held-out frames: what figures are drawn of."""
+
+    agent: PlannerAgent
+    """Its cost contains the model and the environment."""
+    tasks: dict[str, Task]
+    outcomes: dict[str, Outcome]
+    frames: UInt8[np.ndarray, "frames height width channels"]
+    states: Float[np.ndarray, "frames state"]
+    """The state at each frame."""
 
 
 def evaluate_planning(
-    config: Config, state: TrainState, run: Path, settings: Config | None = None, print: Callable[[str], None] = print
+    config: Config,
+    state: TrainState,
+    run: Path,
+    settings: Config | None = None,
+    *,
+    print: Callable[[str], None] = print,
+    draw: Callable[[Played], object] = lambda played: None,
 ) -> tuple[dict[str, Any], Path]:
     """Runs every agent in every task; returns the results and the file in evals/ that contains them.
 
     `settings`: the config whose `eval` and `data` are used; None: the run's own. Episodes are held out of training.
+    `draw` gets the trained model's episodes once the results are written.
     """
     settings = config if settings is None else settings
     source = open_held_out(settings)
@@ -65,11 +90,14 @@ def evaluate_planning(
 
     # The same episodes for all.
     episodes, key = source.episodes, jr.fold_in(jr.key(plan.seed), EVALUATION_KEY)
-    tasks = make_tasks(env, goals_in_data(episodes.states, episodes.starts, episodes.lengths, plan.goal_steps), plan)
+    starts, lengths = episodes.starts[source.members], episodes.lengths[source.members]
+    tasks = make_tasks(env, goals_in_data(episodes.states, starts, lengths, plan.goal_steps), plan)
     rows: dict[str, Any] = {}
+    outcomes: dict[str, dict[str, Outcome]] = {}
     for name, agent in agents.items():
         print(f"planning: {AGENTS[name]} ...")
-        rows[name] = {"plan": {t: summarize(env, task, run_agent(env, agent, task, key)) for t, task in tasks.items()}}
+        outcomes[name] = {t: run_agent(env, agent, task, key) for t, task in tasks.items()}
+        rows[name] = {"plan": {t: summarize(env, tasks[t], outcome) for t, outcome in outcomes[name].items()}}
 
     # The health of the models.
     clips, states = held_out_clips(source)
@@ -84,7 +112,9 @@ def evaluate_planning(
         "target": {"folder": run.resolve().name, "recipe": config.recipe},
         "data": configs.to_dict(settings.data),
     }
-    return results, write_report(results, run, f"step_{int(state.step):08d}{eval_tag(config, settings)}")
+    written = write_report(results, run, f"step_{int(state.step):08d}{eval_tag(config, settings)}")
+    draw(Played(agents["trained"], tasks, outcomes["trained"], *held_out_frames(source)))
+    return results, written
 
 
 def make_agents(
@@ -119,6 +149,14 @@ def held_out_clips(source: ClipSource) -> tuple[Any, np.ndarray]:
     rows = np.unique(np.linspace(0, len(source) - 1, min(DIAGNOSED_CLIPS, len(source))).astype(int))
     clips, _ = source.load_batch(rows)
     return clips, np.asarray(source.episodes.states[source.first_rows[rows]])
+
+
+def held_out_frames(source: ClipSource) -> tuple[UInt8[np.ndarray, "n h w c"], Float[np.ndarray, "n state"]]:
+    """Frames spread over the source's episodes, and their states."""
+    episodes, members = source.episodes, source.members
+    rows = concatenate_ranges(episodes.starts[members], episodes.lengths[members])
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(SHOWN_FRAMES, len(rows))).astype(int))]
+    return np.asarray(episodes.frames[rows]), np.asarray(episodes.states[rows])
 
 
 def planning_table(results: dict[str, Any]) -> Table:

@@ -1,6 +1,7 @@
 """Draws a run's figures into its folder."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import equinox as eqx
@@ -63,8 +64,13 @@ def first_views(config: Config, images: ImageBatch | ClipBatch) -> PyTree:
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a PNG atomically."""
+    return save_atomically(path, FigureCanvasAgg(figure).print_png)
+
+
+def save_atomically(path: Path, write: Callable[[Path], object]) -> Path:
+    """Call `write` with a path next to this one, and then replace this file by what it wrote."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
-    FigureCanvasAgg(figure).print_png(part)
+    write(part)
     os.replace(part, path)
     return path

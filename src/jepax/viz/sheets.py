@@ -51,7 +51,7 @@ def plot_masks(images: MaskedExamples) -> Figure:
     """Plot one row per image: its view with the targets outlined, its context, and each target block."""
     rows, blocks = images.targets.shape[:2]
     height, width = images.pixels.shape[1:3]
-    figure, axes = _sheet(rows, blocks + 2, MASK_INCHES, MASK_INCHES * height / width + 0.22)
+    figure, axes = make_sheet(rows, blocks + 2, MASK_INCHES, MASK_INCHES * height / width + 0.22)
     for (full, seen, *cells), pixels, context, targets in zip(axes, *images, strict=True):
         _draw_patches(full, pixels, np.ones_like(context), f"view: {height} \u00d7 {width} px")
         _draw_patches(seen, pixels, context, f"context: {context.sum()} of {context.size} patches")
@@ -68,23 +68,23 @@ def plot_views(views: MultiCropViews, images: ImageBatch, crop: CropConfig) -> F
     columns = [("center", center)]
     for name, group in zip(("global", "local"), views.groups, strict=False):
         columns += [(name, group[:, view]) for view in range(group.shape[1])]
-    figure, axes = _sheet(len(center), len(columns), VIEW_INCHES, VIEW_INCHES)
+    figure, axes = make_sheet(len(center), len(columns), VIEW_INCHES, VIEW_INCHES)
     for column, (name, column_views) in enumerate(columns):
         height, width = column_views.shape[1:3]
         axes[0, column].set_title(f"{name}: {height} \u00d7 {width} px", fontsize=7, pad=2)
         for cell, pixels in zip(axes[:, column], np.asarray(denormalize(column_views, crop)), strict=True):
-            _draw_image(cell, np.broadcast_to(pixels, (height, width, 3)), VIEW_INCHES)
+            draw_image(cell, np.broadcast_to(pixels, (height, width, 3)), VIEW_INCHES)
     return figure
 
 
-def _sheet(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+def make_sheet(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
     """A figure, and its cells of this width and height in inches."""
     figure = Figure(figsize=(columns * width, rows * height + 0.3), dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.02, wspace=0, hspace=0)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _draw_image(axes: Axes, pixels: Float[np.ndarray, "height width 3"], inches: float) -> None:
+def draw_image(axes: Axes, pixels: Float[np.ndarray, "height width 3"], inches: float) -> None:
     height, width = pixels.shape[:2]
     interpolation = "nearest" if width <= inches * DPI else "antialiased"
     axes.imshow(pixels, extent=(0, width, height, 0), interpolation=interpolation)
@@ -94,7 +94,7 @@ def _draw_image(axes: Axes, pixels: Float[np.ndarray, "height width 3"], inches:
 def _draw_patches(
     axes: Axes, pixels: Float[np.ndarray, "height width 3"], patches: Bool[np.ndarray, "rows columns"], title: str
 ) -> None:
-    _draw_image(axes, blank_hidden_patches(pixels, patches), MASK_INCHES)
+    draw_image(axes, blank_hidden_patches(pixels, patches), MASK_INCHES)
     axes.set_title(title, fontsize=8, pad=2)
 
 
