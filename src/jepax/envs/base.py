@@ -56,11 +56,11 @@ class Environment(eqx.Module):
     def expert(self, state: State, goal: State) -> Action:
         """An action toward the goal, without noise: the policy that data is collected with, and a ceiling."""
 
+    def region(self, state: State) -> Int[Array, ""]:
+        """The part of the world that a state is in, such as a room; 0 everywhere in a world without parts."""
+        return jnp.int32(0)
+
 
 def unit_vector(vector: Float[Array, "dim"]) -> Float[Array, "dim"]:
     """The vector with length 1; zero stays zero."""
     return vector / jnp.maximum(jnp.linalg.norm(vector), jnp.finfo(vector.dtype).tiny)
-
-    def region(self, state: State) -> Int[Array, ""]:
-        """The part of the world that a state is in, such as a room; 0 everywhere in a world without parts."""
-        return jnp.int32(0)
