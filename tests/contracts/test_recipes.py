@@ -162,7 +162,8 @@ def test_eight_devices_give_the_same_views_loss_and_gradients(config, batches, d
     loss_of_all, together = named_gradients(opened(state.method), views)
     assert loss_of_all == pytest.approx(loss, rel=1e-5)
     for name, grad in one.items():
-        tolerance = 1e-4 * max(np.abs(grad).max(), 1e-3 * largest)  # so that no parameter hides behind the others
+        # So that no parameter hides behind the others. A BatchNorm of images that differ little enlarges rounding.
+        tolerance = 5e-4 * max(np.abs(grad).max(), 1e-3 * largest)
         if not name.endswith(".bias") or np.abs(grad).max() >= 1e-6 * largest:
             np.testing.assert_allclose(together[name], grad, atol=tolerance, err_msg=name)
     apart = np.sqrt(sum(np.square(together[name] - grad).sum() for name, grad in one.items()))

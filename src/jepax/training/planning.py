@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.random as jr
 import numpy as np
 from rich.table import Table
@@ -12,11 +13,13 @@ from rich.table import Table
 from jepax.data import CLIP_DATASETS, ClipSource, open_source
 from jepax.data.episodes import read_info
 from jepax.data.simulate import POLICIES, make_environment
+from jepax.distributed import sharding
 from jepax.envs import ENVIRONMENTS, Environment, Expert, RandomPolicy
 from jepax.evals.planning import (
     ActionScale,
     Agent,
     ModelCost,
+    Pairs,
     PlannerAgent,
     PolicyAgent,
     TrueCost,
@@ -70,14 +73,14 @@ def evaluate_planning(
     plan = settings.eval.plan
     scale = ActionScale(tuple(source.action_mean.tolist()), tuple(source.action_std.tolist()), source.frame_skip)
 
-    # The models, and the agents.
+    # The models, on one device, and the agents.
     models = {"trained": state.method, "untrained": init_method(config.method, 1, jr.key(config.seed))}
+    models = jax.device_put(sharding.to_local(models), jax.local_devices()[0])
     agents = make_agents(env, models, scale, settings)
 
     # The same episodes for all.
-    episodes, key = source.episodes, jr.fold_in(jr.key(plan.seed), EVALUATION_KEY)
-    starts, lengths = episodes.starts[source.members], episodes.lengths[source.members]
-    tasks = make_tasks(env, goals_in_data(episodes.states, starts, lengths, plan.goal_steps), plan)
+    tasks = make_tasks(env, held_out_pairs(source, plan.goal_steps), plan)
+    key = jr.fold_in(jr.key(plan.seed), EVALUATION_KEY)
     rows: dict[str, Any] = {}
     for name, agent in agents.items():
         print(f"planning: {AGENTS[name]} ...")
@@ -137,6 +140,12 @@ def open_environment(source: ClipSource, dataset: str) -> Environment:
             f" {', '.join(ENVIRONMENTS)}"
         )
     return make_environment(name, image_size)
+
+
+def held_out_pairs(source: ClipSource, steps: int) -> Pairs:
+    """States so many steps apart, in episodes of the split alone: the others of a folder are trained on."""
+    episodes, members = source.episodes, source.members
+    return goals_in_data(episodes.states, episodes.starts[members], episodes.lengths[members], steps)
 
 
 def held_out_clips(source: ClipSource) -> tuple[Any, np.ndarray]:
