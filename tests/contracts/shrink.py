@@ -1,32 +1,54 @@
-"""Any recipe at a size that a test can train: its method's `tiny()`, and generated images."""
+"""Any recipe at a size that a test can train: its method's `tiny()`, and generated images or episodes."""
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from jepax.data import DataConfig
+import numpy as np
+
+from jepax.data import CLIP_DATASETS, DataConfig
+from jepax.data.simulate import frame_shape, make_environment
 from jepax.io import config_yaml as configs
 from jepax.io.checkpointer import CheckpointConfig
 from jepax.recipes import RECIPES
 from jepax.training.config import Config, TrainConfig
+from jepax.types import ClipBatch, ImageBatch
 
 C = TypeVar("C")
 SIDE, BATCH = 24, 16
 
 
 def shrunk(name: str, **method: object) -> Config:
-    """A recipe on 24x24 images cut into 6x6 patches. Precision is float32, as on every CPU."""
+    """A recipe on 24x24 images cut into 6x6 patches, or on a few episodes. Precision is float32, as on every CPU."""
     config = RECIPES[name]()
     tiny = replace(config.method.tiny(), **method)
-    channels = tiny.encoder.in_channels
     return replace(
         config,
         method=tiny,
-        data=DataConfig(dataset="synthetic", canvas_size=SIDE, channels=channels, synthetic_size=80, val_fraction=0.2),
+        data=tiny_data(config.data, tiny.encoder.in_channels),
         optim=replace(config.optim, warmup_epochs=0.1),
         train=TrainConfig(batch_size=BATCH, steps=6, log_every_steps=2, checkpoint=CheckpointConfig(every_steps=4)),
     )
+
+
+def tiny_data(data: DataConfig, channels: int) -> DataConfig:
+    """A little data of the same kind, generated."""
+    if data.dataset in CLIP_DATASETS:
+        return replace(data, dataset="two_room", canvas_size=32, num_episodes=5, val_fraction=0.2)
+    return DataConfig(dataset="synthetic", canvas_size=SIDE, channels=channels, synthetic_size=80, val_fraction=0.2)
+
+
+def blank_batch(config: Config, size: int = 8) -> ImageBatch | ClipBatch:
+    """Zeros of the kind and, for clips, of the shape that the recipe reads."""
+    index = np.arange(size, dtype=np.int32)
+    if config.data.dataset in CLIP_DATASETS:
+        env = make_environment("two_room", config.data.canvas_size)
+        clip = (size, config.data.clip_frames)
+        actions = np.zeros((*clip, config.data.frame_skip * env.action_dim), np.float32)
+        return ClipBatch(np.zeros((*clip, *frame_shape(env)), np.uint8), actions, index)
+    canvas = np.zeros((size, 64, 64, config.method.encoder.in_channels), np.uint8)
+    return ImageBatch(canvas, np.full((size, 2), 64, np.int32), index)
 
 
 def structure(config: Config) -> frozenset:

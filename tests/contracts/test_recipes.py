@@ -21,9 +21,8 @@ from jepax.recipes import RECIPES
 from jepax.training.setup import Setup
 from jepax.training.step import jit_train_step, run_train_step
 from jepax.trees import EMA, trainable
-from jepax.types import ImageBatch
 from jepax.views import ColorConfig, CropConfig
-from tests.contracts.shrink import distinct, replace_all
+from tests.contracts.shrink import blank_batch, distinct, replace_all
 
 STEPS = 6
 DISTINCT = distinct()
@@ -70,10 +69,8 @@ def test_every_recipe_is_a_program_at_its_full_size(name):
     """Traced with abstract shapes, the blocks by a scan: sizes fit each other, and nothing is computed."""
     config = RECIPES[name]()
     method = replace_all(config.method, StackConfig, lambda stack: replace(stack, scan_layers=True))
-    pictures = np.zeros((8, 64, 64, config.method.encoder.in_channels), np.uint8)
-    images = ImageBatch(canvas=pictures, size=np.full((8, 2), 64, np.int32), index=np.arange(8, dtype=np.int32))
     built = eqx.filter_eval_shape(lambda: method.build(total_steps=10, key=jr.key(0)))
-    loss = eqx.filter_eval_shape(lambda built: built.loss(images, key=jr.key(0))[0], built)
+    loss = eqx.filter_eval_shape(lambda built: built.loss(blank_batch(config), key=jr.key(0))[0], built)
     assert config.recipe == name and loss.shape == () and loss.dtype == jnp.float32
 
 
@@ -94,8 +91,19 @@ def standing_still(config):
 
 
 @eqx.filter_jit
-def draw(method, images):
-    return method.draw(images, example_keys(jr.key(0), images.index))
+def draw(method, batch):
+    return method.draw(batch, example_keys(jr.key(0), batch.index))
+
+
+def opened(method):
+    """The method with other numbers for the weights that start at zero: such a gate hides all that is behind it."""
+
+    def move(path, leaf):
+        is_gate = jax.tree_util.keystr(path).endswith(".weight") and not np.any(leaf)
+        return leaf + 0.3 * jr.normal(jr.key(3), leaf.shape) if is_gate else leaf
+
+    params, rest = eqx.partition(method, trainable(method))
+    return eqx.combine(jax.tree_util.tree_map_with_path(move, params), rest)
 
 
 @eqx.filter_jit
@@ -111,7 +119,7 @@ def loss_and_gradients(params, rest, views):
 def drawn(config, batches):
     """The method on one device, and its views of a batch."""
     setup, state = fresh(config)
-    return state.method, draw(state.method, sharding.shard_batch(batches[0], setup.plan.mesh))
+    return opened(state.method), draw(state.method, sharding.shard_batch(batches[0], setup.plan.mesh))
 
 
 def named_gradients(method, views):
@@ -153,10 +161,11 @@ def test_eight_devices_give_the_same_views_loss_and_gradients(config, batches, d
     views = draw(state.method, sharding.shard_batch(batches[0], setup.plan.mesh))
     for ours, theirs in zip(jax.tree.leaves(views), jax.tree.leaves(drawn[1]), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-    loss_of_all, together = named_gradients(state.method, views)
+    loss_of_all, together = named_gradients(opened(state.method), views)
     assert loss_of_all == pytest.approx(loss, rel=1e-5)
     for name, grad in one.items():
-        tolerance = 1e-4 * max(np.abs(grad).max(), 1e-3 * largest)  # so that no parameter hides behind the others
+        # So that no parameter hides behind the others. A BatchNorm of images that differ little enlarges rounding.
+        tolerance = 5e-4 * max(np.abs(grad).max(), 1e-3 * largest)
         if not name.endswith(".bias") or np.abs(grad).max() >= 1e-6 * largest:
             np.testing.assert_allclose(together[name], grad, atol=tolerance, err_msg=name)
     apart = np.sqrt(sum(np.square(together[name] - grad).sum() for name, grad in one.items()))

@@ -17,9 +17,10 @@ SPEED = {"perf/step_time", "perf/images_per_sec", "val/seconds"}
 """Parts of a line of the log that are no part of the result."""
 
 
-def tiny(**changes: object) -> Config:
-    """Lines of the log at other steps than checkpoints; one quick protocol at the end. `changes`: to `train`."""
-    config = shrunk("ijepa_fashion_mnist")
+def tiny(recipe: str = "ijepa_fashion_mnist", **changes: object) -> Config:
+    """Lines of the log at other steps than checkpoints; one quick protocol at the end, of images. `changes`: to
+    `train`."""
+    config = shrunk(recipe)
     settings = {
         "steps": STEPS,
         "log_every_steps": 7,

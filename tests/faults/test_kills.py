@@ -25,9 +25,9 @@ LONG = 240
 class Command:
     """`jepax train` in one folder, again and again."""
 
-    def __init__(self, processes: Processes, run: Path):
+    def __init__(self, processes: Processes, run: Path, recipe: str = "ijepa_fashion_mnist"):
         self.processes, self.run, self.config = processes, run, run.with_suffix(".yaml")
-        configs.save(tiny(), self.config)
+        configs.save(tiny(recipe), self.config)
 
     def start(self, **environment: str) -> subprocess.Popen:
         arguments = "train", str(self.config), "--run-dir", str(self.run)
@@ -158,6 +158,24 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(command, reference, tmp_pa
     command.finishes()
     assert (command.run / f"evals/step_{STEPS:08d}.json").is_file()
     same(command.run, reference)
+
+
+@pytest.mark.fault(2, "SIGKILL and SIGTERM of a world model")
+def test_a_world_model_killed_and_asked_to_end_ends_the_same(processes, tmp_path):
+    """Its clips are simulated again at each start, and its running statistics are in the checkpoint."""
+    whole, command = (Command(processes, tmp_path / name, "lewm_two_room") for name in ("whole", "run"))
+    whole.finishes()
+    for step in (60, 180):
+        command.start()
+        command.until_step(step)
+        command.kill()
+        command.start()
+        command.until_saving(step + 60)
+        command.process.send_signal(signal.SIGTERM)
+        command.ends(preemption.EXIT_RETRY)
+    command.finishes()
+    assert "not evaluated: data.dataset=two_room has no labels" in command.said()
+    same(command.run, whole.run)
 
 
 @pytest.mark.fault(4, "a second SIGTERM or SIGINT")

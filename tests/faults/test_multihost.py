@@ -296,7 +296,7 @@ def test_no_process_ends_before_the_dump_is_written(processes, tmp_path):
 def test_hosts_with_other_pictures_are_refused(processes, tmp_path):
     first, second = ended(processes, tmp_path / "run", "other_pictures", [2, 2], {"steps": 100})
     assert first == second and first.splitlines() == [
-        "process 1 has other images than process 0, 1 part differs (0 -> 1):",
+        "process 1 has other data than process 0, 1 part differs (0 -> 1):",
         "pictures: those of 0 -> those of 1",
         "give every host the same files, or all of them a data.root that they share",
     ]

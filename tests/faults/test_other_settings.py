@@ -241,7 +241,7 @@ def test_other_pictures_are_refused_and_who_insists_goes_on(change, root, tmp_pa
     before, (old, new) = contents(run), change(root)
     wanted = limits.written(config, tmp_path)
     said = refused(capsys, "train", wanted, "--run-dir", run)
-    assert "was trained on other images, 1 part differs" in said and old in said and new in said
+    assert "was trained on other data, 1 part differs" in said and old in said and new in said
     assert "--allow-config-change data" in said and contents(run) == before
     command(capsys, "train", wanted, "--run-dir", run, "--allow-config-change", "data", code=0)
     assert sound(run) == [1, 2, 3, 4] and len(digests) == 1

@@ -129,6 +129,14 @@ def test_what_cannot_be_trained_is_refused_before_the_first_run(tmp_path, monkey
         run.run_sweep(wanted, print=lambda line: None)
 
 
+def test_world_models_have_no_column_in_the_table(tmp_path):
+    row = Variant("world", "lewm_two_room", ("--eval.protocols", "linear", "knn", "--data.num-episodes", "5"))
+    configs.save(Sweep("g", "", (row,)), tmp_path / "g.yaml")
+    wanted = plan(str(tmp_path / "g.yaml"), "--run-dir", str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"^row world: method lewm has no encoder of images"):
+        run.run_sweep(wanted, print=lambda line: None)
+
+
 def test_runs_of_another_config_are_not_put_into_one_table(tmp_path, monkeypatch):
     """Other seeds of the folder, and other parts, count too."""
     monkeypatch.setattr(run.training, "train", lambda *given: pytest.fail("trained"))

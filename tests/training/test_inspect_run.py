@@ -210,9 +210,9 @@ def test_torn_metrics(run):
 def test_another_data_set(run):
     (run / "data.json").write_text(json.dumps({"class cat": "3 files, 123"}))
     said, sound = examined(run)
-    assert not sound and "was trained on other images" in line(said, "data")
+    assert not sound and "was trained on other data" in line(said, "data")
     assert line(said, "next").endswith("refused: the data is missing, or is not the run's")
-    with pytest.raises(UserError, match="was trained on other images"):
+    with pytest.raises(UserError, match="was trained on other data"):
         train(tiny(), run)
 
 

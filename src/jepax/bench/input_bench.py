@@ -13,11 +13,12 @@ from PIL import Image
 from jepax.bench.machine import describe_machine
 from jepax.bench.step_bench import StepBenchmark
 from jepax.bench.timing import interleave
-from jepax.data import batches, open_source, pack
+from jepax.data import CLIP_DATASETS, batches, open_source, pack
 from jepax.data.decode import read_image
 from jepax.distributed.multihost import cores
 from jepax.training.config import Config
 from jepax.training.dry_run import LogFn, make_dry_setup
+from jepax.types import UserError
 
 NUM_PHOTOS, PHOTO_SIZE, JPEG_QUALITY = 256, (375, 500), 90
 """Number of generated photos, their height and width (typical of ImageNet), and JPEG quality."""
@@ -26,7 +27,14 @@ VIEW_SIZE = 224
 
 
 def measure_input(config: Config, rounds: int, print: LogFn = print) -> dict[str, Any]:
-    """Measure images per second on the recipe's folder, or on generated photos if it has none."""
+    """Measure images per second on the recipe's folder, or on generated photos if it has none.
+
+    Raises `UserError` for a recipe of clips, which reads no photos.
+    """
+    if config.data.dataset in CLIP_DATASETS:
+        raise UserError(
+            f"bench-data reads photos, and data.dataset={config.data.dataset} has clips; jepax bench times their step"
+        )
     machine = describe_machine()
     has_photos = config.data.dataset == "image_folder" and config.data.root is not None
     photos_name = "its photos" if has_photos else f"generated photos of {PHOTO_SIZE[0]} x {PHOTO_SIZE[1]}"

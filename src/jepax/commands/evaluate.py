@@ -30,7 +30,8 @@ class Evaluate(ConfigCommand):
     run_folder: Annotated[Path, tyro.conf.arg(metavar="RUN|WEIGHTS")]
     """Folder of a run, or of exported weights."""
     protocols: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = None
-    """Protocols, such as linear, knn, logistic, attentive, finetune; by default eval.protocols of the run."""
+    """Protocols, such as linear, knn, logistic, attentive, finetune, or plan for a world model; by default
+    eval.protocols of the run."""
     step: Annotated[int | None, tyro.conf.arg(metavar="STEP")] = None
     """Step of another checkpoint than the newest."""
     encoder: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
@@ -83,15 +84,18 @@ class Evaluate(ConfigCommand):
         return replace(target, folder=self.run_dir, name=f"{target.metadata['folder']}-{target.name}")
 
     def run(self) -> None:
+        from jepax.export.weights import MODEL_FILE
         from jepax.training import evaluation
 
         config = self.own_config()
         settings = self.settings(config)
-        if settings.eval.is_planning:
-            state = evaluation.load_state(config, self.run_folder, self.step)
-            print(plan_and_print(config, state, self.run_dir or self.run_folder, settings))
-        else:
+        if not settings.eval.is_planning:
             print(evaluate_and_print(self.target()))
+            return
+        if (self.run_folder / MODEL_FILE).is_file():
+            raise UserError(f"plan is for runs of world models, and {self.run_folder} contains exported weights")
+        state = evaluation.load_state(config, self.run_folder, self.step)
+        print(plan_and_print(config, state, self.run_folder, settings, self.run_dir))
 
 
 def evaluate_and_print(target: "EvalTarget") -> Path:
@@ -108,16 +112,21 @@ def evaluate_and_print(target: "EvalTarget") -> Path:
     return written
 
 
-def plan_and_print(config: "Config", state: "TrainState", folder: Path, settings: "Config | None" = None) -> Path:
-    """Evaluate a world model by planning, print the tables and the figures' paths, and return the results' file."""
+def plan_and_print(
+    config: "Config", state: "TrainState", run: Path, settings: "Config | None" = None, out: Path | None = None
+) -> Path:
+    """Evaluate a world model by planning, print the tables and the figures' paths, and return the results' file.
+
+    Its arguments are those of `evaluate_planning`.
+    """
     from jepax.training import planning
     from jepax.viz.planning import draw_planning
 
     def draw(played: planning.Played) -> None:
-        figures.extend(draw_planning(played, folder))
+        figures.extend(draw_planning(played, out or run))
 
     figures: list[Path] = []
-    results, written = planning.evaluate_planning(config, state, folder, settings, draw=draw)
+    results, written = planning.evaluate_planning(config, state, run, settings, out, draw=draw)
     print_tables(planning.planning_table(results), planning.health_table(results))
     for path in figures:
         print(path)

@@ -31,6 +31,7 @@ class Export(Command):
         from jepax.training import evaluation
 
         config = evaluation.load_run_config(self.run_folder)
+        evaluation.check_image_method(config)
         state = evaluation.load_state(config, self.run_folder, self.step)
         encoders, step = state.method.encoders(), int(state.step)
         name = self.encoder or next(iter(encoders))

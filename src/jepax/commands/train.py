@@ -29,7 +29,7 @@ class Train(RecipeCommand):
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: runs/RECIPE)")] = None
     """Folder of the run."""
     allow_config_change: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
-    """Fields or groups in which the run in the folder may differ from this config; data: other images."""
+    """Fields or groups in which the run in the folder may differ from this config; data: other data."""
     distributed: bool = False
     """Run as one of several processes, on one host or many: docs/many_hosts.md."""
     dry_run: bool = False
@@ -73,7 +73,7 @@ class Train(RecipeCommand):
                 splits, classes = {"train": train}, train.classes if isinstance(train, ImageSource) else 0
                 unscored = reason_not_to_evaluate(config, classes, folder)
                 if config.eval.is_planning:
-                    splits |= {"held out": planning.open_held_out(config)}
+                    splits |= {"held out": planning.open_held_out(config)[0]}
                 elif not unscored:
                     splits |= {name: open_source(config.data, name) for name in ("validation", "test")}
             notes = [f"{name}: {source.describe()}" for name, source in splits.items()]

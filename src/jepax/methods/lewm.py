@@ -11,6 +11,7 @@ have none, and their BatchNorms read running statistics.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -83,8 +84,35 @@ class LeWMConfig(MethodConfig, name="lewm"):
         return LeWM(self, key=key)
 
     def tiny(self) -> "LeWMConfig":
-        """The same method on clips of 24 x 24 images."""
-        return replace(super().tiny(), embed_dim=16, head_dim=24)
+        """The same method on clips of 32 x 32 images, the smallest that Two-Room draws."""
+        small = super().tiny()
+        encoder = replace(small.encoder, patch_size=8, learned_grid=small.encoder.learned_grid and (4, 4))
+        return replace(small, encoder=encoder, embed_dim=16, head_dim=24)
+
+    def check_data(self, source: Any) -> None:
+        """Raise `UserError` if the data has no clips, or clips that the settings do not fit."""
+        if not hasattr(source, "clip_frames"):
+            raise UserError(
+                f"method {self.name} reads clips with actions, but the data has {source.describe()}; see data.dataset"
+            )
+        self.check_clips((source.clip_frames, *source.frame_shape), source.block_dim)
+
+    def check_clips(self, shape: tuple[int, ...], block: int) -> None:
+        """Raise `UserError` if the settings do not fit clips of this shape (frames, height, width, channels), with so
+        many numbers in a block of actions."""
+        # Here, so that the error names the field: the networks would raise one about shapes.
+        clip, *size, channels = shape
+        for name, setting, found, meaning in (
+            ("predictor.history", self.predictor.history, clip - 1, "data.clip_frames - 1"),
+            ("action_dim", self.action_dim, block, "data.frame_skip times the numbers in an action"),
+            ("encoder.in_channels", self.encoder.in_channels, channels, "the channels of a frame"),
+        ):
+            if setting != found:
+                raise UserError(f"method.{name}={setting}, but the clips need {found}, {meaning}; set one as the other")
+        try:
+            self.encoder.grid(tuple(size))
+        except UserError as error:
+            raise UserError(f"method.encoder: {error}") from error
 
 
 class Clips(eqx.Module):
@@ -138,7 +166,7 @@ class LeWM(WorldModel):
 
     def draw(self, batch: ClipBatch, keys: Key[Array, "batch"]) -> Clips:
         """Normalized frames. Nothing is random about an example."""
-        self._check_shapes(batch)
+        self.config.check_clips(batch.frames.shape[1:], batch.actions.shape[-1])
         return Clips(self.normalize_pixels(jnp.asarray(batch.frames)), jnp.asarray(batch.actions))
 
     def forward(self, views: Clips) -> Outputs:
@@ -230,18 +258,6 @@ class LeWM(WorldModel):
     def project(self, tokens: Clip, statistics: Statistics | None = None) -> tuple[Clip, Statistics]:
         """z of each frame, normalized over all of them or by given statistics, and the frames' own statistics."""
         return apply_to_rows(self.projector, tokens, statistics, self.ops)
-
-    def _check_shapes(self, batch: ClipBatch) -> None:
-        """Raise `UserError` if the data and the settings differ."""
-        # Here, so that the error names the field: the networks would raise one about shapes.
-        _, clip, *_, channels = batch.frames.shape
-        for name, setting, found in (
-            ("predictor.history", self.config.predictor.history, clip - 1),
-            ("action_dim", self.config.action_dim, batch.actions.shape[-1]),
-            ("encoder.in_channels", self.config.encoder.in_channels, channels),
-        ):
-            if setting != found:
-                raise UserError(f"method.{name}={setting}, but the clips need {found}; set one as the other")
 
 
 def apply_to_rows(head: Head, x: Clip, statistics: Statistics | None, ops: Ops) -> tuple[Clip, Statistics]:

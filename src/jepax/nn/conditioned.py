@@ -142,7 +142,7 @@ class CausalPredictor(eqx.Module):
     def __call__(self, z: Frames, condition: Frames, *, key: PRNGKeyArray | None = None, ops: Ops = PLAIN) -> Frames:
         """Row t is computed from rows up to t of both. With a key, numbers are dropped out."""
         x = z + self.positions[: z.shape[1]]
-        if self.input is not None:
+        if self.input is not None and self.condition is not None:
             x, condition = self.input(x, ops), self.condition(condition, ops)
         for block, key_block in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
             x = block(x, condition, key=key_block, ops=ops)

@@ -122,6 +122,7 @@ def check_sweep(plan: SweepPlan) -> None:
                 raise UserError(
                     f"eval.protocols={config.eval.protocols} must contain linear and knn, the table's columns"
                 )
+            evaluation.check_image_method(config)
             train_config.check_eval_splits(config.data)
             make_setup(config).abstract_state()
 

@@ -31,7 +31,7 @@ class TrainConfig:
     """Length, batch, precision, checkpoints and logs."""
 
     batch_size: int = 2048
-    """Images per step, over all devices and hosts."""
+    """Examples per step, images or clips, over all devices and hosts."""
     epochs: float = 300.0
     """Passes over the training split; may be fractional."""
     steps: int | None = None
@@ -85,7 +85,7 @@ class Config:
 
 
 def compute_total_steps(config: Config, examples: int) -> int:
-    """Steps of a run over `examples` training images."""
+    """Steps of a run over `examples` training examples."""
     if config.train.steps is not None:
         return config.train.steps
     return max(round(config.train.epochs * examples / config.train.batch_size), 1)
@@ -135,7 +135,7 @@ def check_run_dir(run: Path, config: Config, source: Source | None = None, allow
     batch_size = [line for line in diff_from_run(run, config) if line.startswith("train.batch_size: ")]
     if trained and batch_size:
         raise UserError(
-            f"{batch_size[0]}: {run} has steps of the first size, and its schedules and order of images count steps;\n"
+            f"{batch_size[0]}: {run} has steps of the first size, and its schedules and order of data count steps;\n"
             "resume with that size (train.grad_accum_steps saves memory), or choose another --run-dir"
         )
     if different := diff_from_run(run, config, (*RESUMABLE_FIELDS, *allow))[:3]:
@@ -144,7 +144,7 @@ def check_run_dir(run: Path, config: Config, source: Source | None = None, allow
             "\n".join((f"{run} contains a run with a different config (saved -> requested):", *different))
             + f"\nchoose another --run-dir, or the folder's own config.yaml, or --allow-config-change {names}"
         )
-    # Without a checkpoint nothing is trained yet, so other images do no harm.
+    # Without a checkpoint nothing is trained yet, so other data do no harm.
     if trained and source is not None and not matches_prefix("data", allow):
         check_same_data(run, source)
 
@@ -160,7 +160,7 @@ def diff_from_run(run: Path, config: Config, free: Sequence[str] = ()) -> list[s
 
 
 def check_same_data(run: Path, source: Source) -> None:
-    """Raise `UserError` if the images are not those that the run started with."""
+    """Raise `UserError` if the data is not what the run started with."""
     path = run / DATA_FILE
     if not path.exists():
         return
@@ -170,8 +170,8 @@ def check_same_data(run: Path, source: Source) -> None:
         raise UserError(f"{path} cannot be read ({error}); remove it to accept the data as it is now") from error
     if changed := configs.diff(saved, source.fingerprint):
         raise UserError(
-            "\n".join((f"{run} was trained on other images, {_count_parts(changed)} (then -> now):", *changed[:2]))
-            + "\nrestore the images, choose another --run-dir, or --allow-config-change data"
+            "\n".join((f"{run} was trained on other data, {_count_parts(changed)} (then -> now):", *changed[:2]))
+            + "\nrestore the data, choose another --run-dir, or --allow-config-change data"
         )
 
 
@@ -207,7 +207,7 @@ def can_evaluate_online(config: Config, source: Source) -> bool:
 
 
 def check_eval_splits(data: DataConfig) -> None:
-    """Raise `UserError` now, not after the last step, if evaluation lacks a split. No protocol reads clips."""
+    """Raise `UserError` now, not after the last step, if probes lack a split. Clips have none: `plan` opens its own."""
     for split in () if data.dataset in CLIP_DATASETS else ("validation", "test"):
         open_source(data, split)
 
@@ -220,11 +220,11 @@ def check_same_config_on_hosts(config: Config) -> None:
 
 
 def check_same_data_on_hosts(source: Source) -> None:
-    """Raise `UserError` if the processes of a run have different images. Every process must call it."""
+    """Raise `UserError` if the processes of a run have different data. Every process must call it."""
     if found := _diff_hosts(source.fingerprint):
         process, changed = found
         raise UserError(
-            f"process {process} has other images than process 0, {_count_parts(changed)} (0 -> {process}):\n"
+            f"process {process} has other data than process 0, {_count_parts(changed)} (0 -> {process}):\n"
             f"{changed[0]}\n"
             "give every host the same files, or all of them a data.root that they share"
         )

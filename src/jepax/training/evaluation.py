@@ -19,6 +19,7 @@ from jepax.evals.report import SPLIT_NAMES
 from jepax.export.weights import check_format, load_encoder
 from jepax.io import checkpoint
 from jepax.io import config_yaml as configs
+from jepax.methods import ImageMethodConfig
 from jepax.nn import ViT
 from jepax.optim import Optimizer
 from jepax.training.config import Config
@@ -54,6 +55,7 @@ def target_from_run(config: Config, state: TrainState, run: Path, settings: Conf
 
     Raises `UserError` if the method lacks the requested encoder.
     """
+    check_image_method(config)
     settings = config if settings is None else settings
     untrained = init_method(config.method, 1, jr.key(config.seed))
     choice = settings.eval.encoder
@@ -68,6 +70,15 @@ def target_from_run(config: Config, state: TrainState, run: Path, settings: Conf
     # On the devices of the trained one, so that the same programs serve both.
     untrained = jax.device_put(untrained, jax.tree.map(lambda x: x.sharding, trained))
     return EvalTarget(trained, untrained, config.method.crop, step, settings, run, name, metadata)
+
+
+def check_image_method(config: Config) -> None:
+    """Raises `UserError` if the method is not one on images: only these have an encoder to probe and to export."""
+    if not isinstance(config.method, ImageMethodConfig):
+        raise UserError(
+            f"method {config.method.name} has no encoder of images for probes or exports;"
+            " a world model is evaluated by --protocols plan"
+        )
 
 
 def target_from_weights(folder: Path, settings: Config) -> EvalTarget:

@@ -5,20 +5,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.random as jr
 import numpy as np
 from jaxtyping import Float, UInt8
 from rich.table import Table
 
-from jepax.data import ClipSource, open_source
-from jepax.data.episodes import concatenate_ranges
+from jepax.data import CLIP_DATASETS, ClipSource, open_source
+from jepax.data.episodes import concatenate_ranges, read_info
 from jepax.data.simulate import POLICIES, make_environment
-from jepax.envs import Environment, Expert, RandomPolicy
+from jepax.distributed import sharding
+from jepax.envs import ENVIRONMENTS, Environment, Expert, RandomPolicy
 from jepax.evals.planning import (
     ActionScale,
     Agent,
     ModelCost,
     Outcome,
+    Pairs,
     PlannerAgent,
     PolicyAgent,
     Task,
@@ -70,6 +73,7 @@ def evaluate_planning(
     state: TrainState,
     run: Path,
     settings: Config | None = None,
+    out: Path | None = None,
     *,
     print: Callable[[str], None] = print,
     draw: Callable[[Played], object] = lambda played: None,
@@ -77,21 +81,27 @@ def evaluate_planning(
     """Runs every agent in every task; returns the results and the file in evals/ that contains them.
 
     `settings`: the config whose `eval` and `data` are used; None: the run's own. Episodes are held out of training.
-    `draw` gets the trained model's episodes once the results are written.
+    `out`: folder in which evals/ is written, in a file that names the run; None: the run's own. `draw` gets the trained
+    model's episodes once the results are written.
+
+    Raises `UserError` if the method is no world model, and for data that it does not fit or that cannot be planned in.
     """
     settings = config if settings is None else settings
-    source = open_held_out(settings)
-    env, plan = open_environment(settings), settings.eval.plan
+    if not isinstance(state.method, WorldModel):
+        raise UserError(f"eval.protocols=plan is for world models, and the run's method, {config.method.name}, is none")
+    source, env = open_held_out(settings)
+    config.method.check_data(source)
+    plan = settings.eval.plan
     scale = ActionScale(tuple(source.action_mean.tolist()), tuple(source.action_std.tolist()), source.frame_skip)
 
-    # The models, and the agents.
+    # The models, on one device, and the agents.
     models = {"trained": state.method, "untrained": init_method(config.method, 1, jr.key(config.seed))}
+    models = jax.device_put(sharding.to_local(models), jax.local_devices()[0])
     agents = make_agents(env, models, scale, settings)
 
     # The same episodes for all.
-    episodes, key = source.episodes, jr.fold_in(jr.key(plan.seed), EVALUATION_KEY)
-    starts, lengths = episodes.starts[source.members], episodes.lengths[source.members]
-    tasks = make_tasks(env, goals_in_data(episodes.states, starts, lengths, plan.goal_steps), plan)
+    tasks = make_tasks(env, held_out_pairs(source, plan.goal_steps), plan)
+    key = jr.fold_in(jr.key(plan.seed), EVALUATION_KEY)
     rows: dict[str, Any] = {}
     outcomes: dict[str, dict[str, Outcome]] = {}
     for name, agent in agents.items():
@@ -112,7 +122,8 @@ def evaluate_planning(
         "target": {"folder": run.resolve().name, "recipe": config.recipe},
         "data": configs.to_dict(settings.data),
     }
-    written = write_report(results, run, f"step_{int(state.step):08d}{eval_tag(config, settings)}")
+    name = f"step_{int(state.step):08d}{eval_tag(config, settings)}"
+    written = write_report(results, out or run, f"{run.resolve().name}-{name}" if out else name)
     draw(Played(agents["trained"], tasks, outcomes["trained"], *held_out_frames(source)))
     return results, written
 
@@ -131,17 +142,35 @@ def make_agents(
     return {name: agents[name] for name in AGENTS}
 
 
-def open_held_out(config: Config) -> ClipSource:
-    """Episodes that were not trained on: the test split, or the validation split of a folder, which has no other."""
-    source = open_source(config.data, "test" if config.data.dataset != "episodes" else "validation")
-    if not isinstance(source, ClipSource):
-        raise UserError(f"plan needs episodes with actions; data.dataset={config.data.dataset} has none")
-    return source
+def open_held_out(config: Config) -> tuple[ClipSource, Environment]:
+    """Episodes that were not trained on, and their environment.
+
+    They are the test split, or the validation split of a folder, which has no other. Raises `UserError` if the data has
+    no episodes, or episodes of an environment that jepax does not have.
+    """
+    data = config.data
+    if data.dataset not in CLIP_DATASETS:
+        raise UserError(f"eval.protocols=plan needs episodes with actions, and data.dataset={data.dataset} has none")
+    source = open_source(data, "test" if data.dataset != "episodes" else "validation")
+    return source, open_environment(source, data.dataset)
 
 
-def open_environment(config: Config) -> Environment:
-    """The environment that the data comes from."""
-    return make_environment(config.data.dataset, config.data.canvas_size)
+def open_environment(source: ClipSource, dataset: str) -> Environment:
+    """The environment that episodes come from, with images of their size; a folder names it itself."""
+    folder, (image_size, *_) = source.episodes.folder, source.frame_shape
+    name = dataset if folder is None else read_info(folder).get("environment")
+    if name not in ENVIRONMENTS:
+        raise UserError(
+            f"data.root={folder}: eval.protocols=plan acts in the environment of its episodes, {name}, and jepax has"
+            f" {', '.join(ENVIRONMENTS)}"
+        )
+    return make_environment(name, image_size)
+
+
+def held_out_pairs(source: ClipSource, steps: int) -> Pairs:
+    """States so many steps apart, in episodes of the split alone: the others of a folder are trained on."""
+    episodes, members = source.episodes, source.members
+    return goals_in_data(episodes.states, episodes.starts[members], episodes.lengths[members], steps)
 
 
 def held_out_clips(source: ClipSource) -> tuple[Any, np.ndarray]:

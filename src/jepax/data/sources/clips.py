@@ -54,6 +54,16 @@ class ClipSource(Source):
     def __len__(self) -> int:
         return len(self.first_rows)
 
+    @property
+    def frame_shape(self) -> tuple[int, ...]:
+        """Height, width and channels of a frame."""
+        return self.episodes.frames.shape[1:]
+
+    @property
+    def block_dim(self) -> int:
+        """Numbers in a block of actions."""
+        return self.frame_skip * self.episodes.actions.shape[1]
+
     @cached_property
     def clips_per_member(self) -> Int64[np.ndarray, "members"]:
         """A clip has `clip_frames * frame_skip` actions; no action leaves an episode's last row."""
