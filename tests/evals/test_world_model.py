@@ -55,7 +55,7 @@ def test_known_errors_are_measured(positions, clips):
     np.testing.assert_allclose(errors["model"], (BIAS * ahead) ** 2, rtol=1e-5)
     moved = states[:, 1:] - states[:, :1]
     np.testing.assert_allclose(errors["copy"], np.square(moved).mean(axis=(0, 2)), rtol=1e-5)
-    wrong = np.roll(moved, 1, axis=0) - moved + BIAS * ahead[:, None]
+    wrong = np.roll(moved, len(moved) // 2, axis=0) - moved + BIAS * ahead[:, None]
     np.testing.assert_allclose(errors["shuffled_actions"], np.square(wrong).mean(axis=(0, 2)), rtol=1e-5)
 
 
