@@ -22,7 +22,8 @@ from jepax.data import open_source
 from jepax.data.episodes import open_episodes, read_info
 from jepax.data.simulate import POLICIES, make_environment, render, simulate
 from jepax.envs import ENVIRONMENTS, Expert
-from jepax.evals.planning import PlanConfig, PolicyAgent, goals_in_data, make_tasks, run_agent, summarize
+from jepax.evals.agents import PolicyAgent
+from jepax.evals.planning import PlanConfig, goals_in_data, make_tasks, run_agent, summarize
 from jepax.io import config_yaml as configs
 from jepax.methods import MethodConfig
 from jepax.planners import PLANNERS

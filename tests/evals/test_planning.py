@@ -10,7 +10,8 @@ import pytest
 from jepax.data.simulate import POLICIES, simulate
 from jepax.envs import Expert, RandomPolicy, TwoRoom
 from jepax.evals import planning
-from jepax.evals.planning import ActionScale, Outcome, PlanConfig, Task, goals_in_data, make_tasks, rate, summarize
+from jepax.evals.agents import ActionScale, ModelCost, PlannerAgent, PolicyAgent, TrueCost
+from jepax.evals.planning import Outcome, PlanConfig, Task, goals_in_data, make_tasks, rate, summarize
 from jepax.methods.base import WorldModel
 from jepax.types import UserError
 
@@ -35,20 +36,20 @@ def success(act, task, kind="any_step"):
 
 def test_a_random_policy_succeeds_in_a_quarter_of_the_published_episodes_and_in_few_others(tasks):
     """Users measured 26 to 28% (of 1,000 to 1,500 episodes), where the paper prints 0."""
-    act = planning.PolicyAgent(ENV, RandomPolicy())
+    act = PolicyAgent(ENV, RandomPolicy())
     assert 18 <= success(act, tasks["published"], "published") <= 36
     assert success(act, tasks["same_region"]) <= 5 and success(act, tasks["other_region"]) <= 10
 
 
 def test_the_expert_always_succeeds(tasks):
-    act = planning.PolicyAgent(ENV, Expert())
+    act = PolicyAgent(ENV, Expert())
     for name, task in tasks.items():
         assert success(act, task) == 100, name
 
 
 def test_a_planner_that_knows_the_world_nearly_always_succeeds(tasks):
     planner = PlanConfig(num_samples=64, num_iterations=8, num_elites=10).make_planner()
-    act = planning.PlannerAgent(planner, SCALE, planning.TrueCost(ENV, SCALE))
+    act = PlannerAgent(planner, SCALE, TrueCost(ENV, SCALE))
     short = {name: Task(task.start[:40], task.goal[:40], task.budget) for name, task in tasks.items()}
     assert min(success(act, task) for task in short.values()) >= 85
 
@@ -78,7 +79,7 @@ class Seer(WorldModel):
 
 def test_a_model_is_asked_with_images_alone_and_a_good_one_succeeds(tasks):
     planner = PlanConfig(num_samples=64, num_iterations=8, num_elites=10).make_planner()
-    act = planning.PlannerAgent(planner, SCALE, planning.ModelCost(ENV, Seer()))
+    act = PlannerAgent(planner, SCALE, ModelCost(ENV, Seer()))
     task = tasks["same_region"]
     assert success(act, Task(task.start[:40], task.goal[:40], task.budget)) >= 80
 

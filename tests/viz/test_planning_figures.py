@@ -10,7 +10,8 @@ from PIL import Image
 
 from jepax.data.simulate import render
 from jepax.envs import TwoRoom
-from jepax.evals.planning import ActionScale, ModelCost, Outcome, PlannerAgent, Task, run_agent
+from jepax.evals.agents import ActionScale, ModelCost, PlannerAgent
+from jepax.evals.planning import Outcome, Task, run_agent
 from jepax.evals.world_model import embed_frames
 from jepax.methods.lewm import LeWMConfig
 from jepax.nn import CausalPredictorConfig, ViTConfig

@@ -16,21 +16,8 @@ from jepax.data.episodes import concatenate_ranges, read_info
 from jepax.data.simulate import POLICIES, make_environment
 from jepax.distributed import sharding
 from jepax.envs import ENVIRONMENTS, Environment, Expert, RandomPolicy
-from jepax.evals.planning import (
-    ActionScale,
-    Agent,
-    ModelCost,
-    Outcome,
-    Pairs,
-    PlannerAgent,
-    PolicyAgent,
-    Task,
-    TrueCost,
-    goals_in_data,
-    make_tasks,
-    run_agent,
-    summarize,
-)
+from jepax.evals.agents import ActionScale, Agent, ModelCost, PlannerAgent, PolicyAgent, TrueCost
+from jepax.evals.planning import Outcome, Pairs, Task, goals_in_data, make_tasks, run_agent, summarize
 from jepax.evals.report import software_versions, write_report
 from jepax.evals.world_model import diagnose
 from jepax.io import config_yaml as configs

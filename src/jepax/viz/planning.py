@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from jepax.data.simulate import render
-from jepax.evals.planning import ModelCost
+from jepax.evals.agents import ModelCost
 from jepax.evals.world_model import embed_frames
 from jepax.training.planning import Played
 from jepax.viz.curves import BLUE, INK, ORANGE
