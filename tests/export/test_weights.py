@@ -18,6 +18,7 @@ from jepax.export import weights
 from jepax.nn import ViT, ViTConfig
 from jepax.training import evaluation
 from jepax.training import loop as training
+from jepax.training.config import Config
 from jepax.types import UserError
 from jepax.views import CropConfig
 from tests.contracts.shrink import shrunk
@@ -86,7 +87,8 @@ def test_an_encoder_of_views_that_are_not_square_is_read_back(tmp_path):
 
 def test_the_command_names_the_size_of_views_that_are_not_square(tmp_path, capsys, monkeypatch):
     crop = replace(CROP, size=(8, 12))
-    config = SimpleNamespace(recipe="mine", method=SimpleNamespace(name="ijepa", crop=crop))
+    method = replace(Config().method, crop=crop, encoder=encoder_of().config)
+    config = Config(recipe="mine", method=method)
     state = SimpleNamespace(step=3, method=SimpleNamespace(encoders=lambda: {"target": encoder_of()}))
     monkeypatch.setattr(evaluation, "load_run_config", lambda run: config)
     monkeypatch.setattr(evaluation, "load_state", lambda config, run, step: state)

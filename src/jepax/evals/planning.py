@@ -13,6 +13,7 @@ agents that know everything (the true state, the expert).
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -27,6 +28,7 @@ from jepax.envs import Environment
 from jepax.envs.base import Action, State
 from jepax.errors import check_fields
 from jepax.evals.agents import Agent
+from jepax.evals.programs import eval_jit
 from jepax.planners import PLANNERS, Planner
 from jepax.types import UserError
 
@@ -99,10 +101,22 @@ class Outcome(eqx.Module):
     """What the agent chose for each step, not clipped yet."""
 
 
-@eqx.filter_jit
 def run_agent(env: Environment, agent: Agent, task: Task, key: PRNGKeyArray, chunk: int = 64) -> Outcome:
     """Acts in every episode, through its whole budget, `chunk` episodes at a time: a planner's memory grows with it."""
+    start, goal = jnp.asarray(task.start), jnp.asarray(task.goal)
+    return _run_agent(env, agent, start, goal, key, task.budget, min(chunk, len(start)))
 
+
+@partial(eval_jit, static_argnames=("budget", "chunk"))
+def _run_agent(
+    env: Environment,
+    agent: Agent,
+    start: Float[Array, "episodes state"],
+    goal: Float[Array, "episodes state"],
+    key: PRNGKeyArray,
+    budget: int,
+    chunk: int,
+) -> Outcome:
     def episode(given: tuple[State, State, PRNGKeyArray]) -> Outcome:
         start, goal, key = given
 
@@ -123,13 +137,12 @@ def run_agent(env: Environment, agent: Agent, task: Task, key: PRNGKeyArray, chu
         # As many rounds as fill the budget; what is beyond it does not count.
         first = start, jnp.zeros(env.action_dim)
         size = jax.eval_shape(agent, start, goal, first[1], key).shape[0]
-        _, rounds = lax.scan(play, first, jr.split(key, math.ceil(task.budget / size)))
-        states, chosen = (rows.reshape(-1, rows.shape[-1])[: task.budget] for rows in rounds)
+        _, rounds = lax.scan(play, first, jr.split(key, math.ceil(budget / size)))
+        states, chosen = (rows.reshape(-1, rows.shape[-1])[:budget] for rows in rounds)
         reached = jax.vmap(env.reached, (0, None))(states, goal)
         return Outcome(jnp.concatenate([start[None], states]), reached, chosen)
 
-    start, goal = jnp.asarray(task.start), jnp.asarray(task.goal)
-    return lax.map(episode, (start, goal, jr.split(key, len(start))), batch_size=min(chunk, len(start)))
+    return lax.map(episode, (start, goal, jr.split(key, len(start))), batch_size=chunk)
 
 
 def summarize(env: Environment, task: Task, outcome: Outcome) -> dict[str, Any]:
@@ -194,7 +207,7 @@ def goals_in_data(
 
 def random_goals(env: Environment, count: int, seed: int) -> Pairs:
     """Starts and goals as the environment draws them: the goals of no data, near or far."""
-    start, goal = jax.jit(jax.vmap(env.reset))(jr.split(jr.key(seed), count))
+    start, goal = eval_jit(jax.vmap(env.reset))(jr.split(jr.key(seed), count))
     return np.asarray(start), np.asarray(goal)
 
 
@@ -206,8 +219,8 @@ def select_pairs(
     `same_region=None` takes both. Raises `UserError` if no pair is left.
     """
     start, goal = pairs
-    distance = np.asarray(jax.jit(jax.vmap(env.distance))(start, goal))
-    alike = np.asarray(jax.jit(jax.vmap(env.region))(start)) == np.asarray(jax.jit(jax.vmap(env.region))(goal))
+    distance = np.asarray(eval_jit(jax.vmap(env.distance))(start, goal))
+    alike = np.asarray(eval_jit(jax.vmap(env.region))(start)) == np.asarray(eval_jit(jax.vmap(env.region))(goal))
     chosen = np.flatnonzero((distance >= min_distance) & (same_region is None or alike == same_region))
     if not len(chosen):
         raise UserError(

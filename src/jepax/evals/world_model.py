@@ -6,7 +6,6 @@ those in the world: the rank correlation shows that in a second, the prediction 
 
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float, UInt8
 from scipy.stats import spearmanr
 
 from jepax.envs import Environment
+from jepax.evals.programs import eval_jit
 from jepax.health.metrics import rankme
 from jepax.methods.base import WorldModel
 from jepax.types import ClipBatch
@@ -38,7 +38,7 @@ def diagnose(
     }
 
 
-@eqx.filter_jit
+@eval_jit
 def _embed(model: WorldModel, frames: UInt8[Array, "batch height width channels"]) -> Float[Array, "batch dim"]:
     return model.embed(frames)
 
@@ -57,7 +57,7 @@ def embed_clips(
     return embed_frames(model, frames.reshape(-1, *frames.shape[2:])).reshape(*frames.shape[:2], -1)
 
 
-@eqx.filter_jit
+@eval_jit
 def _predict(
     model: WorldModel, z: Float[Array, "clips dim"], actions: Float[Array, "clips horizon block"]
 ) -> Float[Array, "clips horizon dim"]:
