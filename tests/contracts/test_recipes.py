@@ -163,14 +163,27 @@ def test_eight_devices_give_the_same_views_loss_and_gradients(config, batches, d
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     loss_of_all, together = named_gradients(opened(state.method), views)
     assert loss_of_all == pytest.approx(loss, rel=1e-5)
-    for name, grad in one.items():
-        # So that no parameter hides behind the others. A BatchNorm of images that differ little enlarges rounding.
-        tolerance = 5e-4 * max(np.abs(grad).max(), 1e-3 * largest)
-        if not name.endswith(".bias") or np.abs(grad).max() >= 1e-6 * largest:
-            np.testing.assert_allclose(together[name], grad, atol=tolerance, err_msg=name)
-    apart = np.sqrt(sum(np.square(together[name] - grad).sum() for name, grad in one.items()))
-    whole = np.sqrt(sum(np.square(grad).sum() for grad in one.values()))
-    assert apart <= 1e-5 * whole, f"{apart / whole:.1e}"
+
+    # What rounding does to them: views that differ in their last bits. A BatchNorm of images that differ little enlarges it.
+    method, views = drawn
+    rounded = named_gradients(method, jax.tree.map(last_bits, views))[1]
+    for name, grad in one.items():  # so that no parameter hides behind the others
+        tolerance = 5e-4 * max(np.abs(grad).max(), 1e-3 * largest) + 4 * np.abs(rounded[name] - grad).max()
+        np.testing.assert_allclose(together[name], grad, atol=tolerance, err_msg=name)
+    apart, rounding, whole = (norm(one, other) for other in (together, rounded, None))
+    assert apart <= max(1e-5 * whole, 4 * rounding) and rounding < 1e-4 * whole, f"{apart / whole:.1e}"
+
+
+def last_bits(x):
+    """Numbers moved by one unit in the last place, up or down at random; whole numbers stay."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return x * (1 + jnp.finfo(x.dtype).eps * jr.rademacher(jr.key(5), x.shape, x.dtype))
+
+
+def norm(one, other):
+    """Norm of the difference of two gradients, or of the first."""
+    return np.sqrt(sum(np.square(grad - (0 if other is None else other[name])).sum() for name, grad in one.items()))
 
 
 def test_the_loss_is_the_same_in_micro_batches(drawn, batches):

@@ -112,7 +112,7 @@ def test_starts_inside_the_goal_count_in_the_published_number_alone():
     assert found["start_inside"] == 25 and found["published"]["percent"] == 75
     assert found["any_step"]["percent"] == pytest.approx(200 / 3) and found["any_step"]["episodes"] == 3
     assert found["last_step"]["percent"] == pytest.approx(100 / 3)
-    assert sum(part["episodes"] for part in found["by_distance"]) == 4
+    assert sum(part["episodes"] for part in found["by_distance"]) == 3
 
 
 def test_the_interval_is_wilsons():

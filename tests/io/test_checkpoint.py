@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import monitoring as registered
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jepax.distributed import multihost
 from jepax.io import checkpoint, checksums
@@ -40,6 +42,25 @@ def test_round_trip_with_dtypes(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, (restored["a"], restored["b"][0]), (tree()["a"], tree()["b"][0]))
     assert restored["b"][0].dtype == tree()["b"][0].dtype
     assert checkpoint.metadata(tmp_path, 3) == {"shift": 2}
+
+
+def test_small_arrays_that_every_device_holds_are_saved_whole(tmp_path):
+    """Not one slice per device: each shape of a slice would compile a program."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    everywhere = jax.device_put(jnp.ones((8, 24)), NamedSharding(mesh, PartitionSpec()))
+    assert jax.device_count() == 8
+    compiled = []
+
+    def listen(event, seconds, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        checkpoint.save(tmp_path, 1, {"a": everywhere})
+    finally:
+        registered.unregister_event_duration_listener(listen)
+    assert not compiled
 
 
 NAMES = ["My [2024] project", "exp[lr=1e-3]", "[!a]", "a*b?", "back\\slash", "100%#{x};$HOME", "a\nb"]

@@ -11,8 +11,9 @@ import pytest
 
 from jepax.data import ClipSource, DataConfig, open_source
 from jepax.data.episodes import Episodes
+from jepax.evals.agents import goal_cost
 from jepax.methods import MethodConfig
-from jepax.methods.lewm import LeWM, LeWMConfig, goal_cost
+from jepax.methods.lewm import LeWM, LeWMConfig
 from jepax.optim import OptimConfig, Optimizer
 from jepax.training.monitor import log_values
 from jepax.training.step import TrainContext, init_train_state, run_train_step

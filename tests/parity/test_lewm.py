@@ -11,8 +11,9 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+from jepax.evals.agents import goal_cost
 from jepax.methods import lewm
-from jepax.methods.lewm import Clips, LeWMConfig, RunningStatistics, goal_cost
+from jepax.methods.lewm import Clips, LeWMConfig, RunningStatistics
 from jepax.nn import ViTConfig
 from jepax.nn.conditioned import ActionEncoder, CausalPredictor, CausalPredictorConfig, ConditionedBlock
 from jepax.nn.projector import Head

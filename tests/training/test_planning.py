@@ -33,8 +33,15 @@ STEPS = 6
 def config():
     """A tiny world model, and 8 held-out episodes."""
     small = shrunk("lewm_two_room")
+    shallow = {name: replace(getattr(small.method, name), depth=1) for name in ("encoder", "predictor")}
     data, optim = replace(small.data, num_episodes=40), replace(small.optim, warmup_epochs=0.03)
-    return replace(small, data=data, optim=optim, eval=EvalConfig(protocols=("plan",), plan=PLAN))
+    return replace(
+        small,
+        method=replace(small.method, **shallow),
+        data=data,
+        optim=optim,
+        eval=EvalConfig(protocols=("plan",), plan=PLAN),
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -199,6 +206,7 @@ def test_what_does_not_fit_a_world_model_is_one_line(finished, settings, capsys,
     encoder = "method lewm has no encoder of images for probes or exports; a world model is evaluated by"
     assert encoder in fails(capsys, "evaluate", folder, "--protocols", "linear")
     assert encoder in fails(capsys, "export", folder, tmp_path / "exported")
+    assert "--encoder and --pool are for probes" in fails(capsys, "evaluate", folder, "--pool", "sum")
     words = ["--data.dataset", "synthetic", "--eval.protocols", "knn", "--run-dir", tmp_path / "a"]
     assert "method lewm reads clips with actions, but the data has" in fails(capsys, "train", settings, *words)
     size = fails(capsys, "train", "lewm_two_room", "--data.canvas-size", "64", "--run-dir", tmp_path / "a")

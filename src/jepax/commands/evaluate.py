@@ -92,6 +92,8 @@ class Evaluate(ConfigCommand):
         if not settings.eval.is_planning:
             print(evaluate_and_print(self.target()))
             return
+        if self.encoder or self.pool:
+            raise UserError("--encoder and --pool are for probes of images; plan uses the method's own embeddings")
         if (self.run_folder / MODEL_FILE).is_file():
             raise UserError(f"plan is for runs of world models, and {self.run_folder} contains exported weights")
         state = evaluation.load_state(config, self.run_folder, self.step)

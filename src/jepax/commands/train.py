@@ -29,7 +29,7 @@ class Train(RecipeCommand):
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: runs/RECIPE)")] = None
     """Folder of the run."""
     allow_config_change: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
-    """Fields or groups in which the run in the folder may differ from this config; data: other data."""
+    """Fields or groups in which the run in the folder may differ from this config; data: the examples themselves."""
     distributed: bool = False
     """Run as one of several processes, on one host or many: docs/many_hosts.md."""
     dry_run: bool = False

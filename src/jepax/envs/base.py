@@ -27,6 +27,8 @@ class Environment(eqx.Module):
     """Numbers in a state."""
     action_dim: ClassVar[int]
     """Numbers in an action, each in [-1, 1]; larger ones are clipped by `step`."""
+    goal_radius: ClassVar[float]
+    """A state closer to the goal counts as it, in the unit of `distance`."""
     num_regions: ClassVar[int] = 1
     """Parts of the world, such as rooms; see `region`."""
     image_size: eqx.AbstractVar[int]
@@ -48,9 +50,9 @@ class Environment(eqx.Module):
     def distance(self, state: State, goal: State) -> Float[Array, ""]:
         """How far a state is from the goal, in the environment's own unit."""
 
-    @abc.abstractmethod
     def reached(self, state: State, goal: State) -> Bool[Array, ""]:
         """True if the state counts as the goal."""
+        return self.distance(state, goal) < self.goal_radius
 
     @abc.abstractmethod
     def expert(self, state: State, goal: State) -> Action:

@@ -28,7 +28,6 @@ LINE_WIDTH = 4
 DOOR_MARGIN = 1.75  # an agent this far from an edge of the door still passes
 PUSH = 0.5  # distance from the wall of an agent that ran into it
 AT_DOOR = 10.5  # within this distance of a door the expert turns to the goal
-GOAL_RADIUS = 16.0  # closer positions count as the goal
 RED = np.array([255.0, 0.0, 0.0])
 
 
@@ -87,6 +86,7 @@ class TwoRoom(Environment):
 
     state_dim: ClassVar[int] = 2
     action_dim: ClassVar[int] = 2
+    goal_radius: ClassVar[float] = 16.0
     num_regions: ClassVar[int] = 2
     image_size: int = eqx.field(static=True, default=224)
     layout: TwoRoomLayout = eqx.field(static=True, default=TwoRoomLayout())
@@ -136,9 +136,6 @@ class TwoRoom(Environment):
     def distance(self, state: State, goal: State) -> Float[Array, ""]:
         """The distance in pixels of the room, through the wall."""
         return jnp.linalg.norm(state - goal)
-
-    def reached(self, state: State, goal: State) -> Bool[Array, ""]:
-        return self.distance(state, goal) < GOAL_RADIUS
 
     def region(self, state: State) -> Int[Array, ""]:
         """0 and 1 for the two rooms."""

@@ -29,7 +29,6 @@ MAX_STEP = 2.45  # pixels of a step along an axis whose action is 1: the longest
 NOISE = 0.5  # standard deviation of the distance from a wall after a collision
 CLEARANCE = 1e-3  # smallest distance from it, so that every position is on one side of a wall
 DOT = 1.3  # standard deviation of the dot
-GOAL_RADIUS = 4.5  # closer positions count as the goal
 ALIGNED = 2.0  # the expert enters the door within this distance of its center line
 
 
@@ -41,6 +40,7 @@ class TwoRoomPLDM(Environment):
 
     state_dim: ClassVar[int] = 4
     action_dim: ClassVar[int] = 2
+    goal_radius: ClassVar[float] = 4.5
     num_regions: ClassVar[int] = 2
     image_size: int = eqx.field(static=True, default=IMAGE_SIZE, init=False)
     random_walls: bool = eqx.field(static=True, default=False)
@@ -79,9 +79,6 @@ class TwoRoomPLDM(Environment):
     def distance(self, state: State, goal: State) -> Float[Array, ""]:
         """The distance of the positions in pixels, through the wall."""
         return jnp.linalg.norm(state[:2] - goal[:2])
-
-    def reached(self, state: State, goal: State) -> Bool[Array, ""]:
-        return self.distance(state, goal) < GOAL_RADIUS
 
     def region(self, state: State) -> Int[Array, ""]:
         """0 left of the wall, 1 right of it."""

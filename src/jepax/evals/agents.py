@@ -93,10 +93,17 @@ class ModelCost(GoalCost):
         z, z_goal = self.model.embed(jnp.stack([self.env.render(state), self.env.render(goal)]))
 
         def cost(candidates: Float[Array, "samples horizon block"]) -> Float[Array, "samples"]:
-            predicted = self.model.rollout(z[None], jnp.zeros((0, candidates.shape[-1])), candidates, self.window)
-            return jnp.sum(jnp.square(predicted[:, -1] - z_goal), axis=-1)
+            no_past = jnp.zeros((0, candidates.shape[-1]))
+            return goal_cost(self.model.rollout(z[None], no_past, candidates, self.window), z_goal)
 
         return cost
+
+
+def goal_cost(
+    embeddings: Float[Array, "candidates frames dim"], goal: Float[Array, "dim"]
+) -> Float[Array, "candidates"]:
+    """Squared distance, summed over dimensions, of each candidate's last embedding from the goal's."""
+    return jnp.sum(jnp.square(embeddings[:, -1] - goal), axis=-1)
 
 
 class TrueCost(GoalCost):

@@ -35,8 +35,8 @@ from jepax.types import UserError
 DISTANCE_BINS = 3
 """Groups of episodes by the distance from start to goal, equally large."""
 
-SAME_REGION_DISTANCE, OTHER_REGION_DISTANCE = 50.0, 32.0
-"""Least distance from start to goal of two tasks, in the environment's unit: of Two-Room, 3 and 2 goal radii."""
+SAME_REGION_RADII, OTHER_REGION_RADII = 3.125, 2.0
+"""Least distance from start to goal of two tasks, in goal radii: 50 and 32 px in Two-Room."""
 RANDOM_GOALS = 20
 """Pairs drawn for each one that a task of random goals keeps."""
 
@@ -153,13 +153,14 @@ def summarize(env: Environment, task: Task, outcome: Outcome) -> dict[str, Any]:
     inside, distance = starts_inside(env, task)
     any_step, last_step = (np.asarray(hits) for hits in (outcome.reached.any(axis=1), outcome.reached[:, -1]))
     counted = ~inside
+    by_distance = np.flatnonzero(counted)[np.argsort(distance[counted], kind="stable")]
     return {
         "any_step": rate(any_step[counted]),
         "last_step": rate(last_step[counted]),
         "published": rate(any_step),
         "by_distance": [
             {"from": float(distance[part].min()), "to": float(distance[part].max()), **rate(any_step[part])}
-            for part in np.array_split(np.argsort(distance, kind="stable"), DISTANCE_BINS)
+            for part in np.array_split(by_distance, DISTANCE_BINS)
             if len(part)
         ],
         "start_inside": 100 * float(inside.mean()),
@@ -240,9 +241,11 @@ def make_tasks(env: Environment, in_data: Pairs, config: PlanConfig) -> dict[str
     drawn = random_goals(env, RANDOM_GOALS * count, seed)
     pairs = {
         "published": select_pairs(env, in_data, count, seed),
-        "same_region": select_pairs(env, drawn, count, seed, min_distance=SAME_REGION_DISTANCE, same_region=True),
+        "same_region": select_pairs(
+            env, drawn, count, seed, min_distance=SAME_REGION_RADII * env.goal_radius, same_region=True
+        ),
     }
     if env.num_regions > 1:
-        apart = {"min_distance": OTHER_REGION_DISTANCE, "same_region": False}
+        apart = {"min_distance": OTHER_REGION_RADII * env.goal_radius, "same_region": False}
         pairs["other_region"] = select_pairs(env, in_data, count, seed, **apart)
     return {name: Task(*pair, config.budget) for name, pair in pairs.items()}

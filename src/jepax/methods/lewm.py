@@ -219,11 +219,7 @@ class LeWM(WorldModel):
         candidates: Float[Array, "candidates horizon action"],
         window: int | None = None,
     ) -> Float[Array, "candidates frames dim"]:
-        """Embeddings that follow each candidate's blocks of actions: those of `context`, then `horizon` predictions.
-
-        `past` are the blocks between the frames of `context`, one fewer than these. A prediction sees the last `window`
-        frames, at most and by default `history`. One plan; `vmap` for several.
-        """
+        """`WorldModel.rollout`; a window has at most `history` frames."""
         count, horizon, _ = candidates.shape
         known, frames = len(context), len(context) + horizon
         assert len(past) == known - 1, "one block of actions between two frames of the context"
@@ -277,10 +273,3 @@ def clip_metrics(z: Clip, predictions: Clip, prediction_loss: Float[Array, ""]) 
         "health/target_norm": jnp.mean(jnp.linalg.norm(targets, axis=-1)),
         "health/prediction_norm": jnp.mean(jnp.linalg.norm(predictions, axis=-1)),
     }
-
-
-def goal_cost(
-    embeddings: Float[Array, "candidates frames dim"], goal: Float[Array, "dim"]
-) -> Float[Array, "candidates"]:
-    """Squared distance, summed over dimensions, of each candidate's last embedding from the goal's."""
-    return jnp.sum(jnp.square(embeddings[:, -1] - goal), axis=-1)
