@@ -164,7 +164,7 @@ def test_eight_devices_give_the_same_views_loss_and_gradients(config, batches, d
     loss_of_all, together = named_gradients(opened(state.method), views)
     assert loss_of_all == pytest.approx(loss, rel=1e-5)
 
-    # What rounding does to them: views that differ in their last bits. A BatchNorm of images that differ little enlarges it.
+    # What rounding does to them: views that differ in their last bits. A BatchNorm of like images enlarges it.
     method, views = drawn
     rounded = named_gradients(method, jax.tree.map(last_bits, views))[1]
     for name, grad in one.items():  # so that no parameter hides behind the others
